@@ -1,0 +1,87 @@
+"""The decoder skeleton that every family fills in: layers, the causal language model and its cache.
+
+Attribute names are the checkpoint's weight names, so that loading is a walk over one dictionary.
+Shapes: B batch, T tokens of this call, S cache capacity, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm
+from hybrimoe_jax.models.moe import MoEBlock
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm block; `mlp` is a dense SwiGLU or a MoEBlock (`mlp_name` is what the checkpoint calls it)."""
+
+    def __init__(self, width: int, eps: float, attention: nnx.Module, mlp: nnx.Module, mlp_name: str = "mlp"):
+        self.input_layernorm = RMSNorm(width, eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp_name = mlp_name
+        setattr(self, mlp_name, mlp)
+
+    @property
+    def ffn(self) -> nnx.Module:
+        return getattr(self, self.mlp_name)
+
+    @property
+    def is_moe(self) -> bool:
+        return isinstance(self.ffn, MoEBlock)
+
+    def attend(self, h: jax.Array, cache: dict, positions: jax.Array) -> tuple[jax.Array, dict]:
+        """Residual stream [B, T, D] -> residual stream after attention, and the updated cache."""
+        out, cache = self.self_attn(self.input_layernorm(h), cache, positions)
+        return h + out, cache
+
+    def ffn_input(self, h: jax.Array) -> jax.Array:
+        """The normed router input [N, D] of the residual stream [B, T, D]."""
+        return self.post_attention_layernorm(h).reshape(-1, h.shape[-1])
+
+    def __call__(self, index: int, h, cache, positions, experts) -> tuple[jax.Array, dict]:
+        h, cache = self.attend(h, cache, positions)
+        x = self.ffn_input(h)
+        y = self.ffn(index, x, experts) if self.is_moe else self.ffn(x)
+        return h + y.reshape(h.shape), cache
+
+
+class Decoder(nnx.Module):
+    """`model.` of the checkpoint: token table, layers, final norm."""
+
+    def __init__(self, vocab: int, width: int, eps: float, layers: list[DecoderLayer], rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(vocab, width, rngs=rngs)
+        self.layers = nnx.List(layers)
+        self.norm = RMSNorm(width, eps)
+
+
+class CausalLM(nnx.Module):
+    """Decoder plus output head; `lm_head` is absent when the embeddings are tied."""
+
+    def __init__(self, config, layers: list[DecoderLayer], rngs: nnx.Rngs):
+        self.config = config
+        self.model = Decoder(config.vocab_size, config.hidden_size, config.rms_norm_eps, layers, rngs)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+    def init_cache(self, batch: int, capacity: int, dtype=jnp.float32) -> list[dict]:
+        return [
+            {name: jnp.zeros(shape, dtype) for name, shape in layer.self_attn.cache_shapes(batch, capacity).items()}
+            for layer in self.model.layers
+        ]
+
+    def head(self, h: jax.Array) -> jax.Array:
+        """Final norm and logits [..., V] of the residual stream [..., D]."""
+        h = self.model.norm(h)
+        if self.lm_head is None:
+            return jnp.einsum("...d,vd->...v", h, self.model.embed_tokens.weight[...])
+        return self.lm_head(h)
+
+    def __call__(self, ids: jax.Array, cache: list[dict], positions: jax.Array, experts) -> tuple[jax.Array, list]:
+        """ids [B, T], positions [B, T] -> (logits [B, T, V], updated cache)."""
+        h = self.model.embed_tokens(ids)
+        updated = []
+        for index, layer in enumerate(self.model.layers):
+            h, entry = layer(index, h, cache[index], positions, experts)
+            updated.append(entry)
+        return self.head(h), updated

@@ -1,0 +1,94 @@
+"""The mixture-of-experts block and its one seam: the block routes, an *experts* object computes the routed part.
+
+Shapes: N tokens (batch and time flattened), E experts, k experts per token, D model width, F expert width.
+`experts(layer, x, routing) -> [N, D]` is any callable; `DenseExperts` below is the reference that every other is tested against.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from hybrimoe_jax.models.layers import Linear
+
+
+class Routing(NamedTuple):
+    """What a router decided: `ids` [N, k] int32, `weights` [N, k] (as multiplied into the outputs), `scores` [N, E] softmax."""
+
+    ids: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
+class MoEBlock(nnx.Module):
+    """Router, optional shared experts, and the rule that turns scores into ids and weights.
+
+    `shared_expert` (Qwen2: with a sigmoid `shared_expert_gate` [1, D]) or `shared_experts` (DeepSeek) follow the checkpoint's names.
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int, *, normalise: bool, rngs: nnx.Rngs):
+        self.gate = Linear(width, num_experts, rngs=rngs)
+        self.num_experts, self.top_k, self.normalise = num_experts, top_k, normalise
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Router probabilities of every expert, float32 [N, E]."""
+        return jax.nn.softmax(self.gate(x), axis=-1)
+
+    def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """scores [N, E] -> ids [N, k] and the weights [N, k] that multiply the experts' outputs."""
+        weights, ids = jax.lax.top_k(scores, self.top_k)
+        if self.normalise:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return ids, weights
+
+    def route(self, x: jax.Array) -> Routing:
+        scores = self.scores(x)
+        ids, weights = self.select(scores)
+        return Routing(ids.astype(jnp.int32), weights, scores)
+
+    def shared(self, x: jax.Array) -> jax.Array | None:
+        """The part every token takes, [N, D]; None where the family has none."""
+        return None
+
+    def __call__(self, layer: int, x: jax.Array, experts) -> jax.Array:
+        chex.assert_rank(x, 2)
+        y = experts(layer, x, self.route(x))
+        shared = self.shared(x)
+        return y if shared is None else y + shared
+
+
+def expert_forward(gate_up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
+    """One packed expert: gate_up [2F, D] (gate rows first), down [D, F], x [N, D] -> [N, D]."""
+    gate, up = jnp.split(jnp.einsum("nd,fd->nf", x, gate_up, preferred_element_type=jnp.float32), 2, axis=-1)
+    return jnp.einsum("nf,df->nd", jax.nn.silu(gate) * up, down, preferred_element_type=jnp.float32)
+
+
+def combine_weights(routing: Routing, num_experts: int) -> jax.Array:
+    """Dense routing matrix [N, E]: an expert's weight for each token, zero where it was not chosen."""
+    one_hot = jax.nn.one_hot(routing.ids, num_experts, dtype=routing.weights.dtype)
+    return jnp.einsum("nk,nke->ne", routing.weights, one_hot)
+
+
+class DenseExperts:
+    """The oracle: every expert is computed for every token and weighted by zero where it was not chosen.
+
+    Args:
+      weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).
+    """
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def __call__(self, layer: int, x: jax.Array, routing: Routing) -> jax.Array:
+        gate_up, down = self.weights[layer]
+        mix = combine_weights(routing, gate_up.shape[0])
+
+        def add(y, packed):
+            w_in, w_out, column = packed
+            return y + column[:, None] * expert_forward(w_in, w_out, x), None
+
+        y, _ = jax.lax.scan(add, jnp.zeros_like(x), (gate_up, down, mix.T))
+        return y
