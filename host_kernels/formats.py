@@ -1,0 +1,103 @@
+"""How an expert lies in host memory: two row-major matrices per expert, 64-byte aligned, float32 or bfloat16.
+
+Shapes: D model width, F expert width. `gate_up` [2F, D] holds the gate rows first, so that one matrix product gives both
+halves; `down` [D, F]. The alignment is a cache line: kernels stream from it with aligned loads, and XLA's CPU backend
+can take such an array without copying it.
+
+bfloat16 is the upper half of a float32, so widening is a 16-bit shift and always exact; narrowing rounds to nearest even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+ALIGNMENT = 64
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
+
+
+class ExpertWeights(NamedTuple):
+    """One routed expert on the host, float32 or bfloat16: `down(silu(gate x) * (up x))`."""
+
+    gate_up: np.ndarray  # [2F, D], gate rows first
+    down: np.ndarray  # [D, F]
+
+    @property
+    def width(self) -> int:
+        """D, the model width."""
+        return self.down.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        """F, the expert width."""
+        return self.down.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+
+def aligned_empty(shape, dtype=F32) -> np.ndarray:
+    """Uninitialised C-contiguous array whose first byte lies on a 64-byte boundary."""
+    dtype = np.dtype(dtype)
+    shape = (shape,) if np.isscalar(shape) else tuple(shape)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    return array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
+
+
+def aligned_copy(array: np.ndarray, dtype=None) -> np.ndarray:
+    """A copy in aligned memory; `dtype` may widen bfloat16 to float32 or round float32 to bfloat16."""
+    dtype = array.dtype if dtype is None else np.dtype(dtype)
+    out = aligned_empty(array.shape, dtype)
+    if array.dtype == BF16 and dtype == F32:
+        return to_f32(array, out)
+    np.copyto(out, array, casting="unsafe")
+    return out
+
+
+def to_f32(array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Exact float32 values of a float32 or bfloat16 array; float32 passes through uncopied unless `out` is given."""
+    if array.dtype == F32:
+        if out is None:
+            return array
+        np.copyto(out, array)
+        return out
+    if array.dtype != BF16:
+        raise UserError(f"expert weights: dtype {array.dtype} is not supported (float32 and bfloat16 are)")
+    if out is None:
+        out = aligned_empty(array.shape, F32)
+    np.left_shift(array.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    return out
+
+
+def to_bf16(array: np.ndarray) -> np.ndarray:
+    """bfloat16 values of an array, rounded to nearest even; exact where `to_f32` gave the array."""
+    return array if array.dtype == BF16 else array.astype(BF16)
+
+
+def check_expert(weights: ExpertWeights, where: str = "expert") -> None:
+    """Raises UserError naming what is wrong where the two matrices are not one float32 or bfloat16 expert."""
+    gate_up, down = weights
+    for name, array in (("gate_up", gate_up), ("down", down)):
+        if array.ndim != 2 or 0 in array.shape:
+            raise UserError(
+                f"{where}: {name} has shape {array.shape}; a matrix with at least one row and column is needed"
+            )
+        if array.dtype not in (F32, BF16):
+            raise UserError(f"{where}: {name} has dtype {array.dtype}; float32 or bfloat16 is needed")
+    if gate_up.dtype != down.dtype:
+        raise UserError(f"{where}: gate_up is {gate_up.dtype} but down is {down.dtype}; both need one dtype")
+    width, hidden = down.shape
+    if gate_up.shape != (2 * hidden, width):
+        raise UserError(f"{where}: gate_up has shape {gate_up.shape}, down {down.shape}; [2F, D] and [D, F] are needed")
