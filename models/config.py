@@ -1,20 +1,57 @@
 """What every family's configuration shares: field names are the `config.json` keys, unknown keys are dropped.
 
-A family's dataclass lists the keys it honours and refuses, by name, the values it cannot honour (`check`).
+A key that would change the answer is either a field (honoured) or listed in `NEUTRAL` with the values that change
+nothing (anything else is refused by name): a checkpoint never loads into a model that silently computes something else.
+Defaults are those of Hugging Face transformers' class of the family, for a `config.json` that leaves a key out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from flax.core import FrozenDict
+from hybrimoe_jax.models.rope import Rope, make_rope
 
 from hybrimoe_jax.errors import UserError
+
+# Keys that no common code honours -> the values under which they change nothing. A family with a field of that name honours it.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "qkv_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_qk_norm": (False, None),
+    "clip_qkv": (None,),
+    "sliding_window": (None, 0),
+    "partial_rotary_factor": (1, None),
+    "scoring_func": ("softmax", None),
+    "topk_method": ("greedy", None),
+    "n_group": (0, 1, None),
+    "topk_group": (0, 1, None),
+    "routed_scaling_factor": (1, None),
+    "n_shared_experts": (0, None),
+    "shared_expert_intermediate_size": (0, None),
+    "first_k_dense_replace": (0, None),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1, None),
+    "num_nextn_predict_layers": (0, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "quantization_config": (None, {}),
+}
+KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "num_experts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Keys common to the supported families. Derived values are properties; every family gives `num_experts`,
+    """Keys common to the supported families; hashable. Derived values are properties; every family gives `num_experts`,
     `moe_width` (F, an expert's hidden width) and `is_moe(layer)`."""
 
     model_type: str
@@ -34,31 +71,45 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
     initializer_range: float = 0.02
 
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other spellings of a key -> the field it fills."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # lists and dictionaries of JSON become hashable
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(value, Mapping):
+                object.__setattr__(self, field.name, FrozenDict(value))
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Parses a `config.json` mapping; raises UserError naming a missing key or an unsupported value."""
-        raw = dict(raw)
-        rope = raw.pop("rope_parameters", None)
-        if rope:  # transformers 5 writes theta and scaling into one dictionary
-            rope = dict(rope)
-            raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-            kind = rope.get("rope_type", "default")
-            raw["rope_scaling"] = None if kind == "default" else rope
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in raw.items() if k in known}
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
-        ]
+        raw = unify_rope(raw)
+        for other, name in cls.aliases.items():
+            if other in raw:
+                raw.setdefault(name, raw[other])
+        fields = dataclasses.fields(cls)
+        nullable = {f.name for f in fields if "None" in str(f.type)}
+        values = {
+            f.name: raw[f.name] for f in fields if f.name in raw and (raw[f.name] is not None or f.name in nullable)
+        }
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)} (needed for model_type {raw.get('model_type')!r})")
+        for field in fields:
+            kind = str(field.type).removesuffix(" | None")
+            value = values.get(field.name)
+            if value is None or kind not in KINDS:
+                continue
+            if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
+                raise UserError(f"config.json: {field.name} must be a {kind}, not {value!r}")
         config = cls(**values)
         config.check(raw)
         return config
 
     def check(self, raw: Mapping[str, Any]) -> None:
-        """Refuses what the family cannot honour; families extend it."""
+        """Refuses what the family cannot honour; families extend it. `raw` is the whole `config.json` mapping."""
         if self.hidden_act not in ("silu", "swish"):
             raise UserError(f"config.json: hidden_act {self.hidden_act!r} is not supported (silu is)")
         if raw.get("quantization_config"):
@@ -66,10 +117,61 @@ class ModelConfig:
             raise UserError(
                 f"config.json: quantization_config ({method}) is not supported; use an unquantised checkpoint"
             )
+        honoured = {f.name for f in dataclasses.fields(self)}
+        for key, neutral in NEUTRAL.items():
+            unused = key == "sliding_window" and raw.get("use_sliding_window") is False
+            if key in raw and key not in honoured and raw[key] not in neutral and not unused:
+                raise UserError(f"config.json: {key} {raw[key]!r} is not supported for model_type {self.model_type!r}")
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise UserError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise UserError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds the {self.num_experts} experts"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}"
+            )
+        if "head_dim" in raw and raw["head_dim"] is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                "config.json: hidden_size is not a multiple of num_attention_heads and head_dim is not given"
+            )
+        for layer, kind in enumerate(raw.get("layer_types") or ()):
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(
+                    f"config.json: layer_types[{layer}] {kind!r} is not supported (full or sliding attention)"
+                )
+            if kind == "sliding_attention" and self.window(layer) is None:
+                raise UserError(f"config.json: layer_types[{layer}] is sliding_attention, but no window is in use")
+        if raw.get("layer_types") and len(raw["layer_types"]) != self.num_hidden_layers:
+            raise UserError(f"config.json: layer_types has not {self.num_hidden_layers} entries (num_hidden_layers)")
+        if not self.moe_layers:
+            raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
+        _ = self.rope  # refuses an unknown scaling rule by name
 
     @property
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """d: `head_dim` where the family has that key and it is set, else D / H."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_width(self) -> int:
+        """How many of a head's dimensions turn with the position."""
+        return self.head_width
+
+    @property
+    def rope(self) -> Rope:
+        return make_rope(self.rope_width, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding-window width of a layer's attention in tokens; None where it sees everything."""
+        return None
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -86,3 +188,32 @@ class ModelConfig:
     @property
     def moe_width(self) -> int:
         raise NotImplementedError
+
+
+def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes theta and scaling into one dictionary, `rope_parameters`; older files use two keys.
+
+    Returns a copy with `rope_theta` and `rope_scaling` (None where nothing is scaled) only.
+    """
+    raw = dict(raw)
+    rope = raw.pop("rope_parameters", None)
+    rope = dict(raw.get("rope_scaling") or rope or {})
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(f"config.json: rope_parameters per layer type ({', '.join(nested)}) are not supported")
+    theta = rope.pop("rope_theta", None)
+    if theta is not None:
+        raw["rope_theta"] = theta
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial is not None:
+        raw["partial_rotary_factor"] = partial
+    if rope and "original_max_position_embeddings" in raw:  # a few files keep it outside
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    raw["rope_scaling"] = None if kind == "default" else rope
+    return raw
+
+
+def on_sparse_step(layer: int, step: int, dense_layers: Sequence[int] | None) -> bool:
+    """Qwen's rule for which layers have experts: every `step`-th, except those listed as dense."""
+    return layer not in (dense_layers or ()) and (layer + 1) % step == 0

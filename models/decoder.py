@@ -6,10 +6,12 @@ Shapes: B batch, T tokens of this call, S cache capacity, D model width, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm
+from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, einsum
 from hybrimoe_jax.models.moe import MoEBlock
 
 
@@ -74,7 +76,7 @@ class CausalLM(nnx.Module):
         """Final norm and logits [..., V] of the residual stream [..., D]."""
         h = self.model.norm(h)
         if self.lm_head is None:
-            return jnp.einsum("...d,vd->...v", h, self.model.embed_tokens.weight[...])
+            return einsum("...d,vd->...v", h, self.model.embed_tokens.weight[...])
         return self.lm_head(h)
 
     def __call__(self, ids: jax.Array, cache: list[dict], positions: jax.Array, experts) -> tuple[jax.Array, list]:
@@ -85,3 +87,18 @@ class CausalLM(nnx.Module):
             h, entry = layer(index, h, cache[index], positions, experts)
             updated.append(entry)
         return self.head(h), updated
+
+
+def assemble(
+    config,
+    rngs: nnx.Rngs,
+    attention: Callable[[int], nnx.Module],
+    ffn: Callable[[int], nnx.Module],
+    mlp_name: str = "mlp",
+) -> CausalLM:
+    """The whole model from what differs between families: `attention(layer)` and `ffn(layer)` make a layer's two parts."""
+    layers = [
+        DecoderLayer(config.hidden_size, config.rms_norm_eps, attention(index), ffn(index), mlp_name)
+        for index in range(config.num_hidden_layers)
+    ]
+    return CausalLM(config, layers, rngs)

@@ -11,6 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 NEG_INF = -1e30
+PRECISION = jax.lax.Precision.HIGHEST
+"""float32 products as float32: a GPU's default rounds the operands to TF32 (10 mantissa bits), which moves greedy tokens."""
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """`jnp.einsum` with float32 operands kept and results accumulated in float32."""
+    return jnp.einsum(spec, *operands, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -21,7 +28,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=jnp.float32)
+        y = einsum("...i,oi->...o", x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -54,10 +61,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 class SwiGLU(nnx.Module):
     """Dense or shared expert: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate_proj = Linear(width, hidden, rngs=rngs)
-        self.up_proj = Linear(width, hidden, rngs=rngs)
-        self.down_proj = Linear(hidden, width, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.gate_proj = Linear(width, hidden, bias=bias, rngs=rngs)
+        self.up_proj = Linear(width, hidden, bias=bias, rngs=rngs)
+        self.down_proj = Linear(hidden, width, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -68,6 +75,13 @@ def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the interleaved convention: dimensions 2i and 2i+1 are a pair. x [B, T, H, d]; cos, sin [B, T, d/2]."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
 
 
 def cache_write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -148,6 +162,6 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
     batch, tokens, heads, width = q.shape
     groups = heads // k.shape[2]
     q = q.reshape(batch, tokens, k.shape[2], groups, width)
-    logits = jnp.einsum("btkgd,bskd->bkgts", q, k.astype(jnp.float32)) * scale
+    logits = einsum("btkgd,bskd->bkgts", q, k.astype(jnp.float32)) * scale
     probs = jax.nn.softmax(jnp.where(mask[:, None, None], logits, NEG_INF), axis=-1)
-    return jnp.einsum("bkgts,bskd->btkgd", probs, v.astype(jnp.float32)).reshape(batch, tokens, heads, v.shape[-1])
+    return einsum("bkgts,bskd->btkgd", probs, v.astype(jnp.float32)).reshape(batch, tokens, heads, v.shape[-1])

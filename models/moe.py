@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from hybrimoe_jax.models.layers import Linear
+from hybrimoe_jax.models.layers import Linear, einsum
 
 
 class Routing(NamedTuple):
@@ -62,14 +62,14 @@ class MoEBlock(nnx.Module):
 
 def expert_forward(gate_up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
     """One packed expert: gate_up [2F, D] (gate rows first), down [D, F], x [N, D] -> [N, D]."""
-    gate, up = jnp.split(jnp.einsum("nd,fd->nf", x, gate_up, preferred_element_type=jnp.float32), 2, axis=-1)
-    return jnp.einsum("nf,df->nd", jax.nn.silu(gate) * up, down, preferred_element_type=jnp.float32)
+    gate, up = jnp.split(einsum("nd,fd->nf", x, gate_up), 2, axis=-1)
+    return einsum("nf,df->nd", jax.nn.silu(gate) * up, down)
 
 
 def combine_weights(routing: Routing, num_experts: int) -> jax.Array:
     """Dense routing matrix [N, E]: an expert's weight for each token, zero where it was not chosen."""
     one_hot = jax.nn.one_hot(routing.ids, num_experts, dtype=routing.weights.dtype)
-    return jnp.einsum("nk,nke->ne", routing.weights, one_hot)
+    return einsum("nk,nke->ne", routing.weights, one_hot)
 
 
 class DenseExperts:

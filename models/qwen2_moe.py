@@ -6,14 +6,17 @@ Source: the `Qwen2MoeForCausalLM` checkpoints and configuration keys as publishe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
-from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.decoder import CausalLM, DecoderLayer
+from hybrimoe_jax.models.config import ModelConfig, on_sparse_step
+from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import Attention, Linear, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
-from hybrimoe_jax.models.rope import make_rope
+
+from hybrimoe_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,23 +25,44 @@ class Qwen2MoeConfig(ModelConfig):
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
     intermediate_size: int
+    num_key_value_heads: int | None = 16
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
     use_sliding_window: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = 4096
     max_window_layers: int = 28
+    layer_types: list[str] | None = None
     qkv_bias: bool = True
+
+    aliases: ClassVar[Mapping[str, str]] = {"num_local_experts": "num_experts"}
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        if self.decoder_sparse_step < 1:
+            raise UserError(f"config.json: decoder_sparse_step must be at least 1, not {self.decoder_sparse_step}")
+        if self.use_sliding_window and not self.sliding_window:
+            raise UserError("config.json: use_sliding_window is true but sliding_window is not given")
+        super().check(raw)
 
     @property
     def moe_width(self) -> int:
         return self.moe_intermediate_size
 
     def is_moe(self, layer: int) -> bool:
-        return layer not in (self.mlp_only_layers or ()) and (layer + 1) % self.decoder_sparse_step == 0
+        return on_sparse_step(layer, self.decoder_sparse_step, self.mlp_only_layers)
 
     def window(self, layer: int) -> int | None:
-        return self.sliding_window if self.use_sliding_window and layer >= self.max_window_layers else None
+        """`layer_types` decides where given; else transformers' rule: with `use_sliding_window`, every other layer
+        (0, 2, ...) below `max_window_layers` slides."""
+        if not self.use_sliding_window:
+            return None
+        if self.layer_types is not None:
+            slides = self.layer_types[layer] == "sliding_attention"
+        else:
+            slides = layer % 2 == 0 and layer < self.max_window_layers
+        return self.sliding_window if slides else None
 
 
 class Qwen2MoeBlock(MoEBlock):
@@ -60,24 +84,21 @@ class Qwen2MoeBlock(MoEBlock):
 
 
 def build(config: Qwen2MoeConfig, rngs: nnx.Rngs) -> CausalLM:
-    head_dim = config.hidden_size // config.num_attention_heads
-    rope = make_rope(head_dim, config.rope_theta, config.rope_scaling)
-
-    def layer(index: int) -> DecoderLayer:
-        attention = Attention(
+    def attention(layer: int) -> Attention:
+        return Attention(
             config.hidden_size,
             config.num_attention_heads,
             config.kv_heads,
-            head_dim,
-            rope=rope,
+            config.head_width,
+            rope=config.rope,
             rngs=rngs,
             qkv_bias=config.qkv_bias,
-            window=config.window(index),
+            window=config.window(layer),
         )
-        if config.is_moe(index):
-            mlp = Qwen2MoeBlock(config, rngs)
-        else:
-            mlp = SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
-        return DecoderLayer(config.hidden_size, config.rms_norm_eps, attention, mlp)
 
-    return CausalLM(config, [layer(i) for i in range(config.num_hidden_layers)], rngs)
+    def ffn(layer: int) -> nnx.Module:
+        if config.is_moe(layer):
+            return Qwen2MoeBlock(config, rngs)
+        return SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
+
+    return assemble(config, rngs, attention, ffn)

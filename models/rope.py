@@ -1,16 +1,21 @@
 """Rotary position embedding: inverse frequencies and the scaling rules that `rope_scaling` may name.
 
-A `Rope` is a hashable static (it holds plain floats), so layers of one kind share one executable.
+A pair of dimensions i turns by `position * theta^(-2i/d)`. The scaling rules stretch a trained context: `linear` slows
+every pair; `llama3` slows only long wavelengths; `yarn` blends the two per pair and also corrects the attention's
+temperature. A `Rope` is a hashable static (it holds plain floats), so layers of one kind share one executable.
+Frequencies are computed in float32, as the reference implementations do.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrimoe_jax.errors import UserError
 
@@ -27,12 +32,86 @@ class Rope:
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
-def make_rope(width: int, theta: float, scaling: Mapping[str, Any] | None) -> Rope:
-    """The rotary embedding of a head part of `width`; raises UserError for a scaling rule it does not know."""
-    base = tuple(float(theta) ** (-2.0 * i / width) for i in range(width // 2))
-    kind = "default" if not scaling else scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return Rope(base)
-    if kind == "linear":
-        return Rope(tuple(f / float(scaling["factor"]) for f in base))
-    raise UserError(f"config.json: rope_scaling type {kind!r} is not supported (default, linear)")
+def make_rope(
+    width: int, theta: float, scaling: Mapping[str, Any] | None, max_position_embeddings: int | None = None
+) -> Rope:
+    """The rotary embedding of a head part of `width`.
+
+    Args:
+      width: d, the dimensions that turn; even.
+      theta: base wavelength.
+      scaling: the `rope_scaling` dictionary (`rope_type` or, in older files, `type`), or None.
+      max_position_embeddings: stands in for a missing `original_max_position_embeddings`.
+
+    Raises:
+      UserError: odd width, an unknown rule, or one of its numbers missing.
+    """
+    if width % 2:
+        raise UserError(f"config.json: the rotary width {width} is odd")
+    base = (1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(
+        np.float32
+    )
+    scaling = dict(scaling or {})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in SCALINGS:
+        raise UserError(f"config.json: rope_scaling type {kind!r} is not supported ({', '.join(SCALINGS)} are)")
+    if scaling.get("original_max_position_embeddings") is None:
+        scaling["original_max_position_embeddings"] = max_position_embeddings
+    try:
+        frequencies, factor = SCALINGS[kind](base, width, float(theta), scaling, max_position_embeddings)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: rope_scaling {kind!r} is incomplete or malformed ({error!r})") from error
+    return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor))
+
+
+def plain(base, width, theta, scaling, max_positions):
+    return base, 1.0
+
+
+def linear(base, width, theta, scaling, max_positions):
+    """Positions divided by `factor`."""
+    return base / np.float32(scaling["factor"]), 1.0
+
+
+def llama3(base, width, theta, scaling, max_positions):
+    """Llama 3.1: wavelengths beyond the trained context slowed by `factor`, short ones kept, a linear blend between."""
+    factor, low, high = (np.float32(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = np.float32(scaling["original_max_position_embeddings"]) * base / np.float32(2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    return (1 - keep) * base / factor + keep * base, 1.0
+
+
+def yarn(base, width, theta, scaling, max_positions):
+    """YaRN (Peng et al., arXiv 2309.00071): pairs that turn often are kept, slow ones interpolated, a ramp between.
+
+    The attention factor follows `attention_factor`, else `mscale` / `mscale_all_dim` where both are given, else the paper.
+    """
+    original = scaling["original_max_position_embeddings"]
+    factor = scaling["factor"]
+    factor = max_positions / original if factor is None else factor
+
+    def pair_of(turns: float) -> float:
+        """Index of the pair that makes so many turns within the original context."""
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high = high + 0.001 if low == high else high
+    blend = np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
+    frequencies = base / np.float32(factor) * blend + base * (1 - blend)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        both = mscale and all_dim
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if both else yarn_mscale(factor)
+    return frequencies, attention
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature for a context stretched by `factor`: 0.1 * mscale * ln(factor) + 1."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+SCALINGS = {"default": plain, "linear": linear, "llama3": llama3, "yarn": yarn}

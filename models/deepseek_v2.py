@@ -1,0 +1,224 @@
+"""DeepSeek-V2 and V2-Lite: multi-head latent attention, shared experts, group-limited routing.
+
+Latent attention keeps per token only a compressed vector c (`kv_lora_rank` wide, normed) and one rotary key shared by
+all heads, instead of H keys and values: 576 numbers a token instead of 4,096 in V2-Lite. Keys and values are linear in
+c, so their up-projections can be *absorbed*: q.(W_k c) = (W_k^T q).c scores the latents directly, and the weighted sum
+of latents is turned into values once per query. Absorbed work grows with the latent's width per (query, key) pair;
+expanding every cached latent first costs a fixed amount per call and less per pair. `LatentAttention` picks by the count.
+
+Source: DeepSeek-AI, arXiv 2405.04434 (sections 2.1, 2.2), and the published checkpoints' keys and weight names.
+Shapes: B batch, T tokens of this call, S cache capacity, D model width, H heads, r latent width, R rotary width,
+n un-rotated query/key width, v value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.decoder import CausalLM, assemble
+from hybrimoe_jax.models.layers import NEG_INF, Linear, RMSNorm, SwiGLU, cache_write, einsum, rotate_pairs, visible
+from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.rope import yarn_mscale
+
+from hybrimoe_jax.errors import UserError
+
+LATENT_EPS = 1e-6  # the published model's latent norms keep their class's default, whatever `rms_norm_eps` says
+METHODS = ("greedy", "group_limited_greedy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekV2Config(ModelConfig):
+    n_routed_experts: int
+    moe_intermediate_size: int
+    intermediate_size: int
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = 1536
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_shared_experts: int | None = 2
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    topk_method: str = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    aliases: ClassVar[Mapping[str, str]] = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        if self.moe_layer_freq < 1:
+            raise UserError(f"config.json: moe_layer_freq must be at least 1, not {self.moe_layer_freq}")
+        super().check(raw)
+        if self.topk_method not in METHODS:
+            raise UserError(
+                f"config.json: topk_method {self.topk_method!r} is not supported for deepseek_v2 ({', '.join(METHODS)} are)"
+            )
+        if self.kv_heads != self.num_attention_heads:
+            raise UserError("config.json: num_key_value_heads must equal num_attention_heads in latent attention")
+        if raw.get("rope_interleave") is False:
+            raise UserError("config.json: rope_interleave false is not supported for deepseek_v2")
+        if self.topk_method == "group_limited_greedy":
+            groups, kept = self.n_group or 0, self.topk_group or 0
+            if groups < 1 or not 1 <= kept <= groups or self.num_experts % groups:
+                raise UserError(
+                    f"config.json: group_limited_greedy needs n_group that divides {self.num_experts} experts and "
+                    f"1 <= topk_group <= n_group, not n_group {self.n_group}, topk_group {self.topk_group}"
+                )
+            if self.num_experts_per_tok > kept * (self.num_experts // groups):
+                raise UserError("config.json: num_experts_per_tok exceeds the experts in topk_group groups")
+
+    @property
+    def num_experts(self) -> int:
+        return self.n_routed_experts
+
+    @property
+    def moe_width(self) -> int:
+        return self.moe_intermediate_size
+
+    @property
+    def rope_width(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """1 / sqrt(n + R), times YaRN's temperature squared where `mscale_all_dim` asks for it."""
+        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        scaling = self.rope_scaling or {}
+        all_dim = scaling.get("mscale_all_dim")
+        return scale * yarn_mscale(scaling["factor"], all_dim) ** 2 if all_dim else scale
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention with a cache of `latent` [B, S, r] and `rope` [B, S, R]."""
+
+    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs):
+        width, bias = config.hidden_size, config.attention_bias
+        self.heads, self.nope, self.rotary = (
+            config.num_attention_heads,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+        )
+        self.latent, self.value = config.kv_lora_rank, config.v_head_dim
+        self.rope, self.scale = config.rope, config.attention_scale
+        query = self.heads * (self.nope + self.rotary)
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = Linear(width, query, rngs=rngs)
+        else:
+            self.q_a_proj = Linear(width, self.q_lora_rank, bias=bias, rngs=rngs)
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = Linear(self.q_lora_rank, query, rngs=rngs)
+        self.kv_a_proj_with_mqa = Linear(width, self.latent + self.rotary, bias=bias, rngs=rngs)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_EPS)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), rngs=rngs)
+        self.o_proj = Linear(self.heads * self.value, width, bias=bias, rngs=rngs)
+
+    def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, ...]]:
+        return {"latent": (batch, capacity, self.latent), "rope": (batch, capacity, self.rotary)}
+
+    def absorbs(self, tokens: int, capacity: int) -> bool:
+        """Whether scoring latents directly takes fewer multiply-adds per head than expanding the cache first."""
+        absorbed = tokens * self.latent * (self.nope + self.value) + tokens * capacity * 2 * self.latent
+        expanded = capacity * self.latent * (self.nope + self.value) + tokens * capacity * (self.nope + self.value)
+        return absorbed <= expanded
+
+    def __call__(
+        self, x: jax.Array, cache: dict, positions: jax.Array, absorb: bool | None = None
+    ) -> tuple[jax.Array, dict]:
+        """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache)."""
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.reshape(batch, tokens, self.heads, self.nope + self.rotary)
+        q, q_rope = q[..., : self.nope], q[..., self.nope :]
+        compressed = self.kv_a_proj_with_mqa(x)
+        latent, k_rope = self.kv_a_layernorm(compressed[..., : self.latent]), compressed[..., self.latent :]
+        cos, sin = self.rope(positions)
+        q_rope, k_rope = rotate_pairs(q_rope, cos, sin), rotate_pairs(k_rope[:, :, None], cos, sin)[:, :, 0]
+        cache = {
+            "latent": cache_write(cache["latent"], latent, positions),
+            "rope": cache_write(cache["rope"], k_rope, positions),
+        }
+        capacity = cache["latent"].shape[1]
+        absorb = self.absorbs(tokens, capacity) if absorb is None else absorb
+        attend = absorbed_attention if absorb else expanded_attention
+        up = self.kv_b_proj.weight[...].reshape(self.heads, self.nope + self.value, self.latent)
+        mask = visible(positions, capacity, None)
+        out = attend(q, q_rope, cache, up[:, : self.nope], up[:, self.nope :], mask, self.scale)
+        return self.o_proj(out.reshape(batch, tokens, self.heads * self.value)), cache
+
+
+def absorbed_attention(q, q_rope, cache, w_key, w_value, mask, scale) -> jax.Array:
+    """q [B, T, H, n], q_rope [B, T, H, R], w_key [H, n, r], w_value [H, v, r], mask [B, T, S] -> [B, T, H, v]."""
+    latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
+    logits = einsum("bthr,bsr->bhts", einsum("bthn,hnr->bthr", q, w_key), latent)
+    logits = (logits + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
+    probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)
+    return einsum("bthr,hvr->bthv", einsum("bhts,bsr->bthr", probs, latent), w_value)
+
+
+def expanded_attention(q, q_rope, cache, w_key, w_value, mask, scale) -> jax.Array:
+    """The same answer with keys and values of every head expanded from the latents."""
+    latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
+    keys, values = einsum("bsr,hnr->bshn", latent, w_key), einsum("bsr,hvr->bshv", latent, w_value)
+    logits = (einsum("bthn,bshn->bhts", q, keys) + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
+    probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)
+    return einsum("bhts,bshv->bthv", probs, values)
+
+
+class DeepseekV2Block(MoEBlock):
+    """Group-limited routing (device-limited in the paper) and `n_shared_experts` experts merged into one SwiGLU."""
+
+    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs):
+        super().__init__(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            normalise=config.norm_topk_prob and config.num_experts_per_tok > 1,
+            rngs=rngs,
+        )
+        limited = config.topk_method == "group_limited_greedy"
+        self.groups, self.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
+        self.scaling = config.routed_scaling_factor
+        hidden = (config.n_shared_experts or 0) * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, hidden, bias=config.mlp_bias, rngs=rngs) if hidden else None
+
+    def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Top-k within the `kept_groups` groups whose best expert scores highest.
+
+        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule.
+        """
+        if self.groups > 1:
+            grouped = scores.reshape(-1, self.groups, self.num_experts // self.groups)
+            _, best = jax.lax.top_k(jnp.max(grouped, axis=-1), self.kept_groups)
+            kept = jnp.any(jax.nn.one_hot(best, self.groups, dtype=jnp.bool_), axis=-2)
+            scores = jnp.where(kept[..., None], grouped, 0.0).reshape(scores.shape)
+        ids, weights = super().select(scores)
+        return ids, weights if self.normalise else weights * self.scaling
+
+    def shared(self, x: jax.Array) -> jax.Array | None:
+        return None if self.shared_experts is None else self.shared_experts(x)
+
+
+def build(config: DeepseekV2Config, rngs: nnx.Rngs) -> CausalLM:
+    def ffn(layer: int) -> nnx.Module:
+        if config.is_moe(layer):
+            return DeepseekV2Block(config, rngs)
+        return SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
+
+    return assemble(config, rngs, lambda layer: LatentAttention(config, rngs), ffn)
