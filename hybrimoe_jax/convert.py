@@ -1,0 +1,258 @@
+"""`python -m hybrimoe_jax.convert SRC DST`: a Hugging Face folder becomes a checkpoint that this project reads expert by expert.
+
+The work is done in `DST.partial` and renamed at the end, so `DST` is complete or absent. Each piece (see
+`models/checkpoint.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
+the last piece whose stored bytes still match their record. Memory stays a few row blocks above the process's base.
+With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hybrimoe_jax.models.checkpoint import TEXT_FILES, Weights, expert_names, from_arrays, open_hf
+from hybrimoe_jax.models.pieces import DTYPES, LAYOUT, VERSION, digest, piece_is_whole, stored_dtype, write_piece
+from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
+
+from hybrimoe_jax import cli
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.runtime.store import Checkpoint, open_checkpoint
+
+Progress = Callable[[Iterable, int, str], Iterable]
+
+
+def silent(items: Iterable, total: int, label: str) -> Iterable:
+    return items
+
+
+def convert(
+    src: str | os.PathLike, dst: str | os.PathLike, fmt: str | None = None, progress: Progress = silent
+) -> Path:
+    """Converts the Hugging Face folder `src` to a new checkpoint folder `dst`.
+
+    Args:
+      fmt: "f32" or "bf16" for every tensor; None keeps each tensor's own type (float16 widens to float32).
+      progress: wraps the pieces as `progress(pieces, total, label)`.
+
+    Returns the checkpoint's path. Raises UserError for anything wrong with `src` (see `models.checkpoint.open_hf`), a `dst` that
+    exists, another conversion at work on it, or a disk too full.
+    """
+    check_format(fmt)
+    check_absent(Path(dst))
+    return write_checkpoint(open_hf(src), dst, fmt=fmt, progress=progress)
+
+
+def save(
+    dst: str | os.PathLike,
+    raw_config: Mapping[str, Any],
+    dense: Mapping[str, np.ndarray],
+    experts: Iterable[tuple[np.ndarray, np.ndarray]],
+    text_folder: str | os.PathLike | None = None,
+    fmt: str | None = None,
+) -> Path:
+    """Writes a model held in memory as a checkpoint; arguments as for `models.checkpoint.from_arrays`.
+
+    `text_folder` is where tokenizer, chat template and generation_config.json are copied from, where they exist.
+    """
+    check_format(fmt)
+    check_absent(Path(dst))
+    return write_checkpoint(from_arrays(raw_config, dense, experts), dst, fmt=fmt, text_folder=text_folder)
+
+
+def write_checkpoint(
+    weights: Weights,
+    dst: str | os.PathLike,
+    *,
+    fmt: str | None = None,
+    progress: Progress = silent,
+    text_folder: str | os.PathLike | None = None,
+) -> Path:
+    """Writes `models.checkpoint.Weights` to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
+    dst, config = Path(os.path.abspath(dst)), weights.config
+    config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
+    expert_dtype = stored_dtype(weights.expert_dtype, fmt)
+    plan = {"version": VERSION, "format": fmt, "config": digest(config_text.encode()), "files": weights.files}
+    check_space(dst, weights, fmt, expert_dtype)
+    with workplace(dst, plan if weights.files else None) as work:
+        out, done = work / "out", work / "done"
+        records = {}
+        for path in done.glob("*.json"):
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                records[path.stem] = json.loads(path.read_text())
+        for piece in progress(weights.pieces, len(weights.pieces), "converting"):
+            folder, record = out / "pieces" / piece.name, records.get(piece.name)
+            if record is None or not piece_is_whole(folder, record):
+                size = config.moe_width * config.hidden_size
+                records[piece.name] = write_piece(folder, piece, fmt, expert_dtype, size)
+                write_text(done / f"{piece.name}.json", json.dumps(records[piece.name]))
+        for stray in (out / "pieces").iterdir():
+            if stray.name not in records:  # what a killed writer left
+                shutil.rmtree(stray)
+        write_text(out / "config.json", config_text)
+        origin = Path(text_folder) if text_folder is not None else weights.folder
+        for name in TEXT_FILES if origin is not None else ():
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, out / name)
+        manifest = {
+            "layout": LAYOUT,
+            "version": VERSION,
+            "format": "bf16" if expert_dtype.name == "bfloat16" else "f32",
+            "source": {"folder": weights.folder.resolve().name if weights.folder else None, "files": weights.files},
+            "config": plan["config"],
+            "model_type": config.model_type,
+            "pieces": [records[piece.name] for piece in weights.pieces],
+        }
+        write_text(out / "manifest.json", json.dumps(manifest, indent=1))
+        os.rename(out, dst)
+    return dst
+
+
+@contextlib.contextmanager
+def workplace(dst: Path, plan: Mapping[str, Any] | None):
+    """The folder `dst.partial`, locked; what is there is kept where it was begun with the same `plan`, else replaced.
+
+    Removed when the body succeeds, kept when it fails. Raises UserError where another process holds it or it is not ours.
+    """
+    work = dst.with_name(dst.name + ".partial")
+    if work.exists() and not (work / "lock").is_file() and (not work.is_dir() or any(work.iterdir())):
+        raise UserError(f"{work}: in the way of the conversion and not made by one; remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{dst}: another conversion is writing it; wait for it or stop it") from None
+        try:
+            begun = json.loads((work / "plan.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            begun = None
+        if plan is None or begun != plan:
+            for name in ("out", "done"):
+                shutil.rmtree(work / name, ignore_errors=True)
+            write_text(work / "plan.json", json.dumps(plan))
+        (work / "out" / "pieces").mkdir(parents=True, exist_ok=True)
+        (work / "done").mkdir(exist_ok=True)
+        yield work
+        shutil.rmtree(work)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_format(fmt: str | None) -> None:
+    if fmt not in (None, "f32", "bf16"):
+        raise UserError(f"format {fmt!r} is not known (f32, bf16)")
+
+
+def check_absent(dst: Path) -> None:
+    if dst.is_dir() and not any(dst.iterdir()):
+        return
+    if dst.exists() or dst.is_symlink():
+        raise UserError(f"{dst}: already exists; remove it or give another destination")
+
+
+def check_space(dst: Path, weights: Weights, fmt: str | None, expert_dtype: np.dtype) -> None:
+    """Raises UserError where the disk has less room than the checkpoint needs beyond what is already written."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    config = weights.config
+    experts = 3 * len(config.moe_layers) * config.num_experts * config.moe_width * config.hidden_size
+    need = experts * expert_dtype.itemsize
+    for piece in weights.pieces:
+        need += sum(int(np.prod(t.shape)) * stored_dtype(t.dtype, fmt).itemsize for t in piece.dense.values())
+    written = sum(p.stat().st_size for p in dst.with_name(dst.name + ".partial").rglob("*") if p.is_file())
+    free = shutil.disk_usage(dst.parent).free
+    if need - written > free:
+        raise UserError(
+            f"{dst}: needs {need / 1e9:.1f} GB but the disk has {(free + written) / 1e9:.1f} GB; free some room"
+        )
+
+
+def export_hf(src: str | os.PathLike, dst: str | os.PathLike, progress: Progress = silent) -> Path:
+    """Writes a converted checkpoint back as a Hugging Face folder (safetensors, config, tokenizer) that transformers loads.
+
+    Values are exactly those of the checkpoint. Raises UserError where `src` is not a checkpoint or `dst` exists.
+    """
+    checkpoint, dst = open_checkpoint(src), Path(os.path.abspath(dst))
+    check_absent(dst)
+    with workplace(dst, None) as work:
+        tensors = list(outgoing(checkpoint))
+        write_folder(work / "out", progress(tensors, len(tensors), "exporting"))
+        os.rmdir(work / "out" / "pieces")
+        raw = dict(checkpoint.raw_config)
+        raw.pop("torch_dtype", None)
+        raw["dtype"] = "bfloat16" if checkpoint.manifest["format"] == "bf16" else "float32"
+        write_text(work / "out" / "config.json", json.dumps(raw, indent=2))
+        for name in TEXT_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, work / "out" / name)
+        os.rename(work / "out", dst)
+    return dst
+
+
+def outgoing(checkpoint: Checkpoint) -> Iterator[Outgoing]:
+    """Every tensor of a checkpoint under its Hugging Face name, read when it is written."""
+    config, ordinal = checkpoint.config, 0
+    hidden, width = config.moe_width, config.hidden_size
+    read = functools.lru_cache(maxsize=1)(
+        checkpoint.experts(keep=False).get
+    )  # an expert's three tensors follow each other
+    for piece in checkpoint.manifest["pieces"]:
+        for name, entry in piece["dense"].items():
+
+            def blocks(name=name):
+                return [checkpoint.dense([name])[name]]
+
+            yield Outgoing(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], blocks)
+        if piece["experts"] is None:
+            continue
+        for expert in range(config.num_experts):
+            for part, name in enumerate(expert_names(config, piece["layer"], expert)):
+
+                def blocks(ordinal=ordinal, expert=expert, part=part):
+                    weights = read(ordinal, expert)
+                    return [weights.gate_up[:hidden], weights.gate_up[hidden:], weights.down][part : part + 1]
+
+                shape = (width, hidden) if part == 2 else (hidden, width)
+                yield Outgoing(name, shape, DTYPES[piece["experts"]["dtype"]], blocks)
+        ordinal += 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
+    parser.add_argument("src", metavar="SRC", help="Hugging Face folder (with --export-hf: a converted checkpoint)")
+    parser.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+    parser.add_argument(
+        "--format", choices=("f32", "bf16"), help="type of every tensor (default: the checkpoint's own)"
+    )
+    parser.add_argument(
+        "--export-hf", action="store_true", help="write SRC, a converted checkpoint, as a Hugging Face folder"
+    )
+    args = parser.parse_args(argv)
+    if args.export_hf and args.format:
+        parser.error("--format does not go with --export-hf: values are exported as they are stored")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
+    if args.export_hf:
+        path = export_hf(args.src, args.dst, cli.progress)
+    else:
+        path = convert(args.src, args.dst, args.format, cli.progress)
+    total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    print(f"{path}: {total / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,258 @@
+"""Opening a converted checkpoint, and the host's copy of its routed experts.
+
+`ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts are
+read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
+read-only, since kernels and transfers hold them while others read.
+
+Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+from hybrimoe_jax.models.checkpoint import dense_shapes, read_json
+from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
+from hybrimoe_jax.models.pieces import DTYPES, EXPERTS, LAYOUT, VERSION, digest
+from hybrimoe_jax.models.registry import parse_config
+
+from hybrimoe_jax.errors import UserError
+
+
+class ExpertStore:
+    """The routed experts of one model in host memory, by MoE-layer ordinal (0 .. L-1) and expert (0 .. E-1).
+
+    Args:
+      read: gives an expert's packed weights [3, F*D] (gate, up, down) or an ExpertWeights.
+      shape: (L, E, F, D).
+      dtype: what the arrays handed out hold; the source's own type, or float32.
+      keep: False hands out a fresh read each time (for a walk over a model larger than memory).
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], np.ndarray | ExpertWeights],
+        shape: tuple[int, int, int, int],
+        dtype: np.dtype,
+        keep: bool = True,
+    ):
+        self.num_layers, self.num_experts, self.hidden, self.width = shape
+        self.dtype, self._read, self._keep = np.dtype(dtype), read, keep
+        self._cells: list[list[ExpertWeights | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
+        self._locks = [threading.Lock() for _ in range(16)]
+
+    @classmethod
+    def from_arrays(cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None) -> ExpertStore:
+        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied on first use."""
+        layers = [(np.asarray(g), np.asarray(d)) for g, d in layers]
+        if not layers:
+            raise UserError("ExpertStore: no MoE layers were given")
+        count, width, hidden = layers[0][1].shape
+        stored = layers[0][1].dtype
+        for i, (gate_up, down) in enumerate(layers):
+            fits = gate_up.shape == (count, 2 * hidden, width) and down.shape == (count, width, hidden)
+            if not fits or gate_up.dtype != stored or down.dtype != stored:
+                raise UserError(
+                    f"ExpertStore: layer {i} has gate_up {gate_up.shape} {gate_up.dtype} and down {down.shape} {down.dtype}; "
+                    f"{(count, 2 * hidden, width)} and {(count, width, hidden)} of {stored} are needed"
+                )
+
+        def read(ordinal: int, expert: int) -> ExpertWeights:
+            gate_up, down = layers[ordinal]
+            return ExpertWeights(gate_up[expert], down[expert])
+
+        return cls(read, (len(layers), count, hidden, width), held_dtype(stored, dtype))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert as handed out."""
+        return 3 * self.hidden * self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts as handed out, whether read yet or not."""
+        return self.num_layers * self.num_experts * self.expert_bytes
+
+    @property
+    def loaded(self) -> int:
+        """How many experts have been read."""
+        return sum(cell is not None for layer in self._cells for cell in layer)
+
+    def get(self, ordinal: int, expert: int) -> ExpertWeights:
+        """One expert's weights, read now if they were not; safe from any thread, read once.
+
+        Raises UserError where the checkpoint's files are damaged, IndexError for an ordinal or expert that does not exist.
+        """
+        if not (0 <= ordinal < self.num_layers and 0 <= expert < self.num_experts):
+            raise IndexError(
+                f"expert {expert} of MoE layer {ordinal}: the model has {self.num_layers} x {self.num_experts}"
+            )
+        cell = self._cells[ordinal][expert]
+        if cell is not None:
+            return cell
+        if not self._keep:
+            return self._load(ordinal, expert)
+        with self._locks[(ordinal * self.num_experts + expert) % len(self._locks)]:
+            if self._cells[ordinal][expert] is None:
+                self._cells[ordinal][expert] = self._load(ordinal, expert)
+            return self._cells[ordinal][expert]
+
+    def _load(self, ordinal: int, expert: int) -> ExpertWeights:
+        source = self._read(ordinal, expert)
+        if not isinstance(source, ExpertWeights):
+            gate_up = source[:2].reshape(2 * self.hidden, self.width)
+            source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
+        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype) for matrix in source))
+        for matrix in weights:
+            matrix.flags.writeable = False
+        return weights
+
+    def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
+        """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk."""
+        every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
+        for ordinal, expert in every if progress is None else progress(every, len(every), "loading experts"):
+            self.get(ordinal, expert)
+
+
+def held_dtype(stored: np.dtype, wanted) -> np.dtype:
+    """The type to hand out: the stored one, or float32 (exact); raises UserError for a conversion that would round."""
+    wanted = np.dtype(stored if wanted is None else wanted)
+    if wanted not in (stored, np.dtype(np.float32)):
+        raise UserError(
+            f"experts are stored as {np.dtype(stored)}; {wanted} would round them (convert with --format bf16)"
+        )
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A converted checkpoint folder: everything but the weights is read when it is opened."""
+
+    path: Path
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    generation_config: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def pieces(self) -> dict[str, dict[str, Any]]:
+        """The manifest's records by piece name."""
+        return {piece["name"]: piece for piece in self.manifest["pieces"]}
+
+    def tokenizer(self):
+        """The checkpoint's `text.Tokenizer`, or None where it came without one."""
+        from hybrimoe_jax.text import Tokenizer
+
+        known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        return Tokenizer(self.path) if any((self.path / name).is_file() for name in known) else None
+
+    def dense(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, np.ndarray]:
+        """Every tensor outside the routed experts (or just `names`) by checkpoint name, in the stored type.
+
+        Raises UserError where a file is damaged and, with `verify`, where a tensor's hash differs from the manifest's.
+        """
+        wanted = None if names is None else set(names)
+        out = {}
+        for name, piece in self.pieces.items():
+            chosen = [n for n in piece["dense"] if wanted is None or n in wanted]
+            out |= read_leaves(self.path / "pieces" / name, chosen)
+            for tensor in chosen if verify else ():
+                if digest(out[tensor]) != piece["dense"][tensor]["hash"]:
+                    raise UserError(
+                        f"{self.path}: tensor {tensor} is corrupted (its hash differs); convert the original again"
+                    )
+        return out
+
+    def experts(self, dtype=None, lazy: bool = True, verify: bool = False, keep: bool = True) -> ExpertStore:
+        """The routed experts.
+
+        Args:
+          dtype: float32 widens bfloat16 exactly; None keeps the stored type.
+          lazy: read each expert on first use; False reads all now.
+          verify: hash each expert when it is read; a difference raises UserError naming layer and expert.
+        """
+        records = [piece for piece in self.manifest["pieces"] if piece["experts"]]
+        if not records:
+            raise UserError(f"{self.path}: the model has no mixture-of-experts layer")
+        stored = {DTYPES[piece["experts"]["dtype"]] for piece in records}
+        held = held_dtype(stored.pop(), dtype)
+        opened: list[Any] = [None] * len(records)
+        opening = threading.Lock()
+
+        def read(ordinal: int, expert: int) -> np.ndarray:
+            record = records[ordinal]
+            folder = self.path / "pieces" / record["name"]
+            with opening:
+                if opened[ordinal] is None:
+                    opened[ordinal] = open_leaf(folder, EXPERTS)
+            packed = read_rows(opened[ordinal], expert, folder, EXPERTS)
+            if verify and digest(packed) != record["experts"]["hashes"][expert]:
+                raise UserError(
+                    f"{self.path}: expert {expert} of layer {record['layer']} is corrupted (its hash differs from the "
+                    "manifest's); convert the original again"
+                )
+            return packed
+
+        shape = (len(records), self.config.num_experts, self.config.moe_width, self.config.hidden_size)
+        store = ExpertStore(read, shape, held, keep)
+        if not lazy:
+            store.load_all()
+        return store
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a folder made by `python -m hybrimoe_jax.convert`; raises UserError for a wrong, incomplete or foreign one."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a converted checkpoint")
+    if not (path / "manifest.json").is_file():
+        if any(path.glob("*.safetensors")) or (path / "config.json").is_file():
+            raise UserError(f"{path}: not converted yet; run: python -m hybrimoe_jax.convert {path} DST")
+        raise UserError(f"{path}: no manifest.json; give a folder made by python -m hybrimoe_jax.convert")
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT:
+        raise UserError(f"{path / 'manifest.json'}: not the manifest of a checkpoint made by hybrimoe_jax.convert")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {VERSION}; convert the original again"
+        )
+    raw = read_json(path / "config.json")
+    if digest(json.dumps(raw, indent=2, sort_keys=True).encode()) != manifest.get("config"):
+        raise UserError(
+            f"{path / 'config.json'}: changed since the conversion; restore it or convert the original again"
+        )
+    config = parse_config(raw)
+    check_pieces(path, config, manifest)
+    generation = path / "generation_config.json"
+    defaults = read_json(generation) if generation.is_file() else {}
+    if not isinstance(defaults, dict):
+        raise UserError(f"{generation}: not a JSON object")
+    return Checkpoint(path, config, raw, defaults, manifest)
+
+
+def check_pieces(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> None:
+    """Raises UserError where the manifest does not describe this configuration's model or a piece's folder is missing."""
+    try:
+        pieces = manifest["pieces"]
+        layers = tuple(piece["layer"] for piece in pieces if piece["experts"])
+        shapes = {name: tuple(entry["shape"]) for piece in pieces for name, entry in piece["dense"].items()}
+        stacks = {(*piece["experts"]["shape"], len(piece["experts"]["hashes"])) for piece in pieces if piece["experts"]}
+        names = [piece["name"] for piece in pieces]
+    except (KeyError, TypeError):
+        raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
+    expected = (config.num_experts, 3, config.moe_width * config.hidden_size, config.num_experts)
+    if layers != config.moe_layers or stacks - {expected} or shapes != dense_shapes(config):
+        raise UserError(
+            f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"
+        )
+    absent = [name for name in names if not (path / "pieces" / name / "state").is_dir()]
+    if absent:
+        raise UserError(f"{path}: incomplete, {', '.join(absent)} missing under pieces; convert the original again")

@@ -1,0 +1,349 @@
+"""A Hugging Face model folder as this project sees it: dense tensors under their own names, routed experts by layer.
+
+Weights come in *pieces*: `outer` (token table, final norm, head) and one for each decoder layer, so that a converter or
+an exporter holds one piece at a time. What a checkpoint must contain is read off the abstract model, so a model file is the only
+place that names weights; whatever is missing, extra or of another shape is collected and reported together.
+
+Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D], up [F, D], down [D, F].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.registry import build_model, family_of, parse_config
+from hybrimoe_jax.models.safetensors_file import BF16, FileTensor, read_header
+
+from hybrimoe_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+HARMLESS = (re.compile(r"rotary_emb\.inv_freq$"),)  # buffers that older checkpoints saved; recomputed from the config
+NAMED = 20  # how many names of a kind an error message lists
+
+
+class Tensor(Protocol):
+    """An array that may still lie in a file."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor already in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.array[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedExperts:
+    """A layer's routed experts as two fused tensors: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return self.gate_up.dtype, self.down.dtype
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> gate [F, D], up [F, D], down [D, F]."""
+        gate_up = self.gate_up.read(expert, expert + 1)[0]
+        half = gate_up.shape[0] // 2
+        return gate_up[:half], gate_up[half:], self.down.read(expert, expert + 1)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedExperts:
+    """A layer's routed experts as three tensors each: `matrices[e]` is (gate [F, D], up [F, D], down [D, F])."""
+
+    matrices: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return tuple(t.dtype for triple in self.matrices for t in triple)
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gate, up, down = self.matrices[expert]
+        return gate.read(), up.read(), down.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
+
+    name: str
+    layer: int | None
+    dense: dict[str, Tensor]
+    experts: StackedExperts | ListedExperts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time)."""
+
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    pieces: tuple[Piece, ...]
+    folder: Path | None = None
+    files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def expert_dtype(self) -> np.dtype:
+        """bfloat16 where every routed expert is stored so, else float32 (exact for float16 too)."""
+        dtypes = {d for piece in self.pieces if piece.experts for d in piece.experts.dtypes}
+        return BF16 if dtypes == {BF16} else np.dtype(np.float32)
+
+
+def piece_name(layer: int | None) -> str:
+    return "outer" if layer is None else f"layer_{layer:05d}"
+
+
+def layer_of(name: str) -> int | None:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor outside the routed experts, in the model's order."""
+    return {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
+
+
+def expert_prefix(config: ModelConfig, layer: int) -> str:
+    return f"model.layers.{layer}.{family_of(config.model_type).block}.experts."
+
+
+def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
+    """The checkpoint's names of an expert's gate, up and down matrices."""
+    family = family_of(config.model_type)
+    base = f"{expert_prefix(config, layer)}{expert}."
+    return tuple(f"{base}{part}.weight" for part in (family.gate, family.up, family.down))
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; raises UserError naming it where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
+
+
+def open_hf(folder: str | Path) -> Weights:
+    """Opens a folder saved by `save_pretrained` or downloaded from a hub; reads headers only.
+
+    Raises UserError for a wrong folder, pickled weights, a truncated file, an unsupported model, and for tensors that are missing,
+    extra or of a shape other than the configuration's (all of them named in one message).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file; give the folder that holds config.json" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {what}")
+    if not (folder / "config.json").is_file():
+        if (folder / "manifest.json").is_file():
+            raise UserError(
+                f"{folder}: config.json is missing from this converted checkpoint; convert the original again"
+            )
+        raise UserError(f"{folder}: no config.json; give a folder saved by transformers' save_pretrained")
+    if (folder / "manifest.json").is_file() and (folder / "pieces").is_dir():
+        raise UserError(f"{folder}: already a converted checkpoint; give the Hugging Face folder it came from")
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise UserError(f"{folder / 'config.json'}: not a JSON object")
+    config = parse_config(raw)
+    tensors, paths = read_tensors(folder)
+    pieces = match_names(config, tensors, folder)
+    return Weights(config, raw, pieces, folder, {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths})
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
+    """Every tensor that the folder's index (or its single file) names, and the files read."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+            raise UserError(f"{folder / INDEX}: no weight_map; download or save it again")
+        names = sorted(set(where.values()))
+        outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        if outside:
+            raise UserError(f"{folder / INDEX}: names {listed(outside)}; shards must be .safetensors files beside it")
+        absent = [n for n in names if not (folder / n).is_file()]
+        if absent:
+            raise UserError(
+                f"{folder}: {len(absent)} of {len(names)} shards are missing: {listed(absent)}; download them"
+            )
+        paths = [folder / n for n in names]
+        stored = {p.name: read_header(p) for p in paths}
+        lost = [name for name, file in where.items() if name not in stored[file]]
+        if lost:
+            raise UserError(
+                f"{folder / INDEX}: places {listed(lost)} in shards that do not hold them; download it again"
+            )
+        return {name: stored[file][name] for name, file in where.items()}, paths
+    if (folder / SINGLE).is_file():
+        return dict(read_header(folder / SINGLE)), [folder / SINGLE]
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        raise UserError(
+            f"{folder}: weights are pickles ({listed(pickles)}), which can run code when read; "
+            "load them with transformers and save_pretrained to get safetensors"
+        )
+    others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".gguf")]
+    hint = f" (found {listed(others)})" if others else ""
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+
+
+def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Piece, ...]:
+    """Sorts tensors into pieces; raises one UserError listing every missing, extra and misshapen name."""
+    left = dict(tensors)
+    refuse_extra_layers(config, left, where)
+    missing: list[str] = []
+    misshapen: list[str] = []
+
+    def take(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        tensor = left.pop(name, None)
+        if tensor is None:
+            missing.append(name)
+        elif tuple(tensor.shape) != shape:
+            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+        return tensor
+
+    wanted: dict[int | None, dict[str, tuple[int, ...]]] = {None: {}}
+    wanted |= {i: {} for i in range(config.num_hidden_layers)}
+    for name, shape in dense_shapes(config).items():
+        wanted[layer_of(name)][name] = shape
+    pieces = []
+    for layer, names in wanted.items():
+        dense = {name: take(name, shape) for name, shape in names.items()}
+        experts = take_experts(config, layer, left, take) if layer in config.moe_layers else None
+        pieces.append(Piece(piece_name(layer), layer, dense, experts))
+    extra = [name for name in left if not any(p.search(name) for p in HARMLESS)]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        if not same(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
+            raise UserError(f"{where}: tie_word_embeddings is true but lm_head.weight differs from the token table")
+        extra.remove("lm_head.weight")
+    problems = [
+        f"{len(names)} {kind}: {listed(names)}"
+        for kind, names in (("missing", missing), ("of another shape", misshapen), ("unexpected", extra))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems)}")
+    for piece in pieces:
+        for tensor in piece.dense.values():
+            _ = tensor.dtype  # refuses what is not a float, by name
+        _ = piece.experts and piece.experts.dtypes
+    return tuple(pieces)
+
+
+def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> StackedExperts | ListedExperts:
+    """Removes a layer's routed experts from `left`: fused tensors where the checkpoint has them, else one by one."""
+    width, hidden, prefix = config.hidden_size, config.moe_width, expert_prefix(config, layer)
+    if f"{prefix}gate_up_proj" in left:
+        gate_up = take(f"{prefix}gate_up_proj", (config.num_experts, 2 * hidden, width))
+        return StackedExperts(gate_up, take(f"{prefix}down_proj", (config.num_experts, width, hidden)))
+    shapes = ((hidden, width), (hidden, width), (width, hidden))
+    return ListedExperts(
+        tuple(
+            tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes))
+            for e in range(config.num_experts)
+        )
+    )
+
+
+def refuse_extra_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:
+    beyond = sorted({n for n in map(layer_of, names) if n is not None and n >= config.num_hidden_layers})
+    if beyond or any(".mtp." in f".{name}" for name in names):
+        what = f"layer {beyond[0]} beyond num_hidden_layers {config.num_hidden_layers}" if beyond else "mtp tensors"
+        raise UserError(
+            f"{where}: {what}: multi-token-prediction layers are not supported; remove them and convert again"
+        )
+
+
+def same(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two tensors are equal, compared in row blocks."""
+    if b is None or tuple(a.shape) != tuple(b.shape):
+        return False
+    step = row_block(a.shape, a.dtype)
+    return all(
+        np.array_equal(a.read(i, min(i + step, a.shape[0])), b.read(i, min(i + step, a.shape[0])))
+        for i in range(0, a.shape[0], step)
+    )
+
+
+def row_block(shape: tuple[int, ...], dtype: np.dtype, limit: int = 16 << 20) -> int:
+    """How many rows of the first axis fit in `limit` bytes, at least one."""
+    row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
+    return max(1, min(shape[0], limit // max(row, 1)))
+
+
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def from_arrays(
+    raw_config: Mapping[str, Any],
+    dense: Mapping[str, np.ndarray],
+    experts: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Weights:
+    """A model in memory as `Weights`.
+
+    Args:
+      raw_config: the `config.json` mapping.
+      dense: every tensor outside the routed experts under its checkpoint name.
+      experts: per MoE layer, in order, gate_up [E, 2F, D] (gate rows first) and down [E, D, F].
+
+    Raises UserError listing missing, extra and misshapen tensors.
+    """
+    config = parse_config(raw_config)
+    tensors: dict[str, Tensor] = {name: ArrayTensor(np.asarray(array)) for name, array in dense.items()}
+    for layer, (gate_up, down) in zip(config.moe_layers, experts, strict=True):
+        tensors[f"{expert_prefix(config, layer)}gate_up_proj"] = ArrayTensor(np.asarray(gate_up))
+        tensors[f"{expert_prefix(config, layer)}down_proj"] = ArrayTensor(np.asarray(down))
+    return Weights(config, dict(raw_config), match_names(config, tensors, "the model in memory"))

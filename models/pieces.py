@@ -1,0 +1,127 @@
+"""How one piece of a converted checkpoint lies on disk: an Orbax item, and a record of what it holds with its hashes.
+
+The item has a leaf for each dense tensor under its checkpoint name and, in an MoE layer, one leaf `experts` [E, 3, F*D]:
+row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major. Rows 0 and 1 together are the host kernels'
+`gate_up` [2F, D], so an expert is one contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16
+bytes long: one for each dense tensor and one for each expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hybrimoe_jax.models.checkpoint import Piece, Tensor, row_block
+from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
+from hybrimoe_jax.models.safetensors_file import BF16
+
+from hybrimoe_jax.errors import UserError
+
+LAYOUT, VERSION = "hybrimoe-jax checkpoint", 1  # raise VERSION when the meaning of the files changes
+EXPERTS = "experts"
+F32 = np.dtype(np.float32)
+FORMATS = {"f32": F32, "bf16": BF16}
+DTYPES = {"float32": F32, "bfloat16": BF16}
+
+
+def digest(data: np.ndarray | bytes) -> str:
+    """Hexadecimal BLAKE2b (16 bytes) of an array's bytes."""
+    return hashlib.blake2b(as_bytes(data), digest_size=16).hexdigest()
+
+
+def as_bytes(data: np.ndarray | bytes):
+    if isinstance(data, np.ndarray):
+        return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return data
+
+
+def stored_dtype(dtype: np.dtype, fmt: str | None) -> np.dtype:
+    """What a tensor becomes: `fmt` where given, else its own type (float16 widens to float32, exactly)."""
+    if fmt is not None:
+        return FORMATS[fmt]
+    return BF16 if dtype == BF16 else F32
+
+
+class HashedLeaf:
+    """Reads a tensor's rows once and in order, converting and hashing on the way."""
+
+    def __init__(self, tensor: Tensor, dtype: np.dtype):
+        self.tensor, self.dtype, self.hash = tensor, dtype, hashlib.blake2b(digest_size=16)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        block = np.ascontiguousarray(self.tensor.read(start, stop), self.dtype)
+        self.hash.update(as_bytes(block))
+        return block
+
+    def leaf(self) -> Leaf:
+        shape = tuple(self.tensor.shape)
+        return Leaf(shape, row_block(shape, self.dtype), self.read)
+
+
+class PackedExperts:
+    """Reads a layer's experts one by one as [1, 3, F*D], hashing each."""
+
+    def __init__(self, experts, shape: tuple[int, ...], dtype: np.dtype):
+        self.experts, self.shape, self.dtype, self.hashes = experts, shape, dtype, []
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for row, expert in zip(out, range(start, stop), strict=True):
+            for part, matrix in zip(row, self.experts.read(expert), strict=True):
+                part[:] = matrix.reshape(-1)
+            self.hashes.append(digest(row))
+        return out
+
+
+def write_piece(
+    folder: Path, piece: Piece, fmt: str | None, expert_dtype: np.dtype, expert_size: int
+) -> dict[str, Any]:
+    """Writes `folder` (anything there is replaced) and returns the piece's record; memory is a few row blocks.
+
+    `expert_size` is F*D, the elements of one matrix of one expert.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    dense = {name: HashedLeaf(t, stored_dtype(t.dtype, fmt)) for name, t in piece.dense.items()}
+    leaves = {name: leaf.leaf() for name, leaf in dense.items()}
+    packed = None
+    if piece.experts is not None:
+        packed = PackedExperts(piece.experts, (piece.experts.count, 3, expert_size), expert_dtype)
+        leaves[EXPERTS] = Leaf(packed.shape, 1, packed.read)
+    save_item(folder, leaves)
+    return {
+        "name": piece.name,
+        "layer": piece.layer,
+        "dense": {
+            name: {"shape": list(leaf.tensor.shape), "dtype": leaf.dtype.name, "hash": leaf.hash.hexdigest()}
+            for name, leaf in dense.items()
+        },
+        "experts": packed and {"shape": list(packed.shape), "dtype": packed.dtype.name, "hashes": packed.hashes},
+    }
+
+
+def piece_is_whole(folder: Path, record: dict[str, Any]) -> bool:
+    """Reads a written piece back, a block at a time, and compares every hash with its record."""
+    try:
+        for name, entry in record["dense"].items():
+            store, hasher = open_leaf(folder, name), hashlib.blake2b(digest_size=16)
+            shape = tuple(entry["shape"])
+            if tuple(store.shape) != shape:
+                return False
+            step = row_block(shape, DTYPES[entry["dtype"]])
+            for start in range(0, shape[0], step):
+                hasher.update(as_bytes(read_rows(store[start : min(start + step, shape[0])], None, folder, name)))
+            if hasher.hexdigest() != entry["hash"]:
+                return False
+        experts = record["experts"]
+        if experts is None:
+            return True
+        store = open_leaf(folder, EXPERTS)
+        return list(store.shape) == experts["shape"] and all(
+            digest(read_rows(store, e, folder, EXPERTS)) == known for e, known in enumerate(experts["hashes"])
+        )
+    except (UserError, KeyError, TypeError, AttributeError):
+        return False

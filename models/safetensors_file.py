@@ -1,0 +1,163 @@
+"""The safetensors format, read and written in bounded pieces.
+
+A file is eight bytes (header length, little-endian), a JSON header naming each tensor's dtype, shape and byte range, then
+the bytes. Reading ranges with `pread` instead of mapping the file keeps the process's memory at what was asked for (mapped
+pages count as resident, so converting a large shard would look as large as the shard), and lets a truncated file be
+refused before anything is read. Source: the format description of the `safetensors` project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+READABLE = {"F32": np.dtype(np.float32), "BF16": BF16, "F16": np.dtype(np.float16)}
+WRITABLE = {dtype: name for name, dtype in READABLE.items()}
+BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F32": 32, "BF16": 16, "F16": 16}
+MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """One tensor lying in a file: rows are read on demand, nothing is kept."""
+
+    path: Path
+    name: str
+    kind: str  # the format's dtype name, such as "BF16"
+    shape: tuple[int, ...]
+    offset: int  # of the first byte in the file
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Raises UserError where the stored type is not a float this project computes with."""
+        if self.kind not in READABLE:
+            raise UserError(
+                f"{self.path}: tensor {self.name} is stored as {self.kind}; only {', '.join(READABLE)} are supported "
+                "(a quantised checkpoint must be expanded first)"
+            )
+        return READABLE[self.kind]
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of the first axis (everything by default; a scalar is one row) as a fresh array."""
+        rows = self.shape[0] if self.shape else 1
+        stop = rows if stop is None else stop
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        out = np.empty(shape, self.dtype)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + start * row_bytes)
+            got = file.readinto(memoryview(out.reshape(-1).view(np.uint8))) if out.nbytes else 0
+        if got != out.nbytes:
+            raise UserError(f"{self.path}: the file ended while {self.name} was read; download it again")
+        return out
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file by name; raises UserError where the file is truncated or not safetensors."""
+
+    def refuse(why: str):
+        return UserError(f"{path}: {why}; the file is truncated or corrupt, download or save it again")
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise refuse(f"{size} bytes is too short for a safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER or 8 + length > size:
+            raise refuse(f"its header claims {length} bytes but the file has {size}")
+        try:
+            header = json.loads(file.read(length).decode())
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise refuse("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        try:
+            kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            begin, stop = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise refuse(f"its entry for {name} is incomplete") from None
+        bits = BITS.get(kind)
+        bad_length = bits is not None and (stop - begin) * 8 != bits * math.prod(shape)
+        if begin < 0 or stop < begin or any(n < 0 for n in shape) or bad_length:
+            raise refuse(f"its entry for {name} (dtype {kind}, shape {list(shape)}) does not match its byte range")
+        tensors[name] = FileTensor(path, name, kind, shape, 8 + length + begin)
+        end = max(end, stop)
+    if 8 + length + end != size:
+        raise refuse(f"it should have {8 + length + end} bytes but has {size}")
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written: its bytes are asked for once, in order, as C-contiguous arrays."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
+    """Writes one file beside its destination and renames it; memory is one block."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for t in tensors:
+        kind = WRITABLE[np.dtype(t.dtype)]
+        header[t.name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors:
+            written = 0
+            for block in t.blocks():
+                data = np.ascontiguousarray(block, t.dtype).reshape(-1).view(np.uint8)
+                file.write(memoryview(data))
+                written += data.nbytes
+            if written != t.nbytes:
+                raise ValueError(f"{t.name}: {written} bytes given, {t.nbytes} announced")
+    os.replace(temporary, path)
+
+
+def write_folder(folder: Path, tensors: Iterable[Outgoing], max_file_bytes: int = 5 * 10**9) -> None:
+    """Writes `model.safetensors`, or numbered shards with an index where the tensors need more than `max_file_bytes`."""
+    groups: list[list[Outgoing]] = [[]]
+    size = total = 0
+    for t in tensors:
+        if groups[-1] and size + t.nbytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(t)
+        size += t.nbytes
+        total += t.nbytes
+    if len(groups) == 1:
+        write_file(folder / "model.safetensors", groups[0])
+        return
+    where = {}
+    for i, group in enumerate(groups, 1):
+        name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        write_file(folder / name, group)
+        where |= {t.name: name for t in group}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
