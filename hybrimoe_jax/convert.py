@@ -1,7 +1,7 @@
 """`python -m hybrimoe_jax.convert SRC DST`: a Hugging Face folder becomes a checkpoint that this project reads expert by expert.
 
 The work is done in `DST.partial` and renamed at the end, so `DST` is complete or absent. Each piece (see
-`models/checkpoint.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
+`models/weights.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
 the last piece whose stored bytes still match their record. Memory stays a few row blocks above the process's base.
 With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
 """
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hybrimoe_jax.models.checkpoint import TEXT_FILES, Weights, expert_names, from_arrays, open_hf
-from hybrimoe_jax.models.pieces import DTYPES, LAYOUT, VERSION, digest, piece_is_whole, stored_dtype, write_piece
-from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.checkpoint import TEXT_FILES, expert_names, from_arrays, open_hf
+from hybrimoe_jax.models.pieces import DTYPES, LAYOUT, VERSION, digest, piece_is_whole, stored_dtype, write_piece
+from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
+from hybrimoe_jax.models.weights import Weights
 from hybrimoe_jax.runtime.store import Checkpoint, open_checkpoint
 
 Progress = Callable[[Iterable, int, str], Iterable]

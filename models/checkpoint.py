@@ -1,7 +1,6 @@
 """A Hugging Face model folder as this project sees it: dense tensors under their own names, routed experts by layer.
 
-Weights come in *pieces*: `outer` (token table, final norm, head) and one for each decoder layer, so that a converter or
-an exporter holds one piece at a time. What a checkpoint must contain is read off the abstract model, so a model file is the only
+What a checkpoint must contain is read off the abstract model, so a model file is the only
 place that names weights; whatever is missing, extra or of another shape is collected and reported together.
 
 Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D], up [F, D], down [D, F].
@@ -9,20 +8,20 @@ Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D]
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
-from hybrimoe_jax.models.safetensors_file import BF16, FileTensor, read_header
-
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.safetensors_file import FileTensor, read_header
+from hybrimoe_jax.models.weights import ArrayTensor, ListedExperts, Piece, StackedExperts, Tensor, Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,103 +40,6 @@ HARMLESS = (re.compile(r"rotary_emb\.inv_freq$"),)  # buffers that older checkpo
 NAMED = 20  # how many names of a kind an error message lists
 
 
-class Tensor(Protocol):
-    """An array that may still lie in a file."""
-
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayTensor:
-    """A tensor already in memory."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self.array[start:stop]
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedExperts:
-    """A layer's routed experts as two fused tensors: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
-
-    gate_up: Tensor
-    down: Tensor
-
-    @property
-    def count(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def dtypes(self) -> tuple[np.dtype, ...]:
-        return self.gate_up.dtype, self.down.dtype
-
-    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """-> gate [F, D], up [F, D], down [D, F]."""
-        gate_up = self.gate_up.read(expert, expert + 1)[0]
-        half = gate_up.shape[0] // 2
-        return gate_up[:half], gate_up[half:], self.down.read(expert, expert + 1)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class ListedExperts:
-    """A layer's routed experts as three tensors each: `matrices[e]` is (gate [F, D], up [F, D], down [D, F])."""
-
-    matrices: tuple[tuple[Tensor, Tensor, Tensor], ...]
-
-    @property
-    def count(self) -> int:
-        return len(self.matrices)
-
-    @property
-    def dtypes(self) -> tuple[np.dtype, ...]:
-        return tuple(t.dtype for triple in self.matrices for t in triple)
-
-    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        gate, up, down = self.matrices[expert]
-        return gate.read(), up.read(), down.read()
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
-
-    name: str
-    layer: int | None
-    dense: dict[str, Tensor]
-    experts: StackedExperts | ListedExperts | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time)."""
-
-    config: ModelConfig
-    raw_config: dict[str, Any]
-    pieces: tuple[Piece, ...]
-    folder: Path | None = None
-    files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def expert_dtype(self) -> np.dtype:
-        """bfloat16 where every routed expert is stored so, else float32 (exact for float16 too)."""
-        dtypes = {d for piece in self.pieces if piece.experts for d in piece.experts.dtypes}
-        return BF16 if dtypes == {BF16} else np.dtype(np.float32)
-
-
 def piece_name(layer: int | None) -> str:
     return "outer" if layer is None else f"layer_{layer:05d}"
 
@@ -152,15 +54,9 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
 
 
-def expert_prefix(config: ModelConfig, layer: int) -> str:
-    return f"model.layers.{layer}.{family_of(config.model_type).block}.experts."
-
-
 def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """The checkpoint's names of an expert's gate, up and down matrices."""
-    family = family_of(config.model_type)
-    base = f"{expert_prefix(config, layer)}{expert}."
-    return tuple(f"{base}{part}.weight" for part in (family.gate, family.up, family.down))
+    return family_of(config.model_type).expert_names(layer, expert)
 
 
 def read_json(path: Path) -> Any:
@@ -239,6 +135,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
 
 def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Piece, ...]:
     """Sorts tensors into pieces; raises one UserError listing every missing, extra and misshapen name."""
+    family = family_of(config.model_type)
+    tensors = {family.canonical(name): tensor for name, tensor in tensors.items()}
     left = dict(tensors)
     refuse_extra_layers(config, left, where)
     missing: list[str] = []
@@ -282,15 +180,15 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
 
 def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> StackedExperts | ListedExperts:
     """Removes a layer's routed experts from `left`: fused tensors where the checkpoint has them, else one by one."""
-    width, hidden, prefix = config.hidden_size, config.moe_width, expert_prefix(config, layer)
-    if f"{prefix}gate_up_proj" in left:
-        gate_up = take(f"{prefix}gate_up_proj", (config.num_experts, 2 * hidden, width))
-        return StackedExperts(gate_up, take(f"{prefix}down_proj", (config.num_experts, width, hidden)))
+    width, hidden, count = config.hidden_size, config.moe_width, config.num_experts
+    gate_up, down = family_of(config.model_type).fused_names(layer)
+    if gate_up in left:
+        return StackedExperts(take(gate_up, (count, 2 * hidden, width)), take(down, (count, width, hidden)))
     shapes = ((hidden, width), (hidden, width), (width, hidden))
     return ListedExperts(
         tuple(
             tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes))
-            for e in range(config.num_experts)
+            for e in range(count)
         )
     )
 
@@ -343,7 +241,7 @@ def from_arrays(
     """
     config = parse_config(raw_config)
     tensors: dict[str, Tensor] = {name: ArrayTensor(np.asarray(array)) for name, array in dense.items()}
-    for layer, (gate_up, down) in zip(config.moe_layers, experts, strict=True):
-        tensors[f"{expert_prefix(config, layer)}gate_up_proj"] = ArrayTensor(np.asarray(gate_up))
-        tensors[f"{expert_prefix(config, layer)}down_proj"] = ArrayTensor(np.asarray(down))
+    for layer, stacks in zip(config.moe_layers, experts, strict=True):
+        names = family_of(config.model_type).fused_names(layer)
+        tensors |= {name: ArrayTensor(np.asarray(array)) for name, array in zip(names, stacks, strict=True)}
     return Weights(config, dict(raw_config), match_names(config, tensors, "the model in memory"))

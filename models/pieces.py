@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hybrimoe_jax.models.checkpoint import Piece, Tensor, row_block
-from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
-from hybrimoe_jax.models.safetensors_file import BF16
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.checkpoint import row_block
+from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
+from hybrimoe_jax.models.safetensors_file import BF16
+from hybrimoe_jax.models.weights import Piece, Tensor
 
 LAYOUT, VERSION = "hybrimoe-jax checkpoint", 1  # raise VERSION when the meaning of the files changes
 EXPERTS = "experts"

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
 from hybrimoe_jax.models.checkpoint import dense_shapes, read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
 from hybrimoe_jax.models.pieces import DTYPES, EXPERTS, LAYOUT, VERSION, digest
 from hybrimoe_jax.models.registry import parse_config
-
-from hybrimoe_jax.errors import UserError
 
 
 class ExpertStore:

@@ -1,0 +1,115 @@
+"""A model's weights wherever they lie, in a file or in memory, read a few rows at a time.
+
+Weights come in *pieces*: `outer` (token table, final norm, head) and one for each decoder layer, so that whoever walks over
+a model holds one piece at a time.
+
+Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D], up [F, D], down [D, F].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.safetensors_file import BF16
+
+
+class Tensor(Protocol):
+    """An array that may still lie in a file."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor already in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.array[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedExperts:
+    """A layer's routed experts as two fused tensors: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return self.gate_up.dtype, self.down.dtype
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> gate [F, D], up [F, D], down [D, F]."""
+        gate_up = self.gate_up.read(expert, expert + 1)[0]
+        half = gate_up.shape[0] // 2
+        return gate_up[:half], gate_up[half:], self.down.read(expert, expert + 1)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedExperts:
+    """A layer's routed experts as three tensors each: `matrices[e]` is (gate [F, D], up [F, D], down [D, F])."""
+
+    matrices: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return tuple(t.dtype for triple in self.matrices for t in triple)
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gate, up, down = self.matrices[expert]
+        return gate.read(), up.read(), down.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
+
+    name: str
+    layer: int | None
+    dense: dict[str, Tensor]
+    experts: StackedExperts | ListedExperts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time)."""
+
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    pieces: tuple[Piece, ...]
+    folder: Path | None = None
+    files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def expert_dtype(self) -> np.dtype:
+        """bfloat16 where every routed expert is stored so, else float32 (exact for float16 too)."""
+        dtypes = {d for piece in self.pieces if piece.experts for d in piece.experts.dtypes}
+        return BF16 if dtypes == {BF16} else np.dtype(np.float32)
