@@ -6,23 +6,36 @@
 
 from __future__ import annotations
 
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
-
-from hybrimoe_jax.errors import UserError
 
 __all__ = ["KERNELS", "ExpertWeights", "HostKernel", "aligned_empty", "get_kernel", "run_experts"]
 
 KERNELS = ("auto", "reference", "onednn")
 
 
-def get_kernel(name: str, sample: ExpertWeights | None = None) -> HostKernel:
-    """The kernel called `name`: `reference`, `onednn`, or `auto`, which measures on `sample` (an expert of the model).
+def get_kernel(
+    name: str, sample: ExpertWeights | None = None, threads: int = 1, pack_limit: int | None = None
+) -> HostKernel:
+    """The kernel called `name`: `reference`, `onednn`, or `auto`, which measures on `sample`, an expert of the model.
 
+    `threads` is what one call may use where the library takes it per calling thread (oneDNN; NumPy's BLAS is limited for
+    the whole process with threadpoolctl, before this is called). `pack_limit` bounds oneDNN's packed copies, in bytes.
     Raises UserError for an unknown name, and for `onednn` where its library is not installed.
     """
     if name == "reference":
         from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
         return ReferenceKernel()
+    if name == "onednn":
+        from hybrimoe_jax.host_kernels.onednn import OneDnnKernel
+
+        return OneDnnKernel(threads, pack_limit)
+    if name == "auto":
+        from hybrimoe_jax.host_kernels.auto import AutoKernel
+
+        if sample is None:
+            raise UserError("host kernel 'auto' measures on one expert of the model: pass it as `sample`")
+        return AutoKernel(sample, threads, pack_limit)
     raise UserError(f"host kernel {name!r} is not known (known: {', '.join(KERNELS)})")

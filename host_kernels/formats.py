@@ -53,7 +53,7 @@ def aligned_empty(shape, dtype=F32) -> np.ndarray:
 
 
 def is_aligned(array: np.ndarray) -> bool:
-    return array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
+    return array.flags.c_contiguous and (array.size == 0 or array.ctypes.data % ALIGNMENT == 0)
 
 
 def aligned_copy(array: np.ndarray, dtype=None) -> np.ndarray:

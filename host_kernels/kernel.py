@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 
 
@@ -61,6 +62,10 @@ class HostKernel(abc.ABC):
     @abc.abstractmethod
     def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """x [n, D] float32 C-contiguous, n >= 1 -> [n, D] float32, written into `out` (C-contiguous, not x) where given."""
+
+    def pack(self, handle: Any) -> bool:
+        """Makes the copy of the weights that the kernel prefers now instead of when use has earned it; whether it has one."""
+        return False
 
     def warm(self, handle: Any, loads: Sequence[int]) -> None:
         """Builds ahead what the first calls at these loads would have built (a no-op where nothing is)."""

@@ -19,6 +19,7 @@ otherwise `W @ x.T`, which leaves gate and up as two contiguous halves.
 from __future__ import annotations
 
 import numpy as np
+
 from hybrimoe_jax.host_kernels.formats import BF16, ExpertWeights, check_expert, to_f32
 from hybrimoe_jax.host_kernels.kernel import HostKernel, Scratch
 

@@ -1,0 +1,183 @@
+"""The `auto` kernel: picks, per load, what ran fastest on this machine in a short measurement when the model was loaded.
+
+Three forms compete on copies of one of the model's experts: NumPy, oneDNN on the weights where they lie, and oneDNN on its
+packed copy. Each has loads where it wins (NumPy at load 1 on small experts, where calls cost more than the arithmetic). A
+form is measured as it will run: short bursts of calls, as a layer makes them, in turns so that a disturbance hits all
+alike, each form on its own copies in rotation so that none finds weights that another has just read into the cache.
+
+A packed copy costs time and memory, so an expert gets one when its own calls would have saved that time: both sides of this
+ski-rental rule are the measured figures. Until then, and past the memory limit, the best of the other two runs.
+
+Without the oneDNN wheel every choice is `reference`. BLAS threads are taken as they are: limit them first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
+from hybrimoe_jax.host_kernels.kernel import HostKernel
+from hybrimoe_jax.host_kernels.reference import ReferenceKernel
+
+LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
+REFERENCE, PLAIN, PACKED = "reference", "onednn", "onednn-packed"
+SAMPLE_BYTES = 64 << 20  # of copies, so that weights come from memory where the model's would
+SAMPLE_WIDTH, SAMPLE_HIDDEN = 2048, 1024  # larger experts are cropped: both are then bound by memory alike
+SECONDS_PER_LOAD = 0.06
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
+BURST, BURST_LOADS = 4, 8  # decode runs several experts one after another; at larger loads one call is long enough
+CLEAR_WIN = 0.95  # a packed copy must beat the best other form by 5 % to be worth its memory
+
+
+class AutoKernel(HostKernel):
+    """Args: `sample`, an expert of the model; `threads` and `pack_limit` as in OneDnnKernel; `loads` to measure at.
+
+    `measured[load][form]` are seconds, `choices["unpacked" | "packed"][load]` the form that runs an expert in that state.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self, sample: ExpertWeights, threads: int = 1, pack_limit: int | None = None, loads: Sequence[int] = LOADS
+    ):
+        check_expert(sample, "sample expert")
+        self._reference = ReferenceKernel()
+        self._onednn, self.pack_seconds, self.unavailable = None, 0.0, None
+        self.measured: dict[int, dict[str, float]] = {}
+        try:
+            from hybrimoe_jax.host_kernels import onednn
+
+            self._onednn = onednn.OneDnnKernel(threads, pack_limit, earns=self._earned)
+            self._kinds = {PLAIN: onednn.PLAIN, PACKED: onednn.PACKED}
+            self._max_load = onednn.MAX_LOAD
+        except UserError as error:
+            self.unavailable = str(error)
+        self._table = {False: [REFERENCE], True: [REFERENCE]}
+        self._gain = [0.0]
+        if self._onednn is not None:
+            self._measure(_crop(sample), tuple(sorted(set(loads))))
+        self.choices = {
+            state: {load: table[min(load, len(table) - 1)] for load in (self.measured or LOADS)}
+            for state, table in (("unpacked", self._table[False]), ("packed", self._table[True]))
+        }
+
+    def prepare(self, weights: ExpertWeights) -> Any:
+        return (self._onednn or self._reference).prepare(weights)
+
+    def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        if self._onednn is None:
+            return self._reference.expert(handle, x, out)
+        load = len(x)
+        table = self._table[handle.is_packed or self._onednn.settle(handle, load)]
+        form = table[load if load < len(table) else -1]
+        if form == REFERENCE:
+            return self._reference.expert(handle.weights, x, out)
+        if load > self._max_load:
+            return self._onednn.expert(handle, x, out)
+        if out is None:
+            out = np.empty((load, handle.shape[0]), np.float32)
+        return self._onednn.run(handle, self._kinds[form], x, out)
+
+    def pack(self, handle: Any) -> bool:
+        """Packs now if a packed copy wins at some load; whether the expert is packed."""
+        return any(self._gain) and self._onednn.pack(handle)
+
+    def warm(self, handle: Any, loads: Sequence[int]) -> None:
+        if self._onednn is not None:
+            self._onednn.warm(handle, loads)
+
+    def set_threads(self, threads: int) -> None:
+        if self._onednn is not None:
+            self._onednn.set_threads(threads)
+
+    @property
+    def packed_bytes(self) -> int:
+        return 0 if self._onednn is None else self._onednn.packed_bytes
+
+    def describe(self) -> dict[str, Any]:
+        inner = {"unavailable": self.unavailable} if self._onednn is None else self._onednn.describe()
+        micros = {n: {form: round(s * 1e6, 1) for form, s in row.items()} for n, row in self.measured.items()}
+        return {
+            **inner,
+            "name": self.name,
+            "choices": self.choices,
+            "measured_us": micros,
+            "pack_us": round(self.pack_seconds * 1e6),
+        }
+
+    def _earned(self, load: int) -> float:
+        """Share of a packing's time that a packed copy would have saved in one call at this load."""
+        return self._gain[load if load < len(self._gain) else -1]
+
+    def _measure(self, sample: ExpertWeights, loads: tuple[int, ...]) -> None:
+        count = max(2, min(16, SAMPLE_BYTES // sample.nbytes))
+        copies = [ExpertWeights(*(aligned_copy(w) for w in sample)) for _ in range(count)]
+        onednn, packing = self._onednn, []
+        handles = {REFERENCE: copies, PACKED: [onednn.prepare(w) for w in copies]}
+        if sample.down.dtype == F32:
+            handles[PLAIN] = [onednn.prepare(w) for w in copies]
+        for handle in handles[PACKED]:
+            start = time.perf_counter()
+            if not onednn.pack(handle):
+                del handles[PACKED]
+                break
+            packing.append(time.perf_counter() - start)
+        self.pack_seconds = statistics.median(packing) if packing else 0.0
+        rng = np.random.default_rng(0)
+        for load in loads:
+            x = rng.standard_normal((load, sample.width), np.float32)
+            self.measured[load] = self._race(handles, x)
+        self._decide(loads)
+
+    def _race(self, handles: dict[str, list], x: np.ndarray) -> dict[str, float]:
+        """Median seconds of one call per form."""
+        out, times = np.empty_like(x), {form: [] for form in handles}
+        burst = BURST if len(x) <= BURST_LOADS else 1
+        deadline = None
+        for turn in range(MAX_ROUNDS + 1):
+            for place, (form, experts) in enumerate(handles.items()):
+                first = turn * burst + place * len(experts) // len(handles)
+                chosen = [experts[(first + i) % len(experts)] for i in range(burst)]
+                start = time.perf_counter()
+                for handle in chosen:
+                    if form == REFERENCE:
+                        self._reference.expert(handle, x, out)
+                    else:
+                        self._run_chunks(handle, self._kinds[form], x, out)
+                times[form].append((time.perf_counter() - start) / burst)
+            deadline = deadline or time.perf_counter() + SECONDS_PER_LOAD  # the first turn only warms up
+            if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+        return {form: statistics.median(samples[1:]) for form, samples in times.items()}
+
+    def _run_chunks(self, handle: Any, kind: str, x: np.ndarray, out: np.ndarray) -> None:
+        for start in range(0, len(x), self._max_load):
+            part = slice(start, start + self._max_load)
+            self._onednn.run(handle, kind, x[part], out[part])
+
+    def _decide(self, loads: tuple[int, ...]) -> None:
+        """Tables by load, each load taking the measured load nearest in ratio."""
+        self._table, self._gain = {False: [], True: []}, []
+        for load in range(loads[-1] + 1):
+            times = self.measured[min(loads, key=lambda n: abs(np.log2(max(load, 1) / n)))]
+            unpacked = min((form for form in times if form != PACKED), key=times.__getitem__)
+            wins = PACKED in times and times[PACKED] < CLEAR_WIN * times[unpacked]
+            self._table[False].append(unpacked)
+            self._table[True].append(PACKED if wins else unpacked)
+            self._gain.append((times[unpacked] - times[PACKED]) / self.pack_seconds if wins else 0.0)
+
+
+def _crop(sample: ExpertWeights) -> ExpertWeights:
+    """The sample, or its top left corner where it is large."""
+    width, hidden = min(sample.width, SAMPLE_WIDTH), min(sample.hidden, SAMPLE_HIDDEN)
+    if (width, hidden) == (sample.width, sample.hidden):
+        return sample
+    full = sample.hidden
+    gate, up = sample.gate_up[:hidden, :width], sample.gate_up[full : full + hidden, :width]
+    return ExpertWeights(np.concatenate([gate, up]), np.ascontiguousarray(sample.down[:width, :hidden]))

@@ -1,0 +1,433 @@
+"""Host kernels: every kernel gives the float64 answer at every load, size, format and thread; packing is bounded and pays."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
+from hybrimoe_jax.host_kernels.auto import PACKED as AUTO_PACKED
+from hybrimoe_jax.host_kernels.auto import AutoKernel
+from hybrimoe_jax.host_kernels.formats import (
+    BF16,
+    F32,
+    aligned_copy,
+    aligned_empty,
+    check_expert,
+    is_aligned,
+    to_bf16,
+    to_f32,
+)
+from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, bucket_of
+
+needs_onednn = pytest.mark.skipif(not available(), reason="the onednn-cpu-gomp wheel is not installed")
+TOLERANCE = 5e-6
+
+
+def make_expert(width: int, hidden: int, seed: int = 0, dtype=F32) -> ExpertWeights:
+    rng = np.random.default_rng(seed)
+    gate_up = rng.standard_normal((2 * hidden, width), np.float32) * width**-0.5
+    down = rng.standard_normal((width, hidden), np.float32) * hidden**-0.5
+    return ExpertWeights(aligned_copy(gate_up, dtype), aligned_copy(down, dtype))
+
+
+def tokens_of(load: int, width: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((load, width), np.float32)
+
+
+def exact(weights: ExpertWeights, x: np.ndarray) -> np.ndarray:
+    """The expert in float64, from the definition."""
+    gate_up, down = (to_f32(w).astype(np.float64) for w in weights)
+    gate, up = np.split(x.astype(np.float64) @ gate_up.T, 2, axis=1)
+    return (gate * np.exp(-np.logaddexp(0, -gate)) * up) @ down.T
+
+
+def assert_close(got: np.ndarray, want: np.ndarray) -> None:
+    assert got.dtype == np.float32 and got.shape == want.shape
+    assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+def kernels() -> list:
+    """Every form in which an expert can run."""
+    forms = [pytest.param(lambda sample: get_kernel("reference"), id="reference")]
+    for name, earned in (("plain", 0.0), ("packed", 1.0)):
+        make = lambda sample, earned=earned: OneDnnKernel(earns=lambda load: earned)  # noqa: E731
+        forms.append(pytest.param(make, id=f"onednn-{name}", marks=needs_onednn))
+    forms.append(pytest.param(lambda sample: AutoKernel(sample, loads=(1, 16)), id="auto"))
+    return forms
+
+
+every_kernel = pytest.mark.parametrize("make", kernels())
+
+
+@every_kernel
+def test_every_load_gives_the_float64_answer(make):
+    weights = make_expert(48, 32)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    x = tokens_of(600, 48)
+    want = exact(weights, x)
+    for load in [*range(1, 131), MAX_LOAD, MAX_LOAD + 1, 600]:
+        assert_close(kernel.expert(handle, x[:load].copy()), want[:load])
+
+
+@every_kernel
+@pytest.mark.parametrize("width, hidden", [(1, 1), (7, 5), (33, 40), (192, 64), (250, 130), (512, 320)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_odd_sizes_and_both_formats(make, width, hidden, dtype):
+    weights = make_expert(width, hidden, dtype=dtype)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    for load in (1, 2, 3, 5, 9, 17):
+        x = tokens_of(load, width)
+        out = np.full((load, width), np.nan, np.float32)
+        assert kernel.expert(handle, x, out) is out
+        assert_close(out, exact(weights, x))
+
+
+@every_kernel
+def test_large_expert_takes_the_memory_bound_paths(make):
+    weights = make_expert(576, 448)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    for load in (1, 2, 4, 5, 6, 40):
+        x = tokens_of(load, 576)
+        assert_close(kernel.expert(handle, x), exact(weights, x))
+
+
+@every_kernel
+def test_saturated_gates_neither_warn_nor_become_nan(make):
+    weights = make_expert(64, 32)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    for load in (1, 3, 20):
+        x = tokens_of(load, 64) * 1e4  # gates of +-1e4: exp overflows float32 at 88
+        assert_close(kernel.expert(handle, x), exact(weights, x))
+        assert not kernel.expert(handle, np.zeros_like(x)).any()
+
+
+@every_kernel
+def test_threads_share_a_kernel_and_its_handles(make):
+    experts = [make_expert(96, 64, seed) for seed in range(3)]
+    kernel = make(experts[0])
+    handles = [kernel.prepare(w) for w in experts]
+    cases = [(i, tokens_of(load, 96, seed=load)) for i in range(3) for load in (1, 2, 7, 19, 70)]
+    want = [exact(experts[i], x) for i, x in cases]
+    wrong: list = []
+
+    def work(shift: int) -> None:
+        kernel.set_threads(1)
+        for turn in range(60):
+            case = (turn * 7 + shift) % len(cases)
+            i, x = cases[case]
+            got = kernel.expert(handles[i], x)
+            if np.abs(got - want[case]).max() > TOLERANCE * np.abs(want[case]).max():
+                wrong.append((shift, case))
+
+    workers = [threading.Thread(target=work, args=(shift,)) for shift in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@every_kernel
+def test_inputs_are_left_alone_and_may_be_strided(make):
+    weights = make_expert(48, 32)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    wide = tokens_of(6, 96)
+    before = wide.copy()
+    x = wide[:, ::2]
+    assert_close(kernel.expert(handle, x), exact(weights, x))
+    assert np.array_equal(wide, before)
+
+
+@every_kernel
+def test_run_experts_equals_a_loop_over_tokens(make):
+    width, total = 40, 12
+    experts = [make_expert(width, 24, seed) for seed in range(6)]
+    kernel = make(experts[0])
+    handles = [kernel.prepare(w) for w in experts]
+    rng = np.random.default_rng(3)
+    for size in (total, 1):
+        x = tokens_of(size, width)
+        rows = [
+            None,
+            np.arange(size),
+            rng.permutation(size),
+            np.array([size - 1]),
+            np.array([], np.int64),
+            np.sort(rng.choice(size, max(1, size // 2), replace=False)),
+        ]
+        mix = [rng.random(size if r is None else len(r)).astype(np.float32) for r in rows]
+        start = rng.standard_normal((size, width)).astype(np.float32)
+        want = start.astype(np.float64)
+        for expert, chosen, share in zip(experts, rows, mix):
+            picked = np.arange(size) if chosen is None else chosen
+            if len(picked):
+                want[picked] += share[:, None] * exact(expert, x[picked])
+        out = start.copy()
+        assert run_experts(kernel, handles, x, rows, mix, out) is out
+        assert_close(out, want)
+
+
+def test_run_experts_without_work_leaves_the_output():
+    out = np.ones((1, 8), np.float32)
+    x = np.ones((1, 8), np.float32)
+    run_experts(get_kernel("reference"), [], x, [], [], out)
+    run_experts(get_kernel("reference"), [None], x, [np.array([], int)], [np.array([])], out)
+    assert np.array_equal(out, np.ones((1, 8)))
+
+
+@every_kernel
+def test_host_experts_release_the_interpreter_lock(make):
+    """While a worker computes, Python code elsewhere keeps running: it gets far more than the gaps between two calls."""
+    weights = make_expert(768, 512)
+    kernel = make(weights)
+    handle = kernel.prepare(weights)
+    x = tokens_of(64, 768)
+    kernel.expert(handle, x)
+    done = threading.Event()
+
+    def work() -> None:
+        for _ in range(30):
+            kernel.expert(handle, x)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    ran = 0.0
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        worker.start()
+        start = last = time.perf_counter()
+        while not done.is_set():
+            now = time.perf_counter()
+            ran += now - last if now - last < 2e-4 else 0.0
+            last = now
+        total = last - start
+    finally:
+        sys.setswitchinterval(interval)
+        worker.join()
+    assert ran > 0.15 * total
+
+
+# formats
+
+
+def test_widening_is_exact_for_every_bfloat16():
+    every = np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    widened = to_f32(every)
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(widened, every.astype(np.float32), equal_nan=True)
+        finite = ~np.isnan(widened)
+        assert np.array_equal(to_bf16(widened)[finite].view(np.uint16), every[finite].view(np.uint16))
+    assert is_aligned(widened)
+
+
+def test_aligned_arrays_start_on_a_cache_line():
+    for shape in (1, (3, 5), (0, 4), (7, 2, 2)):
+        for dtype in (np.float32, BF16, np.int8):
+            array = aligned_empty(shape, dtype)
+            assert is_aligned(array) and array.dtype == dtype and array.shape == ((shape,) if shape == 1 else shape)
+    source = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert is_aligned(aligned_copy(source)) and np.array_equal(aligned_copy(source), source)
+
+
+@pytest.mark.parametrize(
+    "gate_up, down, said",
+    [
+        (np.zeros((6, 4), F32), np.zeros((5, 3), F32), r"gate_up has shape \(6, 4\), down \(5, 3\)"),
+        (np.zeros((6, 4), np.float64), np.zeros((4, 3), np.float64), "gate_up has dtype float64"),
+        (np.zeros((6, 4), BF16), np.zeros((4, 3), F32), "gate_up is bfloat16 but down is float32"),
+        (np.zeros(6, F32), np.zeros((4, 3), F32), r"gate_up has shape \(6,\)"),
+    ],
+)
+def test_malformed_experts_are_refused(gate_up, down, said):
+    with pytest.raises(UserError, match=said):
+        check_expert(ExpertWeights(gate_up, down), "layer 3 expert 7")
+    with pytest.raises(UserError, match=said):
+        get_kernel("reference").prepare(ExpertWeights(gate_up, down))
+
+
+# oneDNN
+
+
+@needs_onednn
+def test_packing_is_earned_counted_and_freed():
+    weights = make_expert(64, 32)
+    kernel = OneDnnKernel(earns=lambda load: 0.25)
+    handle = kernel.prepare(weights)
+    x = tokens_of(2, 64)
+    for _ in range(3):
+        kernel.expert(handle, x)
+    assert not handle.is_packed and kernel.packed_bytes == 0
+    kernel.expert(handle, x)
+    assert handle.is_packed and kernel.packed_bytes >= weights.nbytes
+    assert kernel.describe()["packed_experts"] == 1
+    del handle
+    gc.collect()
+    assert kernel.packed_bytes == 0
+
+
+@needs_onednn
+def test_pack_limit_holds_and_the_answer_stays():
+    experts = [make_expert(64, 32, seed) for seed in range(3)]
+    measuring = OneDnnKernel()
+    one = measuring.prepare(experts[0])
+    assert measuring.pack(one)
+    kernel = OneDnnKernel(pack_limit=2 * measuring.packed_bytes, earns=lambda load: 1.0)
+    handles = [kernel.prepare(w) for w in experts]
+    x = tokens_of(9, 64)
+    for weights, handle in zip(experts, handles):
+        assert_close(kernel.expert(handle, x), exact(weights, x))
+        assert_close(kernel.expert(handle, x), exact(weights, x))
+    assert [h.is_packed for h in handles] == [True, True, False]
+    assert kernel.packed_bytes <= kernel.pack_limit
+    assert not kernel.pack(handles[2])
+
+
+@needs_onednn
+def test_primitives_are_bounded():
+    buckets = {bucket_of(load) for load in range(1, MAX_LOAD + 1)}
+    assert all(load <= bucket_of(load) <= 1.25 * load for load in range(1, MAX_LOAD + 1))
+    assert len(buckets) <= 36 and {bucket_of(n) for n in range(1, 17)} == set(range(1, 17))
+    kernel = OneDnnKernel(earns=lambda load: 0.0)
+    handle = kernel.prepare(make_expert(16, 8))
+    for load in range(1, 400):
+        kernel.expert(handle, tokens_of(load, 16))
+    assert kernel.describe()["primitives"] <= 3 * len(buckets)
+
+
+@needs_onednn
+def test_a_thread_may_use_two_openmp_threads_while_another_uses_one():
+    weights = make_expert(256, 128)
+    kernel = OneDnnKernel()
+    handle = kernel.prepare(weights)
+    x = tokens_of(50, 256)
+    got = {}
+
+    def work(threads: int) -> None:
+        kernel.set_threads(threads)
+        kernel.warm(handle, [50, 1000])
+        got[threads] = [kernel.expert(handle, x) for _ in range(10)][-1]
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert_close(got[1], exact(weights, x))
+    assert_close(got[2], exact(weights, x))
+
+
+@needs_onednn
+def test_onednn_lives_beside_torch():
+    """torch carries a oneDNN of its own; the two must not be mixed up, whichever is loaded first."""
+    pytest.importorskip("torch")
+    program = (
+        "import {first}\n"
+        "import numpy as np, torch\n"
+        "from hybrimoe_jax.host_kernels import ExpertWeights, get_kernel\n"
+        "rng = np.random.default_rng(0)\n"
+        "w = ExpertWeights(rng.standard_normal((48, 32), np.float32), rng.standard_normal((32, 24), np.float32))\n"
+        "x = rng.standard_normal((9, 32), np.float32)\n"
+        "kernel = get_kernel('onednn')\n"
+        "handle = kernel.prepare(w)\n"
+        "for _ in range(5): y = kernel.expert(handle, x)\n"
+        "assert handle.is_packed and kernel.describe()['library'].startswith('oneDNN 3.')\n"
+        "g, u, d = (torch.tensor(a) for a in (w.gate_up[:24], w.gate_up[24:], w.down))\n"
+        "t = torch.tensor(x)\n"
+        "want = ((torch.nn.functional.silu(t @ g.T) * (t @ u.T)) @ d.T).numpy()\n"
+        "assert np.abs(y - want).max() < 1e-5 * np.abs(want).max()\n"
+    )
+    for first in ("torch", "hybrimoe_jax.host_kernels.onednn"):
+        subprocess.run([sys.executable, "-c", program.format(first=first)], check=True, timeout=120)
+
+
+def test_absent_wheel_is_one_clear_error_and_auto_goes_on(monkeypatch):
+    def missing(name):
+        raise onednn_api.importlib.metadata.PackageNotFoundError(name)
+
+    onednn_api.api.cache_clear()
+    monkeypatch.setattr(onednn_api.importlib.metadata, "files", missing)
+    try:
+        assert not available()
+        with pytest.raises(UserError, match=r"onednn-cpu-gomp.*not installed.*'reference'"):
+            get_kernel("onednn")
+        weights = make_expert(24, 16)
+        kernel = get_kernel("auto", weights)
+        assert set(kernel.choices["unpacked"].values()) == {"reference"}
+        assert "not installed" in kernel.describe()["unavailable"]
+        x = tokens_of(4, 24)
+        assert_close(kernel.expert(kernel.prepare(weights), x), exact(weights, x))
+    finally:
+        onednn_api.api.cache_clear()
+
+
+# auto
+
+
+@needs_onednn
+def test_auto_chooses_what_it_measured_as_fastest(monkeypatch):
+    """With the measurement replaced by known times, every load runs in the form that those times call for."""
+    times = {
+        1: {"reference": 1.0, "onednn": 2.0, AUTO_PACKED: 1.5},
+        8: {"reference": 3.0, "onednn": 2.0, AUTO_PACKED: 1.0},
+    }
+    monkeypatch.setattr(AutoKernel, "_race", lambda self, handles, x: times[len(x)])
+    weights = make_expert(24, 16)
+    kernel = AutoKernel(weights, loads=(8, 1))
+    assert kernel.choices == {
+        "unpacked": {1: "reference", 8: "onednn"},
+        "packed": {1: "reference", 8: AUTO_PACKED},
+    }
+    handle = kernel.prepare(weights)
+    one, many = tokens_of(1, 24), tokens_of(8, 24)
+    for _ in range(50):
+        kernel.expert(handle, one)
+    assert not handle.is_packed  # a packed copy would have saved nothing so far
+    kernel.pack_seconds = 2.5
+    kernel._decide((1, 8))
+    calls = 0
+    while not handle.is_packed and calls < 9:
+        assert_close(kernel.expert(handle, many), exact(weights, many))
+        calls += 1
+    assert calls == 3  # each call would have saved 1.0 of the 2.5 that packing takes
+
+
+def test_auto_measures_every_form_and_reports_it():
+    kernel = AutoKernel(make_expert(40, 24), loads=(1, 4))
+    told = kernel.describe()
+    assert told["name"] == "auto" and set(told["choices"]["unpacked"]) >= {1, 4}
+    if available():
+        assert all(set(row) == {"reference", "onednn", AUTO_PACKED} for row in told["measured_us"].values())
+        assert all(seconds > 0 for row in kernel.measured.values() for seconds in row.values())
+        assert kernel.packed_bytes == 0  # the copies it measured on are gone
+
+
+def test_auto_crops_a_large_sample():
+    kernel = AutoKernel(make_expert(2200, 1100), loads=(1,))
+    assert kernel.choices["unpacked"][1] in ("reference", "onednn")
+
+
+def test_unknown_kernel_names_the_known_ones():
+    with pytest.raises(UserError, match=r"'blas' is not known.*auto, reference, onednn"):
+        get_kernel("blas")
+    with pytest.raises(UserError, match="sample"):
+        get_kernel("auto")
+    assert KERNELS == ("auto", "reference", "onednn")
+
+
+def test_kernels_import_without_jax():
+    program = "import sys; import hybrimoe_jax.host_kernels.auto, hybrimoe_jax.host_kernels.onednn; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
