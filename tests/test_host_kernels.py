@@ -190,33 +190,36 @@ def test_run_experts_without_work_leaves_the_output():
 
 @every_kernel
 def test_host_experts_release_the_interpreter_lock(make):
-    """With forced switches off, another thread can only run during the call if the call lets go of the lock."""
-    weights = make_expert(768, 512)
+    """With forced switches off, another thread runs only when the lock is let go: often during a call, not just between
+    its three products."""
+    weights = make_expert(1024, 1024)
     kernel = make(weights)
     handle = kernel.prepare(weights)
-    x = tokens_of(600, 768)
-    kernel.expert(handle, x)
-    begun, ended = threading.Semaphore(0), []
+    x = tokens_of(256, 1024)
+    out = np.empty_like(x)
+    kernel.expert(handle, x, out)
+    kernel.expert(handle, x, out)
+    calls, ticks = [], []
 
     def work() -> None:
-        for _ in range(3):  # on a busy machine the waiting thread may wake too late for one call
-            begun.release()
-            kernel.expert(handle, x)
-            ended.append(time.perf_counter())
+        for _ in range(6):
+            begin = time.perf_counter()
+            kernel.expert(handle, x, out)
+            calls.append((begin, time.perf_counter()))
 
     worker = threading.Thread(target=work)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(100.0)
     try:
         worker.start()
-        woken = []
-        for _ in range(3):
-            begun.acquire()
-            woken.append(time.perf_counter())
-        worker.join()
+        while worker.is_alive():
+            ticks.append(time.perf_counter())
+            time.sleep(2e-4)
     finally:
         sys.setswitchinterval(interval)
-    assert any(awake < end for awake, end in zip(woken, ended))
+        worker.join()
+    during = [sum(begin < tick < end for tick in ticks) for begin, end in calls]
+    assert max(during) > 12, during
 
 
 # formats
