@@ -1,0 +1,33 @@
+"""hybrimoe-jax: mixture-of-experts models on one machine with little GPU memory, CPU and GPU at once.
+
+Public names load on first use (PEP 562), so that `import hybrimoe_jax.decide` imports no jax and thread counts can be
+set before jax starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {
+    "EngineConfig": "hybrimoe_jax.config",
+    "UserError": "hybrimoe_jax.errors",
+    "load": "hybrimoe_jax.loading",
+    "bundled_model": "hybrimoe_jax.loading",
+    "Engine": "hybrimoe_jax.runtime.engine",
+    "Generation": "hybrimoe_jax.runtime.engine",
+    "stream_generate": "hybrimoe_jax.streaming",
+    "StreamChunk": "hybrimoe_jax.streaming",
+    "convert": "hybrimoe_jax.convert",
+}
+__all__ = sorted(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hybrimoe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})

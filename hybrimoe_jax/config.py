@@ -1,0 +1,95 @@
+"""Runtime choices: one small frozen dataclass, every field a flag of `python -m hybrimoe_jax.generate`. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from hybrimoe_jax.errors import UserError
+
+EXECUTORS = ("overlapped", "callback", "dense")
+KERNELS = ("auto", "reference", "onednn")
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine places, fetches and computes experts. None means: what the system or the machine suggests.
+
+    Attributes:
+      system: a named bundle of policies (`hybrimoe_jax.decide.systems`).
+      cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a budget is set.
+      vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
+      cache, scheduler, prefetch, lookahead: replace one part of the system (`prefetch`: "impact", "next-layer" or "none").
+      executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
+      host_kernel: "reference" (numpy), "onednn", or "auto" (measured at load).
+      threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
+      max_context: longest sequence, prompt and reply together; at most the model's own limit.
+      max_batch: sequences whose KV cache a vram_budget reserves.
+      prefill_chunk: tokens of a prompt computed at once.
+      seed: of sampling.
+      profile: a machine profile (JSON) to read the costs from, instead of the warm-up at load.
+      lazy: read experts from disk on first use instead of at load.
+      verify: check every expert's hash as it is read.
+      debug: check on every step that each slot holds the expert it should (slow).
+    """
+
+    system: str = "hybrimoe"
+    cache_ratio: float | None = None
+    vram_budget: int | str | None = None
+    cache: str | None = None
+    scheduler: str | None = None
+    prefetch: str | None = None
+    lookahead: int | None = None
+    executor: str = "overlapped"
+    host_kernel: str = "auto"
+    threads: int | None = None
+    max_context: int | None = None
+    max_batch: int = 1
+    prefill_chunk: int = 128
+    seed: int = 0
+    profile: Any = None
+    lazy: bool = False
+    verify: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        _one_of("executor", self.executor, EXECUTORS)
+        _one_of("host_kernel", self.host_kernel, KERNELS)
+        if self.prefetch is not None:
+            _one_of("prefetch", self.prefetch, ("impact", "next-layer", "none"))
+        if self.cache_ratio is not None and self.vram_budget is not None:
+            raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
+        if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
+            raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
+        if self.lookahead is not None and not 0 <= self.lookahead <= 8:
+            raise UserError(f"lookahead {self.lookahead} is outside 0..8")
+        for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+        self.budget_bytes  # noqa: B018 - a malformed size is refused here, not at load
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.vram_budget is None else parse_bytes(self.vram_budget, "vram_budget")
+
+
+def parse_bytes(size: int | str, what: str) -> int:
+    """Bytes of 4096, "4096", "1.5GiB" or "800MB"; UserError for anything else."""
+    if isinstance(size, (int, float)):
+        value = int(size)
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", size)
+        if not match or match[2].lower() not in _UNITS:
+            raise UserError(f'{what} {size!r} is not a size; write bytes or e.g. "4GiB", "800MB"')
+        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    if value <= 0:
+        raise UserError(f"{what} {size!r} must be positive")
+    return value
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")

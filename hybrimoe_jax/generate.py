@@ -1,0 +1,178 @@
+"""`python -m hybrimoe_jax.generate`: text from a converted checkpoint, and what the cache and the scheduler did.
+
+Text goes to stdout as it is made. Statistics go to stderr, or with `--stats json` as one last line on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from hybrimoe_jax.cli import run
+from hybrimoe_jax.config import EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.errors import UserError
+
+ENGINE_FLAGS = {
+    "system": dict(metavar="NAME", help="policies: hybrimoe, ktransformers, adapmoe, llamacpp, on-demand, cpu-only, device-only"),
+    "cache_ratio": dict(type=float, metavar="R", help="fraction of each layer's experts kept on the device (default 0.25)"),
+    "vram_budget": dict(metavar="SIZE", help='device memory instead of a ratio, e.g. "4GiB"'),
+    "cache": dict(metavar="NAME", help="replace the system's cache policy: mrs, lru, lfu, static"),
+    "scheduler": dict(metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"),
+    "prefetch": dict(metavar="MODE", help="replace its prefetcher: impact, next-layer, none"),
+    "lookahead": dict(type=int, metavar="N", help="layers whose routers are applied early"),
+    "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
+    "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
+    "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
+    "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
+    "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),
+    "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 128)"),
+    "profile": dict(metavar="FILE", help="machine profile: read if it exists, else measured and written"),
+    "lazy": dict(action="store_true", help="read experts from disk on first use"),
+    "verify": dict(action="store_true", help="check every expert's hash as it is read"),
+    "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m hybrimoe_jax.generate", description="Generate text with experts split between CPU and device."
+    )
+    top.add_argument("--model", metavar="DIR", help="folder written by hybrimoe_jax.convert (default: the bundled model)")
+    prompt = top.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help='the prompt; "-" reads standard input')
+    prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids, e.g. "1,2,3"')
+    top.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
+    top.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    top.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    top.add_argument("--top-k", type=int, default=0, metavar="K")
+    top.add_argument("--seed", type=int, default=0, metavar="N")
+    top.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text (repeatable)")
+    top.add_argument("--ignore-chat-template", action="store_true", help="send the prompt as it is")
+    top.add_argument("--stats", choices=("text", "json", "none"), default="text")
+    top.add_argument("--trace", metavar="FILE", help="write the routing trace (.npz)")
+    top.add_argument("--timeline", metavar="FILE", help="write a Chrome trace-event timeline (.json, opens in Perfetto)")
+    engine = top.add_argument_group("engine")
+    for name, options in ENGINE_FLAGS.items():
+        engine.add_argument("--" + name.replace("_", "-"), default=None, dest=name, **options)
+    return top
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    chosen = {name: getattr(args, name) for name in ENGINE_FLAGS if getattr(args, name) is not None}
+    return EngineConfig(**chosen, seed=args.seed)
+
+
+def prompt_ids(args: argparse.Namespace, engine) -> list[int]:
+    """The prompt as token ids, through the chat template where the checkpoint has one."""
+    if args.prompt_ids is not None:
+        try:
+            return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
+        except ValueError:
+            raise UserError(f'--prompt-ids {args.prompt_ids!r}: write token ids separated by commas, e.g. "1,2,3"') from None
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text.strip():
+        raise UserError("the prompt is empty: give --prompt TEXT, or text on standard input with --prompt -")
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer.json: give the prompt as --prompt-ids")
+    if tokenizer.has_chat_template and not args.ignore_chat_template:
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
+    return tokenizer.encode(text)
+
+
+def stats_text(stats) -> str:
+    """A few lines for a person."""
+    record = stats.summary()
+    lanes, prefetch, tbt = record["lanes"], record["prefetch"], record["tbt_ms"]
+    lines = [
+        f"system {record['system']}, executor {record['executor']}, cache ratio {record['cache_ratio']:.3g}, "
+        f"kernel {record['host_kernel'].get('name', 'none')}, times: {record['clock']} clock",
+        f"first token {record['ttft_s']:.3f} s (without {record['compile_s']:.2f} s of compiling)"
+        + (f"; then {tbt['median']:.2f} ms a token (p90 {tbt['p90']:.2f})" if tbt else ""),
+    ]
+    if record["hit_rate"] is not None:
+        lines += [
+            f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses); experts run: "
+            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand loads",
+            f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
+            f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
+            f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= {lanes['link_s']:.3f} s",
+        ]
+    lines.append(f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    options = engine_config(args)
+    saves_profile = None
+    if options.profile is not None:
+        from pathlib import Path
+
+        if not Path(options.profile).exists():
+            saves_profile = options.profile
+            options = dataclasses.replace(options, profile=None)
+    from hybrimoe_jax.loading import load
+
+    engine = load(args.model, options)
+    if saves_profile:
+        engine.save_profile(saves_profile)
+    ids = prompt_ids(args, engine)
+    trace, timeline = recorders(args, engine)
+    engine.record(trace, timeline)
+
+    from hybrimoe_jax.streaming import stream_generate
+
+    chunks = stream_generate(
+        engine,
+        ids,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=args.stop,
+    )
+    tokens, interrupted, reason = [], False, None
+    try:
+        for chunk in chunks:
+            tokens.append(chunk.token_id)
+            reason = chunk.finish_reason
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted, reason = True, "interrupted"
+        chunks.close()
+    if engine.tokenizer is None:
+        sys.stdout.write(",".join(map(str, tokens)))
+    sys.stdout.write("\n")
+    if trace is not None:
+        trace.save(args.trace)
+    if timeline is not None:
+        timeline.write(args.timeline)
+    if engine.stats is not None and args.stats == "json":
+        record = {"token_ids": tokens, "prompt_tokens": len(ids), "finish_reason": reason, **engine.stats.summary()}
+        print(json.dumps(record), flush=True)
+    elif engine.stats is not None and args.stats == "text":
+        sys.stdout.flush()
+        print("\n" + stats_text(engine.stats), file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+def recorders(args: argparse.Namespace, engine):
+    """The trace and timeline recorders that the flags ask for."""
+    trace = timeline = None
+    if args.trace:
+        from hybrimoe_jax.runtime.recording import engine_trace
+
+        trace = engine_trace(engine)
+    if args.timeline:
+        from hybrimoe_jax.runtime.recording import EngineTimeline
+
+        timeline = EngineTimeline(engine)
+    return trace, timeline
+
+
+if __name__ == "__main__":
+    run(main)

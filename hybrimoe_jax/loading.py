@@ -1,0 +1,43 @@
+"""From a converted checkpoint to an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.runtime import threads
+
+
+def bundled_model() -> Path:
+    """The folder of the model that ships with the package."""
+    return Path(__file__).parent / "assets" / "bundled"
+
+
+def load(path: str | Path | None = None, options: EngineConfig | None = None):
+    """Opens a folder written by `python -m hybrimoe_jax.convert` (the bundled model if None) -> Engine.
+
+    Call it before any other use of jax: the cores are divided between XLA and the host experts when jax starts.
+    Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
+    """
+    options = options or EngineConfig()
+    threads.divide(options.threads, options.executor)
+    import jax
+
+    from hybrimoe_jax.runtime.engine import Engine
+    from hybrimoe_jax.runtime.store import open_checkpoint
+    from hybrimoe_jax.text import eos_ids
+
+    checkpoint = open_checkpoint(path or bundled_model())
+    tokenizer = checkpoint.tokenizer()
+    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same values).
+    dtype = "float32" if jax.default_backend() == "cpu" else None
+    store = checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify)
+    return Engine(
+        checkpoint.config,
+        checkpoint.dense(),
+        store,
+        options,
+        tokenizer=tokenizer,
+        eos=eos_ids(checkpoint.generation_config, tokenizer, checkpoint.config),
+        frequencies=checkpoint.frequencies(),
+    )

@@ -1,0 +1,150 @@
+"""What happened, as plain dataclasses: per layer, per step, per call. Collected by the engine; imports no jax.
+
+Definitions: hit rate = activated (expert, MoE layer, step) found resident when the step was planned, over all
+activated; a prefetch is useful if its target step used it after it had landed in time, late if that step had to wait
+for it, wasted otherwise. Lane times are measured on the engine's clock: `cpu` is the time host workers computed
+experts, `link` from the issue of a transfer until it was seen landed, `device` from the dispatch of a layer's
+experts until the engine saw them finished, so the last two are upper bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+
+@dataclasses.dataclass
+class Lanes:
+    """Busy seconds of each lane."""
+
+    cpu: float = 0.0
+    device: float = 0.0
+    link: float = 0.0
+
+    def add(self, other: Lanes) -> None:
+        self.cpu += other.cpu
+        self.device += other.device
+        self.link += other.link
+
+
+@dataclasses.dataclass
+class LayerStats:
+    """One MoE layer in one step. Expert tuples are in execution order."""
+
+    layer: int
+    loads: dict[int, int]
+    hits: int
+    misses: int
+    cpu: tuple[int, ...]
+    device: tuple[int, ...]
+    fetched: tuple[int, ...]
+    bytes_h2d: int
+    seconds: float
+    lanes: Lanes
+
+
+@dataclasses.dataclass
+class StepStats:
+    """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode")."""
+
+    phase: str
+    tokens: int
+    seconds: float
+    compile_s: float
+    layers: list[LayerStats]
+
+    def total(self, name: str) -> float:
+        return sum(getattr(layer, name) for layer in self.layers)
+
+
+@dataclasses.dataclass
+class PrefetchStats:
+    """Counts of prefetches by what became of them."""
+
+    issued: int = 0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+
+
+@dataclasses.dataclass
+class RunStats:
+    """Everything about one `generate` call. Times in seconds on `clock`; compilation is reported apart."""
+
+    system: str
+    executor: str
+    cache_ratio: float
+    clock: str
+    host_kernel: str
+    cores: dict[str, int]
+    costs: dict
+    slots: list[int]
+    steps: list[StepStats] = dataclasses.field(default_factory=list)
+    prefetch: PrefetchStats = dataclasses.field(default_factory=PrefetchStats)
+    peak_device_bytes: int = 0
+    host_bytes: int = 0
+    new_tokens: int = 0
+
+    def _phase(self, phase: str) -> list[StepStats]:
+        return [step for step in self.steps if step.phase == phase]
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token: all prefill steps, without compilation."""
+        steps = self._phase("prefill")
+        return sum(s.seconds - s.compile_s for s in steps) if steps else None
+
+    def tbt_ms(self) -> dict[str, float] | None:
+        """Time between tokens over the decode steps that compiled nothing: median and 90th percentile, milliseconds."""
+        times = sorted(1e3 * s.seconds for s in self._phase("decode") if not s.compile_s)
+        if not times:
+            return None
+        return {"median": statistics.median(times), "p90": times[min(len(times) - 1, int(0.9 * len(times)))]}
+
+    @property
+    def compile_s(self) -> float:
+        return sum(step.compile_s for step in self.steps)
+
+    def total(self, name: str) -> float:
+        return sum(step.total(name) for step in self.steps)
+
+    @property
+    def hit_rate(self) -> float | None:
+        hits, misses = self.total("hits"), self.total("misses")
+        return hits / (hits + misses) if hits + misses else None
+
+    def lanes(self) -> Lanes:
+        total = Lanes()
+        for step in self.steps:
+            for layer in step.layers:
+                total.add(layer.lanes)
+        return total
+
+    def summary(self) -> dict:
+        """The record that `generate --stats json` prints (without the tokens)."""
+        lanes = self.lanes()
+        return {
+            "ttft_s": self.ttft_s,
+            "tbt_ms": self.tbt_ms(),
+            "compile_s": self.compile_s,
+            "hit_rate": self.hit_rate,
+            "hits": int(self.total("hits")),
+            "misses": int(self.total("misses")),
+            "cpu_experts": sum(len(layer.cpu) for step in self.steps for layer in step.layers),
+            "device_experts": sum(len(layer.device) for step in self.steps for layer in step.layers),
+            "demand_fetches": sum(len(layer.fetched) for step in self.steps for layer in step.layers),
+            "bytes_h2d": int(self.total("bytes_h2d")),
+            "prefetch": dataclasses.asdict(self.prefetch),
+            "lanes": {f"{k}_s": v for k, v in dataclasses.asdict(lanes).items()},
+            "system": self.system,
+            "executor": self.executor,
+            "cache_ratio": self.cache_ratio,
+            "slots": self.slots,
+            "host_kernel": self.host_kernel,
+            "cores": self.cores,
+            "clock": self.clock,
+            "costs": self.costs,
+            "new_tokens": self.new_tokens,
+            "peak_device_bytes": self.peak_device_bytes,
+            "host_bytes": self.host_bytes,
+        }

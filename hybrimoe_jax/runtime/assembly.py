@@ -1,0 +1,225 @@
+"""Putting an engine together: memory, slots, costs, planner and executor, in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.record.stats import PrefetchStats, RunStats
+from hybrimoe_jax.runtime import budget, threads, warmup
+from hybrimoe_jax.runtime.callback import CallbackForward
+from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.device_model import DeviceModel
+from hybrimoe_jax.runtime.executors import DenseForward, Forward, HybridForward
+from hybrimoe_jax.runtime.host import HostExecutor
+from hybrimoe_jax.runtime.overlapped import OverlappedForward
+from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.transfer import Link
+
+STAGING = 2
+"""Staging slots: one fills while the other is read."""
+IN_FLIGHT = 2
+"""Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
+WARMUP_CAPACITY = 256
+
+
+@dataclasses.dataclass
+class Parts:
+    """What an engine is made of."""
+
+    options: EngineConfig
+    system: System
+    device: jax.Device
+    model: DeviceModel
+    forward: Forward
+    footprint: budget.Footprint
+    cores: threads.CoreSplit
+    lookahead: int = 0
+    slots: list[int] = dataclasses.field(default_factory=list)
+    planner: Planner | None = None
+    costs: CostModel | None = None
+    pool: SlotPool | None = None
+    link: Link | None = None
+    host: HostExecutor | None = None
+
+    def init_cache(self, batch: int, capacity: int):
+        return self.model.init_cache(batch, capacity)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        return self.model.cache_bytes(batch, capacity)
+
+    def record(self, trace, timeline) -> None:
+        if not isinstance(self.forward, HybridForward):
+            if trace is not None or timeline is not None:
+                raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
+            return
+        self.forward.trace, self.forward.timeline = trace, timeline
+        self.host.detailed = timeline is not None
+
+    def new_stats(self) -> RunStats:
+        experts = self.model.config.num_experts * len(self.model.moe_layers)
+        return RunStats(
+            system=self.system.name,
+            executor=self.options.executor,
+            cache_ratio=sum(self.slots) / experts if experts else 0.0,
+            clock="wall",
+            host_kernel=self.host.kernel.describe() if self.host else {},
+            cores=dataclasses.asdict(self.cores),
+            costs=dataclasses.asdict(self.costs) if self.costs else {},
+            slots=self.slots,
+        )
+
+    def begin_run(self) -> None:
+        if self.planner is not None:
+            self.planner.reset_counts()
+
+    def prefetch_counts(self) -> PrefetchStats | None:
+        return self.planner.prefetch_counts() if self.planner else None
+
+    def close(self) -> None:
+        for part in (self.host, self.link):
+            if part is not None:
+                part.close()
+
+
+def assemble(config, dense, store, options: EngineConfig, max_context: int, frequencies) -> Parts:
+    """Args as of `Engine`. Raises UserError where the options cannot be met."""
+    system = get_system(options.system)
+    cores = threads.divide(options.threads, options.executor)
+    _synchronous_callbacks(options)
+    device, clock = jax.devices()[0], WallClock()
+    model = DeviceModel(config, dense, device)
+    if options.executor == "dense":
+        return _dense_parts(config, model, store, options, system, device, cores, max_context, clock)
+
+    lookahead = system.lookahead if options.lookahead is None else options.lookahead
+    if (options.prefetch or system.prefetch) == "none":
+        lookahead = 0
+    num_layers = len(model.moe_layers)
+    dtype = jnp.float32 if device.platform == "cpu" else store.dtype
+    expert_bytes = 3 * config.hidden_size * config.moe_width * jnp.dtype(dtype).itemsize
+    fixed = budget.Footprint(
+        dense=model.nbytes,
+        kv=model.cache_bytes(options.max_batch, max_context),
+        staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0)),
+        workspace=budget.workspace_bytes(
+            config, options.max_batch, min(options.prefill_chunk, max_context), max_context, lookahead, 16
+        ),
+    )
+    slots = _slots(system, options, fixed, expert_bytes, num_layers, config.num_experts)
+    pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING)
+    link = Link(device, clock)
+    threads.limit_blas(1)
+    kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
+    host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
+    costs = _costs(options, model, pool, link, host, store)
+    planner = Planner(
+        system,
+        num_layers=num_layers,
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        slots_per_layer=slots,
+        costs=costs,
+        lookahead=lookahead,
+        frequencies=frequencies,
+        cache=options.cache,
+        scheduler=options.scheduler,
+        prefetch=options.prefetch,
+        max_in_flight=IN_FLIGHT,
+    )
+    for layer, experts in enumerate(planner.initial_residents()):
+        for expert in experts:
+            pool.write(layer, expert, link.put(store.get(layer, expert)), None)
+
+    def verify(ordinal: int) -> None:
+        if pool.residents(ordinal) != frozenset(planner.residents(ordinal)):
+            raise RuntimeError(f"MoE layer {ordinal}: the slots and the planner disagree about what is resident")
+        pool.verify(ordinal, lambda expert: store.get(ordinal, expert))
+
+    shared = dict(
+        model=model,
+        planner=planner,
+        pool=pool,
+        link=link,
+        weights=store.get,
+        clock=clock,
+        lookahead=lookahead,
+        verify=verify if options.debug else None,
+    )
+    if options.executor == "callback":
+        forward: Forward = CallbackForward(**shared, host=host)
+    else:
+        inline_s = 4 * warmup.wake_latency(host, config.hidden_size)
+        forward = OverlappedForward(**shared, host=host, inline_s=inline_s)
+    footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
+    return Parts(
+        options, system, device, model, forward, footprint, cores, lookahead, slots, planner, costs, pool, link, host
+    )
+
+
+def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> list[int]:
+    if options.budget_bytes is None:
+        ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
+    else:
+        each = budget.slots_within(options.budget_bytes, fixed, expert_bytes, num_layers, num_experts)
+        ratio = each / num_experts
+    return system.slots_per_layer(ratio, num_layers, num_experts)
+
+
+def _costs(options, model, pool, link, host, store) -> CostModel:
+    if options.profile is not None:
+        costs = options.profile if isinstance(options.profile, CostModel) else CostModel.load(options.profile)
+        if costs.expert_bytes != pool.expert_bytes:
+            raise UserError(
+                f"profile {options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's have "
+                f"{pool.expert_bytes}; measure it again with this model"
+            )
+        return costs
+    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY)
+
+
+def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:
+    if options.vram_budget is not None:
+        raise UserError("the dense executor keeps every expert on the device: it takes no vram_budget")
+    module = build_model(config)
+    graphdef, abstract = split(module)
+    flat = {"model.embed_tokens.weight": model.table, "model.norm.weight": model.norm, "lm_head.weight": model.head}
+    for index, layer in enumerate(model.layers):
+        flat |= {f"model.layers.{index}.{name}": array for name, array in layer.params.items()}
+    weights = []
+    for layer in model.layers:
+        if layer.ordinal is None:
+            weights.append(None)
+            continue
+        experts = [store.get(layer.ordinal, expert) for expert in range(config.num_experts)]
+        stacked = [np.stack([e[part] for e in experts]) for part in (0, 1)]
+        weights.append(tuple(jax.device_put(array, device) for array in stacked))
+    forward = DenseForward(graphdef, {name: flat[name] for name in abstract}, weights, clock)
+    held = sum(a.nbytes for pair in weights if pair for a in pair)
+    work = budget.workspace_bytes(config, 1, min(options.prefill_chunk, max_context), max_context, 0, 16)
+    footprint = budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held)
+    slots = [config.num_experts] * len(model.moe_layers)
+    return Parts(options, system, device, model, forward, footprint, cores, 0, slots)
+
+
+def _synchronous_callbacks(options: EngineConfig) -> None:
+    """On the CPU backend a callback can hang under asynchronous dispatch; the switch acts only before jax starts."""
+    if options.executor != "callback":
+        return
+    if not threads.jax_started():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    elif threads.available_cores() == 1 and jax.config.jax_cpu_enable_async_dispatch:
+        raise UserError(
+            "executor callback can hang on one core once jax runs asynchronously; start it in a fresh process"
+        )

@@ -1,0 +1,111 @@
+"""The callback executor: fetches land first, then one jitted call of the Flax MoE module computes the layer.
+
+The simple reference for the overlapped executor; same plans, same answers, no overlap. On the CPU backend jax must run
+with synchronous dispatch (`jax_cpu_enable_async_dispatch=False`), or a callback can hang on one core.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+
+from hybrimoe_jax.decide.planner import LayerPlan
+from hybrimoe_jax.host_kernels.kernel import run_experts
+from hybrimoe_jax.models.hybrid import HybridMoE, register_host
+from hybrimoe_jax.models.parameters import merge
+from hybrimoe_jax.record.stats import Lanes
+from hybrimoe_jax.runtime.executors import HybridForward
+from hybrimoe_jax.runtime.host import HostExecutor
+from hybrimoe_jax.runtime.programs import _program, bucket
+from hybrimoe_jax.runtime.routing import HostRouting
+
+
+@functools.lru_cache(maxsize=None)
+def moe_program(graphdef):
+    """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part."""
+
+    def moe(params, acc, x, slot_weights, slots, host):
+        return HybridMoE(merge(graphdef, params).ffn)(acc, x, slot_weights, slots, host)
+
+    return _program(moe)
+
+
+class HostExperts:
+    """What a callback runs: numpy only, no statistics, any number of times."""
+
+    def __init__(self, host: HostExecutor):
+        self._host = host
+
+    def __call__(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        out = np.zeros_like(x)
+        experts = [e for e in np.unique(ids).tolist() if e >= 0]
+        places = [np.nonzero(ids == e) for e in experts]
+        run_experts(
+            self._host.kernel,
+            [self._host.handle(layer, e) for e in experts],
+            np.ascontiguousarray(x),
+            [rows for rows, _ in places],
+            [weights[place] for place in places],
+            out,
+        )
+        return out
+
+
+class CallbackForward(HybridForward):
+    """See `HybridForward`. Args: host: the CPU lane, whose kernel and handles the callback uses."""
+
+    def __init__(self, *args, host: HostExecutor, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._experts = HostExperts(host)
+        self._handle = np.int32(register_host(self._experts))
+
+    def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
+        now, ordinal = self.clock.now, layer.ordinal
+        started = now()
+        acc, kept = None, list(plan.device)
+        streamed = [f for f in plan.fetch if f.stream]
+        for fetch in plan.fetch:
+            if not fetch.stream:
+                jax.block_until_ready(self.load(ordinal, fetch))
+                kept.append(fetch.expert)
+        for expert in plan.waits:
+            slot = self.wait_for(ordinal, expert)
+            if expert in self.pool.residents(ordinal):
+                kept.append(expert)
+            else:
+                acc = self._call(layer, acc, x, [(expert, slot)], routing, ())
+        for fetch in streamed:
+            slot = self.load(ordinal, fetch)
+            jax.block_until_ready(slot)
+            acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
+        if self.verify is not None:
+            self.verify(ordinal)
+        if plan.fetch or plan.waits:
+            lanes.link = now() - started
+        started = now()
+        slots = [(expert, self.pool.get(ordinal, expert)) for expert in kept]
+        acc = self._call(layer, acc, x, slots, routing, plan.cpu)
+        jax.block_until_ready(acc)
+        lanes.device = now() - started
+        if self.lookahead:
+            for prefetch in self.planner.plan_prefetch(ordinal, routing.ahead_at(self.planner)):
+                self.link.prefetch(prefetch.layer, prefetch.expert, self.weights(prefetch.layer, prefetch.expert))
+        return acc, self.zeros(x.shape[0])
+
+    def _call(self, layer, acc, x, slots, routing: HostRouting, cpu):
+        """One jitted call; the number of slots is padded to a power of two with a repeated slot of weight zero."""
+        rows = x.shape[0]
+        count = bucket(len(slots)) if slots else 0
+        slot_weights = np.zeros((count, rows), np.float32)
+        for i, (expert, _) in enumerate(slots):
+            slot_weights[i, routing.rows[expert]] = routing.weights[expert]
+        arrays = [a for _, slot in (slots + slots[:1] * (count - len(slots))) for a in slot]
+        host = None
+        if cpu:
+            ids = np.full(routing.ids.shape, -1, np.int32)
+            mine = np.isin(routing.ids[routing.valid], list(cpu))
+            ids[routing.valid] = np.where(mine, routing.ids[routing.valid], -1)
+            host = (self._handle, np.int32(layer.ordinal), ids, np.ascontiguousarray(routing.row_weights))
+        return moe_program(layer.graphdef)(layer.params, acc, x, slot_weights, tuple(arrays), host)

@@ -1,0 +1,106 @@
+"""The dense part of a model on the device: split once into static graphs and flat parameters, called by the programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.runtime.programs import LayerPrograms, layer_programs
+
+
+@dataclasses.dataclass
+class DeviceLayer:
+    """One decoder layer. `ordinal` counts MoE layers only; None for a dense one."""
+
+    ordinal: int | None
+    graphdef: object
+    params: dict[str, jax.Array]
+    programs: LayerPrograms
+    router: tuple[jax.Array, jax.Array] | None
+    cache_shapes: object
+    eps: float
+
+
+class DeviceModel:
+    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16).
+
+    On the CPU backend weights are float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured).
+    """
+
+    def __init__(self, config, dense: Mapping[str, np.ndarray], device: jax.Device):
+        self.config, self.device = config, device
+        model = build_model(config)
+        self.eps = config.rms_norm_eps
+
+        def put(name: str) -> jax.Array:
+            array = dense[name]
+            if device.platform == "cpu":
+                # A copy, so that no device array aliases (and keeps alive) the loader's memory.
+                array = np.array(array, dtype=np.float32, copy=True)
+            return jax.device_put(array, device)
+
+        self.table = put("model.embed_tokens.weight")
+        self.norm = put("model.norm.weight")
+        self.head = self.table if config.tie_word_embeddings else put("lm_head.weight")
+        self.layers: list[DeviceLayer] = []
+        ordinal = 0
+        for index, layer in enumerate(model.model.layers):
+            graphdef, abstract = split(layer)
+            params = {name: put(f"model.layers.{index}.{name}") for name in abstract}
+            router = None
+            if layer.is_moe:
+                gate = params[f"{layer.mlp_name}.gate.weight"]
+                router = (params["post_attention_layernorm.weight"], gate)
+            has_shared = layer.is_moe and any("shared" in name for name in params)
+            self.layers.append(
+                DeviceLayer(
+                    ordinal if layer.is_moe else None,
+                    graphdef,
+                    params,
+                    layer_programs(graphdef, has_shared),
+                    router,
+                    layer.self_attn.cache_shapes,
+                    self.eps,
+                )
+            )
+            ordinal += layer.is_moe
+        self.moe_layers = [layer for layer in self.layers if layer.ordinal is not None]
+
+    @property
+    def nbytes(self) -> int:
+        arrays = {id(a): a for layer in self.layers for a in layer.params.values()}
+        arrays |= {id(a): a for a in (self.table, self.norm, self.head)}
+        return sum(a.nbytes for a in arrays.values())
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """Bytes of the KV (or latent) cache of all layers, float32 on the CPU backend."""
+        return sum(
+            int(np.prod(shape)) * self.cache_dtype.itemsize
+            for layer in self.layers
+            for shape in layer.cache_shapes(batch, capacity).values()
+        )
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        return np.dtype(np.float32) if self.device.platform == "cpu" else np.dtype(self.table.dtype)
+
+    def init_cache(self, batch: int, capacity: int) -> list[dict[str, jax.Array]]:
+        return [
+            {
+                name: jax.device_put(jnp.zeros(shape, self.cache_dtype), self.device)
+                for name, shape in layer.cache_shapes(batch, capacity).items()
+            }
+            for layer in self.layers
+        ]
+
+    def lookahead_routers(self, ordinal: int, distance: int) -> list[tuple[jax.Array, jax.Array]]:
+        """(norm, gate) of the MoE layers ordinal+1 .. ordinal+distance. Past the end the last layer stands in, so that
+        every layer runs the same executable; the planner ignores those."""
+        last = len(self.moe_layers) - 1
+        return [self.moe_layers[min(ordinal + d, last)].router for d in range(1, distance + 1)]

@@ -1,0 +1,212 @@
+"""The engine: a checkpoint and an `EngineConfig` in, tokens and statistics out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.stats import PrefetchStats, RunStats
+from hybrimoe_jax.runtime import assembly, budget
+from hybrimoe_jax.runtime.executors import StepInput
+from hybrimoe_jax.runtime.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
+from hybrimoe_jax.runtime.sampling import Sampling
+
+LOGIT_ROWS = 16
+"""Tokens whose logits `Engine.logits` holds on the device at once."""
+
+
+@dataclasses.dataclass
+class Generation:
+    """What `Engine.generate` returns: per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics."""
+
+    token_ids: list[list[int]]
+    finish_reasons: list[str]
+    stats: RunStats
+
+
+class Engine:
+    """Runs one model under one `EngineConfig`. Not thread-safe: the thread that calls it owns the device's slots.
+
+    Args:
+      config: a ModelConfig.
+      dense: every dense weight by its checkpoint name (numpy).
+      store: an ExpertStore.
+      options: the EngineConfig.
+      tokenizer: text.Tokenizer, needed only for `stop` strings and text prompts.
+      eos: token ids that end a sequence.
+      frequencies: [MoE layer][expert] activation counts from other text, for static placements.
+
+    Raises UserError where the options cannot be met (a budget too small, a context beyond the model's).
+    """
+
+    def __init__(self, config, dense, store, options: EngineConfig, *, tokenizer=None, eos=(), frequencies=None):
+        self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
+        self.store = store
+        self.max_context = _max_context(config, options)
+        self._parts = assembly.assemble(config, dense, store, options, self.max_context, frequencies)
+        self._forward = self._parts.forward
+        self._last_stats: RunStats | None = None
+
+    @property
+    def costs(self):
+        """The CostModel that the planner works with (None for the dense executor)."""
+        return self._parts.costs
+
+    @property
+    def planner(self):
+        return self._parts.planner
+
+    @property
+    def stats(self) -> RunStats | None:
+        """Of the latest call."""
+        return self._last_stats
+
+    def save_profile(self, path: str | Path) -> None:
+        """Writes the measured costs; `EngineConfig(profile=path)` reads them back instead of measuring."""
+        if self.costs is None:
+            raise UserError("the dense executor measures no costs: there is no profile to save")
+        self.costs.save(path)
+
+    def record(self, trace=None, timeline=None) -> None:
+        """Attaches recorders to the steps that follow (None detaches): a TraceRecorder, a Timeline."""
+        self._parts.record(trace, timeline)
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits of every position: [T] token ids -> float32 [T, V]."""
+        ids = np.asarray(ids, np.int64).ravel().tolist()
+        check_prompts([ids], 0, self.config.vocab_size, self.max_context)
+        capacity = capacity_for([ids], 0, self.max_context)
+        self._check_cache(1, capacity)
+        stats, out = self._start(1, capacity), []
+        caches = self._parts.init_cache(1, capacity)
+        for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
+            step = StepInput(chunk, positions, capacity, "prefill", None)
+            logits, caches, record = self._forward.forward(step, caches)
+            stats.steps.append(record)
+            out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
+        self._finish(stats)
+        return np.concatenate(out)
+
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[Emitted]:
+        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
+        sampling = Sampling(temperature, top_k, top_p, self.options.seed if seed is None else seed)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        prompts = [list(map(int, prompt)) for prompt in prompts]
+        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
+        capacity = capacity_for(prompts, max_new_tokens, self.max_context)
+        self._check_cache(len(prompts), capacity)
+        return self._run(prompts, capacity, max_new_tokens, sampling)
+
+    def _run(self, prompts, capacity, max_new_tokens, sampling):
+        stats = self._start(len(prompts), capacity)
+        inner = generate_steps(
+            self._forward,
+            self._parts.init_cache,
+            prompts,
+            new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=self.eos,
+            chunk=self.options.prefill_chunk,
+            max_context=self.max_context,
+        )
+        stopped = None
+        try:
+            while True:
+                emitted = inner.send(stopped)
+                stats.steps.append(emitted.stats)
+                stats.new_tokens += len(emitted.tokens)
+                stopped = yield emitted
+        except StopIteration:
+            pass
+        finally:
+            self._finish(stats)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """New tokens for each prompt of token ids. temperature 0 is greedy. `stop` strings need a tokenizer; the tokens
+        of the text up to the one that completed a stop string are returned."""
+        if stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this checkpoint has none")
+        tokens: list[list[int]] = [[] for _ in prompts]
+        reasons = ["length"] * len(prompts)
+        run = self.steps(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        stopped = None
+        while True:
+            try:
+                emitted = run.send(stopped)
+            except StopIteration:
+                return Generation(tokens, reasons, self._last_stats)
+            stopped = []
+            for row, token in emitted.tokens:
+                tokens[row].append(token)
+                reasons[row] = emitted.finished.get(row, reasons[row])
+                if stop and any(word in self.tokenizer.decode(tokens[row]) for word in stop):
+                    reasons[row] = "stop"
+                    stopped.append(row)
+
+    def close(self) -> None:
+        """Stops the worker threads; the engine cannot be used afterwards."""
+        self._parts.close()
+
+    def _check_cache(self, batch: int, capacity: int) -> None:
+        reserved = self._parts.footprint
+        needed = self._parts.cache_bytes(batch, capacity)
+        if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
+            raise UserError(
+                f"{batch} sequences of up to {capacity} tokens need {budget.readable(needed)} of cache, but vram_budget "
+                f"reserved {budget.readable(reserved.kv)} for {self.options.max_batch} of {self.max_context}; raise max_batch"
+            )
+
+    def _start(self, batch: int, capacity: int) -> RunStats:
+        parts = self._parts
+        stats = parts.new_stats()
+        parts.begin_run()
+        chunk = min(self.options.prefill_chunk, self.max_context)
+        work = budget.workspace_bytes(self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS)
+        footprint = dataclasses.replace(parts.footprint, kv=parts.cache_bytes(batch, capacity), workspace=work)
+        stats.peak_device_bytes = footprint.total
+        return stats
+
+    def _finish(self, stats: RunStats) -> None:
+        parts = self._parts
+        stats.prefetch = parts.prefetch_counts() or PrefetchStats()
+        measured = parts.device.memory_stats() if parts.device.platform != "cpu" else None
+        if measured:
+            stats.peak_device_bytes = int(measured["peak_bytes_in_use"])
+        stats.host_bytes = self.store.nbytes
+        self._last_stats = stats
+
+
+def _max_context(config, options: EngineConfig) -> int:
+    limit = config.max_position_embeddings
+    if options.max_context is None:
+        return min(limit, 4096)
+    if options.max_context > limit:
+        raise UserError(f"max_context {options.max_context} exceeds the model's max_position_embeddings {limit}")
+    return options.max_context

@@ -1,0 +1,205 @@
+"""One forward pass: attention and routing on the device, a plan per MoE layer, then the plan carried out.
+
+`HybridForward` holds what the two hybrid executors share: the layer loop, the read-back, planning, landing and
+statistics. They differ in how a planned layer is computed (`overlapped.py`, `callback.py`). `DenseForward` is the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.decide.planner import REFUSED, LayerPlan, Planner
+from hybrimoe_jax.models.moe import DenseExperts
+from hybrimoe_jax.models.parameters import merge
+from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
+from hybrimoe_jax.runtime import programs
+from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.compilation import compile_clock
+from hybrimoe_jax.runtime.device_model import DeviceLayer, DeviceModel
+from hybrimoe_jax.runtime.routing import HostRouting, read_routing
+from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.transfer import Link
+
+
+@dataclasses.dataclass
+class StepInput:
+    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
+
+    `last` [B] picks each row's token whose logits are wanted; None asks for all.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    capacity: int
+    phase: str
+    last: np.ndarray | None
+
+    @property
+    def valid(self) -> np.ndarray:
+        return np.flatnonzero(self.positions.ravel() < self.capacity)
+
+
+class Forward:
+    """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record."""
+
+    def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+        raise NotImplementedError
+
+
+class DenseForward(Forward):
+    """The oracle: the whole Flax model in one executable, every expert on the device."""
+
+    def __init__(self, model, dense, weights, clock: WallClock):
+        self._graphdef, self._params, self._weights, self.clock = model, dense, weights, clock
+
+    def forward(self, step, caches):
+        start, compiled = self.clock.now(), compile_clock().seconds
+        logits, caches = _dense_step(self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last)
+        logits = np.asarray(logits)
+        seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
+        return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _dense_step(graphdef, params, weights, ids, caches, positions, last):
+    model = merge(graphdef, params)
+    logits, caches = model(ids, caches, positions, DenseExperts(weights))
+    return (logits if last is None else logits[jnp.arange(ids.shape[0]), last]), caches
+
+
+class HybridForward(Forward):
+    """Everything of the hybrid executors but the computing of a planned layer.
+
+    Args:
+      lookahead: distances whose routers are applied early. trace, timeline: recorders, or None.
+      verify: called with a layer's ordinal before its experts run (debug), or None.
+    """
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        planner: Planner,
+        pool: SlotPool,
+        link: Link,
+        weights,
+        clock: WallClock,
+        lookahead: int,
+        trace=None,
+        timeline=None,
+        verify=None,
+    ):
+        self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
+        self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
+        self._zeros: dict[int, jax.Array] = {}
+
+    def compute(self, layer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
+        """Carries out a plan: -> (device part [N, D], host part [N, D]); may return before the device has finished."""
+        raise NotImplementedError
+
+    def begin(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
+        """Dispatches what needs no plan (the shared experts) before the routing is read."""
+        return None
+
+    def settle(self, lanes: Lanes) -> None:
+        """Called when the next program has been dispatched: the moment to wait for what is being timed."""
+
+    def zeros(self, rows: int) -> jax.Array:
+        if rows not in self._zeros:
+            width = self.model.config.hidden_size
+            self._zeros[rows] = jax.device_put(jnp.zeros((rows, width), jnp.float32), self.model.device)
+        return self._zeros[rows]
+
+    def forward(self, step, caches):
+        model, now = self.model, self.clock.now
+        start, compiled = now(), compile_clock().seconds
+        rows, valid = step.ids.size, step.valid
+        nothing = self.zeros(rows)
+        h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
+        record = StepStats(step.phase, len(valid), 0.0, 0.0, [])
+        caches, lanes = list(caches), None
+        for index, layer in enumerate(model.layers):
+            began = now()
+            if layer.ordinal is None:
+                h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], step.positions)
+                acc = host = nothing
+                continue
+            routers = model.lookahead_routers(layer.ordinal, self.lookahead)
+            h, x, caches[index], packed = layer.programs.front(
+                layer.params, routers, h, acc, host, caches[index], step.positions
+            )
+            early = self.begin(layer, x)
+            if lanes is not None:
+                self.settle(lanes)
+            routing = read_routing(
+                np.asarray(packed), model.config.num_experts_per_tok, model.config.num_experts, valid
+            )
+            moved = self.land()
+            plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
+            if self.trace is not None:
+                self.trace(layer.ordinal, step, routing)
+            lanes = Lanes()
+            acc, host = self.compute(layer, x, early, routing, plan, lanes)
+            fetched = tuple(f.expert for f in plan.fetch)
+            moved += len(fetched) * self.pool.expert_bytes
+            record.layers.append(
+                LayerStats(
+                    layer.ordinal,
+                    routing.loads,
+                    len(plan.hits),
+                    len(plan.misses),
+                    tuple(plan.cpu),
+                    tuple(plan.device) + fetched + tuple(plan.waits),
+                    fetched,
+                    moved,
+                    now() - began,
+                    lanes,
+                )
+            )
+        if step.last is not None:
+            logits = programs.last_logits(model.norm, model.head, h, acc, host, step.last, eps=model.eps)
+        else:
+            logits = programs.all_logits(model.norm, model.head, h, acc, host, eps=model.eps)
+        if lanes is not None:
+            self.settle(lanes)
+        logits = np.array(logits, copy=True)
+        self.planner.finish_step()
+        record.seconds, record.compile_s = now() - start, compile_clock().seconds - compiled
+        return logits, caches, record
+
+    def land(self) -> int:
+        """Commits the prefetches that have landed; returns the bytes they moved."""
+        if not self.link.busy:
+            return 0
+        moved = 0
+        for transfer in self.link.landed():
+            moved += transfer.nbytes
+            self._commit(transfer)
+        return moved
+
+    def wait_for(self, ordinal: int, expert: int):
+        """The device arrays of an expert whose prefetch this step uses, once it has landed."""
+        transfer = self.link.wait(ordinal, expert)
+        if not self._commit(transfer):
+            return self.pool.stream(transfer.staged)
+        return self.pool.get(ordinal, expert)
+
+    def _commit(self, transfer) -> bool:
+        if self.timeline is not None:
+            self.timeline.transfer("prefetch", transfer.layer, transfer.expert, transfer.issued, transfer.landed)
+        victim = self.planner.landed(transfer.layer, transfer.expert)
+        if victim is REFUSED:
+            return False
+        self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
+        return True
+
+    def load(self, ordinal: int, fetch):
+        """A planned demand load: the expert's arrays in its slot, or in a staging slot when it is only streamed."""
+        staged = self.link.put(self.weights(ordinal, fetch.expert))
+        if fetch.stream:
+            return self.pool.stream(staged)
+        return self.pool.write(ordinal, fetch.expert, staged, fetch.victim)

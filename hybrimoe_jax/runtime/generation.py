@@ -1,0 +1,131 @@
+"""From prompts to tokens: chunked prefill of a ragged batch, then one token a row and step, until every row has stopped.
+
+Rows are padded on the right; a padding token has a position past the cache's end, so it writes nothing, is routed
+nowhere and nothing attends to it. A row's answer does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.stats import StepStats
+from hybrimoe_jax.runtime.executors import Forward, StepInput
+from hybrimoe_jax.runtime.programs import bucket
+from hybrimoe_jax.runtime.sampling import Sampler, Sampling
+
+SMALLEST_CHUNK = 16
+SMALLEST_CACHE = 256
+
+
+@dataclasses.dataclass
+class Emitted:
+    """What one step gave: (row, token id) pairs, and the step's record. `finished` maps a row to its reason, "eos" or "length"."""
+
+    tokens: list[tuple[int, int]]
+    finished: dict[int, str]
+    stats: StepStats
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int, max_context: int) -> None:
+    """UserError for an empty batch or prompt, a token outside the vocabulary, or a context overflow."""
+    if not prompts:
+        raise UserError("no prompts: give at least one")
+    for row, ids in enumerate(prompts):
+        where = f"prompt {row}" if len(prompts) > 1 else "prompt"
+        if not len(ids):
+            raise UserError(f"{where} is empty: at least one token is needed")
+        bad = [i for i in ids if not 0 <= i < vocab]
+        if bad:
+            raise UserError(f"{where}: token id {bad[0]} is outside the vocabulary (0..{vocab - 1})")
+        if len(ids) + new_tokens > max_context:
+            raise UserError(
+                f"{where}: {len(ids)} tokens and {new_tokens} new ones exceed max_context {max_context}; "
+                "shorten the prompt, ask for fewer tokens or raise max_context"
+            )
+
+
+def capacity_for(prompts, new_tokens: int, max_context: int) -> int:
+    """Cache capacity: a power of two of at least 256, so that few executables serve all lengths, within max_context."""
+    return min(max_context, bucket(max(map(len, prompts)) + new_tokens, SMALLEST_CACHE))
+
+
+def prefill_chunks(prompts, chunk: int, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cuts a ragged batch into (ids [B, T], positions [B, T], last [B]); T is `chunk` or a smaller power of two.
+
+    `last[b]` is the place of row b's final prompt token in this chunk, -1 where the chunk does not hold it.
+    """
+    lengths = np.array([len(p) for p in prompts])
+    for start in range(0, int(lengths.max()), chunk):
+        width = min(chunk, bucket(int(lengths.max()) - start, min(SMALLEST_CHUNK, chunk)))
+        ids = np.zeros((len(prompts), width), np.int32)
+        positions = np.full((len(prompts), width), capacity, np.int32)
+        last = np.full(len(prompts), -1)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + width]
+            ids[row, : len(part)] = part
+            positions[row, : len(part)] = np.arange(start, start + len(part))
+            if start < len(prompt) <= start + width:
+                last[row] = len(prompt) - 1 - start
+        yield ids, positions, last
+
+
+def generate_steps(
+    forward: Forward,
+    init_cache,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampling: Sampling,
+    eos: Sequence[int],
+    chunk: int,
+    max_context: int,
+) -> Iterator[Emitted]:
+    """Yields one `Emitted` a step. A row stops after an end-of-sequence token (which it emits) or `new_tokens`.
+
+    The consumer may stop a row early by sending its number, or a list of them (stop strings).
+    """
+    batch = len(prompts)
+    capacity = capacity_for(prompts, new_tokens, max_context)
+    caches = init_cache(batch, capacity)
+    sampler = Sampler(sampling, batch)
+    lengths = np.array([len(p) for p in prompts])
+    made = np.zeros(batch, int)
+    live = np.ones(batch, bool)
+    next_ids = np.zeros(batch, np.int32)
+    ends = frozenset(eos)
+
+    def choose(logits: np.ndarray, rows) -> tuple[list, dict]:
+        tokens, finished = [], {}
+        for row in rows:
+            token = sampler(row, logits[row])
+            next_ids[row] = token
+            made[row] += 1
+            tokens.append((row, token))
+            if token in ends:
+                finished[row] = "eos"
+            elif made[row] == new_tokens:
+                finished[row] = "length"
+        live[list(finished)] = False
+        return tokens, finished
+
+    def hand_over(emitted: Emitted):
+        stopped = yield emitted
+        if stopped is not None:
+            live[stopped] = False
+
+    for ids, positions, last in prefill_chunks(prompts, chunk, capacity):
+        step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0))
+        logits, caches, stats = forward.forward(step, caches)
+        rows = np.flatnonzero(last >= 0).tolist()
+        tokens, finished = choose(logits, rows)
+        yield from hand_over(Emitted(tokens, finished, stats))
+    while live.any():
+        positions = np.where(live, lengths + made - 1, capacity).astype(np.int32)[:, None]
+        step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", np.zeros(batch, np.int64))
+        logits, caches, stats = forward.forward(step, caches)
+        tokens, finished = choose(logits, np.flatnonzero(live).tolist())
+        yield from hand_over(Emitted(tokens, finished, stats))

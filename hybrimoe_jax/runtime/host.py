@@ -1,0 +1,146 @@
+"""The CPU lane: host experts on persistent worker threads, beside whatever the device is doing.
+
+Kernels release the interpreter lock, so the thread that drives the device goes on dispatching meanwhile. Work too small
+to be worth waking a thread runs inline when the result is asked for. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+
+import numpy as np
+
+from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
+from hybrimoe_jax.runtime.clock import WallClock
+
+
+@dataclasses.dataclass
+class HostWork:
+    """Some experts of one layer. `tokens` and `weights` hold, per expert, its rows of x [N, D] and their routing weights."""
+
+    layer: int
+    experts: list[int]
+    x: np.ndarray
+    tokens: list[np.ndarray]
+    weights: list[np.ndarray]
+
+
+@dataclasses.dataclass
+class Part:
+    """One worker's share: its partial sum and when each expert ran, (expert, start, end) on the clock."""
+
+    work: HostWork
+    out: np.ndarray
+    spans: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
+    error: BaseException | None = None
+    done: threading.Event | None = None
+
+
+class HostExecutor:
+    """Owns the workers and the kernel's handles.
+
+    Args:
+      kernel: the host kernel.
+      weights: (layer, expert) -> ExpertWeights.
+      workers: threads; prefill uses all of them, decode `decode_workers`.
+      detailed: time every expert on its own (for the timeline) instead of every share.
+    """
+
+    def __init__(self, kernel: HostKernel, weights, workers: int, decode_workers: int, clock: WallClock, detailed=False):
+        self.kernel, self.clock, self.detailed = kernel, clock, detailed
+        self.decode_workers = max(1, decode_workers)
+        self._weights = weights
+        self._handles: dict[tuple[int, int], object] = {}
+        self._queues = [queue.SimpleQueue() for _ in range(max(1, workers))]
+        for index, tasks in enumerate(self._queues):
+            threading.Thread(target=self._serve, args=(tasks,), name=f"host-experts-{index}", daemon=True).start()
+
+    def handle(self, layer: int, expert: int):
+        key = (layer, expert)
+        found = self._handles.get(key)
+        if found is None:
+            found = self._handles[key] = self.kernel.prepare(self._weights(layer, expert))
+        return found
+
+    def submit(self, work: HostWork, inline: bool = False) -> Pending:
+        """Starts the work (or, inline, leaves it for `Pending.result`)."""
+        if inline:
+            return Pending(self, [Part(work, np.zeros_like(work.x))], inline=True)
+        parts = [Part(share, np.zeros_like(work.x), done=threading.Event()) for share in self._shares(work)]
+        for part, tasks in zip(parts, self._queues, strict=False):
+            tasks.put(part)
+        return Pending(self, parts)
+
+    def compute(self, part: Part) -> None:
+        work, now = part.work, self.clock.now
+        handles = [self.handle(work.layer, expert) for expert in work.experts]
+        if not self.detailed:
+            start = now()
+            run_experts(self.kernel, handles, work.x, work.tokens, work.weights, part.out)
+            part.spans.append((-1, start, now()))
+            return
+        for expert, handle, rows, mix in zip(work.experts, handles, work.tokens, work.weights, strict=True):
+            start = now()
+            run_experts(self.kernel, [handle], work.x, [rows], [mix], part.out)
+            part.spans.append((expert, start, now()))
+
+    def close(self) -> None:
+        for tasks in self._queues:
+            tasks.put(None)
+
+    def _shares(self, work: HostWork) -> list[HostWork]:
+        """Longest first onto the least loaded worker; one worker at decode, since one core is the device's."""
+        workers = self.decode_workers if work.x.shape[0] <= 8 else len(self._queues)
+        if workers == 1 or len(work.experts) == 1:
+            return [work]
+        picks: list[list[int]] = [[] for _ in range(min(workers, len(work.experts)))]
+        filled = [0] * len(picks)
+        for i in sorted(range(len(work.experts)), key=lambda i: -len(work.tokens[i])):
+            least = filled.index(min(filled))
+            picks[least].append(i)
+            filled[least] += len(work.tokens[i])
+        return [
+            HostWork(
+                work.layer,
+                [work.experts[i] for i in pick],
+                work.x,
+                [work.tokens[i] for i in pick],
+                [work.weights[i] for i in pick],
+            )
+            for pick in picks
+        ]
+
+    def _serve(self, tasks: queue.SimpleQueue) -> None:
+        while (part := tasks.get()) is not None:
+            try:
+                self.compute(part)
+            except BaseException as error:  # handed to the waiting thread, which raises it
+                part.error = error
+            part.done.set()
+
+
+class Pending:
+    """Host work under way."""
+
+    def __init__(self, executor: HostExecutor, parts: list[Part], inline: bool = False):
+        self._executor, self.parts, self._inline = executor, parts, inline
+
+    def result(self) -> np.ndarray:
+        """The sum over experts, [N, D], a fresh array each time (jax may alias it). Raises what a worker raised."""
+        for part in self.parts:
+            if self._inline:
+                self._executor.compute(part)
+                continue
+            part.done.wait()
+            if part.error is not None:
+                raise part.error
+        total = self.parts[0].out
+        for part in self.parts[1:]:
+            total += part.out
+        return total
+
+    def busy(self) -> float:
+        """Seconds the workers computed, added up over workers; call after `result`."""
+        return sum(end - start for part in self.parts for _, start, end in part.spans)

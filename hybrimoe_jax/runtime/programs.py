@@ -1,0 +1,159 @@
+"""The jitted pieces of a step. Few executables: one per (layer kind, token bucket, slot count), shared by all engines.
+
+Shapes: B batch, T tokens a row, N = B*T, D model width, E experts, k experts per token, n slots in a call, C gathered rows.
+The residual stream between layers is kept in parts `(h, acc, host)`: the stream before the MoE, the device's part
+[N, D] and the host's part [N, D]; the next program adds them up, so that combining costs no call of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.models.layers import rms_norm
+from hybrimoe_jax.models.moe import expert_forward
+from hybrimoe_jax.models.parameters import merge
+
+SLOTS_PER_CALL = 4
+DENSE_ROWS = 8
+"""Up to this many rows an expert is computed for every row (weight zero where it was not chosen): decode is bound by
+reading the weights, and a gather would cost a call's worth of time."""
+
+_PROGRAMS: list = []
+
+
+def _program(function, **options):
+    jitted = jax.jit(function, **options)
+    _PROGRAMS.append(jitted)
+    return jitted
+
+
+def executables() -> int:
+    """How many executables the process holds for engine steps."""
+    return sum(program._cache_size() for program in _PROGRAMS)
+
+
+class LayerPrograms(NamedTuple):
+    """The jitted pieces of one kind of layer.
+
+    front(params, lookahead, h, acc, host, cache, positions) -> (h, x, cache, packed) for a MoE layer, with packed
+      [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so one read-back);
+    shared(params, x) -> [N, D]; None where the family has no shared experts;
+    dense(params, h, acc, host, cache, positions) -> (h, cache) for a layer without experts.
+    """
+
+    front: object
+    shared: object
+    dense: object
+
+
+def _join(h, acc, host):
+    return h + (acc + host).reshape(h.shape)
+
+
+def gate_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> jax.Array:
+    """Gate reuse: a later layer's own norm and router applied to this residual stream [B, T, D] -> [N, E]."""
+    x = rms_norm(h, norm, eps).reshape(-1, h.shape[-1])
+    return jax.nn.softmax(jnp.einsum("nd,ed->ne", x, gate, preferred_element_type=jnp.float32), axis=-1)
+
+
+@functools.lru_cache(maxsize=None)
+def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
+    """Programs of every layer whose static part equals `graphdef`."""
+
+    def front(params, lookahead, h, acc, host, cache, positions):
+        with jax.named_scope("route"):
+            layer = merge(graphdef, params)
+            h, cache = layer.attend(_join(h, acc, host), cache, positions)
+            x = layer.ffn_input(h)
+            routing = layer.ffn.route(x)
+            eps = layer.post_attention_layernorm.eps
+            ahead = [gate_scores(h, norm, gate, eps) for norm, gate in lookahead]
+            packed = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, *ahead]
+            return h, x, cache, jnp.concatenate(packed, axis=-1)
+
+    def shared(params, x):
+        with jax.named_scope("shared"):
+            return merge(graphdef, params).ffn.shared(x)
+
+    def dense(params, h, acc, host, cache, positions):
+        with jax.named_scope("dense_layer"):
+            layer = merge(graphdef, params)
+            h, cache = layer.attend(_join(h, acc, host), cache, positions)
+            return h + layer.ffn(layer.ffn_input(h)).reshape(h.shape), cache
+
+    return LayerPrograms(
+        _program(front, donate_argnums=5),
+        _program(shared) if has_shared else None,
+        _program(dense, donate_argnums=4),
+    )
+
+
+def _embed(table, ids):
+    return table[ids].astype(jnp.float32)
+
+
+def _last_logits(norm, head, h, acc, host, last, eps):
+    """Logits [B, V] of each row's token `last` [B]."""
+    h = _join(h, acc, host)[jnp.arange(h.shape[0]), last]
+    return jnp.einsum("bd,vd->bv", rms_norm(h, norm, eps), head, preferred_element_type=jnp.float32)
+
+
+def _all_logits(norm, head, h, acc, host, eps):
+    return jnp.einsum("btd,vd->btv", rms_norm(_join(h, acc, host), norm, eps), head, preferred_element_type=jnp.float32)
+
+
+def _dense_rows(acc, x, weights, *slots):
+    """acc [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
+    with jax.named_scope("device_experts"):
+        for i in range(0, len(slots), 2):
+            acc = acc + weights[i // 2][:, None] * expert_forward(slots[i], slots[i + 1], x)
+        return acc
+
+
+def _gathered_rows(acc, x, rows, weights, gate_up, down):
+    """acc [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
+    with jax.named_scope("device_experts"):
+        return acc.at[rows].add(weights[:, None] * expert_forward(gate_up, down, x[rows]))
+
+
+embed = _program(_embed)
+last_logits = _program(_last_logits, static_argnames="eps")
+all_logits = _program(_all_logits, static_argnames="eps")
+dense_rows = _program(_dense_rows)
+gathered_rows = _program(_gathered_rows)
+
+
+def bucket(n: int, smallest: int = 1) -> int:
+    """The power of two at or above n."""
+    return max(smallest, 1 << max(0, n - 1).bit_length())
+
+
+def add_device_experts(acc, x, experts, rows_of, weights_of):
+    """Adds device experts to acc [N, D], asynchronously.
+
+    Args:
+      experts: list of (expert id, (gate_up, down)).
+      rows_of, weights_of: per expert id, the rows [load] routed to it and their weights [load] (numpy).
+    """
+    rows_in_call = x.shape[0]
+    if rows_in_call <= DENSE_ROWS:
+        for start in range(0, len(experts), SLOTS_PER_CALL):
+            part = experts[start : start + SLOTS_PER_CALL]
+            weights = np.zeros((len(part), rows_in_call), np.float32)
+            for i, (expert, _) in enumerate(part):
+                weights[i, rows_of[expert]] = weights_of[expert]
+            acc = dense_rows(acc, x, weights, *[a for _, slot in part for a in slot])
+        return acc
+    for expert, (gate_up, down) in experts:
+        load = len(rows_of[expert])
+        size = min(bucket(load, 8), rows_in_call)
+        rows = np.zeros(size, np.int32)
+        weights = np.zeros(size, np.float32)
+        rows[:load], weights[:load] = rows_of[expert], weights_of[expert]
+        acc = gathered_rows(acc, x, rows, weights, gate_up, down)
+    return acc

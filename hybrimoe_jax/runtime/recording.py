@@ -1,0 +1,92 @@
+"""Attaching the recorders of `record/` to a running engine.
+
+Device work finishes when nobody looks. For a timeline a watcher thread waits for each dispatched array in turn and notes
+when it was ready, so an event on the device or link lane begins when its work was dispatched, or when the one before it on
+that lane ended, and ends when its result was seen. The watcher disturbs what it measures a little: a timeline is for
+looking at, the statistics of a run without one are for quoting.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import jax
+
+from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.record.trace import TraceRecorder
+
+
+class EngineTimeline:
+    """Collects a run's events; `write` saves them. Args: engine: whose clock, system and executor are named in the file."""
+
+    def __init__(self, engine):
+        self._clock = engine.clock
+        self._timeline = Timeline(
+            clock=engine.clock.name, system=engine.options.system, executor=engine.options.executor
+        )
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._ends: dict[str, float] = {}
+        self._thread = threading.Thread(target=self._serve, name="timeline", daemon=True)
+        self._thread.start()
+
+    def watch(self, lane: str, name: str, issued: float, arrays, **args) -> None:
+        """Notes an event that ends when `arrays` are ready."""
+        self._tasks.put((lane, name, issued, arrays, args))
+
+    def expert(self, lane: str, layer: int, expert: int, start: float, end: float, **args) -> None:
+        """Notes an expert that ran from `start` to `end`."""
+        self._timeline.add(lane, f"expert {layer}.{expert}", start, end, layer=layer, expert=expert, **args)
+
+    def transfer(self, kind: str, layer: int, expert: int, issued: float, landed: float) -> None:
+        """Notes a transfer whose landing was observed by the link itself."""
+        self._timeline.add("link", f"{kind} {layer}.{expert}", issued, landed, layer=layer, expert=expert, kind=kind)
+
+    def finish(self) -> Timeline:
+        """Waits until every watched event has ended."""
+        self._tasks.put(None)
+        self._thread.join()
+        return self._timeline
+
+    def write(self, path) -> None:
+        """Chrome trace-event JSON, which Perfetto opens."""
+        self.finish().write(path)
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            lane, name, issued, arrays, args = task
+            start = max(issued, self._ends.get(lane, issued))
+            for array in jax.tree.leaves(arrays):
+                if not array.is_deleted():
+                    try:
+                        array.block_until_ready()
+                    except RuntimeError:  # donated while we waited: whoever took it over has seen it ready
+                        pass
+            self._ends[lane] = end = max(start, self._clock.now())
+            self._timeline.add(lane, name, start, end, **args)
+
+
+class EngineTrace:
+    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step."""
+
+    def __init__(self, recorder: TraceRecorder):
+        self.recorder = recorder
+
+    def __call__(self, layer: int, step, routing) -> None:
+        rows = routing.valid
+        width = step.ids.shape[1]
+        if layer == 0:
+            self.recorder.next_step()
+        self.recorder.add(
+            layer,
+            step.phase,
+            sequence=rows // width,
+            position=step.positions.ravel()[rows],
+            ids=routing.ids[rows],
+            weights=routing.row_weights[rows],
+            scores=routing.row_scores[rows],
+            lookahead={d + 1: ahead[rows] for d, ahead in enumerate(routing.ahead)},
+        )
+
+    def save(self, path) -> None:
+        self.recorder.save(path)

@@ -1,0 +1,69 @@
+"""Reading one layer's routing on the host: who is needed, by which rows, with which weights. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+_FIRST_ROW = np.zeros(1, np.int64)
+
+
+@dataclasses.dataclass(slots=True)
+class HostRouting:
+    """One MoE layer of one step.
+
+    Attributes:
+      loads: activated expert -> tokens routed to it.
+      rows, weights: per activated expert, its rows of x and their routing weights, both [load].
+      scores: [E], mean router probability over the step's tokens.
+      ids, row_weights, row_scores: [N, k], [N, k], [N, E] as routed, padding rows included.
+      ahead: per lookahead distance, router probabilities [N, E] of that later layer on this layer's state.
+      valid: row numbers that hold real tokens.
+    """
+
+    loads: dict[int, int]
+    rows: dict[int, np.ndarray]
+    weights: dict[int, np.ndarray]
+    scores: np.ndarray
+    ids: np.ndarray
+    row_weights: np.ndarray
+    row_scores: np.ndarray
+    ahead: list[np.ndarray]
+    valid: np.ndarray
+
+
+def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray) -> HostRouting:
+    """Unpacks what a layer's front program returned (float32 [N, 2k + E * (1 + distances)])."""
+    ids = packed[:, :top_k].astype(np.int64)
+    weights = packed[:, top_k : 2 * top_k]
+    start = 2 * top_k
+    scores = packed[:, start : start + num_experts]
+    ahead = [packed[:, s : s + num_experts] for s in range(start + num_experts, packed.shape[1], num_experts)]
+    if len(packed) == 1:
+        chosen = ids[0].tolist()
+        return HostRouting(
+            dict.fromkeys(chosen, 1),
+            dict.fromkeys(chosen, _FIRST_ROW),
+            {expert: weights[0, i : i + 1] for i, expert in enumerate(chosen)},
+            scores[0],
+            ids,
+            weights,
+            scores,
+            ahead,
+            valid,
+        )
+    flat = ids[valid].ravel()
+    flat_weights = weights[valid].ravel()
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    row_numbers = np.repeat(valid, top_k)[order]
+    sorted_weights = flat_weights[order]
+    ends = np.append(starts[1:], len(order))
+    rows, mixes, loads = {}, {}, {}
+    for expert, begin, end in zip(experts.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        rows[expert] = row_numbers[begin:end]
+        mixes[expert] = sorted_weights[begin:end]
+        loads[expert] = end - begin
+    mean = scores[valid].mean(axis=0) if len(valid) else np.zeros(num_experts, np.float32)
+    return HostRouting(loads, rows, mixes, mean, ids, weights, scores, ahead, valid)

@@ -1,0 +1,61 @@
+"""Choosing the next token from logits, on the host, reproducibly: one random stream per sequence. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is outside (0, 1]")
+
+
+class Sampler:
+    """Draws for up to `rows` sequences; sequence i's draws do not depend on its neighbours."""
+
+    def __init__(self, sampling: Sampling, rows: int):
+        self.sampling = sampling
+        self._streams = [np.random.default_rng([sampling.seed, row]) for row in range(rows)]
+
+    def __call__(self, row: int, logits: np.ndarray) -> int:
+        """logits [V] -> token id."""
+        options = self.sampling
+        if options.temperature == 0:
+            return int(np.argmax(logits))
+        probabilities = distribution(logits, options)
+        return int(self._streams[row].choice(len(probabilities), p=probabilities))
+
+
+def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
+    """float64 probabilities [V] after temperature, then top-k, then top-p (the token that crosses p is kept)."""
+    scaled = logits.astype(np.float64) / options.temperature
+    if options.top_k and options.top_k < scaled.size:
+        kept = np.argsort(-scaled, kind="stable")[: options.top_k]
+        masked = np.full_like(scaled, -np.inf)
+        masked[kept] = scaled[kept]
+        scaled = masked
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if options.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[before >= options.top_p]] = 0.0
+        probabilities /= probabilities.sum()
+    return probabilities

@@ -1,0 +1,80 @@
+"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert.
+
+Measured on XLA:CPU: experts kept as separate arrays and passed as arguments run 3-10 times faster than experts indexed
+out of one stacked buffer, because nothing copies weights. Only the thread that owns the pool may call it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.host_kernels.formats import ExpertWeights
+
+DeviceExpert = tuple[jax.Array, jax.Array]
+
+
+def _overwrite(slot: DeviceExpert, new: DeviceExpert) -> DeviceExpert:
+    return tuple(jax.lax.dynamic_update_slice(old, part, (0, 0)) for old, part in zip(slot, new, strict=True))
+
+
+write_slot = jax.jit(_overwrite, donate_argnums=0)
+"""(slot, expert) -> slot, in place: the returned buffers are the donated ones, so a fetch allocates nothing."""
+
+
+class SlotPool:
+    """Slots of every MoE layer, plus a few staging slots that no layer owns.
+
+    Args:
+      slots: how many slots each layer has.
+      hidden, width: D and F; an expert is gate_up [2F, D] and down [D, F].
+      staging: slots through which experts are streamed that find no place (at least two, so that one fills while one is read).
+    """
+
+    def __init__(self, slots: list[int], hidden: int, width: int, dtype=jnp.float32, staging: int = 2):
+        def empty() -> DeviceExpert:
+            return jnp.zeros((2 * width, hidden), dtype), jnp.zeros((hidden, width), dtype)
+
+        self._buffers: list[list[DeviceExpert]] = [[empty() for _ in range(n)] for n in slots]
+        self._staging: list[DeviceExpert] = [empty() for _ in range(max(2, staging))]
+        self._next_staging = 0
+        self._where: list[dict[int, int]] = [{} for _ in slots]
+        self._free: list[list[int]] = [list(range(n))[::-1] for n in slots]
+        self.expert_bytes = sum(a.nbytes for a in self._staging[0])
+        self.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.expert_bytes * (len(self._staging) + sum(len(layer) for layer in self._buffers))
+
+    def residents(self, layer: int) -> frozenset[int]:
+        return frozenset(self._where[layer])
+
+    def get(self, layer: int, expert: int) -> DeviceExpert:
+        return self._buffers[layer][self._where[layer][expert]]
+
+    def write(self, layer: int, expert: int, new: DeviceExpert, victim: int | None) -> DeviceExpert:
+        """Puts `new` into the victim's slot (a free one if None) and returns the slot's arrays."""
+        where = self._where[layer]
+        if expert in where:
+            raise RuntimeError(f"expert {expert} of MoE layer {layer} is already resident")
+        index = self._free[layer].pop() if victim is None else where.pop(victim)
+        self._buffers[layer][index] = write_slot(self._buffers[layer][index], new)
+        where[expert] = index
+        return self._buffers[layer][index]
+
+    def stream(self, new: DeviceExpert) -> DeviceExpert:
+        """Puts `new` into the next staging slot; it lives until that slot comes round again."""
+        index = self._next_staging
+        self._next_staging = (index + 1) % len(self._staging)
+        self._staging[index] = write_slot(self._staging[index], new)
+        return self._staging[index]
+
+    def verify(self, layer: int, expected) -> None:
+        """Debug: every resident slot of the layer must equal `expected(expert)`; RuntimeError naming the first that does not."""
+        for expert in self._where[layer]:
+            want: ExpertWeights = expected(expert)
+            for have, reference in zip(self.get(layer, expert), want, strict=True):
+                if not np.array_equal(np.array(have, copy=True), np.asarray(reference, dtype=have.dtype)):
+                    raise RuntimeError(f"slot of MoE layer {layer} does not hold expert {expert}")

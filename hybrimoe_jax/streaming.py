@@ -1,0 +1,98 @@
+"""Text as it is made: `stream_generate` yields after every token, with stop strings held back until they are certain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.stats import StepStats
+
+
+@dataclasses.dataclass
+class StreamChunk:
+    """One token's worth. `text` may be empty (half a character, or the start of what may become a stop string)."""
+
+    text: str
+    token_id: int
+    finish_reason: str | None
+    stats: StepStats
+
+
+class StopBuffer:
+    """Passes text through, holding back a tail that may be the beginning of a stop string."""
+
+    def __init__(self, stop: Sequence[str]):
+        if any(not word for word in stop):
+            raise UserError("a stop string is empty")
+        self._stop, self._held = tuple(stop), ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """-> (text safe to show, whether a stop string is complete)."""
+        self._held += text
+        found = [i for i in (self._held.find(word) for word in self._stop) if i >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        longest = max((len(word) for word in self._stop), default=0)
+        for size in range(min(longest - 1, len(self._held)), 0, -1):
+            tail = self._held[-size:]
+            if any(word.startswith(tail) for word in self._stop):
+                shown, self._held = self._held[:-size], tail
+                return shown, False
+        shown, self._held = self._held, ""
+        return shown, False
+
+    def flush(self) -> str:
+        shown, self._held = self._held, ""
+        return shown
+
+
+def stream_generate(
+    engine,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[StreamChunk]:
+    """Yields a `StreamChunk` per new token of one prompt (text, encoded as the tokenizer does it, or token ids).
+
+    The end-of-sequence token gives no text. Afterwards `engine.stats` holds the run's statistics.
+    """
+    if isinstance(prompt, str):
+        if engine.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer: give the prompt as token ids")
+        prompt = engine.tokenizer.encode(prompt)
+    if stop and engine.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
+    buffer = StopBuffer(stop)
+    decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None
+    steps = engine.steps(
+        [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    return _chunks(steps, decoder, buffer)
+
+
+def _chunks(steps, decoder, buffer: StopBuffer) -> Iterator[StreamChunk]:
+    stopped = None
+    while True:
+        try:
+            emitted = steps.send(stopped)
+        except StopIteration:
+            return
+        stopped = None
+        for _, token in emitted.tokens:
+            reason = emitted.finished.get(0)
+            text = "" if decoder is None or reason == "eos" else decoder.push(token)
+            if reason is not None and decoder is not None:
+                text += decoder.flush()
+            text, complete = buffer.push(text)
+            if complete:
+                reason, stopped = "stop", [0]
+            elif reason is not None:
+                text += buffer.flush()
+            yield StreamChunk(text, token, reason, emitted.stats)

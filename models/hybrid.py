@@ -1,0 +1,72 @@
+"""The MoE block as one jitted Flax module whose missing experts run on the host through `jax.pure_callback`.
+
+It is the simple reference for the overlapped executor: a callback blocks its whole program, so nothing overlaps here.
+The function called back touches no jax (calling jax inside deadlocks) and keeps no statistics (a pure callback may be
+dropped or repeated). It is one stable function for all layers and engines, with `engine` and `layer` as operands, so that
+layers share an executable.
+
+Shapes: N tokens, D model width, k experts per token, n slots given.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybrimoe_jax.models.moe import MoEBlock, expert_forward
+
+_HOSTS: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+
+def register_host(host) -> int:
+    """Makes `host(layer, x, ids, weights) -> [N, D]` (numpy only) callable from jitted code; returns its handle.
+
+    `ids` [N, k] is -1 where an expert is not the host's. The registry holds `host` weakly.
+    """
+    handle = max(_HOSTS, default=0) + 1
+    _HOSTS[handle] = host
+    return handle
+
+
+def _call_host(handle, layer, x, ids, weights):
+    x, ids, weights = np.asarray(x), np.asarray(ids), np.asarray(weights)
+    return _HOSTS[int(handle)](int(layer), x, ids, weights)
+
+
+class HybridMoE(nnx.Module):
+    """A MoE block's output from device slots and host experts together."""
+
+    def __init__(self, block: MoEBlock):
+        self.block = block
+
+    def __call__(
+        self,
+        acc: jax.Array | None,
+        x: jax.Array,
+        slot_weights: jax.Array,
+        slots: tuple[jax.Array, ...],
+        host: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        """x [N, D] -> routed and shared output [N, D].
+
+        Args:
+          acc: [N, D] from an earlier call on the same x (which then already holds the shared experts), or None.
+          slot_weights: [n, N], an expert's routing weight for each row, zero where it was not chosen.
+          slots: gate_up, down of each of the n experts, flattened.
+          host: (engine handle, layer, ids [N, k], weights [N, k]), or None where the host has nothing to do.
+        """
+        y = acc
+        if y is None:
+            shared = self.block.shared(x)
+            y = jnp.zeros_like(x) if shared is None else shared
+        for i in range(0, len(slots), 2):
+            y = y + slot_weights[i // 2][:, None] * expert_forward(slots[i], slots[i + 1], x)
+        if host is not None:
+            handle, layer, ids, weights = host
+            result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            y = y + jax.pure_callback(_call_host, result, handle, layer, x, ids, weights, vmap_method="sequential")
+        return y

@@ -1,0 +1,22 @@
+"""Shared by all tests: the `--slow` switch, and one core for each of XLA and the host experts, as on the smallest machine."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("NPROC", "1")
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
