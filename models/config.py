@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from flax.core import FrozenDict
-from hybrimoe_jax.models.rope import Rope, make_rope
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.rope import Rope, make_rope
 
 # Keys that no common code honours -> the values under which they change nothing. A family with a field of that name honours it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

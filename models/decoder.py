@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, einsum
 from hybrimoe_jax.models.moe import MoEBlock
 

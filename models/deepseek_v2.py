@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import NEG_INF, Linear, RMSNorm, SwiGLU, cache_write, einsum, rotate_pairs, visible
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.rope import yarn_mscale
-
-from hybrimoe_jax.errors import UserError
 
 LATENT_EPS = 1e-6  # the published model's latent norms keep their class's default, whatever `rms_norm_eps` says
 METHODS = ("greedy", "group_limited_greedy")

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from hybrimoe_jax.models.layers import Linear, einsum
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flax import nnx
+
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig, on_sparse_step
 from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import Attention, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
-
-from hybrimoe_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,159 @@
+"""Configurations: every real one parses or is refused by name; nothing that changes the answer is ignored."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from test_models_moe import COMMON, TINY, tiny
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.registry import FAMILIES, family_of, parse_config
+
+DATA = Path(os.environ.get("HYBRIMOE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+FILES = sorted((DATA / "hf-configs").glob("*.json"))
+PUBLISHED = {
+    # file -> (MoE layers, experts, top-k, expert width, head width)
+    "mistralai--Mixtral-8x7B-v0.1": (32, 8, 2, 14336, 128),
+    "mistralai--Mixtral-8x22B-v0.1": (56, 8, 2, 16384, 128),
+    "Qwen--Qwen1.5-MoE-A2.7B": (24, 60, 4, 1408, 128),
+    "Qwen--Qwen2-57B-A14B": (28, 64, 8, 2560, 128),
+    "Qwen--Qwen3-30B-A3B": (48, 128, 8, 768, 128),
+    "allenai--OLMoE-1B-7B-0125": (16, 64, 8, 1024, 128),
+    "deepseek-ai--DeepSeek-V2-Lite": (26, 64, 6, 1408, 128),
+}
+
+
+def raw(family, **more):
+    return dict(model_type=family) | COMMON | TINY[family] | more
+
+
+@pytest.mark.skipif(not FILES, reason=f"no configuration files under {DATA / 'hf-configs'} (set HYBRIMOE_DATA)")
+def test_every_published_configuration_parses_or_is_refused_by_name():
+    parsed = set()
+    for path in FILES:
+        published = json.loads(path.read_text())
+        if published["model_type"] not in FAMILIES:
+            with pytest.raises(UserError, match=f"model_type '{published['model_type']}' is not supported"):
+                parse_config(published)
+            continue
+        config = parse_config(published)
+        shape = (
+            len(config.moe_layers),
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.moe_width,
+            config.head_width,
+        )
+        assert shape == PUBLISHED[path.stem]
+        assert all(config.window(layer) is None for layer in range(config.num_hidden_layers))
+        parsed.add(path.stem)
+    assert parsed == set(PUBLISHED)
+
+
+REFUSED = [
+    ("mixtral", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    ("mixtral", dict(attention_bias=True), "attention_bias True"),
+    ("mixtral", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    ("mixtral", dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
+    ("mixtral", dict(norm_topk_prob=False), "norm_topk_prob false"),
+    ("mixtral", dict(quantization_config=dict(quant_method="awq")), "quantization_config .awq."),
+    ("mixtral", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "'dynamic'"),
+    ("mixtral", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention"),
+    ("mixtral", dict(layer_types=["chunked_attention"] * 3), "'chunked_attention'"),
+    ("mixtral", dict(layer_types=["sliding_attention"] * 3), "no window"),
+    ("mixtral", dict(num_key_value_heads=3), "num_key_value_heads 3"),
+    ("mixtral", dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
+    ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
+    ("qwen2_moe", dict(use_sliding_window=True, sliding_window=None), "sliding_window"),
+    ("qwen2_moe", dict(layer_types=["full_attention"]), "layer_types"),
+    ("qwen2_moe", dict(decoder_sparse_step=0), "decoder_sparse_step"),
+    ("qwen2_moe", dict(mlp_only_layers=[0, 1, 2]), "no layer has routed experts"),
+    ("qwen2_moe", dict(hidden_size="16"), "hidden_size must be a int"),
+    ("qwen2_moe", dict(norm_topk_prob=1), "norm_topk_prob must be a bool"),
+    ("qwen3_moe", dict(use_sliding_window=True, layer_types=["full_attention"] * 3), "layer_types"),
+    ("qwen3_moe", dict(n_shared_experts=1), "n_shared_experts 1"),
+    ("olmoe", dict(sliding_window=128), "sliding_window 128"),
+    ("olmoe", dict(head_dim=8), "head_dim 8"),
+    ("olmoe", dict(scoring_func="sigmoid"), "scoring_func 'sigmoid'"),
+    ("deepseek_v2", dict(sliding_window=128), "sliding_window 128"),
+]
+
+
+@pytest.mark.parametrize("family, change, message", REFUSED, ids=lambda value: str(value)[:40])
+def test_what_would_change_the_answer_is_refused_by_name(family, change, message):
+    parse_config(raw(family))  # the same without the change is fine
+    with pytest.raises(UserError, match=message):
+        parse_config(raw(family, **change))
+
+
+def test_missing_keys_are_named_together():
+    partial = raw("mixtral")
+    del partial["hidden_size"], partial["num_local_experts"]
+    with pytest.raises(UserError, match="lacks hidden_size, num_local_experts"):
+        parse_config(partial)
+    with pytest.raises(UserError, match="no model_type"):
+        parse_config({})
+
+
+def test_both_spellings_of_rope():
+    old = parse_config(raw("qwen3_moe", rope_theta=5e5, rope_scaling=dict(type="linear", factor=2.0)))
+    new = parse_config(raw("qwen3_moe", rope_parameters=dict(rope_theta=5e5, rope_type="linear", factor=2.0)))
+    assert old.rope == new.rope and old.rope != tiny("qwen3_moe").rope
+    plain = parse_config(raw("qwen3_moe", rope_parameters=dict(rope_theta=10000.0, rope_type="default")))
+    assert plain.rope == tiny("qwen3_moe").rope and plain.rope_scaling is None
+
+
+def test_both_spellings_of_the_number_of_experts():
+    for family, name, other in [
+        ("mixtral", "num_local_experts", "num_experts"),
+        ("qwen3_moe", "num_experts", "num_local_experts"),
+        ("deepseek_v2", "n_routed_experts", "num_experts"),
+    ]:
+        keys = raw(family)
+        keys[other] = keys.pop(name)
+        assert parse_config(keys) == tiny(family)
+
+
+def test_null_means_the_default_except_where_null_says_something():
+    assert parse_config(raw("qwen2_moe", norm_topk_prob=None)).norm_topk_prob is False
+    heads = raw("mixtral", num_attention_heads=16, head_dim=4)
+    assert parse_config(heads | dict(num_key_value_heads=None)).kv_heads == 16
+    del heads["num_key_value_heads"]
+    assert parse_config(heads).kv_heads == 8
+    latent = raw("deepseek_v2")
+    assert parse_config(latent).q_lora_rank is None
+    del latent["q_lora_rank"]
+    assert parse_config(latent).q_lora_rank == 1536
+
+
+def test_sliding_windows():
+    assert parse_config(raw("mixtral", sliding_window=5)).window(2) == 5
+    on = dict(use_sliding_window=True, sliding_window=5)
+    by_rule = parse_config(raw("qwen2_moe", **on, max_window_layers=2))
+    assert [by_rule.window(i) for i in range(3)] == [5, None, None]
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    assert [parse_config(raw("qwen2_moe", **on, layer_types=types)).window(i) for i in range(3)] == [None, 5, 5]
+    assert [parse_config(raw("qwen3_moe", **on)).window(i) for i in range(3)] == [5, 5, 5]
+    assert parse_config(raw("qwen3_moe", sliding_window=5, use_sliding_window=False)).window(0) is None
+
+
+def test_sparse_layers():
+    assert parse_config(raw("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[])).moe_layers == (1,)
+    assert parse_config(raw("qwen2_moe", mlp_only_layers=[1])).moe_layers == (0, 2)
+
+
+def test_end_of_sequence_ids():
+    assert parse_config(raw("mixtral", eos_token_id=[3, 4])).eos_ids == (3, 4)
+    assert parse_config(raw("mixtral", eos_token_id=7)).eos_ids == (7,)
+    assert parse_config(raw("mixtral", eos_token_id=None)).eos_ids == ()
+
+
+def test_names_on_disk():
+    mixtral = family_of("mixtral")
+    spelt = "model.layers.2.block_sparse_moe.gate.weight"
+    assert mixtral.canonical("model.layers.2.mlp.gate.weight") == mixtral.canonical(spelt) == spelt
+    assert mixtral.expert_names(1, 5)[1] == "model.layers.1.block_sparse_moe.experts.5.w3.weight"
+    qwen = family_of("qwen2_moe")
+    assert qwen.canonical("model.layers.2.mlp.gate.weight") == "model.layers.2.mlp.gate.weight"
+    assert qwen.fused_names(0) == ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj")
