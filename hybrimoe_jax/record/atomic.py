@@ -1,0 +1,30 @@
+"""Files that are complete or absent: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from hybrimoe_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Opens a new file that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    `mode` is "w" (UTF-8 text) or "wb". Raises UserError, naming `path`, where the system refuses the write.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

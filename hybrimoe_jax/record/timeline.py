@@ -1,0 +1,116 @@
+"""When each lane did what: events in memory, busy time per lane, and a Chrome trace-event file that Perfetto opens.
+
+The lanes are those of the schedule: `cpu` (experts on the host), `device` (experts and dense work on the accelerator) and
+`link` (transfers between them). An event is (lane, name, start, end) in seconds on one clock, wall or virtual; the file
+names the clock, since a computed timeline looks just like a measured one. Everything is shown relative to the first start.
+
+In the file, one process holds a named track per lane. Tracks can show nested events but not events that overlap in part, so
+a lane that did two things at once (two workers, two transfers in flight) gets further tracks, "cpu 2" and so on: each event
+goes onto the first track that is free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from hybrimoe_jax.record.atomic import replacing
+
+LANES = ("cpu", "device", "link")
+TRACKS_PER_LANE = 1000  # track numbers: lane i owns 1000 i + 1 and up
+
+
+class Timeline:
+    """Collects events. `about` is written into the file: the clock, the system, the executor and whatever else says what this is.
+
+    `add` is one comparison and one append, so that it may be called from worker threads in the middle of a step.
+    """
+
+    def __init__(self, lanes: tuple[str, ...] = LANES, **about: Any):
+        self.lanes = tuple(lanes)
+        self.about = about
+        self._events: dict[str, list[tuple[float, float, str, dict]]] = {lane: [] for lane in self.lanes}
+
+    def add(self, lane: str, name: str, start_s: float, end_s: float, **args: Any) -> None:
+        """Notes an event, in seconds; `args` show when it is clicked on. ValueError for an end before the start or an unknown lane."""
+        if not end_s >= start_s:
+            raise ValueError(f"timeline: {name!r} on lane {lane} ends at {end_s} before it starts at {start_s}")
+        try:
+            self._events[lane].append((start_s, end_s, name, args))
+        except KeyError:
+            raise ValueError(f"timeline: no lane {lane!r} (lanes: {', '.join(self.lanes)})") from None
+
+    def __len__(self) -> int:
+        return sum(len(events) for events in self._events.values())
+
+    def events(self, lane: str) -> list[tuple[float, float, str, dict]]:
+        """(start, end, name, args) of a lane by start time, in seconds from the first event of any lane."""
+        origin = self.origin
+        return [(s - origin, e - origin, name, args) for s, e, name, args in self._ordered(lane)]
+
+    @property
+    def origin(self) -> float:
+        """Clock reading of the first start; 0 where there is no event."""
+        return min((event[0] for events in self._events.values() for event in events), default=0.0)
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max((event[1] for events in self._events.values() for event in events), default=0.0) - self.origin
+
+    def busy(self, lane: str) -> float:
+        """Seconds in which the lane did at least one thing: the length of the union of its events."""
+        total, until = 0.0, float("-inf")
+        for start, end, _, _ in self._ordered(lane):
+            if end > until:
+                total += end - max(start, until)
+                until = end
+        return total
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes Chrome trace-event JSON (times in microseconds), whole or not at all; UserError where it cannot be written."""
+        events: list[dict] = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "hybrimoe"}}]
+        for index, lane in enumerate(self.lanes):
+            events += self._lane_events(lane, TRACKS_PER_LANE * index + 1)
+        about = {**self.about, "span_s": self.span, "busy_s": {lane: self.busy(lane) for lane in self.lanes}}
+        with replacing(path) as file:
+            json.dump(
+                {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about},
+                file,
+                default=_plain,
+                allow_nan=False,
+            )
+
+    def _ordered(self, lane: str) -> list[tuple[float, float, str, dict]]:
+        """By start; of events that start together the longest first, as nesting wants it."""
+        return sorted(self._events[lane], key=lambda event: (event[0], -event[1]))
+
+    def _lane_events(self, lane: str, first_track: int) -> list[dict]:
+        """One complete event each, on the first track that is free, after the tracks' names."""
+        origin, free, events = self.origin, [], []
+        for start, end, name, args in self._ordered(lane):
+            track = next((i for i, until in enumerate(free) if until <= start), len(free))
+            if track == len(free):
+                free.append(end)
+            free[track] = end
+            # nanoseconds, rounded at both ends so that neighbours which touch still touch
+            begin_ns, end_ns = round((start - origin) * 1e9), round((end - origin) * 1e9)
+            events.append(
+                {"ph": "X", "name": name, "cat": lane, "pid": 1, "tid": first_track + track,
+                 "ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3, "args": args}
+            )  # fmt: skip
+        names = []
+        for track in range(max(1, len(free))):
+            title = lane if track == 0 else f"{lane} {track + 1}"
+            where = {"ph": "M", "pid": 1, "tid": first_track + track}
+            names.append({**where, "name": "thread_name", "args": {"name": title}})
+            names.append({**where, "name": "thread_sort_index", "args": {"sort_index": first_track + track}})
+        return names + events
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays, and anything else that knows its plain form."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)

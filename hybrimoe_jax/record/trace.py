@@ -1,0 +1,291 @@
+"""Routing traces: which experts every token chose in every MoE layer, as one columnar, versioned `.npz` file.
+
+Row = one token in one MoE layer of one step. R rows, E experts, k experts per token. Arrays of version 1:
+
+| array | type, shape | holds |
+| --- | --- | --- |
+| `meta` | JSON text | `format` "hybrimoe-trace", `version`, `facts` (below), `about` (clock, system, source: free) |
+| `step` | int32 [R] | forward pass, from 0, in the order they ran |
+| `layer` | int32 [R] | MoE layer, counted from 0 over MoE layers only (a leading dense layer has no number) |
+| `phase` | uint8 [R] | 0 prefill, 1 decode; one value within a step |
+| `sequence` | int32 [R] | which sequence the token belongs to |
+| `position` | int32 [R] | its position in that sequence, from 0 |
+| `ids` | int32 [R, k] | the selected experts, distinct |
+| `weights` | float32 [R, k], optional | what multiplied their outputs |
+| `scores` | float32 [R, E], optional | the router's probability of every expert |
+| `lookahead_<d>` | float32 [R, E], optional | prediction of layer + d's probabilities from this layer's state |
+| `x_<name>` | any, optional | additions by other programs: kept by `load_trace`, not interpreted |
+
+Rows are ordered by (step, layer). A row whose scores or prediction were not recorded is NaN throughout; predictions past
+the last layer are always so. What is absent is absent: nothing is filled in.
+
+Facts: `model_type`, `layers` (MoE layers), `experts`, `top_k`, `expert_bytes` (bytes of one expert per weight format).
+Integers are stored compressed, floats plainly (they hardly shrink). Reading needs NumPy only and never unpickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.record.trace_check import check_rows
+
+FORMAT, VERSION = "hybrimoe-trace", 1
+PHASES = ("prefill", "decode")
+LOOKAHEAD, EXTRA = "lookahead_", "x_"
+INDEX_COLUMNS = {"step": np.int32, "layer": np.int32, "phase": np.uint8, "sequence": np.int32, "position": np.int32}
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceFacts:
+    """What a replay must know of the model. `layers` counts MoE layers; `expert_bytes` maps a weight format to bytes."""
+
+    model_type: str
+    layers: int
+    experts: int
+    top_k: int
+    expert_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("layers", "experts", "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"trace facts: {name} is {value!r}; a positive integer is needed")
+        if self.top_k > self.experts:
+            raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
+        sizes = self.expert_bytes
+        if not isinstance(sizes, Mapping) or not all(isinstance(b, int) and b > 0 for b in sizes.values()):
+            raise UserError(f"trace facts: expert_bytes is {sizes!r}; a mapping of format to bytes is needed")
+        if not isinstance(self.model_type, str):
+            raise UserError(f"trace facts: model_type is {self.model_type!r}; a name is needed")
+
+
+class Record(NamedTuple):
+    """One MoE layer of one step, N tokens; arrays are views of the trace's."""
+
+    step: int
+    layer: int
+    phase: str
+    sequence: np.ndarray  # [N]
+    position: np.ndarray  # [N]
+    ids: np.ndarray  # [N, k]
+    weights: np.ndarray | None  # [N, k]
+    scores: np.ndarray | None  # [N, E], or None where any row lacks them
+    lookahead: dict[int, np.ndarray]  # distance -> [N, E], only where every row has them
+
+
+@dataclasses.dataclass
+class Trace:
+    """A whole trace as columns; see the module docstring for types and shapes."""
+
+    facts: TraceFacts
+    step: np.ndarray
+    layer: np.ndarray
+    phase: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    lookahead: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def records(self) -> Iterator[Record]:
+        """Every (step, MoE layer) in order."""
+        if not len(self):
+            return
+        change = np.flatnonzero((np.diff(self.step) != 0) | (np.diff(self.layer) != 0)) + 1
+        bounds = [0, *change.tolist(), len(self)]
+        has_scores = None if self.scores is None else ~np.isnan(self.scores[:, 0])
+        has_ahead = {d: ~np.isnan(ahead[:, 0]) for d, ahead in self.lookahead.items()}
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            rows = slice(start, stop)
+            yield Record(
+                int(self.step[start]),
+                int(self.layer[start]),
+                PHASES[self.phase[start]],
+                self.sequence[rows],
+                self.position[rows],
+                self.ids[rows],
+                None if self.weights is None else self.weights[rows],
+                self.scores[rows] if has_scores is not None and has_scores[rows].all() else None,
+                {d: ahead[rows] for d, ahead in self.lookahead.items() if has_ahead[d][rows].all()},
+            )
+
+
+class TraceRecorder:
+    """Collects a run's routing. Call `next_step` before each forward pass and `add` per MoE layer in order, then `save`.
+
+    Args: facts; `about`: what the file says of its origin (clock, system, seed ...), JSON values.
+    """
+
+    def __init__(self, facts: TraceFacts, **about: Any):
+        self.facts, self.about = facts, about
+        self._step = -1
+        self._rows: list[tuple] = []
+
+    def next_step(self) -> None:
+        """A new forward pass begins."""
+        self._step += 1
+
+    def add(
+        self, layer: int, phase: str, *, sequence, position, ids, weights=None, scores=None, lookahead=None
+    ) -> None:
+        """One MoE layer of the current step. The arrays are copied.
+
+        Args:
+          layer: counted over MoE layers, from 0. phase: "prefill" or "decode".
+          sequence, position: [N] integers. ids: [N, k]. weights: [N, k].
+          scores: [N, E]. lookahead: distance -> [N, E], the prediction for layer + distance.
+        """
+        copies = (np.array(sequence, np.int32), np.array(position, np.int32), np.array(ids, np.int32))
+        floats = [None if a is None else np.array(a, np.float32) for a in (weights, scores)]
+        ahead = {d: np.array(a, np.float32) for d, a in (lookahead or {}).items() if layer + d < self.facts.layers}
+        self._rows.append((max(self._step, 0), layer, PHASES.index(phase), *copies, *floats, ahead))
+
+    def trace(self) -> Trace:
+        """What has been recorded so far."""
+        rows, facts = self._rows, self.facts
+        sizes = [len(row[3]) for row in rows]
+
+        def column(index: int, dtype) -> np.ndarray:
+            return np.repeat(np.array([row[index] for row in rows], dtype), sizes)
+
+        def stacked(parts: list, width: int, dtype) -> np.ndarray | None:
+            """Rows under one another, NaN where a part is absent; None where all are."""
+            if all(part is None for part in parts):
+                return None
+            filled = [np.full((n, width), np.nan, dtype) if p is None else p for p, n in zip(parts, sizes, strict=True)]
+            return np.concatenate(filled)
+
+        distances = sorted({d for row in rows for d in row[8]})
+        empty = np.zeros(0, np.int32)
+        return Trace(
+            facts,
+            column(0, np.int32),
+            column(1, np.int32),
+            column(2, np.uint8),
+            np.concatenate([row[3] for row in rows]) if rows else empty,
+            np.concatenate([row[4] for row in rows]) if rows else empty,
+            np.concatenate([row[5] for row in rows]) if rows else np.zeros((0, facts.top_k), np.int32),
+            stacked([row[6] for row in rows], facts.top_k, np.float32),
+            stacked([row[7] for row in rows], facts.experts, np.float32),
+            {d: stacked([row[8].get(d) for row in rows], facts.experts, np.float32) for d in distances},
+            dict(self.about),
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what has been recorded so far; see `save_trace`."""
+        save_trace(self.trace(), path)
+
+
+def save_trace(trace: Trace, path: str | os.PathLike) -> None:
+    """Checks a trace and writes it, whole or not at all. UserError where it is malformed or cannot be written."""
+    arrays = {name: getattr(trace, name) for name in (*INDEX_COLUMNS, "ids", "weights", "scores")}
+    arrays |= {f"{LOOKAHEAD}{d}": ahead for d, ahead in sorted(trace.lookahead.items())}
+    arrays |= {f"{EXTRA}{name}": array for name, array in trace.extra.items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    check_arrays(arrays, trace.facts, f"trace for {path}")
+    facts = {**dataclasses.asdict(trace.facts), "expert_bytes": dict(trace.facts.expert_bytes)}
+    try:
+        meta = json.dumps({"format": FORMAT, "version": VERSION, "facts": facts, "about": trace.about})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trace for {path}: `about` holds something that JSON cannot ({error})") from None
+    with replacing(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name, array in {"meta": np.array(meta), **arrays}.items():
+            floats = array.dtype.kind == "f"
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_STORED if floats else zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def load_trace(path: str | os.PathLike) -> Trace:
+    """Reads and checks a trace. Raises UserError naming the file and the first thing wrong, down to the record."""
+    where = f"trace {path}"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(
+                    f"{where}: a single array, not an .npz archive; see `python -m hybrimoe_jax.trace import`"
+                )
+            arrays = {name: archive[name] for name in archive.files}
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{where}: not a readable .npz file ({str(error).splitlines()[0]})") from None
+    facts, about = _read_meta(arrays.pop("meta", None), where)
+    extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
+    check_arrays(arrays, facts, where)
+    columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
+    ahead = {int(n[len(LOOKAHEAD) :]): _f32(a) for n, a in arrays.items() if n.startswith(LOOKAHEAD)}
+    ids = arrays["ids"].astype(np.int32, copy=False)
+    weights, scores = _f32(arrays.get("weights")), _f32(arrays.get("scores"))
+    return Trace(facts, **columns, ids=ids, weights=weights, scores=scores, lookahead=ahead, about=about, extra=extra)
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str) -> None:
+    """Raises UserError naming the first malformed array, or the first malformed row of well-formed ones."""
+    needed = (*INDEX_COLUMNS, "ids")
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise UserError(f"{where}: lacks the array{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    rows = len(arrays["step"]) if arrays["step"].ndim else 0
+    for name, array in arrays.items():
+        if name in needed:
+            kinds, words = "iu", "integers"
+            shape = (rows, facts.top_k) if name == "ids" else (rows,)
+        elif name in ("weights", "scores") or (name.startswith(LOOKAHEAD) and name[len(LOOKAHEAD) :].isdigit()):
+            kinds, words = "f", "floats"
+            shape = (rows, facts.top_k if name == "weights" else facts.experts)
+        elif name.startswith(EXTRA):
+            continue
+        else:
+            raise UserError(f"{where}: unknown array {name!r}; additions are named {EXTRA}<name>")
+        if array.shape != shape:
+            raise UserError(f"{where}: array {name} has shape {list(array.shape)}; {list(shape)} is needed")
+        if array.dtype.kind not in kinds:
+            raise UserError(f"{where}: array {name} holds {array.dtype}; {words} are needed")
+    check_rows(arrays, facts, where)
+
+
+def _f32(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else array.astype(np.float32, copy=False)
+
+
+def _read_meta(meta: np.ndarray | None, where: str) -> tuple[TraceFacts, dict]:
+    if meta is None or meta.ndim or meta.dtype.kind != "U":
+        raise UserError(f"{where}: no `meta` text, so not a trace of ours; see `python -m hybrimoe_jax.trace import`")
+    try:
+        read = json.loads(str(meta))
+        kind, version = read["format"], read["version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: its `meta` is not the JSON of a trace") from None
+    if kind != FORMAT:
+        raise UserError(f"{where}: its format is {kind!r}; {FORMAT!r} is needed")
+    if version != VERSION:
+        raise UserError(f"{where}: version {version!r} is not supported (this program reads version {VERSION})")
+    try:
+        facts = TraceFacts(**read["facts"])
+    except (KeyError, TypeError):
+        names = ", ".join(f.name for f in dataclasses.fields(TraceFacts))
+        raise UserError(f"{where}: its facts must be {names}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    about = read.get("about") or {}
+    return facts, about if isinstance(about, dict) else {"about": about}

@@ -1,0 +1,85 @@
+"""The content checks of a routing trace: every rule is one vectorised test, and the first row that breaks any is named.
+
+R rows, E experts, k experts per token; the arrays have passed the checks of type and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+Rule = tuple[np.ndarray, Callable[[int], str]]
+
+
+def check_rows(arrays: Mapping[str, np.ndarray], facts, where: str) -> None:
+    """Raises UserError naming the first bad row, with its step, layer, sequence and position, and what is wrong in it."""
+    if not len(arrays["step"]):
+        return
+    first, said = None, None
+    for bad, message in _rules(arrays, facts):
+        row = int(np.argmax(bad))
+        if bad[row] and (first is None or row < first):
+            first, said = row, message(row)
+    if first is not None:
+        place = ", ".join(f"{name} {arrays[name][first]}" for name in ("step", "layer", "sequence", "position"))
+        raise UserError(f"{where}: record {first} ({place}): {said}")
+
+
+def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
+    step, layer = arrays["step"].astype(np.int64), arrays["layer"].astype(np.int64)
+    phase, ids = arrays["phase"], arrays["ids"]
+    for name in ("step", "sequence", "position"):
+        yield arrays[name] < 0, lambda row, name=name: f"{name} is negative"
+    yield (layer < 0) | (layer >= facts.layers), lambda row: f"layer is outside 0..{facts.layers - 1}"
+    order = step * (1 + facts.layers) + layer
+    yield _after(order[1:] < order[:-1]), lambda row: "comes after a later step or layer"
+    yield phase > 1, lambda row: f"phase is {phase[row]} (0 is prefill, 1 decode)"
+    changed = _after((step[1:] == step[:-1]) & (phase[1:] != phase[:-1]))
+    yield changed, lambda row: "its phase differs from the phase of its step"
+    yield (
+        _repeated(order, arrays["sequence"], arrays["position"]),
+        lambda row: "the same token twice in this step and layer",
+    )
+    outside = (ids < 0) | (ids >= facts.experts)
+    yield (
+        outside.any(axis=1),
+        lambda row: f"expert id {ids[row][outside[row]][0]} is outside 0..{facts.experts - 1}",
+    )
+    ordered = np.sort(ids, axis=1)
+    yield (ordered[:, 1:] == ordered[:, :-1]).any(axis=1), lambda row: f"an expert twice among {ids[row].tolist()}"
+    if "weights" in arrays:
+        weights = arrays["weights"]
+        unfit = ~np.isfinite(weights) | (weights < 0)
+        yield (
+            (unfit & ~np.isnan(weights).all(axis=1, keepdims=True)).any(axis=1),
+            lambda row: f"weights {weights[row].tolist()} are not all finite and non-negative",
+        )
+    for name, scores in arrays.items():
+        if name != "scores" and not name.startswith("lookahead_"):
+            continue
+        absent = np.isnan(scores).all(axis=1)
+        unfit = (~np.isfinite(scores) | (scores < 0)).any(axis=1) & ~absent
+        yield unfit, lambda row, name=name: f"{name} are not all finite and non-negative"
+        if name != "scores":
+            distance = int(name.rpartition("_")[2])
+            past = ~absent & (layer + distance >= facts.layers)
+            yield past, lambda row, name=name: f"{name} predicts a layer past the last, {facts.layers - 1}"
+
+
+def _after(bad: np.ndarray) -> np.ndarray:
+    """A test of neighbours, [R - 1], placed on the second of the two."""
+    return np.concatenate([[False], bad])
+
+
+def _repeated(order: np.ndarray, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Rows whose (step, layer, sequence, position) an earlier row has."""
+    index = np.lexsort((position, sequence, order))
+    same = np.ones(len(index) - 1, bool)
+    for column in (order, sequence, position):
+        same &= column[index[1:]] == column[index[:-1]]
+    repeated = np.zeros(len(index), bool)
+    repeated[index[1:]] = same
+    return repeated
