@@ -1,1 +1,40 @@
+"""The decision plane: which expert stays, moves, and runs where. Pure Python; imports no jax.
 
+`Planner` joins the parts: `costs` (what things take), `schedule` (one layer's lanes), `caching` (who makes room), `prefetch` (what to move
+ahead) and `systems` (named bundles). The live engine and a replay use the same objects.
+"""
+
+from hybrimoe_jax.decide.caching import POLICIES, CachePolicy
+from hybrimoe_jax.decide.costs import CostModel, Samples, expert_bytes, fit
+from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.prefetch import Accuracy, Prediction, predict
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
+from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
+
+__all__ = [
+    "POLICIES",
+    "REFUSED",
+    "SCHEDULERS",
+    "SYSTEMS",
+    "Accuracy",
+    "CachePolicy",
+    "CostModel",
+    "Counters",
+    "Fetch",
+    "LayerPlan",
+    "Planner",
+    "Prediction",
+    "Prefetch",
+    "Problem",
+    "Samples",
+    "Schedule",
+    "Scheduler",
+    "System",
+    "expert_bytes",
+    "fit",
+    "get_scheduler",
+    "get_system",
+    "predict",
+    "replay",
+]

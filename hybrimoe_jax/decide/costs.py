@@ -1,0 +1,245 @@
+"""What things take: the cost model that every decision is made with, and its fit from a warm-up.
+
+The shape is the paper's (HybriMoE, arXiv 2504.05897, section 4.2): CPU time is linear in the load, and the first expert of a run is slower
+than the following ones; device time hardly depends on the load; a transfer takes as long for every expert. Two things are refined because
+measurements ask for it: a transfer is latency + bytes / bandwidth, so that it carries over to other expert sizes, and the bandwidth is
+lower while the CPU reads the same memory (published: 62 and 57 GB/s alone, 38 and 37 together).
+
+Units: seconds, bytes, bytes per second; loads in tokens. There is no default coefficient anywhere: they are measured or read from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrimoe_jax.errors import UserError
+
+PROFILE_VERSION = 1
+_KIND = "hybrimoe-jax cost model"
+
+BITS_PER_WEIGHT = {"f32": 32, "bf16": 16}
+
+Points = Sequence[tuple[float, float]]
+
+
+def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
+    """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`."""
+    if fmt not in BITS_PER_WEIGHT:
+        raise UserError(f"weight format {fmt!r} is unknown (known: {', '.join(BITS_PER_WEIGHT)})")
+    return 3 * hidden * moe_width * BITS_PER_WEIGHT[fmt] // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Seconds for everything a layer can do. UserError where a coefficient is negative or not a number.
+
+    `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for the device, the shared
+    experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
+    """
+
+    cpu_expert: float
+    cpu_token: float
+    cpu_first: float
+    device_expert: float
+    device_token: float
+    shared_base: float
+    shared_token: float
+    layer_base: float
+    layer_token: float
+    transfer_latency: float
+    bandwidth: float
+    bandwidth_cpu_busy: float
+    expert_bytes: int
+    source: str = "unstated"
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name == "source":
+                if not isinstance(value, str):
+                    raise UserError(f"cost model: source must be a text, not {value!r}")
+            elif (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0
+            ):
+                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {value!r}")
+        for name in ("bandwidth", "bandwidth_cpu_busy"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"cost model: {name} must be above 0 bytes per second")
+        transfer = self.transfer_latency + self.expert_bytes / self.bandwidth
+        busy = self.transfer_latency + self.expert_bytes / self.bandwidth_cpu_busy
+        object.__setattr__(self, "_transfer", (transfer, busy))
+
+    def cpu(self, load: int, first: bool = False) -> float:
+        """One expert on the CPU; `first` where nothing ran on it yet in this step."""
+        seconds = self.cpu_expert + self.cpu_token * load
+        return seconds + self.cpu_first if first else seconds
+
+    def device(self, load: int) -> float:
+        """One resident expert on the device."""
+        return self.device_expert + self.device_token * load
+
+    def shared(self, tokens: int) -> float:
+        """The layer's shared experts, which the device always runs first; 0 where a model has none."""
+        return self.shared_base + self.shared_token * tokens
+
+    def transfer(self, cpu_busy: bool = False) -> float:
+        """One expert over the link; `cpu_busy` where the CPU computes at the same time."""
+        return self._transfer[cpu_busy]
+
+    def layer(self, tokens: int) -> float:
+        """Everything between two MoE blocks: attention, norms and router. The link is idle meanwhile."""
+        return self.layer_base + self.layer_token * tokens
+
+    def scaled(self, *, cpu=1.0, device=1.0, shared=1.0, transfer=1.0, layer=1.0) -> CostModel:
+        """The same machine with some lanes slower (factor above 1) or faster, for tests and what-if questions."""
+        factors = {"cpu": cpu, "device": device, "shared": shared, "transfer": transfer, "layer": layer}
+        changed = " ".join(f"{name} x{factor:g}" for name, factor in factors.items() if factor != 1.0)
+        return dataclasses.replace(
+            self,
+            cpu_expert=self.cpu_expert * cpu,
+            cpu_token=self.cpu_token * cpu,
+            cpu_first=self.cpu_first * cpu,
+            device_expert=self.device_expert * device,
+            device_token=self.device_token * device,
+            shared_base=self.shared_base * shared,
+            shared_token=self.shared_token * shared,
+            layer_base=self.layer_base * layer,
+            layer_token=self.layer_token * layer,
+            transfer_latency=self.transfer_latency * transfer,
+            bandwidth=self.bandwidth / transfer,
+            bandwidth_cpu_busy=self.bandwidth_cpu_busy / transfer,
+            source=f"{self.source} ({changed})" if changed else self.source,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as JSON, whole or not at all."""
+        path = Path(path)
+        text = json.dumps({"kind": _KIND, "version": PROFILE_VERSION, **dataclasses.asdict(self)}, indent=2)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(text + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            raise UserError(f"{path}: the profile cannot be written ({error.strerror})") from None
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        """Reads what `save` wrote; UserError naming the file and the first thing wrong in it."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
+        if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
+            raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
+        version = raw.pop("version", None)
+        if version != PROFILE_VERSION:
+            raise UserError(
+                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION})"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
+        if missing or unknown:
+            problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+            raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
+        try:
+            return cls(**raw)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+@dataclasses.dataclass
+class Samples:
+    """What a warm-up measured: (load, seconds) points per kind of work, and (bytes, seconds) for transfers.
+
+    `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens in the step.
+    `transfer_cpu_busy` are transfers beside a computing CPU. Points may repeat: the median of each load is what is fitted.
+    """
+
+    expert_bytes: int
+    cpu: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    cpu_first: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    device: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    shared: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    layer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    transfer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    transfer_cpu_busy: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+def fit(samples: Samples, source: str = "warm-up") -> CostModel:
+    """The non-negative least-squares cost model of a warm-up; UserError where a needed measurement is missing or unusable.
+
+    Errors are weighed relative to the measured time: a decode step at load 1 matters as much as a prefill at load 500, and so does its
+    error in per cent. Within each load the median counts, so that a stray interruption does not.
+    """
+    for name in ("cpu", "device", "transfer"):
+        if not getattr(samples, name):
+            raise UserError(f"warm-up: no {name} time was measured, so no cost model can be fitted")
+    cpu_expert, cpu_token = _line("cpu", samples.cpu)
+    extra = [seconds - (cpu_expert + cpu_token * load) for load, seconds in _medians("cpu_first", samples.cpu_first)]
+    device_expert, device_token = _line("device", samples.device)
+    shared_base, shared_token = _line("shared", samples.shared)
+    layer_base, layer_token = _line("layer", samples.layer)
+    latency, per_byte = _line("transfer", samples.transfer)
+    if per_byte <= 0:  # noise hid the slope: charge the whole time to the bytes
+        size, seconds = _medians("transfer", samples.transfer)[-1]
+        latency, per_byte = 0.0, seconds / size
+    busy = [(size, seconds - latency) for size, seconds in _medians("transfer_cpu_busy", samples.transfer_cpu_busy)]
+    slopes = [max(seconds, 0.0) / size for size, seconds in busy]
+    return CostModel(
+        cpu_expert=cpu_expert,
+        cpu_token=cpu_token,
+        cpu_first=max(0.0, statistics.median(extra)) if extra else 0.0,
+        device_expert=device_expert,
+        device_token=device_token,
+        shared_base=shared_base,
+        shared_token=shared_token,
+        layer_base=layer_base,
+        layer_token=layer_token,
+        transfer_latency=latency,
+        bandwidth=1.0 / per_byte,
+        bandwidth_cpu_busy=1.0 / max([per_byte, *([statistics.median(slopes)] if slopes else [])]),
+        expert_bytes=samples.expert_bytes,
+        source=source,
+    )
+
+
+def _medians(name: str, points: Points) -> list[tuple[float, float]]:
+    """One point per load: its median time. UserError for a time or a load that cannot be."""
+    by_load: dict[float, list[float]] = {}
+    for load, seconds in points:
+        if not (math.isfinite(seconds) and seconds > 0 and load > 0):
+            raise UserError(f"warm-up: {name} measured {seconds!r} s at {load!r}; both must be above 0")
+        by_load.setdefault(load, []).append(seconds)
+    return [(load, statistics.median(times)) for load, times in sorted(by_load.items())]
+
+
+def _line(name: str, points: Points) -> tuple[float, float]:
+    """(a, b), neither negative, that minimise the relative squared error of a + b x; (0, 0) without points."""
+    points = _medians(name, points)
+    if not points:
+        return 0.0, 0.0
+    if len(points) == 1:  # nothing tells the slope: bytes scale, a single load does not
+        (x, y) = points[0]
+        return (0.0, y / x) if name == "transfer" else (y, 0.0)
+    # In terms of r = 1/y and q = x/y the model is a r + b q = 1.
+    r = [1 / y for _, y in points]
+    q = [x / y for x, y in points]
+    rr, qq, rq = (math.fsum(u * v for u, v in zip(*pair)) for pair in ((r, r), (q, q), (r, q)))
+    sr, sq = math.fsum(r), math.fsum(q)
+    determinant = rr * qq - rq * rq
+    if determinant > 0:
+        a, b = (sr * qq - sq * rq) / determinant, (sq * rr - sr * rq) / determinant
+        if a >= 0 and b >= 0:
+            return a, b
+    # The minimum lies on the border: the better of a constant and a line through the origin.
+    flat, steep = (sr / rr, 0.0), (0.0, sq / qq)
+    return min(flat, steep, key=lambda line: math.fsum((line[0] * u + line[1] * v - 1) ** 2 for u, v in zip(r, q)))

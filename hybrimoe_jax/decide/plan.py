@@ -1,0 +1,90 @@
+"""What the planner hands out: plans, prefetches and totals. Plain values, so that a plan can be recorded, replayed and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final, NamedTuple
+
+from hybrimoe_jax.decide.schedule import Schedule
+
+
+class Refused:
+    """A landed prefetch that got no slot."""
+
+    def __repr__(self) -> str:
+        return "REFUSED"
+
+    def __bool__(self) -> bool:
+        return False
+
+
+REFUSED: Final = Refused()
+
+
+class Fetch(NamedTuple):
+    """An expert that reaches the device in this step. It takes `victim`'s slot, a free one (victim None), or, where `stream`, none: it runs
+    from a staging slot and is not kept."""
+
+    expert: int
+    victim: int | None
+    stream: bool
+
+
+class Prefetch(NamedTuple):
+    """A transfer to start: `expert` of `layer`, predicted `distance` layers before."""
+
+    layer: int
+    expert: int
+    distance: int
+
+
+class LayerPlan(NamedTuple):
+    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, waits and cpu.
+
+    Attributes:
+      layer: MoE-layer ordinal.
+      hits, misses: activated experts found resident, and not, when the step was planned (an expert in flight is a miss).
+      device: resident experts that the device runs, in order.
+      fetch: demand loads, in link order.
+      waits: experts that a prefetch is already moving and the device runs once they have landed; their prefetch ends here (no `landed`).
+      cpu: experts that the CPU runs, in order.
+      useful, late, wasted: this layer's prefetches, judged.
+      makespan: predicted seconds from the start of the MoE block.
+      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, waits and fetch as simulated.
+    """
+
+    layer: int
+    hits: tuple[int, ...]
+    misses: tuple[int, ...]
+    device: tuple[int, ...]
+    fetch: tuple[Fetch, ...]
+    waits: tuple[Fetch, ...]
+    cpu: tuple[int, ...]
+    useful: tuple[int, ...]
+    late: tuple[int, ...]
+    wasted: tuple[int, ...]
+    makespan: float
+    schedule: Schedule
+
+
+@dataclasses.dataclass
+class Counters:
+    """Totals since the start. Experts are counted per (expert, layer, step); issued = useful + late + wasted + those still undecided.
+
+    useful: run on the device by its target step after landing in time; late: used but waited for; wasted: neither; refused: wasted because
+    it got no slot when it landed.
+    """
+
+    steps: int = 0
+    activated: int = 0
+    hits: int = 0
+    misses: int = 0
+    cpu: int = 0
+    device: int = 0
+    fetched: int = 0
+    streamed: int = 0
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_refused: int = 0

@@ -1,0 +1,337 @@
+"""The planner: joins placement, cache policies, scheduler and prefetcher, and holds the truth about who is resident.
+
+One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts):
+
+    plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
+    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits ...
+    for p in planner.plan_prefetch(layer, lookahead): ...    # start the transfer of p.expert of p.layer
+    planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
+    planner.finish_step()                                    # after the last layer
+
+A step is event-atomic: nothing that it needs is evicted in it. Times are the cost model's; an engine that has a clock may pass `now`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hybrimoe_jax.decide.caching import CachePolicy, policy_class
+from hybrimoe_jax.decide.flights import Ledger
+from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch, Refused
+from hybrimoe_jax.decide.prefetch import (
+    Accuracy,
+    Forecast,
+    Prediction,
+    Target,
+    choose_by_impact,
+    choose_next_layer,
+)
+from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
+from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.errors import UserError
+
+_FREE = float("-inf")
+
+
+class Planner:
+    """Decides for all layers of one engine.
+
+    Args:
+      system: a `System` or its name.
+      num_layers, num_experts, top_k: MoE layers, routed experts in each, experts per token.
+      slots_per_layer: device slots of each layer (an int for all alike).
+      costs: a `CostModel`.
+      lookahead: replaces the system's number of predicted layers.
+      frequencies: [num_layers][num_experts] activation counts from other sequences; the static placement and the warm start.
+      cache: replaces the system's cache policy, by name or as a `CachePolicy` subclass; `cache_params` go to its constructor.
+      scheduler: replaces the system's rule, by name or as a `Scheduler`.
+      prefetch, guard: replace the system's, see `systems.System`.
+      max_in_flight: prefetches under way at once, that is staging buffers for them.
+      allow_cpu, allow_fetch, allow_steal: limits of the executor, see `schedule.Problem`.
+      cold: start with empty slots (a static placement is always loaded).
+    """
+
+    def __init__(
+        self,
+        system: System | str,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        slots_per_layer: Sequence[int] | int,
+        costs: Any,
+        lookahead: int | None = None,
+        frequencies: Sequence[Sequence[float]] | None = None,
+        *,
+        cache: str | type[CachePolicy] | None = None,
+        cache_params: Mapping[str, Any] | None = None,
+        scheduler: str | Scheduler | None = None,
+        prefetch: str | None = None,
+        guard: str | None = None,
+        max_in_flight: int = 2,
+        allow_cpu: bool = True,
+        allow_fetch: bool = True,
+        allow_steal: bool = True,
+        cold: bool = False,
+    ):
+        system = get_system(system) if isinstance(system, str) else system
+        self.system = system = system.override(
+            cache=cache if isinstance(cache, str) else None,
+            scheduler=scheduler if isinstance(scheduler, str) else None,
+            prefetch=prefetch,
+            lookahead=lookahead,
+            guard=guard,
+        )
+        slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
+        if len(slots) != num_layers:
+            raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
+        if frequencies is not None and len(frequencies) != num_layers:
+            raise UserError(
+                f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers"
+            )
+        if max_in_flight < 0:
+            raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
+        self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
+        self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
+        self.scheduler = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
+        build = cache if isinstance(cache, type) else policy_class(system.cache)
+        self.policies: list[CachePolicy] = [
+            build(
+                num_experts,
+                slots[layer],
+                top_k,
+                frequencies=None if frequencies is None else frequencies[layer],
+                **(cache_params or {}),
+            )
+            for layer in range(num_layers)
+        ]
+        self.accuracy = Accuracy(system.lookahead)
+        self.counters = Counters()
+        self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
+        self._forecast = Forecast(self.scheduler, costs, **self._flags)
+        start_cold = cold and system.cache != "static"
+        self._initial = [[] if start_cold else policy.initial() for policy in self.policies]
+        self._resident: list[set[int]] = [set(experts) for experts in self._initial]
+        self._ledger = Ledger(num_layers, self.counters)
+        self._needed: list[set[int]] = [set() for _ in range(num_layers)]  # activated in the current step
+        self._predictions: list[list[tuple[int, Prediction]]] = [[] for _ in range(num_layers)]
+        self._clock = self._next_clock = self._link_free = 0.0
+        self._planned: tuple[Schedule, int] | None = None
+
+    # What an engine asks for.
+
+    def initial_residents(self) -> list[list[int]]:
+        """Experts to load into each layer's slots before the first step."""
+        return [list(experts) for experts in self._initial]
+
+    def resident(self, layer: int) -> frozenset[int]:
+        """Experts of `layer` in its slots now."""
+        return frozenset(self._resident[layer])
+
+    def plan(
+        self,
+        layer: int,
+        loads: Mapping[int, int],
+        scores: Sequence[float] | None,
+        tokens: int,
+        now: float | None = None,
+    ) -> LayerPlan:
+        """Plans one layer of one step and moves the residency accordingly.
+
+        Args:
+          loads: tokens of each activated expert.
+          scores: mean router probability of every expert over the tokens, or None.
+          tokens: tokens in the step.
+          now: seconds on the caller's clock; by default the predicted end of the previous layer.
+        """
+        self._check(layer, loads, scores, tokens)
+        scores = _as_list(scores)
+        self._clock = clock = self._next_clock if now is None else now
+        self.policies[layer].observe(scores, loads)
+        resident, flying = self._resident[layer], self._ledger.flying[layer]
+        hits = tuple([e for e in loads if e in resident])
+        misses = tuple([e for e in loads if e not in resident])
+        in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
+        link_busy = self._link_free - clock
+        schedule = self.scheduler.schedule(
+            Problem(
+                loads,
+                resident,
+                self.costs,
+                tokens,
+                scores,
+                in_flight,
+                link_busy if link_busy > 0 else 0.0,
+                **self._flags,
+            )
+        )
+        device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
+        for distance, prediction in self._predictions[layer]:
+            self.accuracy.update(distance, prediction.loads, loads)
+        self._predictions[layer].clear()
+        useful, late, wasted = self._ledger.judge(layer, device, schedule.waits)
+        self._needed[layer] = set(loads)
+        waits = tuple([self._admit(layer, expert) for expert in schedule.waits])
+        fetch = tuple([self._admit(layer, expert) for expert in schedule.fetch])
+
+        if fetch:
+            self._link_free = clock + schedule.link_seconds
+        self._next_clock = clock + schedule.makespan + self.costs.layer(tokens)
+        self._planned = (schedule, tokens)
+        counters = self.counters
+        counters.steps += 1
+        counters.activated += len(loads)
+        counters.hits += len(hits)
+        counters.misses += len(misses)
+        counters.cpu += len(schedule.cpu)
+        counters.device += len(schedule.device)
+        counters.fetched += len(fetch)
+        counters.streamed += sum([1 for f in fetch if f.stream])
+        return LayerPlan(
+            layer,
+            hits,
+            misses,
+            device,
+            fetch,
+            waits,
+            schedule.cpu,
+            useful,
+            late,
+            wasted,
+            schedule.makespan,
+            schedule,
+        )
+
+    def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
+        """The transfers to start behind `layer`'s demand loads; call it right after `plan`.
+
+        Args:
+          lookahead: predictions for layers layer+1, layer+2, ...; those beyond the last layer or the system's lookahead are not used.
+        """
+        if not self.system.lookahead or not self._flags["allow_fetch"] or self._planned is None:
+            return ()
+        lookahead = lookahead[: min(self.system.lookahead, self.num_layers - 1 - layer)]
+        lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
+        for distance, prediction in enumerate(lookahead, 1):
+            self._predictions[layer + distance].append((distance, prediction))
+        room = self.max_in_flight - self._ledger.num_flying
+        if room <= 0 or not lookahead:
+            return ()
+        targets = [self._target(layer + d, d, p) for d, p in enumerate(lookahead, 1)]
+        if self.system.prefetch == "next-layer":
+            chosen = choose_next_layer(targets[0], room)
+        else:
+            schedule, tokens = self._planned
+            chosen = choose_by_impact(
+                targets,
+                self._forecast,
+                self.accuracy,
+                tokens=tokens,
+                until_next=schedule.makespan + self.costs.layer(tokens),
+                link_free=max(0.0, self._link_free - self._clock),
+                room=room,
+            )
+        for target, expert in chosen:
+            self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
+            self._ledger.start(target.layer, expert, self._link_free)
+        return tuple(Prefetch(target.layer, expert, target.distance) for target, expert in chosen)
+
+    def landed(self, layer: int, expert: int) -> int | Refused | None:
+        """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
+
+        REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or hotter.
+        """
+        flight = self._ledger.take(layer, expert)
+        self._clear_link()
+        policy, resident = self.policies[layer], self._resident[layer]
+        prediction = self._predictions[layer][-1][1] if self._predictions[layer] else None
+        victim = None
+        if len(resident) >= self.slots[layer]:
+            victim = policy.victim(resident, self._protected(layer, prediction)) if resident else None
+            worth = self._worth(layer, prediction if flight.open else None)
+            if victim is None or (self.system.guard != "none" and worth(victim) > worth(expert)):
+                self._ledger.refuse(flight)
+                return REFUSED
+        self._move(layer, expert, victim)
+        self._ledger.keep(layer, expert, flight)
+        return victim
+
+    def finish_step(self) -> None:
+        """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
+        self._ledger.finish_step()
+        for layer in range(self.num_layers):
+            self._needed[layer] = set()
+            self._predictions[layer].clear()
+
+    # How it is done.
+
+    def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise UserError(f"planner: layer {layer} is outside the model's {self.num_layers} MoE layers")
+        if tokens < 1:
+            raise UserError(f"planner: layer {layer} has {tokens} tokens; a step has at least 1")
+        if loads and not (0 <= min(loads) and max(loads) < self.num_experts and min(loads.values()) > 0):
+            raise UserError(
+                f"planner: layer {layer} got loads {dict(loads)}; experts are 0..{self.num_experts - 1}, loads above 0"
+            )
+        if scores is not None and len(scores) != self.num_experts:
+            raise UserError(f"planner: layer {layer} got {len(scores)} scores for {self.num_experts} experts")
+
+    def _admit(self, layer: int, expert: int) -> Fetch:
+        """Finds a slot for an expert that this step brings in."""
+        resident = self._resident[layer]
+        victim = None
+        if len(resident) >= self.slots[layer]:
+            victim = self.policies[layer].victim(resident, self._needed[layer]) if resident else None
+            if victim is None:
+                return Fetch(expert, None, True)
+        self._move(layer, expert, victim)
+        return Fetch(expert, victim, False)
+
+    def _move(self, layer: int, entered: int, left: int | None) -> None:
+        resident = self._resident[layer]
+        if left is not None:
+            resident.remove(left)
+        resident.add(entered)
+        self.policies[layer].moved(entered, left)
+
+    def _clear_link(self) -> None:
+        """With nothing under way the link is free, whatever the cost model had expected."""
+        if not self._ledger.num_flying:
+            self._link_free = min(self._link_free, self._clock)
+
+    def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
+        """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
+        protected = self._needed[layer] | self._ledger.ready[layer]
+        return protected if prediction is None else protected.union(prediction[0])
+
+    def _worth(self, layer: int, prediction: Prediction | None):
+        """The function that the guard compares experts by."""
+        policy = self.policies[layer]
+        if self.system.guard != "expected" or prediction is None:
+            return policy.value
+        loads, scores = prediction
+        return lambda e: policy.expected(e, scores[e] if scores is not None else 0.0, loads.get(e, 0))
+
+    def _target(self, layer: int, distance: int, prediction: Prediction) -> Target:
+        resident, flying = self._resident[layer], self._ledger.flying[layer]
+        worth = self._worth(layer, prediction)
+
+        def openings() -> list[float]:
+            free = self.slots[layer] - len(resident)
+            values: list[float] = [_FREE] * free
+            protected = self._protected(layer, prediction)
+            if resident and self.policies[layer].victim(resident, protected) is not None:
+                evictable = [e for e in resident if e not in protected]
+                if self.system.guard == "none":
+                    values += [_FREE] * len(evictable)
+                else:
+                    values += sorted([worth(e) for e in evictable])
+            return values[len(flying) :]
+
+        return Target(layer, distance, prediction, resident | flying.keys() if flying else resident, openings, worth)
+
+
+def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
+    """Arrays become lists: indexing a list is several times faster."""
+    return scores if scores is None or isinstance(scores, (list, tuple)) else scores.tolist()

@@ -1,0 +1,252 @@
+"""Prefetching: which experts of the coming layers are worth moving while the link is idle.
+
+*Prediction* (gate reuse): while layer i runs, the routers of layers i+1, i+2, ... are applied to its state; their top-k choices are the
+predicted loads, at lookahead distance 1, 2, ... *Impact* (HybriMoE, arXiv 2504.05897, section 4.3): the makespan of the predicted layer
+without a candidate minus the makespan with it resident, both by the scheduler that the engine runs. What the paper leaves open is decided
+so: an impact is discounted by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in
+flight; it must land before its layer starts, on link time that neither this step's demand loads nor the predicted ones of the layers
+between ask for; it is moved only where a resident expert may make room for it. The chosen are sent nearest deadline first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hybrimoe_jax.decide.schedule import Problem, Scheduler
+
+# Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each candidate.
+TRIALS = 3
+_MEMO_LIMIT = 8192
+
+
+class Prediction(NamedTuple):
+    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None where unknown)."""
+
+    loads: Mapping[int, int]
+    scores: Sequence[float] | None = None
+
+
+def predict(scores: Sequence, top_k: int) -> Prediction:
+    """Predicted loads from lookahead router scores: the top k of each token, lower id first between equals.
+
+    Args:
+      scores: [tokens, experts] or one token's [experts]; lists or an array.
+    """
+    rows = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not len(rows):
+        return Prediction({}, None)
+    if not isinstance(rows[0], (list, tuple)):
+        rows = [rows]
+    loads: dict[int, int] = {}
+    experts = range(len(rows[0]))
+    for row in rows:
+        for expert in sorted(experts, key=row.__getitem__, reverse=True)[:top_k]:
+            loads[expert] = loads.get(expert, 0) + 1
+    if len(rows) == 1:
+        return Prediction(loads, rows[0])
+    return Prediction(loads, [sum(column) / len(rows) for column in zip(*rows)])
+
+
+class Accuracy:
+    """Per distance, the share of predicted experts that were activated; recent steps weigh more.
+
+    Starts from one success and one failure (probability a half) and forgets with `decay` per update.
+    """
+
+    def __init__(self, lookahead: int, decay: float = 0.99):
+        self.decay = decay
+        self._hits = [0.0] * (lookahead + 1)
+        self._tries = [0.0] * (lookahead + 1)
+
+    def update(self, distance: int, predicted: Collection[int], activated: Collection[int]) -> None:
+        """Compares one layer's prediction, made `distance` layers before, with what was activated."""
+        hits = sum(1 for expert in predicted if expert in activated)
+        self._hits[distance] = self._hits[distance] * self.decay + hits
+        self._tries[distance] = self._tries[distance] * self.decay + len(predicted)
+
+    def probability(self, distance: int) -> float:
+        """The chance that an expert predicted at `distance` (from 1) will be activated."""
+        return (self._hits[distance] + 1.0) / (self._tries[distance] + 2.0)
+
+
+class Outlook(NamedTuple):
+    """A predicted layer's makespan, and how long its demand loads hold the link; seconds."""
+
+    makespan: float
+    link: float
+
+
+class Forecast:
+    """Simulates predicted layers by the engine's own scheduler. Times depend on the loads alone, so they are remembered by them.
+
+    Args:
+      scheduler, costs: the engine's.
+      flags: allow_cpu, allow_fetch, allow_steal, see `schedule.Problem`.
+    """
+
+    def __init__(self, scheduler: Scheduler, costs: Any, **flags: bool):
+        self.scheduler, self.costs, self.flags = scheduler, costs, flags
+        self.transfer = costs.transfer(scheduler.uses_cpu and flags.get("allow_cpu", True))
+        self._memo: dict[tuple, Outlook] = {}
+
+    def outlook(self, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
+        """The layer with these loads on resident and absent experts (any order), the link free at its start."""
+        key = (tuple(sorted(resident)), tuple(sorted(absent)), tokens)
+        known = self._memo.get(key)
+        if known is None:
+            loads = dict(enumerate(key[0] + key[1]))
+            schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
+            known = Outlook(schedule.makespan, schedule.link_seconds)
+            if len(self._memo) >= _MEMO_LIMIT:
+                self._memo.clear()
+            self._memo[key] = known
+        return known
+
+
+@dataclasses.dataclass(slots=True)
+class Target:
+    """A coming layer as the prefetcher sees it.
+
+    Attributes:
+      layer, distance: which layer, and how many layers ahead.
+      prediction: what it is expected to be asked for.
+      present: its experts that are resident or in flight.
+      openings: the value of what each further prefetch into this layer would evict, smallest first (minus infinity: a free slot); called
+        only when a candidate is looked at.
+      worth: a candidate's value, to be at least that of what it evicts.
+    """
+
+    layer: int
+    distance: int
+    prediction: Prediction
+    present: Collection[int]
+    openings: Callable[[], list[float]]
+    worth: Callable[[int], float]
+
+    def candidates(self) -> list[int]:
+        """Predicted experts that are not there: highest load, then highest score, then lowest id first."""
+        loads, scores = self.prediction
+        absent = [expert for expert in loads if expert not in self.present]
+        if scores is None:
+            absent.sort(key=lambda e: (-loads[e], e))
+        else:
+            absent.sort(key=lambda e: (-loads[e], -scores[e], e))
+        return absent
+
+
+class _State:
+    """A target during the choice: the loads not yet prefetched, and what is left to evict."""
+
+    def __init__(self, target: Target, candidates: list[int], start: float, base: Outlook):
+        loads = target.prediction.loads
+        self.target, self.candidates, self.start, self.base = target, candidates, start, base
+        self.here = [load for expert, load in loads.items() if expert in target.present]
+        self.openings: list[float] | None = None
+        self.best: tuple[float, int] | None = None
+
+    def find_best(self, forecast: Forecast, probability: float, tokens: int) -> None:
+        """Sets `best` to (discounted impact, expert), or to None where nothing gains."""
+        self.best = None
+        loads, target = self.target.prediction.loads, self.target
+        if self.openings is None:
+            self.openings = target.openings()
+        if not self.openings:
+            return
+        absent = [loads[expert] for expert in self.candidates]
+        tried: set[int] = set()
+        for i, expert in enumerate(self.candidates):
+            load = loads[expert]
+            if load in tried or target.worth(expert) < self.openings[0]:
+                continue
+            tried.add(load)
+            with_it = forecast.outlook([*self.here, load], absent[:i] + absent[i + 1 :], tokens)
+            impact = (self.base.makespan - with_it.makespan) * probability
+            if impact > 0 and (self.best is None or impact > self.best[0]):
+                self.best = (impact, expert)
+            if len(tried) == TRIALS:
+                return
+
+    def take(self, forecast: Forecast, tokens: int) -> int:
+        """Counts the best candidate as resident from now on."""
+        expert = self.best[1]
+        loads = self.target.prediction.loads
+        self.here.append(loads[expert])
+        self.candidates.remove(expert)
+        self.openings.pop(0)
+        self.base = forecast.outlook(self.here, [loads[e] for e in self.candidates], tokens)
+        return expert
+
+
+def choose_by_impact(
+    targets: Sequence[Target],
+    forecast: Forecast,
+    accuracy: Accuracy,
+    *,
+    tokens: int,
+    until_next: float,
+    link_free: float,
+    room: int,
+) -> list[tuple[Target, int]]:
+    """The prefetches to start now, at most `room`, in sending order.
+
+    Args:
+      targets: the coming layers, nearest first, without gaps.
+      tokens: tokens in the step.
+      until_next: seconds until the nearest target's MoE block starts.
+      link_free: seconds until the link is done with the transfers already queued.
+    """
+    costs = forecast.costs
+    transfer = forecast.transfer
+    states: list[_State] = []
+    start, demand = until_next, 0.0
+    for target in targets:
+        candidates = target.candidates()
+        last = target is targets[-1]
+        fits = link_free + demand + transfer <= start
+        if last and not (candidates and fits):
+            break
+        loads = target.prediction.loads
+        here = [load for expert, load in loads.items() if expert in target.present]
+        base = forecast.outlook(here, [loads[expert] for expert in candidates], tokens)
+        if candidates and fits:
+            state = _State(target, candidates, start - demand, base)
+            state.find_best(forecast, accuracy.probability(target.distance), tokens)
+            if state.best is not None:
+                states.append(state)
+        start += base.makespan + costs.layer(tokens)
+        demand += base.link
+
+    chosen: list[tuple[_State, int]] = []
+    while states and len(chosen) < room:
+        state = max(states, key=lambda s: (s.best[0], -s.target.distance))
+        if not _in_time(chosen, state, link_free, transfer):
+            states.remove(state)
+            continue
+        chosen.append((state, state.take(forecast, tokens)))
+        state.find_best(forecast, accuracy.probability(state.target.distance), tokens)
+        if state.best is None:
+            states.remove(state)
+    chosen.sort(key=lambda pair: pair[0].target.distance)
+    return [(state.target, expert) for state, expert in chosen]
+
+
+def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, transfer: float) -> bool:
+    """Whether every chosen transfer and one more for `extra` land before their layers start, nearest sent first."""
+    queue = sorted([*(state for state, _ in chosen), extra], key=lambda state: state.target.distance)
+    return all(link_free + (i + 1) * transfer <= state.start for i, state in enumerate(queue))
+
+
+def choose_next_layer(target: Target, room: int) -> list[tuple[Target, int]]:
+    """The next layer's predicted misses by falling score, without simulation and however busy the link is (as AdapMoE does)."""
+    scores = target.prediction.scores
+    candidates = target.candidates()
+    if scores is not None:
+        candidates.sort(key=lambda e: (-scores[e], e))
+    openings = target.openings() if candidates else []
+    chosen = []
+    for expert in candidates:
+        if len(chosen) < min(room, len(openings)) and target.worth(expert) >= openings[len(chosen)]:
+            chosen.append((target, expert))
+    return chosen

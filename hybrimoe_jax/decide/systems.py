@@ -1,0 +1,129 @@
+"""Systems: named bundles of a placement, a cache policy, a scheduler and a prefetcher, as published engines choose them.
+
+  hybrimoe       MRS cache, three-lane scheduler, impact-driven prefetch over three layers (HybriMoE, arXiv 2504.05897)
+  ktransformers  static placement by frequency, the CPU computes what is not resident
+  adapmoe        device only: LRU cache, misses are fetched, the next layer's predicted misses are prefetched
+  llamacpp       whole layers are resident (the last ones, as `--n-gpu-layers` has it), the CPU computes the others
+  on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its speculation)
+  device-only    device only, no cache management: a static resident set, everything else is streamed each time and not kept (layer
+                 offloading as in Accelerate or DeepSpeed inference, expert by expert)
+  cpu-only       no slots: the CPU computes every routed expert
+
+Each part can be replaced: `get_system("hybrimoe").override(cache="lru")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.schedule import get_scheduler
+from hybrimoe_jax.errors import UserError
+
+PREFETCH_MODES = ("none", "next-layer", "impact")
+GUARDS = ("value", "expected", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What a system decides by. UserError for an unknown part.
+
+    Attributes:
+      name: what it is called; overrides keep it.
+      cache, scheduler: names in `caching.POLICIES` and `schedule.SCHEDULERS`.
+      prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
+      lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer).
+      placement: how slots are shared out: "uniform" (the same number in each layer), "whole-layers" or "none".
+      guard: which residents a prefetch may not evict: those of a larger "value" than the candidate, those whose value is "expected" to be
+        larger once the predicted step has come, or "none".
+    """
+
+    name: str
+    cache: str
+    scheduler: str
+    prefetch: Literal["none", "next-layer", "impact"] = "none"
+    lookahead: int = 0
+    placement: Literal["uniform", "whole-layers", "none"] = "uniform"
+    guard: Literal["value", "expected", "none"] = "value"
+
+    def __post_init__(self) -> None:
+        policy_class(self.cache)
+        get_scheduler(self.scheduler)
+        for what, value, known in (("prefetch", self.prefetch, PREFETCH_MODES), ("guard", self.guard, GUARDS)):
+            if value not in known:
+                raise UserError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
+        if self.lookahead < 0:
+            raise UserError(f"lookahead {self.lookahead} must be at least 0")
+        if self.prefetch == "none":
+            object.__setattr__(self, "lookahead", 0)
+        elif self.prefetch == "next-layer":
+            object.__setattr__(self, "lookahead", min(self.lookahead, 1))
+
+    @property
+    def uses_cpu(self) -> bool:
+        """Whether the CPU may be given routed experts."""
+        return get_scheduler(self.scheduler).uses_cpu
+
+    @property
+    def fetches(self) -> bool:
+        """Whether experts ever cross the link after the start."""
+        return get_scheduler(self.scheduler).uses_link or self.lookahead > 0
+
+    def slots_per_layer(self, cache_ratio: float, num_layers: int, num_experts: int) -> list[int]:
+        """Slots of each MoE layer: floor(ratio * experts), or whole layers within ratio * layers, the last ones first."""
+        if not 0 <= cache_ratio <= 1:
+            raise UserError(f"cache ratio {cache_ratio} is outside 0..1")
+        if self.placement == "whole-layers":
+            return self.slots_for_total(_floor(cache_ratio * num_layers) * num_experts, num_layers, num_experts)
+        return self.slots_for_total(_floor(cache_ratio * num_experts) * num_layers, num_layers, num_experts)
+
+    def slots_for_total(self, total: int, num_layers: int, num_experts: int) -> list[int]:
+        """The same for a number of slots in all, for example what a byte budget leaves room for."""
+        if total < 0:
+            raise UserError(f"{total} slots: the number must be at least 0")
+        if self.placement == "none":
+            return [0] * num_layers
+        if self.placement == "whole-layers":
+            whole = min(total // num_experts, num_layers)
+            return [0] * (num_layers - whole) + [num_experts] * whole
+        return [min(total // num_layers, num_experts)] * num_layers
+
+    def override(self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None) -> System:
+        """This system with the given parts replaced; None keeps a part.
+
+        A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer); lookahead 0 turns prefetch off.
+        """
+        parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
+        parts = {part: value for part, value in parts.items() if value is not None}
+        mode = parts.get("prefetch", self.prefetch)
+        if mode != "none" and not self.lookahead and lookahead is None:
+            parts["lookahead"] = 3 if mode == "impact" else 1
+        return dataclasses.replace(self, **parts)
+
+
+def _floor(slots: float) -> int:
+    """Floor that forgives binary fractions: 0.29 of 100 is 29."""
+    return math.floor(slots + 1e-9)
+
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        System("hybrimoe", "mrs", "paper", prefetch="impact", lookahead=3),
+        System("ktransformers", "static", "cpu-misses"),
+        System("adapmoe", "lru", "device-only", prefetch="next-layer", lookahead=1, guard="none"),
+        System("llamacpp", "static", "cpu-misses", placement="whole-layers"),
+        System("on-demand", "lru", "device-only"),
+        System("device-only", "static", "device-only"),
+        System("cpu-only", "static", "cpu-misses", placement="none"),
+    )
+}
+
+
+def get_system(name: str) -> System:
+    """The system called `name`; UserError listing the names."""
+    if name not in SYSTEMS:
+        raise UserError(f"system {name!r} is unknown (known: {', '.join(SYSTEMS)})")
+    return SYSTEMS[name]
