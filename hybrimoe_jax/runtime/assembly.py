@@ -10,13 +10,14 @@ import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.record.stats import PrefetchStats, RunStats
+from hybrimoe_jax.record.stats import RunStats
 from hybrimoe_jax.runtime import budget, threads, warmup
 from hybrimoe_jax.runtime.callback import CallbackForward
 from hybrimoe_jax.runtime.clock import WallClock
@@ -80,12 +81,9 @@ class Parts:
             slots=self.slots,
         )
 
-    def begin_run(self) -> None:
-        if self.planner is not None:
-            self.planner.reset_counts()
-
-    def prefetch_counts(self) -> PrefetchStats | None:
-        return self.planner.prefetch_counts() if self.planner else None
+    def counters(self) -> Counters:
+        """The planner's totals so far (all zero for the dense executor)."""
+        return dataclasses.replace(self.planner.counters) if self.planner else Counters()
 
     def close(self) -> None:
         for part in (self.host, self.link):
@@ -103,9 +101,10 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     if options.executor == "dense":
         return _dense_parts(config, model, store, options, system, device, cores, max_context, clock)
 
-    lookahead = system.lookahead if options.lookahead is None else options.lookahead
-    if (options.prefetch or system.prefetch) == "none":
-        lookahead = 0
+    system = system.override(
+        cache=options.cache, scheduler=options.scheduler, prefetch=options.prefetch, lookahead=options.lookahead
+    )
+    lookahead = system.lookahead
     num_layers = len(model.moe_layers)
     dtype = jnp.float32 if device.platform == "cpu" else store.dtype
     expert_bytes = 3 * config.hidden_size * config.moe_width * jnp.dtype(dtype).itemsize
@@ -131,11 +130,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         top_k=config.num_experts_per_tok,
         slots_per_layer=slots,
         costs=costs,
-        lookahead=lookahead,
         frequencies=frequencies,
-        cache=options.cache,
-        scheduler=options.scheduler,
-        prefetch=options.prefetch,
         max_in_flight=IN_FLIGHT,
     )
     for layer, experts in enumerate(planner.initial_residents()):
@@ -143,7 +138,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
             pool.write(layer, expert, link.put(store.get(layer, expert)), None)
 
     def verify(ordinal: int) -> None:
-        if pool.residents(ordinal) != frozenset(planner.residents(ordinal)):
+        if pool.residents(ordinal) != planner.resident(ordinal):
             raise RuntimeError(f"MoE layer {ordinal}: the slots and the planner disagree about what is resident")
         pool.verify(ordinal, lambda expert: store.get(ordinal, expert))
 
@@ -172,8 +167,8 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> lis
     if options.budget_bytes is None:
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
     else:
-        each = budget.slots_within(options.budget_bytes, fixed, expert_bytes, num_layers, num_experts)
-        ratio = each / num_experts
+        total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, num_layers * num_experts)
+        return system.slots_for_total(total, num_layers, num_experts)
     return system.slots_per_layer(ratio, num_layers, num_experts)
 
 

@@ -36,15 +36,15 @@ def readable(size: int) -> str:
     return f"{size} B"
 
 
-def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_layers: int, num_experts: int) -> int:
-    """Slots for each MoE layer; UserError with the breakdown where not even the fixed part fits."""
+def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: int) -> int:
+    """Slots in all, at most `num_experts` (of all layers); UserError with the breakdown where not even the fixed part fits."""
     room = budget - fixed.total
     if room < 0:
         raise UserError(
             f"vram_budget {readable(budget)} is too small: {readable(fixed.total)} are needed before any expert is cached "
             f"({fixed}); raise it, or lower max_context, max_batch or prefill_chunk"
         )
-    return min(num_experts, room // (expert_bytes * num_layers))
+    return min(num_experts, room // expert_bytes)
 
 
 def workspace_bytes(config, batch: int, chunk: int, context: int, distances: int, logit_rows: int) -> int:

@@ -11,7 +11,7 @@ import functools
 import jax
 import numpy as np
 
-from hybrimoe_jax.decide.planner import LayerPlan
+from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.host_kernels.kernel import run_experts
 from hybrimoe_jax.models.hybrid import HybridMoE, register_host
 from hybrimoe_jax.models.parameters import merge
@@ -70,12 +70,12 @@ class CallbackForward(HybridForward):
             if not fetch.stream:
                 jax.block_until_ready(self.load(ordinal, fetch))
                 kept.append(fetch.expert)
-        for expert in plan.waits:
-            slot = self.wait_for(ordinal, expert)
-            if expert in self.pool.residents(ordinal):
-                kept.append(expert)
+        for fetch in plan.waits:
+            slot = self.wait_for(ordinal, fetch)
+            if fetch.stream:
+                acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
             else:
-                acc = self._call(layer, acc, x, [(expert, slot)], routing, ())
+                kept.append(fetch.expert)
         for fetch in streamed:
             slot = self.load(ordinal, fetch)
             jax.block_until_ready(slot)
@@ -89,9 +89,7 @@ class CallbackForward(HybridForward):
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)
         jax.block_until_ready(acc)
         lanes.device = now() - started
-        if self.lookahead:
-            for prefetch in self.planner.plan_prefetch(ordinal, routing.ahead_at(self.planner)):
-                self.link.prefetch(prefetch.layer, prefetch.expert, self.weights(prefetch.layer, prefetch.expert))
+        self.prefetch(ordinal, routing)
         return acc, self.zeros(x.shape[0])
 
     def _call(self, layer, acc, x, slots, routing: HostRouting, cpu):

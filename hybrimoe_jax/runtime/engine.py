@@ -58,7 +58,12 @@ class Engine:
         return self._parts.costs
 
     @property
+    def clock(self):
+        return self._forward.clock
+
+    @property
     def planner(self):
+        """The Planner (None for the dense executor)."""
         return self._parts.planner
 
     @property
@@ -186,7 +191,7 @@ class Engine:
     def _start(self, batch: int, capacity: int) -> RunStats:
         parts = self._parts
         stats = parts.new_stats()
-        parts.begin_run()
+        self._counters = parts.counters()
         chunk = min(self.options.prefill_chunk, self.max_context)
         work = budget.workspace_bytes(self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS)
         footprint = dataclasses.replace(parts.footprint, kv=parts.cache_bytes(batch, capacity), workspace=work)
@@ -195,7 +200,13 @@ class Engine:
 
     def _finish(self, stats: RunStats) -> None:
         parts = self._parts
-        stats.prefetch = parts.prefetch_counts() or PrefetchStats()
+        before, after = self._counters, parts.counters()
+        stats.prefetch = PrefetchStats(
+            *(
+                getattr(after, f"prefetch_{name.name}") - getattr(before, f"prefetch_{name.name}")
+                for name in dataclasses.fields(PrefetchStats)
+            )
+        )
         measured = parts.device.memory_stats() if parts.device.platform != "cpu" else None
         if measured:
             stats.peak_device_bytes = int(measured["peak_bytes_in_use"])

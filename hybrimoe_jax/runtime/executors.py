@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.planner import REFUSED, LayerPlan, Planner
+from hybrimoe_jax.decide.plan import REFUSED, Fetch, LayerPlan
+from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
@@ -97,7 +98,7 @@ class HybridForward(Forward):
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self._zeros: dict[int, jax.Array] = {}
 
-    def compute(self, layer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
+    def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
         """Carries out a plan: -> (device part [N, D], host part [N, D]); may return before the device has finished."""
         raise NotImplementedError
 
@@ -145,7 +146,7 @@ class HybridForward(Forward):
             lanes = Lanes()
             acc, host = self.compute(layer, x, early, routing, plan, lanes)
             fetched = tuple(f.expert for f in plan.fetch)
-            moved += len(fetched) * self.pool.expert_bytes
+            moved += (len(fetched) + len(plan.waits)) * self.pool.expert_bytes
             record.layers.append(
                 LayerStats(
                     layer.ordinal,
@@ -153,7 +154,7 @@ class HybridForward(Forward):
                     len(plan.hits),
                     len(plan.misses),
                     tuple(plan.cpu),
-                    tuple(plan.device) + fetched + tuple(plan.waits),
+                    (*plan.device, *fetched, *(f.expert for f in plan.waits)),
                     fetched,
                     moved,
                     now() - began,
@@ -178,28 +179,35 @@ class HybridForward(Forward):
         moved = 0
         for transfer in self.link.landed():
             moved += transfer.nbytes
-            self._commit(transfer)
+            self._note(transfer)
+            victim = self.planner.landed(transfer.layer, transfer.expert)
+            if victim is not REFUSED:
+                self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
         return moved
 
-    def wait_for(self, ordinal: int, expert: int):
-        """The device arrays of an expert whose prefetch this step uses, once it has landed."""
-        transfer = self.link.wait(ordinal, expert)
-        if not self._commit(transfer):
-            return self.pool.stream(transfer.staged)
-        return self.pool.get(ordinal, expert)
-
-    def _commit(self, transfer) -> bool:
-        if self.timeline is not None:
-            self.timeline.transfer("prefetch", transfer.layer, transfer.expert, transfer.issued, transfer.landed)
-        victim = self.planner.landed(transfer.layer, transfer.expert)
-        if victim is REFUSED:
-            return False
-        self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
-        return True
-
-    def load(self, ordinal: int, fetch):
+    def load(self, ordinal: int, fetch: Fetch):
         """A planned demand load: the expert's arrays in its slot, or in a staging slot when it is only streamed."""
-        staged = self.link.put(self.weights(ordinal, fetch.expert))
+        return self._place(ordinal, fetch, self.link.put(self.weights(ordinal, fetch.expert)))
+
+    def wait_for(self, ordinal: int, fetch: Fetch):
+        """The same for an expert that a prefetch is already moving: waits until it has landed."""
+        transfer = self.link.wait(ordinal, fetch.expert)
+        self._note(transfer)
+        return self._place(ordinal, fetch, transfer.staged)
+
+    def prefetch(self, ordinal: int, routing: HostRouting) -> None:
+        """Starts the transfers that the planner wants for coming layers."""
+        if not self.lookahead:
+            return
+        predictions = routing.predictions(self.model.config.num_experts_per_tok)
+        for wanted in self.planner.plan_prefetch(ordinal, predictions):
+            self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
+
+    def _place(self, ordinal, fetch, staged):
         if fetch.stream:
             return self.pool.stream(staged)
         return self.pool.write(ordinal, fetch.expert, staged, fetch.victim)
+
+    def _note(self, transfer) -> None:
+        if self.timeline is not None:
+            self.timeline.transfer("prefetch", transfer.layer, transfer.expert, transfer.issued, transfer.landed)

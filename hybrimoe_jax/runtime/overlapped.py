@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from hybrimoe_jax.decide.planner import LayerPlan
+from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.record.stats import Lanes
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.device_model import DeviceLayer
@@ -60,13 +60,11 @@ class OverlappedForward(HybridForward):
             if timeline is not None:
                 timeline.watch("link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert)
             acc = self._add(acc, x, [(fetch.expert, slot)], routing, ordinal)
-        for expert in plan.waits:
-            acc = self._add(acc, x, [(expert, self.wait_for(ordinal, expert))], routing, ordinal)
+        for fetch in plan.waits:
+            acc = self._add(acc, x, [(fetch.expert, self.wait_for(ordinal, fetch))], routing, ordinal)
         if self.verify is not None:
             self.verify(ordinal)
-        if self.lookahead:
-            for prefetch in self.planner.plan_prefetch(ordinal, routing.ahead_at(self.planner)):
-                self.link.prefetch(prefetch.layer, prefetch.expert, self.weights(prefetch.layer, prefetch.expert))
+        self.prefetch(ordinal, routing)
         if pending is None:
             part = self.zeros(x.shape[0])
         else:

@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from hybrimoe_jax.decide.prefetch import Prediction, predict
+
 _FIRST_ROW = np.zeros(1, np.int64)
 
 
@@ -31,6 +33,19 @@ class HostRouting:
     row_scores: np.ndarray
     ahead: list[np.ndarray]
     valid: np.ndarray
+
+    def predictions(self, top_k: int) -> list[Prediction]:
+        """Per lookahead distance, the loads and mean scores that gate reuse predicts for that layer."""
+        if len(self.ids) == 1:
+            return [predict(ahead[0], top_k) for ahead in self.ahead]
+        return [_predict_many(ahead[self.valid], top_k) for ahead in self.ahead]
+
+
+def _predict_many(scores: np.ndarray, top_k: int) -> Prediction:
+    chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+    counts = np.bincount(chosen.ravel(), minlength=scores.shape[1])
+    loads = {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
+    return Prediction(loads, scores.mean(axis=0).tolist())
 
 
 def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray) -> HostRouting:
