@@ -26,6 +26,7 @@ Integers are stored compressed, floats plainly (they hardly shrink). Reading nee
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import zipfile
@@ -111,7 +112,7 @@ class Trace:
         bounds = [0, *change.tolist(), len(self)]
         has_scores = None if self.scores is None else ~np.isnan(self.scores[:, 0])
         has_ahead = {d: ~np.isnan(ahead[:, 0]) for d, ahead in self.lookahead.items()}
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             rows = slice(start, stop)
             yield Record(
                 int(self.step[start]),
@@ -210,7 +211,7 @@ def save_trace(trace: Trace, path: str | os.PathLike) -> None:
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_STORED if floats else zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+                np.lib.format.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
 
 
 def load_trace(path: str | os.PathLike) -> Trace:
@@ -219,9 +220,7 @@ def load_trace(path: str | os.PathLike) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(
-                    f"{where}: a single array, not an .npz archive; see `python -m hybrimoe_jax.trace import`"
-                )
+                raise UserError(f"{where}: a single array, not an .npz archive")
             arrays = {name: archive[name] for name in archive.files}
     except UserError:
         raise
@@ -270,7 +269,7 @@ def _f32(array: np.ndarray | None) -> np.ndarray | None:
 
 def _read_meta(meta: np.ndarray | None, where: str) -> tuple[TraceFacts, dict]:
     if meta is None or meta.ndim or meta.dtype.kind != "U":
-        raise UserError(f"{where}: no `meta` text, so not a trace of ours; see `python -m hybrimoe_jax.trace import`")
+        raise UserError(f"{where}: no `meta` text, so not a {FORMAT} file (`generate --trace FILE` writes one)")
     try:
         read = json.loads(str(meta))
         kind, version = read["format"], read["version"]
