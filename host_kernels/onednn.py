@@ -18,10 +18,10 @@ bfloat16 weights run through the NumPy kernel until they are packed (as float32)
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,18 @@ def bucket_of(load: int) -> int:
     return -(-load // step) * step
 
 
-def default_pack_limit() -> int:
-    """Half of the memory that the system calls available now, in bytes."""
+def available_memory(proc: str = "/proc/meminfo", group: str = "/sys/fs/cgroup") -> int:
+    """Bytes that this process could still take: the system's available memory, or less where its control group (a
+    container, usually) is limited to less. 0 where neither can be read."""
+    found = []
     try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 512 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+        found = [int(line.split()[1]) * 1024 for line in Path(proc).read_text().splitlines() if "MemAvailable" in line]
+        limit, used = (Path(group, name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            found.append(max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        pass  # no such file on this system: what was found so far counts
+    return min(found, default=0)
 
 
 def share_of_packing(load: int) -> float:
@@ -100,7 +105,7 @@ class OneDnnKernel(HostKernel):
         self._products: dict[tuple, tuple] = {}
         self._packed: weakref.WeakSet[OneDnnExpert] = weakref.WeakSet()
         self._threads = _ThreadState(self._api, threads)
-        self.pack_limit = default_pack_limit() if pack_limit is None else pack_limit
+        self.pack_limit = available_memory() // 2 if pack_limit is None else pack_limit
         self.earns = earns
 
     def prepare(self, weights: ExpertWeights) -> OneDnnExpert:

@@ -25,7 +25,7 @@ from hybrimoe_jax.host_kernels.formats import (
     to_bf16,
     to_f32,
 )
-from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, bucket_of
+from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, available_memory, bucket_of
 
 needs_onednn = pytest.mark.skipif(not available(), reason="the onednn-cpu-gomp wheel is not installed")
 TOLERANCE = 5e-6
@@ -295,6 +295,20 @@ def test_pack_limit_holds_and_the_answer_stays():
     assert [h.is_packed for h in handles] == [True, True, False]
     assert kernel.packed_bytes <= kernel.pack_limit
     assert not kernel.pack(handles[2])
+
+
+def test_available_memory_heeds_a_container(tmp_path):
+    proc = tmp_path / "meminfo"
+    proc.write_text("MemTotal: 64000 kB\nMemAvailable: 32000 kB\n")
+    group = tmp_path / "group"
+    assert available_memory(str(proc), str(group)) == 32000 * 1024
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000\n")
+    assert available_memory(str(proc), str(group)) == 32000 * 1024
+    (group / "memory.max").write_text("5000\n")
+    assert available_memory(str(proc), str(group)) == 4000
+    assert available_memory(str(tmp_path / "none"), str(group)) == 0
 
 
 @needs_onednn
