@@ -1,0 +1,183 @@
+"""The cost model: its formulas, its fit from a warm-up, its file; and that deciding imports no jax."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.costs import CostModel, Samples, expert_bytes, fit
+from hybrimoe_jax.errors import UserError
+
+MODEL = CostModel(
+    cpu_expert=2e-3,
+    cpu_token=3e-5,
+    cpu_first=5e-4,
+    device_expert=4e-4,
+    device_token=1e-7,
+    shared_base=2e-4,
+    shared_token=1e-6,
+    layer_base=1e-3,
+    layer_token=2e-6,
+    transfer_latency=1e-5,
+    bandwidth=1e10,
+    bandwidth_cpu_busy=5e9,
+    expert_bytes=4_000_000,
+    source="a test",
+)
+
+
+def samples_of(model: CostModel, loads=(1, 2, 8, 64, 256), noise=lambda: 1.0) -> Samples:
+    samples = Samples(model.expert_bytes)
+    for load in loads:
+        samples.cpu.append((load, model.cpu(load) * noise()))
+        samples.cpu_first.append((load, model.cpu(load, first=True) * noise()))
+        samples.device.append((load, model.device(load) * noise()))
+        samples.shared.append((load, model.shared(load) * noise()))
+        samples.layer.append((load, model.layer(load) * noise()))
+    for size in (model.expert_bytes // 4, model.expert_bytes):
+        samples.transfer.append((size, model.transfer_latency + size / model.bandwidth))
+        samples.transfer_cpu_busy.append((size, model.transfer_latency + size / model.bandwidth_cpu_busy))
+    return samples
+
+
+def test_importing_decide_imports_no_jax():
+    code = "import hybrimoe_jax.decide, sys; print(sorted({m.split('.')[0] for m in sys.modules} & {'jax', 'jaxlib', 'flax'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_expert_is_three_matrices():
+    assert expert_bytes(2048, 1408, "bf16") == 3 * 2048 * 1408 * 2
+    assert expert_bytes(192, 64, "f32") == 147_456
+    with pytest.raises(UserError, match=r"int3.*known: f32, bf16"):
+        expert_bytes(8, 8, "int3")
+
+
+def test_costs_by_load_and_regime():
+    assert MODEL.cpu(10) == pytest.approx(2.3e-3)
+    assert MODEL.cpu(10, first=True) - MODEL.cpu(10) == pytest.approx(5e-4)
+    assert MODEL.transfer() == pytest.approx(1e-5 + 4e-4)
+    assert MODEL.transfer(cpu_busy=True) == pytest.approx(1e-5 + 8e-4)
+    assert MODEL.layer(100) == pytest.approx(1.2e-3)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_fit_recovers_the_model_behind_the_samples(data):
+    seconds = st.floats(1e-6, 1e-2)
+    names = "cpu_expert cpu_token cpu_first device_expert device_token shared_base shared_token layer_base layer_token"
+    values = {name: data.draw(seconds, name) for name in names.split()}
+    fast = data.draw(st.floats(1e9, 1e11))
+    busy = fast * data.draw(st.floats(0.2, 1.0))
+    truth = CostModel(
+        **values, transfer_latency=1e-5, bandwidth=fast, bandwidth_cpu_busy=busy, expert_bytes=10**7, source="t"
+    )
+    found = fit(samples_of(truth), source="t")
+    for load in (1, 30, 300):
+        assert found.cpu(load) == pytest.approx(truth.cpu(load), rel=1e-6)
+        assert found.cpu(load, True) == pytest.approx(truth.cpu(load, True), rel=1e-6)
+        assert found.device(load) == pytest.approx(truth.device(load), rel=1e-6)
+        assert found.shared(load) == pytest.approx(truth.shared(load), rel=1e-6)
+        assert found.layer(load) == pytest.approx(truth.layer(load), rel=1e-6)
+    for cpu_busy in (False, True):
+        assert found.transfer(cpu_busy) == pytest.approx(truth.transfer(cpu_busy), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-6, 1.0)), min_size=1, max_size=12))
+def test_fit_of_any_noise_is_a_valid_model(points):
+    sizes = [(load * 1000, seconds) for load, seconds in points]
+    model = fit(Samples(10**6, cpu=points, cpu_first=points, device=points, transfer=sizes, transfer_cpu_busy=sizes))
+    assert model.transfer(True) >= model.transfer() > 0 and model.cpu(1) >= 0  # and no UserError from the constructor
+
+
+def test_fit_ignores_a_stray_interruption():
+    samples = samples_of(MODEL)
+    samples.cpu += [(1, MODEL.cpu(1)), (1, MODEL.cpu(1)), (1, 40 * MODEL.cpu(1))]
+    assert fit(samples).cpu(1) == pytest.approx(MODEL.cpu(1), rel=1e-6)
+
+
+def test_a_falling_measurement_gives_a_constant_not_a_negative_slope():
+    samples = samples_of(MODEL)
+    samples.device = [(1, 4.5e-4), (100, 4.4e-4), (200, 4.3e-4)]
+    model = fit(samples)
+    assert model.device_token == 0 and model.device(1) == pytest.approx(4.4e-4, rel=0.03)
+
+
+def test_without_busy_transfers_both_regimes_are_the_same():
+    samples = samples_of(MODEL)
+    samples.transfer_cpu_busy = []
+    model = fit(samples)
+    assert model.transfer(True) == model.transfer()
+
+
+@pytest.mark.parametrize("name", ["cpu", "device", "transfer"])
+def test_fit_names_what_was_not_measured(name):
+    samples = samples_of(MODEL)
+    setattr(samples, name, [])
+    with pytest.raises(UserError, match=f"no {name} time"):
+        fit(samples)
+
+
+def test_fit_refuses_impossible_times():
+    samples = samples_of(MODEL)
+    samples.device.append((4, 0.0))
+    with pytest.raises(UserError, match=r"device measured 0\.0 s at 4"):
+        fit(samples)
+
+
+def test_scaled_slows_one_lane_only():
+    slow = MODEL.scaled(cpu=2.0)
+    assert slow.cpu(7, first=True) == pytest.approx(2 * MODEL.cpu(7, first=True))
+    assert (slow.device(7), slow.transfer()) == (MODEL.device(7), MODEL.transfer())
+    assert MODEL.scaled(transfer=3.0).transfer(True) == pytest.approx(3 * MODEL.transfer(True))
+    assert "cpu x2" in slow.source
+
+
+def test_save_and_load_round_trip(tmp_path):
+    path = tmp_path / "profile.json"
+    MODEL.save(path)
+    assert CostModel.load(path) == MODEL
+    assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(version=99), "version 99"),
+        (lambda raw: raw.pop("cpu_token"), "missing cpu_token"),
+        (lambda raw: raw.update(cpu_tokens=1), "unknown cpu_tokens"),
+        (lambda raw: raw.update(cpu_token=-1), "cpu_token must be a finite number"),
+        (lambda raw: raw.update(cpu_token="fast"), "cpu_token must be a finite number"),
+        (lambda raw: raw.update(cpu_token=float("nan")), "cpu_token must be a finite number"),
+        (lambda raw: raw.update(bandwidth=0), "bandwidth must be above 0"),
+        (lambda raw: raw.update(kind="recipe"), "not a profile"),
+    ],
+)
+def test_a_malformed_profile_is_one_clear_error(tmp_path, change, message):
+    path = tmp_path / "p.json"
+    MODEL.save(path)
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=message) as caught:
+        CostModel.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01"])
+def test_a_file_that_is_no_profile(tmp_path, text):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="not a profile"):
+        CostModel.load(path)
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        CostModel.load(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="cannot be written"):
+        MODEL.save(tmp_path / "no" / "such" / "folder.json")

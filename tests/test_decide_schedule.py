@@ -1,0 +1,247 @@
+"""Schedulers: the paper's worked instance, every rule's contract, and timing against an independent three-lane simulator."""
+
+import random
+import statistics
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.errors import UserError
+
+
+def costs(*, cpu=(0.0, 1.0, 0.0), device=(1.0, 0.0), shared=2.0, transfer=3.0, transfer_busy=None) -> CostModel:
+    """cpu is (per expert, per token, first), device (per expert, per token); all in seconds."""
+    return CostModel(
+        cpu_expert=cpu[0],
+        cpu_token=cpu[1],
+        cpu_first=cpu[2],
+        device_expert=device[0],
+        device_token=device[1],
+        shared_base=shared,
+        shared_token=0.0,
+        layer_base=0.0,
+        layer_token=0.0,
+        transfer_latency=0.0,
+        bandwidth=1.0 / transfer,
+        bandwidth_cpu_busy=1.0 / (transfer_busy or transfer),
+        expert_bytes=1,
+    )
+
+
+A, B, C, D, E = range(5)
+
+
+def figure_5(shared: float) -> Problem:
+    return Problem({A: 1, B: 1, C: 3, D: 4, E: 1}, {D, E}, costs(shared=shared))
+
+
+def test_paper_figure_5():
+    s = get_scheduler("paper").schedule(figure_5(shared=2.0))
+    assert (s.cpu, s.fetch, s.device) == ((A, B, E), (C,), (D, C))
+    assert (s.makespan, s.cpu_seconds, s.device_seconds, s.link_seconds) == (4.0, 3.0, 4.0, 3.0)
+
+
+def test_paper_figure_5_with_shorter_shared_experts():
+    s = get_scheduler("paper").schedule(figure_5(shared=1.0))
+    assert (s.cpu, s.fetch, s.device, s.makespan) == ((A, B), (C,), (D, E, C), 4.0)
+
+
+def test_between_equal_loads_the_cpu_takes_the_low_score_and_the_link_the_high():
+    problem = Problem({e: 1 for e in range(3)}, set(), costs(cpu=(2.9, 0.0, 0.0)), scores=[0.2, 0.5, 0.3])
+    s = get_scheduler("paper").schedule(problem)
+    assert (s.cpu[0], s.fetch[0]) == (0, 1)
+
+
+def test_between_equal_loads_and_scores_the_lower_id_goes_first():
+    problem = Problem({e: 1 for e in (4, 2, 7)}, set(), costs(cpu=(2.9, 0.0, 0.0)))
+    s = get_scheduler("paper").schedule(problem)
+    assert s.cpu[0] == 2 and s.fetch[0] == 4
+
+
+def test_paper_does_not_wait_for_a_prefetch_that_the_cpu_beats():
+    far = Problem({0: 1}, set(), costs(), in_flight={0: 50.0}, allow_fetch=False)
+    near = Problem({0: 1}, set(), costs(shared=0.0, cpu=(5.0, 0.0, 0.0)), in_flight={0: 0.5})
+    assert get_scheduler("paper").schedule(far).cpu == (0,)
+    s = get_scheduler("paper").schedule(near)
+    assert (s.waits, s.device, s.fetch, s.makespan) == ((0,), (0,), (), 1.5)
+
+
+def test_a_queued_transfer_delays_the_demand_loads():
+    free = get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), costs(shared=0.0)))
+    queued = get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), costs(shared=0.0), in_flight={5: 10.0}))
+    assert (free.makespan, queued.makespan) == (4.0, 14.0)
+
+
+def test_transfers_are_priced_by_whether_the_cpu_may_compute():
+    both = costs(shared=0.0, cpu=(100.0, 0.0, 0.0), transfer=3.0, transfer_busy=7.0)
+    alone = Problem({0: 1}, set(), both, allow_cpu=False)
+    assert get_scheduler("paper").schedule(alone).makespan == 4.0
+    assert get_scheduler("paper").schedule(Problem({0: 1}, set(), both)).makespan == 8.0
+    assert get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), both)).makespan == 4.0
+
+
+def test_paper_balances_where_the_single_lane_rules_cannot():
+    problem = Problem({e: 1 for e in range(8)}, {0, 1}, costs(cpu=(1.0, 0.0, 0.5), shared=0.0, transfer=1.5))
+    paper, cpu, link = (get_scheduler(n).schedule(problem).makespan for n in ("paper", "cpu-misses", "fetch-misses"))
+    assert paper < min(cpu, link)
+
+
+def test_released_gives_the_cpu_the_lowest_load():
+    problem = Problem({0: 9, 1: 5, 2: 1}, {0}, costs(cpu=(0.0, 1.0, 0.79), device=(0.5, 0.0), shared=0.0, transfer=1.0))
+    s = get_scheduler("released").schedule(problem)
+    assert (s.device, s.cpu, s.fetch) == ((0, 1), (2,), (1,))
+
+
+def test_device_only_takes_ids_in_order_and_fetch_misses_takes_loads():
+    problem = Problem({3: 1, 7: 9, 5: 4, 1: 2}, {1, 5}, costs())
+    plain = get_scheduler("device-only").schedule(problem)
+    ranked = get_scheduler("fetch-misses").schedule(problem)
+    assert (plain.fetch, plain.device) == ((3, 7), (1, 5, 3, 7))
+    assert (ranked.fetch, ranked.device) == ((7, 3), (5, 1, 7, 3))
+
+
+@pytest.mark.parametrize(
+    ("rule", "flags"),
+    [
+        ("paper", {"allow_cpu": False, "allow_fetch": False}),
+        ("released", {"allow_cpu": False, "allow_fetch": False}),
+        ("cpu-misses", {"allow_cpu": False}),
+        ("fetch-misses", {"allow_fetch": False}),
+        ("device-only", {"allow_fetch": False}),
+    ],
+)
+def test_a_miss_without_a_lane_is_refused_but_residents_are_not(rule, flags):
+    with pytest.raises(UserError, match="expert 1 is not in device memory"):
+        get_scheduler(rule).schedule(Problem({0: 1, 1: 1}, {0}, costs(), **flags))
+    assert get_scheduler(rule).schedule(Problem({0: 1}, {0}, costs(), **flags)).device == (0,)
+
+
+def test_unknown_rule_lists_the_rules():
+    with pytest.raises(UserError, match=r"'best' is unknown.*paper, released"):
+        get_scheduler("best")
+
+
+seconds = st.floats(0.0, 5.0).map(lambda x: round(x, 3))
+
+
+@st.composite
+def problems(draw, max_experts=10):
+    loads = draw(st.dictionaries(st.integers(0, 15), st.integers(1, 40) | st.just(1), max_size=max_experts))
+    resident = draw(st.sets(st.integers(0, 15)))
+    others = sorted(set(range(16)) - resident)
+    in_flight = draw(st.dictionaries(st.sampled_from(others), seconds, max_size=3)) if others else {}
+    model = costs(
+        cpu=draw(st.tuples(seconds, seconds, seconds)),
+        device=draw(st.tuples(seconds, st.just(0.0) | seconds)),
+        shared=draw(seconds),
+        transfer=draw(st.floats(0.05, 9.0)),
+        transfer_busy=draw(st.floats(9.0, 20.0)),
+    )
+    scores = draw(st.none() | st.lists(st.floats(0.0, 1.0), min_size=16, max_size=16))
+    busy = draw(st.none() | seconds)
+    flags = {name: draw(st.booleans()) for name in ("allow_cpu", "allow_fetch", "allow_steal")}
+    return Problem(loads, resident, model, draw(st.integers(1, 99)), scores, in_flight, busy, **flags)
+
+
+def simulate(problem: Problem, schedule, transfer: float) -> tuple[float, float, float]:
+    """(cpu, device, link) finish times by stepping through events: a lane starts its next job at the first event where it is idle and
+    the job's expert is there. Shares nothing with the code under test."""
+    jobs = {
+        "cpu": [
+            (
+                problem.costs.cpu_expert
+                + problem.costs.cpu_token * problem.loads[e]
+                + (problem.costs.cpu_first if i == 0 else 0),
+                None,
+                e,
+            )
+            for i, e in enumerate(schedule.cpu)
+        ],
+        "device": [(problem.costs.shared_base + problem.costs.shared_token * problem.tokens, None, None)]
+        + [
+            (problem.costs.device_expert + problem.costs.device_token * problem.loads[e], e, e) for e in schedule.device
+        ],
+        "link": [(transfer, None, e) for e in schedule.fetch],
+    }
+    there = {e: 0.0 for e in problem.resident} | dict(problem.in_flight)
+    link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *problem.in_flight.values()])
+    idle_since = {"cpu": 0.0, "device": 0.0, "link": link_start}
+    while any(jobs.values()):
+        startable = []
+        for lane, queue in jobs.items():
+            if queue and (queue[0][1] is None or queue[0][1] in there):
+                startable.append((max(idle_since[lane], there.get(queue[0][1], 0.0)), lane))
+        start, lane = min(startable)
+        length, _, expert = jobs[lane].pop(0)
+        idle_since[lane] = start + length
+        if lane == "link":
+            there[expert] = idle_since[lane]
+    return idle_since["cpu"], idle_since["device"], idle_since["link"]
+
+
+@pytest.mark.parametrize("rule", SCHEDULERS)
+@settings(deadline=None)
+@given(problem=problems())
+@example(problem=Problem({}, set(), costs()))
+def test_every_expert_once_and_the_times_are_true(rule, problem):
+    scheduler = get_scheduler(rule)
+    try:
+        s = scheduler.schedule(problem)
+    except UserError:
+        stranded = set(problem.loads) - problem.resident - problem.in_flight.keys()
+        assert stranded and not (
+            problem.allow_cpu and scheduler.uses_cpu and problem.allow_fetch and scheduler.uses_link
+        )
+        return
+    assert sorted(s.cpu + s.device) == sorted(problem.loads)
+    assert set(s.fetch) == {e for e in s.device if e not in problem.resident and e not in problem.in_flight}
+    assert set(s.waits) == {e for e in s.device if e not in problem.resident and e in problem.in_flight}
+    assert len(set(s.fetch)) == len(s.fetch) and len(set(s.waits)) == len(s.waits)
+    if not (problem.allow_cpu and scheduler.uses_cpu):
+        assert not s.cpu
+    if not (problem.allow_fetch and scheduler.uses_link):
+        assert not s.fetch
+    if not problem.allow_steal:
+        assert not problem.resident.intersection(s.cpu)
+    transfer = problem.costs.transfer(scheduler.uses_cpu and problem.allow_cpu)
+    cpu, device, link = simulate(problem, s, transfer)
+    assert (s.cpu_seconds, s.device_seconds, s.link_seconds) == pytest.approx((cpu, device, link))
+    assert s.makespan == pytest.approx(max(cpu, device))
+
+
+def best_makespan(problem: Problem, transfer: float) -> float:
+    """The optimum by brute force where all loads are equal: only how many go where matters."""
+    load = next(iter(problem.loads.values()))
+    here = len(problem.resident & problem.loads.keys())
+    absent = len(problem.loads) - here
+    best = float("inf")
+    for stolen in range(here + 1):
+        for fetched in range(absent + 1):
+            on_cpu = stolen + absent - fetched
+            cpu = sum(problem.costs.cpu(load, first=i == 0) for i in range(on_cpu))
+            device = problem.costs.shared(problem.tokens) + (here - stolen) * problem.costs.device(load)
+            for i in range(fetched):
+                device = max(device, (i + 1) * transfer) + problem.costs.device(load)
+            best = min(best, max(cpu, device))
+    return best
+
+
+def test_at_decode_loads_released_is_optimal_and_paper_close():
+    generator, ratios = random.Random(0), []
+    for _ in range(1500):
+        here, absent = generator.randint(0, 8), generator.randint(1, 8)
+        cpu, transfer = generator.uniform(0.5, 4), generator.uniform(0.5, 4)
+        model = costs(
+            cpu=(cpu, 0.0, generator.uniform(0, 0.5) * cpu),
+            device=(generator.uniform(0.05, 0.5), 0.0),
+            shared=generator.uniform(0, 1),
+            transfer=transfer,
+        )
+        problem = Problem({e: 1 for e in range(here + absent)}, set(range(here)), model)
+        best = best_makespan(problem, transfer)
+        assert get_scheduler("released").schedule(problem).makespan == pytest.approx(best)
+        ratios.append(get_scheduler("paper").schedule(problem).makespan / best)
+    assert min(ratios) >= 1 - 1e-9 and statistics.mean(ratios) < 1.01 and max(ratios) < 2
