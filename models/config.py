@@ -46,7 +46,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
 }
 KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "num_experts")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_experts",
+    "moe_width",
+    "max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,7 @@ class ModelConfig:
             if value is None or kind not in KINDS:
                 continue
             if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
-                raise UserError(f"config.json: {field.name} must be a {kind}, not {value!r}")
+                raise UserError(f"config.json: {field.name} must be of type {kind}, not {value!r}")
         config = cls(**values)
         config.check(raw)
         return config
@@ -138,15 +147,19 @@ class ModelConfig:
             raise UserError(
                 "config.json: hidden_size is not a multiple of num_attention_heads and head_dim is not given"
             )
-        for layer, kind in enumerate(raw.get("layer_types") or ()):
+        kinds = raw.get("layer_types") or ()
+        if kinds and len(kinds) != self.num_hidden_layers:
+            raise UserError(f"config.json: layer_types has {len(kinds)} entries for {self.num_hidden_layers} layers")
+        for layer, kind in enumerate(kinds):
             if kind not in ("full_attention", "sliding_attention"):
                 raise UserError(
-                    f"config.json: layer_types[{layer}] {kind!r} is not supported (full or sliding attention)"
+                    f"config.json: layer_types[{layer}] {kind!r} is not supported (full or sliding attention is)"
                 )
-            if kind == "sliding_attention" and self.window(layer) is None:
-                raise UserError(f"config.json: layer_types[{layer}] is sliding_attention, but no window is in use")
-        if raw.get("layer_types") and len(raw["layer_types"]) != self.num_hidden_layers:
-            raise UserError(f"config.json: layer_types has not {self.num_hidden_layers} entries (num_hidden_layers)")
+            if (kind == "sliding_attention") != (self.window(layer) is not None):
+                window = "none" if self.window(layer) is None else self.window(layer)
+                raise UserError(f"config.json: layer_types[{layer}] is {kind!r}, but the layer's window is {window}")
+        if not all(isinstance(token, int) for token in self.eos_ids):
+            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {raw['eos_token_id']!r}")
         if not self.moe_layers:
             raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
         _ = self.rope  # refuses an unknown scaling rule by name

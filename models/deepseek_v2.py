@@ -201,7 +201,8 @@ class DeepseekV2Block(MoEBlock):
     def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Top-k within the `kept_groups` groups whose best expert scores highest.
 
-        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule.
+        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule (transformers
+        ignores `norm_topk_prob` here; no published DeepSeek-V2 sets it).
         """
         if self.groups > 1:
             grouped = scores.reshape(-1, self.groups, self.num_experts // self.groups)

@@ -40,8 +40,6 @@ class Qwen3MoeConfig(ModelConfig):
             raise UserError(f"config.json: decoder_sparse_step must be at least 1, not {self.decoder_sparse_step}")
         if self.use_sliding_window and not self.sliding_window:
             raise UserError("config.json: use_sliding_window is true but sliding_window is not given")
-        if self.use_sliding_window and "full_attention" in (raw.get("layer_types") or ()):
-            raise UserError("config.json: layer_types is not supported for qwen3_moe, whose layers all slide or none")
         super().check(raw)
 
     @property

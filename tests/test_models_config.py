@@ -61,7 +61,10 @@ REFUSED = [
     ("mixtral", dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "'dynamic'"),
     ("mixtral", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention"),
     ("mixtral", dict(layer_types=["chunked_attention"] * 3), "'chunked_attention'"),
-    ("mixtral", dict(layer_types=["sliding_attention"] * 3), "no window"),
+    ("mixtral", dict(layer_types=["sliding_attention"] * 3), "window is none"),
+    ("mixtral", dict(layer_types=["full_attention"] * 3, sliding_window=4), "window is 4"),
+    ("mixtral", dict(eos_token_id=["</s>"]), "eos_token_id"),
+    ("mixtral", dict(max_position_embeddings=0), "max_position_embeddings"),
     ("mixtral", dict(num_key_value_heads=3), "num_key_value_heads 3"),
     ("mixtral", dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
     ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
@@ -69,9 +72,9 @@ REFUSED = [
     ("qwen2_moe", dict(layer_types=["full_attention"]), "layer_types"),
     ("qwen2_moe", dict(decoder_sparse_step=0), "decoder_sparse_step"),
     ("qwen2_moe", dict(mlp_only_layers=[0, 1, 2]), "no layer has routed experts"),
-    ("qwen2_moe", dict(hidden_size="16"), "hidden_size must be a int"),
-    ("qwen2_moe", dict(norm_topk_prob=1), "norm_topk_prob must be a bool"),
-    ("qwen3_moe", dict(use_sliding_window=True, layer_types=["full_attention"] * 3), "layer_types"),
+    ("qwen2_moe", dict(hidden_size="16"), "hidden_size must be of type int"),
+    ("qwen2_moe", dict(norm_topk_prob=1), "norm_topk_prob must be of type bool"),
+    ("qwen3_moe", dict(use_sliding_window=True, layer_types=["full_attention"] * 3), "window is 4096"),
     ("qwen3_moe", dict(n_shared_experts=1), "n_shared_experts 1"),
     ("olmoe", dict(sliding_window=128), "sliding_window 128"),
     ("olmoe", dict(head_dim=8), "head_dim 8"),
@@ -136,6 +139,16 @@ def test_sliding_windows():
     assert [parse_config(raw("qwen2_moe", **on, layer_types=types)).window(i) for i in range(3)] == [None, 5, 5]
     assert [parse_config(raw("qwen3_moe", **on)).window(i) for i in range(3)] == [5, 5, 5]
     assert parse_config(raw("qwen3_moe", sliding_window=5, use_sliding_window=False)).window(0) is None
+
+
+@pytest.mark.parametrize("below", [0, 2, 5, 28])
+def test_the_rule_for_sliding_layers_is_that_of_transformers(below):
+    """For files that carry no `layer_types`; those that transformers saves do."""
+    transformers = pytest.importorskip("transformers")
+    on = dict(use_sliding_window=True, sliding_window=5, max_window_layers=below, num_hidden_layers=6)
+    theirs = transformers.Qwen2MoeConfig(**on).layer_types
+    ours = parse_config(raw("qwen2_moe", **on))
+    assert [ours.window(i) is not None for i in range(6)] == [kind == "sliding_attention" for kind in theirs]
 
 
 def test_sparse_layers():
