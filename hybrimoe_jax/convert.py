@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import functools
 import json
@@ -232,6 +233,18 @@ def outgoing(checkpoint: Checkpoint) -> Iterator[Outgoing]:
         ordinal += 1
 
 
+def return_freed_blocks() -> None:
+    """Has glibc map blocks of a megabyte and more one by one, so that each goes back to the system when it is freed.
+
+    Otherwise the arenas of tensorstore's threads keep about ten of them: measured on a model with layers of 40 MB in
+    blocks of 5 MB, 64 MB above the base against 24 MB. Slower for programs that allocate often; this one does not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        M_MMAP_THRESHOLD = -3  # malloc.h
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("src", metavar="SRC", help="Hugging Face folder (with --export-hf: a converted checkpoint)")
@@ -245,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.export_hf and args.format:
         parser.error("--format does not go with --export-hf: values are exported as they are stored")
+    return_freed_blocks()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
     if args.export_hf:
         path = export_hf(args.src, args.dst, cli.progress)

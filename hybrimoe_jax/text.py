@@ -98,12 +98,16 @@ class Tokenizer:
         if self._template is None:
             raise UserError(f"{self.folder}: the tokenizer has no chat template")
         try:
-            return template_environment().from_string(self._template).render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+            return (
+                template_environment()
+                .from_string(self._template)
+                .render(
+                    messages=list(messages),
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.special_tokens,
+                )
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise UserError(f"{self.folder}: chat template: {error}") from None
@@ -195,7 +199,7 @@ def template_environment():
     class Generation(Extension):
         """`{% generation %}...{% endgeneration %}` marks the assistant's part for training; here it is just its body."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno

@@ -26,6 +26,7 @@ from hybrimoe_jax.models.weights import ArrayTensor, ListedExperts, Piece, Stack
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TEXT_FILES = (
+    "expert_frequencies.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -213,7 +214,7 @@ def same(a: Tensor, b: Tensor | None) -> bool:
     )
 
 
-def row_block(shape: tuple[int, ...], dtype: np.dtype, limit: int = 16 << 20) -> int:
+def row_block(shape: tuple[int, ...], dtype: np.dtype, limit: int = 4 << 20) -> int:
     """How many rows of the first axis fit in `limit` bytes, at least one."""
     row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
     return max(1, min(shape[0], limit // max(row, 1)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,13 +48,15 @@ def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
     finally:
         logger.setLevel(level)
     del first
+    gc.collect()  # Orbax leaves the arrays in reference cycles
     for name, leaf in leaves.items():
         if leaf.rows < leaf.shape[0]:
             store = open_leaf(folder, name, writable=True)
             store = store.resize(exclusive_max=list(leaf.shape), expand_only=True).result()
             for start in range(leaf.rows, leaf.shape[0], leaf.rows):
                 stop = min(start + leaf.rows, leaf.shape[0])
-                store[start:stop].write(leaf.read(start, stop)).result()
+                block = leaf.read(start, stop)
+                store[start:stop].write(block, can_reference_source_data_indefinitely=True).result()
 
 
 @functools.cache
