@@ -4,8 +4,8 @@
 predicted loads, at lookahead distance 1, 2, ... *Impact* (HybriMoE, arXiv 2504.05897, section 4.3): the makespan of the predicted layer
 without a candidate minus the makespan with it resident, both by the scheduler that the engine runs. What the paper leaves open is decided
 so: an impact is discounted by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in
-flight; it must land before its layer starts, on link time that neither this step's demand loads nor the predicted ones of the layers
-between ask for; it is moved only where a resident expert may make room for it. The chosen are sent nearest deadline first.
+flight; it must land before its layer starts, and before any nearer layer starts that is expected to need the link itself, behind the
+demand loads of this step; it is moved only where a resident expert may make room for it. The chosen are sent nearest layer first.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ class Target:
 class _State:
     """A target during the choice: the loads not yet prefetched, and what is left to evict."""
 
-    def __init__(self, target: Target, candidates: list[int], start: float, base: Outlook):
+    def __init__(self, target: Target, candidates: list[int], deadline: float, base: Outlook):
         loads = target.prediction.loads
-        self.target, self.candidates, self.start, self.base = target, candidates, start, base
+        self.target, self.candidates, self.deadline, self.base = target, candidates, deadline, base
         self.here = [load for expert, load in loads.items() if expert in target.present]
         self.openings: list[float] | None = None
         self.best: tuple[float, int] | None = None
@@ -200,23 +200,27 @@ def choose_by_impact(
     costs = forecast.costs
     transfer = forecast.transfer
     states: list[_State] = []
-    start, demand = until_next, 0.0
+    start, quiet_until = until_next, float("inf")  # the link is expected to be idle until then
     for target in targets:
         candidates = target.candidates()
         last = target is targets[-1]
-        fits = link_free + demand + transfer <= start
+        deadline = min(start, quiet_until)
+        fits = link_free + transfer <= deadline
         if last and not (candidates and fits):
             break
         loads = target.prediction.loads
         here = [load for expert, load in loads.items() if expert in target.present]
         base = forecast.outlook(here, [loads[expert] for expert in candidates], tokens)
         if candidates and fits:
-            state = _State(target, candidates, start - demand, base)
+            state = _State(target, candidates, deadline, base)
             state.find_best(forecast, accuracy.probability(target.distance), tokens)
             if state.best is not None:
                 states.append(state)
+        if base.link > 0:
+            quiet_until = min(quiet_until, start)
         start += base.makespan + costs.layer(tokens)
-        demand += base.link
+        if link_free + transfer > quiet_until:
+            break
 
     chosen: list[tuple[_State, int]] = []
     while states and len(chosen) < room:
@@ -233,9 +237,9 @@ def choose_by_impact(
 
 
 def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, transfer: float) -> bool:
-    """Whether every chosen transfer and one more for `extra` land before their layers start, nearest sent first."""
+    """Whether every chosen transfer and one more for `extra` land by their deadlines, nearest layer sent first."""
     queue = sorted([*(state for state, _ in chosen), extra], key=lambda state: state.target.distance)
-    return all(link_free + (i + 1) * transfer <= state.start for i, state in enumerate(queue))
+    return all(link_free + (i + 1) * transfer <= state.deadline for i, state in enumerate(queue))
 
 
 def choose_next_layer(target: Target, room: int) -> list[tuple[Target, int]]:

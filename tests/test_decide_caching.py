@@ -1,0 +1,165 @@
+"""Cache policies: one contract for all of them, then what each is for."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.caching import LFU, LRU, MRS, POLICIES, Static, policy_class
+from hybrimoe_jax.errors import UserError
+
+EXPERTS, TOP_K = 8, 2
+
+steps = st.lists(
+    st.tuples(
+        st.none() | st.lists(st.floats(0.0, 1.0), min_size=EXPERTS, max_size=EXPERTS),
+        st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 9), min_size=1, max_size=4),
+    ),
+    max_size=12,
+)
+
+
+def one_hot(**scores: float) -> list[float]:
+    """A score vector from e0=0.5, e3=0.2, ...; zero elsewhere."""
+    vector = [0.0] * EXPERTS
+    for name, score in scores.items():
+        vector[int(name[1:])] = score
+    return vector
+
+
+@pytest.mark.parametrize("name", POLICIES)
+class TestContract:
+    """Every policy."""
+
+    def test_initial_fills_the_capacity_with_the_most_frequent(self, name):
+        policy = policy_class(name)(EXPERTS, 3, TOP_K, frequencies=[1, 9, 0, 4, 9, 2, 0, 0])
+        assert policy.initial() == [1, 4, 3]
+        assert policy_class(name)(EXPERTS, 3, TOP_K).initial() == [0, 1, 2]
+        assert policy_class(name)(EXPERTS, 0, TOP_K).initial() == []
+
+    @settings(deadline=None)
+    @given(
+        history=steps,
+        resident=st.sets(st.integers(0, EXPERTS - 1)),
+        protected=st.sets(st.integers(0, EXPERTS - 1)),
+    )
+    def test_the_victim_is_resident_unprotected_and_no_hotter_than_the_rest(self, name, history, resident, protected):
+        policy = policy_class(name)(EXPERTS, 4, TOP_K)
+        for scores, loads in history:
+            policy.observe(scores, loads)
+        victim = policy.victim(resident, protected)
+        if name == "static" or not resident - protected:
+            assert victim is None
+        else:
+            assert victim in resident - protected
+            assert policy.value(victim) == min(policy.value(e) for e in resident - protected)
+
+    @settings(deadline=None)
+    @given(history=steps)
+    def test_expected_is_the_value_after_the_predicted_step(self, name, history):
+        policy = policy_class(name)(EXPERTS, 4, TOP_K)
+        for scores, loads in history:
+            policy.observe(scores, loads)
+        scores, loads = one_hot(e1=0.6, e5=0.3), {1: 1, 5: 1}
+        expected = [policy.expected(e, scores[e], loads.get(e, 0)) for e in range(EXPERTS)]
+        policy.observe(scores, loads)
+        assert expected == pytest.approx([policy.value(e) for e in range(EXPERTS)])
+
+    def test_two_that_saw_the_same_decide_the_same(self, name):
+        a, b = (policy_class(name)(EXPERTS, 4, TOP_K) for _ in range(2))
+        for policy in (a, b):
+            policy.observe(one_hot(e0=0.5, e3=0.4, e6=0.1), {0: 1, 3: 1})
+            policy.observe(None, {3: 2, 7: 1})
+        assert a.victim({0, 3, 6, 7}, {7}) == b.victim({7, 6, 3, 0}, {7})
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [((EXPERTS, 9, TOP_K), "9 slots"), ((EXPERTS, -1, TOP_K), "-1 slots"), ((EXPERTS, 4, 9), "top-k 9")],
+    )
+    def test_impossible_shapes_are_refused(self, name, arguments, message):
+        with pytest.raises(UserError, match=message):
+            policy_class(name)(*arguments)
+        with pytest.raises(UserError, match="3 frequencies for 8"):
+            policy_class(name)(EXPERTS, 4, TOP_K, frequencies=[1, 2, 3])
+
+
+def test_lru_evicts_the_longest_unused():
+    policy = LRU(EXPERTS, 3, TOP_K)
+    for expert in (0, 1, 2, 0):
+        policy.observe(None, {expert: 1})
+    assert policy.victim({0, 1, 2}, ()) == 1
+
+
+def test_lfu_counts_steps_and_breaks_ties_by_recency():
+    policy = LFU(EXPERTS, 3, TOP_K)
+    for loads in ({0: 50}, {1: 1}, {1: 1}, {2: 1}):
+        policy.observe(None, loads)
+    assert policy.victim({0, 1, 2}, ()) == 0  # 50 tokens in one step are one use; 2 was used later
+
+
+def test_lfu_with_decay_forgets():
+    keeps, forgets = LFU(EXPERTS, 2, TOP_K), LFU(EXPERTS, 2, TOP_K, decay=0.5)
+    for loads in [{0: 1}] * 3 + [{1: 1}] * 2:
+        keeps.observe(None, loads)
+        forgets.observe(None, loads)
+    assert (keeps.victim({0, 1}, ()), forgets.victim({0, 1}, ())) == (1, 0)
+
+
+def test_mrs_is_the_formula_of_the_paper():
+    policy = MRS(EXPERTS, 4, TOP_K, alpha=0.3, p=3)
+    policy.observe([0.4, 0.3, 0.15, 0.1, 0.05, 0, 0, 0], {0: 1, 1: 1})
+    assert [policy.value(e) for e in range(5)] == pytest.approx([0.12, 0.09, 0.045, 0, 0])  # the fourth is cut by TopP
+    policy.observe([0.0, 0.5, 0.0, 0.3, 0.2, 0, 0, 0], {1: 1, 3: 1})
+    assert [policy.value(e) for e in range(5)] == pytest.approx([0.084, 0.213, 0.0315, 0.09, 0.06])
+
+
+def test_mrs_defaults_are_a_half_and_twice_top_k():
+    policy = MRS(EXPERTS, 4, TOP_K)
+    policy.observe([0.3, 0.25, 0.2, 0.15, 0.1, 0, 0, 0], {0: 1, 1: 1})
+    assert [policy.value(e) for e in range(5)] == pytest.approx([0.15, 0.125, 0.1, 0.075, 0])
+
+
+def test_mrs_keeps_what_almost_made_it_where_lru_does_not():
+    """Expert 2 is never chosen but always close behind; expert 1 was chosen once."""
+    mrs, lru = MRS(EXPERTS, 2, 1), LRU(EXPERTS, 2, 1)
+    for policy in (mrs, lru):
+        policy.observe(one_hot(e1=0.9), {1: 1})
+        for _ in range(4):
+            policy.observe(one_hot(e0=0.55, e2=0.45), {0: 1})
+    assert mrs.victim({1, 2}, ()) == 1
+    assert lru.victim({1, 2}, ()) == 2
+
+
+def test_mrs_without_scores_uses_the_shares_of_the_loads():
+    policy = MRS(EXPERTS, 4, TOP_K)
+    policy.observe(None, {0: 3, 5: 1})
+    assert (policy.value(0), policy.value(5)) == pytest.approx((0.375, 0.125))
+
+
+def test_mrs_ties_go_to_the_least_recently_used():
+    policy = MRS(EXPERTS, 4, TOP_K)
+    zeros = [0.0] * EXPERTS
+    for expert in (2, 0, 1):
+        policy.observe(zeros, {expert: 1})
+    assert policy.victim({0, 1, 2}, ()) == 2
+
+
+def test_static_never_evicts():
+    policy = Static(EXPERTS, 2, TOP_K, frequencies=range(EXPERTS))
+    for expert in range(4):
+        policy.observe(None, {expert: 1})
+    assert policy.victim(set(policy.initial()), ()) is None and policy.initial() == [7, 6]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MRS(8, 4, 2, alpha=0.0), "alpha 0.0"),
+        (lambda: MRS(8, 4, 2, alpha=1.5), "alpha 1.5"),
+        (lambda: MRS(8, 4, 2, p=0), "p 0"),
+        (lambda: LFU(8, 4, 2, decay=0.0), "decay 0.0"),
+        (lambda: policy_class("fifo"), "'fifo' is unknown.*mrs, lru, lfu, static"),
+    ],
+)
+def test_bad_parameters_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()

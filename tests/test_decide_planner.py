@@ -1,0 +1,402 @@
+"""The planner: residency, lanes and prefetch accounting, on constructed steps and as properties over random ones."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.caching import POLICIES
+from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.prefetch import Prediction, predict
+from hybrimoe_jax.decide.schedule import SCHEDULERS
+from hybrimoe_jax.decide.systems import SYSTEMS, get_system
+from hybrimoe_jax.errors import UserError
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+COSTS = CostModel(
+    cpu_expert=2.0,
+    cpu_token=0.5,
+    cpu_first=0.5,
+    device_expert=0.5,
+    device_token=0.0,
+    shared_base=0.5,
+    shared_token=0.0,
+    layer_base=4.0,
+    layer_token=0.0,
+    transfer_latency=0.0,
+    bandwidth=0.5,
+    bandwidth_cpu_busy=0.4,
+    expert_bytes=1,
+    source="a test",
+)
+
+
+def planner(system="hybrimoe", slots=2, costs=COSTS, **options) -> Planner:
+    return Planner(system, LAYERS, EXPERTS, TOP_K, slots, costs, **options)
+
+
+def one_each(*experts: int) -> dict[int, int]:
+    return {expert: 1 for expert in experts}
+
+
+def fetched(plan) -> list[int]:
+    return [f.expert for f in (*plan.fetch, *plan.waits)]
+
+
+def test_hits_run_on_the_device_and_misses_are_placed():
+    plan = planner("ktransformers").plan(0, one_each(0, 5), None, 1)
+    assert (plan.hits, plan.misses, plan.device, plan.cpu) == ((0,), (5,), (0,), (5,))
+    assert plan.makespan == pytest.approx(max(0.5 + 0.5, 2.0 + 0.5 + 0.5))
+
+
+def test_a_kept_fetch_takes_the_victims_place_at_once():
+    p = planner("on-demand")
+    p.plan(0, one_each(1), None, 1)
+    plan = p.plan(0, one_each(6), None, 1)
+    assert plan.fetch == (Fetch(6, victim=0, stream=False),)
+    assert p.resident(0) == {1, 6}
+
+
+def test_a_free_slot_is_used_before_anything_is_evicted():
+    p = planner("on-demand", cold=True)
+    plan = p.plan(0, one_each(6, 7), None, 1)
+    assert plan.fetch == (Fetch(6, None, False), Fetch(7, None, False))
+    assert p.initial_residents() == [[], [], []]
+
+
+def test_a_step_larger_than_the_cache_streams_the_rest():
+    p = planner("on-demand", slots=2)
+    plan = p.plan(0, one_each(0, 3, 4, 5), None, 1)
+    assert [f.expert for f in plan.fetch] == [3, 4, 5]
+    assert plan.fetch[0].victim == 1 and not plan.fetch[0].stream
+    assert all(f.stream and f.victim is None for f in plan.fetch[1:])
+    assert p.resident(0) == {0, 3}
+
+
+def test_device_only_never_keeps_what_it_streams():
+    p = planner("device-only")
+    for _ in range(3):
+        plan = p.plan(0, one_each(0, 5), None, 1)
+        assert plan.fetch == (Fetch(5, None, True),) and p.resident(0) == {0, 1}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_every_system_works_with_no_slots_and_with_all(system, ratio):
+    slots = get_system(system).slots_per_layer(ratio, LAYERS, EXPERTS)
+    p = planner(system, slots=slots)
+    plan = p.plan(0, one_each(2, 7), None, 1)
+    assert sorted([*plan.device, *fetched(plan), *plan.cpu]) == [2, 7]
+    if ratio == 1.0 and system != "cpu-only":
+        assert plan.hits == (2, 7) and not plan.fetch
+    if ratio == 0.0:
+        assert all(f.stream for f in plan.fetch) and not p.resident(0)
+
+
+def test_doubling_the_cpu_cost_changes_the_plan():
+    loads = one_each(2, 3, 4, 5)
+    measured = planner().plan(0, loads, None, 1)
+    slower = planner(costs=COSTS.scaled(cpu=2.0)).plan(0, loads, None, 1)
+    assert len(slower.cpu) < len(measured.cpu) and len(slower.fetch) > len(measured.fetch)
+
+
+def test_frequencies_choose_the_first_residents():
+    frequencies = [[0, 0, 5, 0, 0, 0, 0, 9]] * LAYERS
+    for system in ("ktransformers", "hybrimoe"):
+        assert planner(system, frequencies=frequencies).initial_residents() == [[7, 2]] * LAYERS
+
+
+def test_a_static_placement_is_loaded_even_from_cold():
+    assert planner("ktransformers", cold=True).initial_residents() == [[0, 1]] * LAYERS
+
+
+def test_parts_can_be_replaced_one_by_one():
+    p = planner("hybrimoe", cache="lfu", scheduler="cpu-misses", prefetch="none", cache_params={"decay": 0.9})
+    assert p.policies[0].decay == 0.9
+    assert p.plan(0, one_each(4), None, 1).cpu == (4,)
+    assert p.plan_prefetch(0, [Prediction(one_each(5), None)]) == ()
+
+
+def prefetching(**options) -> Planner:
+    """CPU misses are dear and the link is idle, so that a predicted miss is worth moving."""
+    return planner("hybrimoe", scheduler="cpu-misses", guard="none", **options)
+
+
+def test_a_prefetch_that_lands_in_time_is_useful():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == (Prefetch(layer=1, expert=6, distance=1),)
+    assert p.landed(1, 6) == 0 and p.resident(1) == {1, 6}
+    plan = p.plan(1, one_each(6), None, 1)
+    assert (plan.hits, plan.device, plan.useful, plan.late, plan.wasted) == ((6,), (6,), (6,), (), ())
+    p.finish_step()
+    assert (p.counters.prefetch_issued, p.counters.prefetch_useful, p.counters.prefetch_wasted) == (1, 1, 0)
+
+
+def test_a_prefetch_still_on_the_link_is_awaited_and_late():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction(one_each(6))])
+    plan = p.plan(1, one_each(6), None, 1)
+    assert (plan.waits, plan.late, plan.misses, plan.cpu) == ((Fetch(6, 0, False),), (6,), (6,), ())
+    assert p.resident(1) == {1, 6}
+    p.finish_step()
+    assert (p.counters.prefetch_late, p.counters.prefetch_wasted) == (1, 0)
+    with pytest.raises(ValueError, match="no prefetch of expert 6"):
+        p.landed(1, 6)
+
+
+def test_a_prefetch_of_what_is_not_asked_for_is_wasted():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction(one_each(6))])
+    p.landed(1, 6)
+    assert p.plan(1, one_each(1), None, 1).wasted == (6,)
+    p.finish_step()
+    assert (p.counters.prefetch_issued, p.counters.prefetch_wasted) == (1, 1)
+
+
+def test_a_wasted_prefetch_that_lands_after_its_step_may_still_take_a_slot():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction(one_each(6))])
+    assert p.plan(1, one_each(1), None, 1).wasted == (6,)
+    p.finish_step()
+    assert p.landed(1, 6) == 0 and p.resident(1) == {1, 6}
+    p.plan(1, one_each(6), None, 1)
+    assert (p.counters.prefetch_wasted, p.counters.prefetch_useful) == (1, 0)  # judged once
+
+
+def test_a_step_cut_short_closes_its_prefetches():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction({}), Prediction(one_each(6, 7))])
+    p.landed(2, 6)
+    p.finish_step()
+    assert (p.counters.prefetch_issued, p.counters.prefetch_wasted) == (2, 2)
+
+
+def test_prefetches_under_way_are_limited_and_never_repeated():
+    p = prefetching(max_in_flight=1)
+    p.plan(0, one_each(0), None, 1)
+    assert len(p.plan_prefetch(0, [Prediction(one_each(5, 6))])) == 1
+    p.plan(0, one_each(0), None, 1)
+    assert p.plan_prefetch(0, [Prediction(one_each(5, 6))]) == ()
+    p.landed(1, 5)
+    assert p.plan_prefetch(0, [Prediction(one_each(5, 6))]) == (Prefetch(1, 6, 1),)
+
+
+def test_a_landing_evicts_nothing_that_the_step_needs_or_expects():
+    p = prefetching(slots=2)
+    p.plan(0, one_each(0), None, 1)
+    assert p.plan_prefetch(0, [Prediction(one_each(0, 1, 6))]) == ()  # both residents are predicted
+    assert p.plan_prefetch(0, [Prediction(one_each(0, 6))]) == (Prefetch(1, 6, 1),)
+    assert p.landed(1, 6) == 1  # 0 is expected
+    p.finish_step()
+
+    p = prefetching(slots=2)
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction(one_each(6))])
+    p.plan(1, one_each(0, 1), None, 1)
+    assert p.landed(1, 6) is REFUSED and p.resident(1) == {0, 1}
+    assert p.counters.prefetch_refused == 1 and p.counters.prefetch_wasted == 1
+
+
+def test_two_landings_in_one_layer_do_not_evict_each_other():
+    p = prefetching(slots=2)
+    p.plan(0, one_each(0), None, 1)
+    assert len(p.plan_prefetch(0, [Prediction(one_each(5, 6))])) == 2
+    assert {p.landed(1, 5), p.landed(1, 6)} == {0, 1} and p.resident(1) == {5, 6}
+
+
+def hot_residents(guard: str) -> Planner:
+    p = planner("hybrimoe", scheduler="cpu-misses", guard=guard)
+    scores = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    p.plan(1, one_each(0, 1), scores, 1)
+    p.finish_step()
+    p.plan(0, one_each(0), scores, 1)
+    return p
+
+
+def test_the_guard_keeps_residents_hotter_than_the_candidate():
+    coming = [Prediction(one_each(6), [0, 0, 0, 0, 0, 0, 1.0, 0])]
+    assert hot_residents("value").plan_prefetch(0, coming) == ()
+    assert hot_residents("expected").plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
+    assert hot_residents("none").plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
+
+
+def test_the_guard_looks_again_when_the_transfer_lands():
+    p = planner("hybrimoe", scheduler="cpu-misses", guard="value")
+    p.plan(0, one_each(0), None, 1)
+    assert p.plan_prefetch(0, [Prediction(one_each(6))])
+    p.policies[1].heat[:2] = [0.9, 0.8]
+    assert p.landed(1, 6) is REFUSED
+
+
+def test_no_prefetch_into_a_layer_without_slots_or_a_static_one():
+    coming = [Prediction(one_each(6))]
+    for p in (prefetching(slots=[2, 0, 2]), prefetching(cache="static")):
+        p.plan(0, one_each(0), None, 1)
+        assert p.plan_prefetch(0, coming) == ()
+
+
+def test_a_busy_link_leaves_no_room_for_a_prefetch():
+    idle, busy = (planner("hybrimoe", scheduler="fetch-misses", guard="none") for _ in range(2))
+    idle.plan(0, one_each(0), None, 1)
+    busy.plan(0, one_each(0, 3, 4, 5, 6, 7), None, 1)
+    coming = [Prediction(one_each(6))]
+    assert idle.plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
+    assert len(busy.plan(0, one_each(2, 3, 4, 5, 6, 7), None, 1).fetch) >= 4
+    tight = planner("hybrimoe", costs=COSTS.scaled(layer=0.0), scheduler="fetch-misses", guard="none")
+    tight.plan(0, one_each(0, 3, 4), None, 1)
+    assert tight.plan_prefetch(0, coming) == ()
+
+
+def test_adapmoe_prefetches_the_next_layers_misses_by_score():
+    p = planner("adapmoe")
+    p.plan(0, one_each(0), None, 1)
+    coming = predict([0.05, 0.0, 0.1, 0.0, 0.3, 0.0, 0.55, 0.0], 2)
+    assert p.plan_prefetch(0, [coming, coming]) == (Prefetch(1, 6, 1), Prefetch(1, 4, 1))
+
+
+def test_accuracy_is_measured_where_predictions_are_made():
+    p = planner("hybrimoe")
+    before = p.accuracy.probability(1), p.accuracy.probability(2)
+    for _ in range(5):
+        p.plan(0, one_each(0), None, 1)
+        p.plan_prefetch(0, [Prediction(one_each(1, 2)), Prediction(one_each(3, 4))])
+        p.plan(1, one_each(1, 2), None, 1)
+        p.plan(2, one_each(5, 6), None, 1)
+        p.finish_step()
+    assert p.accuracy.probability(1) > before[0] and p.accuracy.probability(2) < before[1]
+
+
+def test_the_callers_clock_shortens_what_is_left_of_a_transfer():
+    soon, late = prefetching(), prefetching()
+    makespans = []
+    for p, arrival in ((soon, 100.5), (late, 102.0)):
+        p.plan(0, one_each(0), None, 1, now=100.0)
+        p.plan_prefetch(0, [Prediction(one_each(6))])
+        makespans.append(p.plan(1, one_each(6), None, 1, now=arrival).makespan)
+    assert makespans[0] > makespans[1]
+
+
+def test_arrays_are_accepted_for_scores():
+    numpy = pytest.importorskip("numpy")
+    scores = numpy.linspace(0, 1, EXPERTS, dtype=numpy.float32)
+    a, b = planner(), planner()
+    assert a.plan(0, one_each(3), scores, 1) == b.plan(0, one_each(3), [float(s) for s in scores], 1)
+    a.plan_prefetch(0, [Prediction(one_each(4), scores)])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: planner("magic"), "system 'magic'"),
+        (lambda: planner(cache="magic"), "cache policy 'magic'"),
+        (lambda: planner(slots=[1, 2]), "slots for 2 layers"),
+        (lambda: planner(slots=9), "9 slots"),
+        (lambda: planner(frequencies=[[1] * EXPERTS]), "frequencies of 1 layers"),
+        (lambda: planner(max_in_flight=-1), "max_in_flight -1"),
+        (lambda: planner().plan(3, one_each(0), None, 1), "layer 3"),
+        (lambda: planner().plan(0, {8: 1}, None, 1), "experts are 0..7"),
+        (lambda: planner().plan(0, {1: 0}, None, 1), "loads above 0"),
+        (lambda: planner().plan(0, one_each(0), [0.5], 1), "1 scores for 8"),
+        (lambda: planner().plan(0, one_each(0), None, 0), "0 tokens"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def score_vectors():
+    return st.lists(st.floats(0, 1), min_size=EXPERTS, max_size=EXPERTS)
+
+
+@st.composite
+def engines(draw):
+    times = st.floats(0.0, 4.0)
+    costs = CostModel(
+        *(draw(times) for _ in range(9)),
+        transfer_latency=draw(times),
+        bandwidth=draw(st.floats(0.2, 20)),
+        bandwidth_cpu_busy=draw(st.floats(0.2, 20)),
+        expert_bytes=1,
+    )
+    return Planner(
+        draw(st.sampled_from(sorted(SYSTEMS))),
+        LAYERS,
+        EXPERTS,
+        TOP_K,
+        draw(st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS)),
+        costs,
+        cache=draw(st.none() | st.sampled_from(sorted(POLICIES))),
+        scheduler=draw(st.none() | st.sampled_from(sorted(SCHEDULERS))),
+        prefetch=draw(st.none() | st.sampled_from(["impact", "next-layer"])),
+        guard=draw(st.none() | st.sampled_from(["value", "expected", "none"])),
+        max_in_flight=draw(st.integers(0, 4)),
+        allow_steal=draw(st.booleans()),
+        cold=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(engine=engines(), data=st.data())
+def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data):
+    """A model of the slots, moved only by what plans and landings say, agrees with the planner through random steps."""
+    slots = [set(experts) for experts in engine.initial_residents()]
+    under_way: set[tuple[int, int]] = set()
+
+    def move(layer, entered, victim):
+        if victim is not None:
+            slots[layer].remove(victim)
+        assert entered not in slots[layer]
+        slots[layer].add(entered)
+        assert len(slots[layer]) <= engine.slots[layer]
+
+    for _ in range(data.draw(st.integers(1, 4), "steps")):
+        needed = {}
+        for layer in range(LAYERS):
+            for transfer in sorted(under_way):
+                if data.draw(st.booleans(), "landed"):
+                    under_way.remove(transfer)
+                    outcome = engine.landed(*transfer)
+                    if outcome is not REFUSED:
+                        assert outcome not in needed.get(transfer[0], ())
+                        move(*transfer, outcome)
+            tokens = data.draw(st.integers(1, 5), "tokens")
+            rows = data.draw(st.lists(score_vectors(), min_size=tokens, max_size=tokens), "scores")
+            loads, scores = predict(rows, TOP_K)
+            needed[layer] = set(loads)
+            before = set(slots[layer])
+            plan = engine.plan(layer, loads, scores if data.draw(st.booleans(), "scored") else None, tokens)
+
+            assert sorted([*plan.device, *fetched(plan), *plan.cpu]) == sorted(loads)
+            assert set(plan.hits) == before & loads.keys() and set(plan.misses) == loads.keys() - before
+            assert set(plan.device) <= before
+            assert {(layer, f.expert) for f in plan.waits} <= under_way
+            assert not {(layer, f.expert) for f in plan.fetch} & under_way
+            under_way -= {(layer, f.expert) for f in plan.waits}
+            for f in (*plan.waits, *plan.fetch):
+                assert f.victim not in loads
+                if f.stream:
+                    assert f.victim is None
+                else:
+                    move(layer, f.expert, f.victim)
+            assert engine.resident(layer) == slots[layer]
+
+            ahead = data.draw(st.lists(score_vectors(), max_size=3), "lookahead")
+            started = engine.plan_prefetch(layer, [predict(row, TOP_K) for row in ahead])
+            for p in started:
+                assert layer < p.layer == layer + p.distance < LAYERS
+                assert p.expert not in slots[p.layer] and (p.layer, p.expert) not in under_way
+                under_way.add((p.layer, p.expert))
+            assert len(under_way) <= engine.max_in_flight
+        engine.finish_step()
+        c = engine.counters
+        assert c.prefetch_issued == c.prefetch_useful + c.prefetch_late + c.prefetch_wasted
+        assert c.activated == c.hits + c.misses == c.cpu + c.device
+    assert [engine.resident(layer) for layer in range(LAYERS)] == slots

@@ -1,0 +1,85 @@
+"""Systems: what each name stands for, how slots are shared out, and overrides."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.systems import SYSTEMS, get_system
+from hybrimoe_jax.errors import UserError
+
+
+def test_every_system_of_the_issue_is_there():
+    assert set(SYSTEMS) == {
+        "hybrimoe",
+        "ktransformers",
+        "adapmoe",
+        "llamacpp",
+        "on-demand",
+        "cpu-only",
+        "device-only",
+    }
+
+
+def test_which_lanes_each_may_use():
+    assert {name for name, s in SYSTEMS.items() if s.uses_cpu} == {"hybrimoe", "ktransformers", "llamacpp", "cpu-only"}
+    assert {name for name, s in SYSTEMS.items() if s.fetches} == {"hybrimoe", "adapmoe", "on-demand", "device-only"}
+
+
+def test_slots_are_the_floor_of_the_ratio_in_each_layer():
+    hybrimoe = get_system("hybrimoe")
+    assert hybrimoe.slots_per_layer(0.3, 4, 8) == [2, 2, 2, 2]
+    assert hybrimoe.slots_per_layer(0.29, 1, 100) == [29]  # not 28, which binary fractions would make it
+    assert hybrimoe.slots_per_layer(0.0, 2, 8) == [0, 0] and hybrimoe.slots_per_layer(1.0, 2, 8) == [8, 8]
+
+
+def test_llamacpp_holds_whole_layers_the_last_first():
+    assert get_system("llamacpp").slots_per_layer(0.5, 5, 8) == [0, 0, 0, 8, 8]
+
+
+def test_cpu_only_has_no_slots():
+    assert get_system("cpu-only").slots_per_layer(1.0, 3, 8) == [0, 0, 0]
+
+
+@given(st.sampled_from(sorted(SYSTEMS)), st.floats(0, 1), st.integers(1, 40), st.integers(1, 128))
+def test_no_system_takes_more_than_its_share(name, ratio, layers, experts):
+    slots = get_system(name).slots_per_layer(ratio, layers, experts)
+    assert len(slots) == layers and all(0 <= s <= experts for s in slots)
+    assert sum(slots) <= ratio * layers * experts + 1e-6
+
+
+@given(st.sampled_from(sorted(SYSTEMS)), st.integers(0, 5000), st.integers(1, 40), st.integers(1, 128))
+def test_a_total_is_never_exceeded(name, total, layers, experts):
+    slots = get_system(name).slots_for_total(total, layers, experts)
+    assert len(slots) == layers and sum(slots) <= total and all(0 <= s <= experts for s in slots)
+
+
+def test_override_replaces_one_part():
+    changed = get_system("hybrimoe").override(cache="lru")
+    assert (changed.cache, changed.scheduler, changed.lookahead) == ("lru", "paper", 3)
+    assert get_system("hybrimoe").override() == SYSTEMS["hybrimoe"]
+
+
+def test_override_of_the_prefetcher_brings_its_lookahead():
+    assert get_system("on-demand").override(prefetch="impact").lookahead == 3
+    assert get_system("on-demand").override(prefetch="next-layer").lookahead == 1
+    assert get_system("hybrimoe").override(prefetch="none").lookahead == 0
+    assert get_system("hybrimoe").override(lookahead=0).lookahead == 0
+    assert get_system("hybrimoe").override(prefetch="next-layer").lookahead == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: get_system("magic"), "'magic' is unknown.*hybrimoe"),
+        (lambda: get_system("hybrimoe").override(cache="magic"), "cache policy 'magic'"),
+        (lambda: get_system("hybrimoe").override(scheduler="magic"), "scheduler 'magic'"),
+        (lambda: get_system("hybrimoe").override(prefetch="magic"), "prefetch 'magic'"),
+        (lambda: get_system("hybrimoe").override(guard="magic"), "guard 'magic'"),
+        (lambda: get_system("hybrimoe").override(lookahead=-1), "lookahead -1"),
+        (lambda: get_system("hybrimoe").slots_per_layer(1.5, 2, 8), "ratio 1.5"),
+        (lambda: get_system("hybrimoe").slots_for_total(-1, 2, 8), "-1 slots"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
