@@ -164,9 +164,9 @@ def recorders(args: argparse.Namespace, engine):
     """The trace and timeline recorders that the flags ask for."""
     trace = timeline = None
     if args.trace:
-        from hybrimoe_jax.runtime.recording import engine_trace
+        from hybrimoe_jax.runtime.recording import EngineTrace
 
-        trace = engine_trace(engine)
+        trace = EngineTrace(engine)
     if args.timeline:
         from hybrimoe_jax.runtime.recording import EngineTimeline
 

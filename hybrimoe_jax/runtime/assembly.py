@@ -33,6 +33,8 @@ STAGING = 2
 IN_FLIGHT = 2
 """Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
 WARMUP_CAPACITY = 256
+TRACE_LOOKAHEAD = 3
+"""Distances that a trace records whatever the system looks ahead, so that it can replay every system."""
 
 
 @dataclasses.dataclass
@@ -66,6 +68,7 @@ class Parts:
                 raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
             return
         self.forward.trace, self.forward.timeline = trace, timeline
+        self.forward.lookahead = max(self.lookahead, TRACE_LOOKAHEAD) if trace is not None else self.lookahead
         self.host.detailed = timeline is not None
 
     def new_stats(self) -> RunStats:

@@ -197,7 +197,7 @@ class HybridForward(Forward):
 
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not self.lookahead:
+        if not self.planner.system.lookahead:
             return
         predictions = routing.predictions(self.model.config.num_experts_per_tok)
         for wanted in self.planner.plan_prefetch(ordinal, predictions):

@@ -14,7 +14,8 @@ import threading
 import jax
 
 from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.record.trace import TraceRecorder
+from hybrimoe_jax.decide.costs import BITS_PER_WEIGHT, expert_bytes
+from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
 
 
 class EngineTimeline:
@@ -67,10 +68,17 @@ class EngineTimeline:
 
 
 class EngineTrace:
-    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step."""
+    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step. Full scores and lookahead included."""
 
-    def __init__(self, recorder: TraceRecorder):
-        self.recorder = recorder
+    def __init__(self, engine):
+        config = engine.config
+        sizes = {fmt: expert_bytes(config.hidden_size, config.moe_width, fmt) for fmt in BITS_PER_WEIGHT}
+        facts = TraceFacts(
+            config.model_type, len(config.moe_layers), config.num_experts, config.num_experts_per_tok, sizes
+        )
+        self.recorder = TraceRecorder(
+            facts, clock=engine.clock.name, system=engine.options.system, seed=engine.options.seed
+        )
 
     def __call__(self, layer: int, step, routing) -> None:
         rows = routing.valid

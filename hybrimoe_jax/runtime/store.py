@@ -26,6 +26,8 @@ from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
 from hybrimoe_jax.models.pieces import DTYPES, EXPERTS, LAYOUT, VERSION, digest
 from hybrimoe_jax.models.registry import parse_config
 
+FREQUENCIES = "expert_frequencies.json"
+
 
 class ExpertStore:
     """The routed experts of one model in host memory, by MoE-layer ordinal (0 .. L-1) and expert (0 .. E-1).
@@ -146,6 +148,22 @@ class Checkpoint:
     def pieces(self) -> dict[str, dict[str, Any]]:
         """The manifest's records by piece name."""
         return {piece["name"]: piece for piece in self.manifest["pieces"]}
+
+    def frequencies(self) -> list[list[float]] | None:
+        """Activation counts [MoE layer][expert] from other text (`expert_frequencies.json`), for static placements; None
+        where the checkpoint has none. Raises UserError where the file does not fit the model."""
+        path = self.path / FREQUENCIES
+        if not path.is_file():
+            return None
+        counts = read_json(path).get("counts")
+        shape = (len(self.config.moe_layers), self.config.num_experts)
+        try:
+            table = np.asarray(counts, np.float64)
+        except (TypeError, ValueError):
+            table = np.zeros(0)
+        if table.shape != shape or not np.isfinite(table).all() or (table < 0).any():
+            raise UserError(f"{path}: `counts` must be {shape[0]} lists of {shape[1]} counts; delete the file or make it again")
+        return table.tolist()
 
     def tokenizer(self):
         """The checkpoint's `text.Tokenizer`, or None where it came without one."""
