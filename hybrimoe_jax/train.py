@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hybrimoe_jax.train", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, default=Path("train-run"), metavar="DIR", help="folder of the run (default: train-run)")
-    add("--resume", action="store_true", help="continue the run in --run; without it a finished state there is refused")
+    add(
+        "--resume", action="store_true", help="continue the run in --run; without it a folder that holds one is refused"
+    )
     add(
         "--evaluate",
         nargs="?",
@@ -51,11 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         shape.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=int, default=1200)
+    run.add_argument("--steps", type=int, default=700)
     run.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step")
     run.add_argument("--context", type=int, default=1024, help="the longest window, used by the last steps")
     run.add_argument("--learning-rate", type=float, default=4e-3)
-    run.add_argument("--balance", type=float, default=0.002, help="coefficient of the load-balancing loss")
+    run.add_argument("--balance", type=float, default=0.01, help="coefficient of the load-balancing loss")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument(
         "--save-every", type=int, default=100, metavar="STEPS", help="steps between states, each evaluated"
@@ -131,6 +133,7 @@ def run_training(args, corpus) -> dict[str, Any]:
     from hybrimoe_jax.models.registry import parse_config
     from hybrimoe_jax.training import evaluation, export, loop, tokens
 
+    shape = model_shape(args)
     args.run.mkdir(parents=True, exist_ok=True)
     if not args.resume and (args.run / "state.npz").exists():
         raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
@@ -145,7 +148,7 @@ def run_training(args, corpus) -> dict[str, Any]:
     tokenizer = tokens.train_tokenizer(corpus.training, args.vocab)
     tokenizer.save(str(args.run / "tokenizer.json"))
     stream = np.concatenate([tokens.encode(tokenizer, text) for text in corpus.training])
-    raw = export.raw_config(tokenizer, model_shape(args))
+    raw = export.raw_config(tokenizer, shape)
     config = parse_config(raw)
     trigram = evaluation.trigram_loss(corpus.training, corpus.held_out)
     report = Report(args.run / "log.jsonl", args.steps)
@@ -177,11 +180,28 @@ def run_training(args, corpus) -> dict[str, Any]:
 
 def model_shape(args) -> dict[str, Any]:
     """The flags as `config.json` keys; UserError where they do not fit together."""
-    if args.hidden % args.heads or (args.hidden // args.heads) % 2 or args.heads % args.kv_heads:
+    if (
+        min(args.hidden, args.heads, args.kv_heads) < 1
+        or args.hidden % args.heads
+        or (args.hidden // args.heads) % 2
+        or args.heads % args.kv_heads
+    ):
         raise UserError(
             f"--hidden {args.hidden}, --heads {args.heads}, --kv-heads {args.kv_heads}: the width must be an even multiple "
             "of the heads, and the heads a multiple of the key/value heads"
         )
+    for flag in (
+        "steps",
+        "batch_tokens",
+        "context",
+        "eval_context",
+        "save_every",
+        "layers",
+        "expert_width",
+        "shared_width",
+    ):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1 is needed")
     if not 0 < args.top_k <= args.experts:
         raise UserError(f"--top-k {args.top_k}: between 1 and --experts ({args.experts})")
     return {
@@ -196,6 +216,7 @@ def model_shape(args) -> dict[str, Any]:
         "shared_expert_intermediate_size": args.shared_width,
         "max_position_embeddings": args.context,
         "max_window_layers": args.layers,
+        "router_aux_loss_coef": args.balance,
     }
 
 

