@@ -243,13 +243,10 @@ class Planner:
         """
         flight = self._ledger.take(layer, expert)
         self._clear_link()
-        policy, resident = self.policies[layer], self._resident[layer]
-        prediction = self._predictions[layer][-1][1] if self._predictions[layer] else None
-        victim = None
+        resident, victim = self._resident[layer], None
         if len(resident) >= self.slots[layer]:
-            victim = policy.victim(resident, self._protected(layer, prediction)) if resident else None
-            worth = self._worth(layer, prediction if flight.open else None)
-            if victim is None or (self.system.guard != "none" and worth(victim) > worth(expert)):
+            victim = self._make_way(layer, expert, flight.open)
+            if victim is None:
                 self._ledger.refuse(flight)
                 return REFUSED
         self._move(layer, expert, victim)
@@ -299,6 +296,20 @@ class Planner:
         """With nothing under way the link is free, whatever the cost model had expected."""
         if not self._ledger.num_flying:
             self._link_free = min(self._link_free, self._clock)
+
+    def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
+        """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""
+        policy, resident = self.policies[layer], self._resident[layer]
+        prediction = self._predictions[layer][-1][1] if self._predictions[layer] else None
+        protected = self._protected(layer, prediction)
+        worth = self._worth(layer, prediction if coming else None)
+        victim = policy.victim(resident, protected) if resident else None
+        if self.system.guard != "none":
+            floor = worth(expert)
+            while victim is not None and worth(victim) > floor:
+                protected.add(victim)
+                victim = policy.victim(resident, protected)
+        return victim
 
     def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
         """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""

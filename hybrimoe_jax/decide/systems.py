@@ -36,8 +36,9 @@ class System:
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
       lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer).
       placement: how slots are shared out: "uniform" (the same number in each layer), "whole-layers" or "none".
-      guard: which residents a prefetch may not evict: those of a larger "value" than the candidate, those whose value is "expected" to be
-        larger once the predicted step has come, or "none".
+      guard: which residents a prefetch may not evict because they are hotter: those whose value is "expected" to be larger than the
+        candidate's once the predicted step has come, those whose "value" is larger already now (strict: where every miss is fetched, all
+        residents are hotter than all candidates, and next to nothing is prefetched), or "none".
     """
 
     name: str
@@ -46,7 +47,7 @@ class System:
     prefetch: Literal["none", "next-layer", "impact"] = "none"
     lookahead: int = 0
     placement: Literal["uniform", "whole-layers", "none"] = "uniform"
-    guard: Literal["value", "expected", "none"] = "value"
+    guard: Literal["value", "expected", "none"] = "expected"
 
     def __post_init__(self) -> None:
         policy_class(self.cache)
