@@ -67,7 +67,8 @@ class Tokenizer:
         """Ids of `text`, with the special tokens that this tokenizer puts around a prompt.
 
         The post-processor of `tokenizer.json` decides; where `tokenizer_config.json` sets `add_bos_token`, that
-        decides about the first id. Pass `add_special_tokens=False` for the text of a chat template, which has its own.
+        decides about the first id (DeepSeek-V2 is published with a post-processor that adds none and this flag set;
+        transformers 4 follows the flag, transformers 5 does not). Pass `add_special_tokens=False` for the text of a chat template, which has its own.
         """
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         wants, bos = self.config.get("add_bos_token"), self.bos_id
@@ -76,7 +77,7 @@ class Tokenizer:
         if wants:
             return ids if ids[:1] == [bos] else [bos, *ids]
         plain = self._backend.encode(text, add_special_tokens=False).ids
-        return ids[1:] if ids[:1] == [bos] and plain[:1] != [bos] else ids
+        return ids[1:] if ids[:1] == [bos] and len(ids) > len(plain) else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

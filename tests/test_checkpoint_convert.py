@@ -357,7 +357,7 @@ def test_transformers_loads_what_is_exported(tmp_path, case):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
             logits.append(model(ids).logits)
-    assert torch.equal(*logits)
+    assert torch.allclose(*logits, rtol=0, atol=1e-5)  # where tensors lie in a file moves torch's last bit
 
 
 def test_export_of_a_bf16_checkpoint_says_so_and_can_be_sharded(tmp_path, monkeypatch):

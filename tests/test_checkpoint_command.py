@@ -1,0 +1,280 @@
+"""`python -m hybrimoe_jax.convert` on bad input: exit code 2, one line on stderr that names the file, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import checkpoint_folders as folders
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hybrimoe_jax import cli
+from hybrimoe_jax.convert import convert
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.safetensors_file import read_header
+
+
+def rewrite(folder, change) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def cut(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_header(folder) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"!" + data[9:])
+
+
+def claim_a_huge_header(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+
+
+def lose_a_tensor(folder) -> None:
+    rewrite(folder, lambda w: w.pop("model.norm.weight"))
+
+
+def several_faults(folder) -> None:
+    def change(w):
+        del w["model.norm.weight"], w[folders.expert(1, 2, "up")]
+        w["model.layers.0.mlp.gate.bias"] = np.zeros(4, np.float32)
+        w["lm_head.weight"] = w["lm_head.weight"][:, :9].copy()
+
+    rewrite(folder, change)
+
+
+def another_model(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+
+
+def pickles(folder) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def foreign_file(folder) -> None:
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+
+
+def no_config(folder) -> None:
+    (folder / "config.json").unlink()
+
+
+def bad_json(folder) -> None:
+    (folder / "config.json").write_text('{"model_type": "qwen2_moe",')
+
+
+def config_is_a_list(folder) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def quantised(folder) -> None:
+    rewrite(folder, lambda w: w.update({folders.expert(0, 0, "down"): np.zeros((16, 8), np.int8)}))
+
+
+def prediction_layer(folder) -> None:
+    rewrite(folder, lambda w: w.update({"model.layers.2.eh_proj.weight": np.zeros((16, 32), np.float32)}))
+
+
+FAULTS = [
+    (cut, ["model.safetensors: it should have", "truncated or corrupt"]),
+    (break_header, ["model.safetensors: its header is not JSON"]),
+    (claim_a_huge_header, ["its header claims 1099511627776 bytes"]),
+    (lose_a_tensor, ["1 missing: model.norm.weight"]),
+    (
+        several_faults,
+        [
+            "2 missing: model.norm.weight, model.layers.1.mlp.experts.2.up_proj.weight;",
+            "1 of another shape: lm_head.weight is [24, 9], not [24, 16];",
+            "1 unexpected: model.layers.0.mlp.gate.bias",
+        ],
+    ),
+    (another_model, ["model_type 'llama' is not supported"]),
+    (pickles, ["weights are pickles (pytorch_model.bin)", "save_pretrained"]),
+    (foreign_file, ["neither model.safetensors nor", "(found consolidated.safetensors)"]),
+    (no_config, ["no config.json"]),
+    (bad_json, ["config.json: not valid JSON"]),
+    (config_is_a_list, ["config.json: not a JSON object"]),
+    (quantised, ["model.layers.0.mlp.experts.0.down_proj.weight is stored as I8"]),
+    (prediction_layer, ["layer 2 beyond num_hidden_layers 2: multi-token-prediction"]),
+]
+IN_A_PROCESS = {cut, lose_a_tensor, several_faults, another_model, pickles}
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hybrimoe_jax.convert", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 2, done
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert not done.stdout
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(("fault", "parts"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
+def test_a_bad_source_is_one_error_and_leaves_nothing(tmp_path, fault, parts):
+    src = folders.write_hf(tmp_path / "hf", folders.tensors())
+    fault(src)
+    if fault in IN_A_PROCESS:
+        assert_one_line(run(src, tmp_path / "ckpt"), *parts)
+    else:
+        with pytest.raises(UserError) as caught:
+            convert(src, tmp_path / "ckpt")
+        assert "\n" not in str(caught.value)
+        for part in parts:
+            assert part in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_wrong_places(tmp_path):
+    src = folders.write_hf(tmp_path / "hf", folders.tensors())
+    assert_one_line(run("no/such/folder", tmp_path / "ckpt"), "no/such/folder: no such folder")
+    done = run(src, tmp_path / "ckpt")
+    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path / 'ckpt'}: ") and not done.stderr, done
+    assert_one_line(run(src, tmp_path / "ckpt"), "already exists")
+    for source, why in ((tmp_path / "ckpt", "already a converted checkpoint"), (src / "config.json", "is a file")):
+        with pytest.raises(UserError, match=why):
+            convert(source, tmp_path / "other")
+    (tmp_path / "ckpt" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing from this converted checkpoint"):
+        convert(tmp_path / "ckpt", tmp_path / "other")
+
+
+def test_export_command(tmp_path):
+    weights = folders.tensors()
+    ckpt = convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt")
+    assert_one_line(run(tmp_path / "hf", tmp_path / "back", "--export-hf"), "not converted yet")
+    done = run(ckpt, tmp_path / "back", "--export-hf")
+    assert done.returncode == 0, done.stderr
+    assert all(np.array_equal(weights[n], a) for n, a in load_file(tmp_path / "back" / "model.safetensors").items())
+    done = run(ckpt, tmp_path / "back2", "--export-hf", "--format", "bf16")
+    assert done.returncode == 2 and "--format does not go with --export-hf" in done.stderr
+
+
+def sharded(tmp_path):
+    src = folders.write_hf(tmp_path / "hf", folders.tensors(), shards=3)
+    return src, json.loads((src / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda src, where: (src / "model-00002-of-00003.safetensors").unlink(),
+            "1 of 3 shards are missing: model-00002-of-00003",
+        ),
+        (
+            lambda src, where: where.update({"model.norm.weight": "../secret.safetensors"}),
+            r"names \.\./secret\.safetensors",
+        ),
+        (lambda src, where: where.update({"model.norm.weight": "model.bin"}), "shards must be .safetensors files"),
+        (lambda src, where: where.clear(), "no weight_map"),
+        (
+            lambda src, where: where.update({"ghost.weight": where["model.norm.weight"]}),
+            r"places ghost\.weight in shards",
+        ),
+    ],
+)
+def test_a_bad_index(tmp_path, change, message):
+    src, where = sharded(tmp_path)
+    change(src, where)
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(UserError, match=message):
+        convert(src, tmp_path / "ckpt")
+
+
+def test_a_long_list_of_names_is_cut_with_its_count(tmp_path):
+    weights = {n: a for n, a in folders.tensors().items() if ".experts." not in n}
+    with pytest.raises(UserError, match=r"24 missing: (model\S+ ){19}model\S+ and 4 more$"):
+        convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt")
+
+
+def write_raw(path, header: bytes, body: bytes = b"\0" * 8) -> None:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (b"[]", "not a JSON object"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"a": {"dtype": "F32", "shape": [2]}}', "entry for a is incomplete"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "does not match its byte range"),
+        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "does not match its byte range"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}', "does not match its byte range"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "it should have"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, header, why):
+    write_raw(tmp_path / "x.safetensors", header)
+    with pytest.raises(UserError, match=why):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="0 bytes is too short"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def exit_of(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_exit_codes(capsys, tmp_path):
+    def bad():
+        raise UserError("first\n  second")
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert exit_of(lambda: None, capsys) == (0, "")
+    assert exit_of(bad, capsys) == (2, "error: first second\n")
+    assert exit_of(stopped, capsys) == (130, "interrupted\n")
+    assert exit_of(lambda: open(tmp_path / "absent"), capsys) == (
+        2,
+        f"error: {tmp_path / 'absent'}: No such file or directory\n",
+    )
+    with pytest.raises(ZeroDivisionError):  # a defect of ours is not bad input
+        cli.run(lambda: 1 // 0)
+
+
+def test_a_closed_pipe_is_quiet():
+    code = "from hybrimoe_jax import cli\ncli.run(lambda: [print('x' * 1000) for _ in range(2000)] and 0)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait(60) == 141
+    child.stderr.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_only_on_a_terminal(terminal):
+    code = "from hybrimoe_jax import cli\nprint(list(cli.progress(range(5), 5, 'working')))"
+    leader, follower = os.openpty()
+    stderr = follower if terminal else subprocess.PIPE
+    environment = os.environ | {"TERM": "xterm"}
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, env=environment)
+    out = child.communicate(timeout=60)
+    os.close(follower)
+    shown = os.read(leader, 10000) if terminal else out[1]
+    os.close(leader)
+    assert out[0] == b"[0, 1, 2, 3, 4]\n"
+    assert (b"working" in shown) == terminal and (terminal or shown == b"")
