@@ -157,7 +157,11 @@ def run_training(args, corpus) -> dict[str, Any]:
 
     def saved(state: loop.State) -> None:
         params = evaluation.round_bf16(state.params)
-        export.write_hf(args.run / "model", raw, params, tokenizer)
+        frequencies = None
+        if state.step >= args.steps:
+            sample = evaluation.openings(corpus.training)
+            frequencies = evaluation.evaluate(config, params, tokenizer, sample, args.eval_context).load
+        export.write_hf(args.run / "model", raw, params, tokenizer, frequencies)
         result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, args.eval_context)
         last.update(evaluation.summary(result, trigram))
         report.write(event="evaluation", step=state.step, **last)

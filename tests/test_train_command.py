@@ -64,6 +64,8 @@ def test_run_leaves_a_log_and_a_model_that_evaluates_to_the_same(finished, capsy
         "the model on disk is the evaluated one"
     )
     assert set(values["works"]) == {"other"} and set(values["bars"]) == {"loss", "balanced", "local"}
+    counts = json.loads((run / "model" / "expert_frequencies.json").read_text())["counts"]
+    assert len(counts) == 1 and len(counts[0]) == 4 and sum(counts[0]) > 0, "activations on training text"
     assert any("held-out loss" in line for line in lines)
 
 

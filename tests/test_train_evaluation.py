@@ -29,16 +29,18 @@ def test_loss_equals_that_of_the_dense_model_over_the_bytes(model):
     params, tokenizer = model
     result = evaluation.evaluate(CONFIG, params, tokenizer, WORKS, context=256, rows=2)
     graphdef, _ = parameters.split(build_model(CONFIG))
-    decoder = parameters.merge(graphdef, params["dense"])
-    experts = DenseExperts(loop.expert_weights(params, CONFIG))
-    nats = 0.0
-    for work in WORKS:
-        ids = jnp.asarray(tokens.encode(tokenizer, work))[None]
-        positions = jnp.arange(ids.shape[1] - 1)[None]
-        logits, _ = decoder(ids[:, :-1], decoder.init_cache(1, ids.shape[1] - 1), positions, experts)
-        nats += float(optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum())
+
+    @jax.jit
+    def nats(params, ids):
+        decoder = parameters.merge(graphdef, params["dense"])
+        experts = DenseExperts(loop.expert_weights(params, CONFIG))
+        cache, positions = decoder.init_cache(1, ids.shape[1] - 1), jnp.arange(ids.shape[1] - 1)[None]
+        logits, _ = decoder(ids[:, :-1], cache, positions, experts)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum()
+
+    expected = sum(float(nats(params, tokens.encode(tokenizer, work)[None])) for work in WORKS)
     assert result.bytes == sum(len(w.text.encode()) for w in WORKS)
-    assert result.loss == pytest.approx(nats / result.bytes, rel=1e-5)
+    assert result.loss == pytest.approx(expected / result.bytes, rel=1e-5)
     assert result.works["one"] != result.works["two"]
 
 
@@ -59,13 +61,17 @@ def test_statistics_see_a_collapsed_router(model):
     collapsed = evaluation.evaluate(CONFIG, {**params, "dense": gates}, tokenizer, WORKS, context=64, rows=2)
     assert collapsed.least_share == [0.0, 0.0] and collapsed.largest_share == [count / top_k] * 2
     assert collapsed.overlap == pytest.approx([1.0, 1.0]) and collapsed.chance == pytest.approx([1.0, 1.0])
+    for load in (*healthy.load, *collapsed.load):
+        assert sum(load) == healthy.tokens * top_k and len(load) == count
     assert 0 < min(healthy.least_share) and max(healthy.largest_share) < count / top_k
     bars = evaluation.verdict(collapsed, trigram=0.0)
     assert bars == {"loss": False, "balanced": False, "local": False}
 
 
 def test_verdict_needs_each_margin():
-    good = evaluation.Evaluation(1.5, {"w": 1.5}, 10, 5, 64, [0.2, 0.5], [2.0, 2.0], [0.3, 0.3], [0.15, 0.15])
+    good = evaluation.Evaluation(
+        1.5, {"w": 1.5}, 10, 5, 64, [0.2, 0.5], [2.0, 2.0], [0.3, 0.3], [0.15, 0.15], [[1, 1], [1, 1]]
+    )
     assert all(evaluation.verdict(good, trigram=1.81).values())
     assert not evaluation.verdict(good, trigram=1.79)["loss"]
     assert not evaluation.verdict(dataclasses.replace(good, least_share=[0.09, 0.5]), 1.81)["balanced"]

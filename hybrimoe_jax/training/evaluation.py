@@ -33,7 +33,8 @@ LEAST_OVERLAP = 1.15  # times chance, on average over the layers; every layer ab
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats per byte; per MoE layer the least and largest expert share (uniform = 1), overlap and chance."""
+    """Losses in nats per byte; per MoE layer the least and largest expert share (uniform = 1), overlap and chance, and each
+    expert's `load` in tokens."""
 
     loss: float
     works: dict[str, float]
@@ -44,6 +45,7 @@ class Evaluation:
     largest_share: list[float]
     overlap: list[float]
     chance: list[float]
+    load: list[list[int]]
 
 
 def round_bf16(params: Params) -> Params:
@@ -100,7 +102,13 @@ def evaluate(
         largest_share=share.max(1).tolist(),
         overlap=(shared / max(pairs, 1) / top_k).tolist(),
         chance=(np.sum(probability**2, axis=1) / top_k).tolist(),
+        load=load.astype(int).tolist(),
     )
+
+
+def openings(texts: Sequence[Text], size: int = 4096) -> list[Text]:
+    """The first `size` characters of each work: a sample of training text for expert frequencies."""
+    return [dataclasses.replace(text, text=text.text[:size]) for text in texts]
 
 
 def trigram_loss(training: Sequence[Text], works: Sequence[Text]) -> float:

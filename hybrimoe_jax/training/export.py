@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,17 @@ def raw_config(tokenizer: tokenizers.Tokenizer, shape: Mapping[str, Any]) -> dic
     }
 
 
-def write_hf(folder: Path, raw: Mapping[str, Any], params: Params, tokenizer: tokenizers.Tokenizer) -> None:
-    """Writes the folder beside itself and renames it; one that is there is replaced."""
+def write_hf(
+    folder: Path,
+    raw: Mapping[str, Any],
+    params: Params,
+    tokenizer: tokenizers.Tokenizer,
+    frequencies: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Writes the folder beside itself and renames it; one that is there is replaced.
+
+    `frequencies` [MoE layer][expert] are activation counts on training text, which static placements go by.
+    """
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -76,12 +85,13 @@ def write_hf(folder: Path, raw: Mapping[str, Any], params: Params, tokenizer: to
         "model_max_length": raw["max_position_embeddings"],
     }
     generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"], "do_sample": False}
-    for name, content in (
-        ("config.json", raw),
-        ("tokenizer_config.json", settings),
-        ("generation_config.json", generation),
-    ):
-        (beside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    contents = {"config.json": raw, "tokenizer_config.json": settings, "generation_config.json": generation}
+    if frequencies is not None:
+        contents["expert_frequencies.json"] = {"counts": [list(map(int, layer)) for layer in frequencies]}
+    for name, content in contents.items():
+        (beside / name).write_text(
+            json.dumps(content, indent=None if name.startswith("expert") else 2) + "\n", encoding="utf-8"
+        )
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
