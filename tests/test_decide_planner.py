@@ -208,7 +208,28 @@ def test_two_landings_in_one_layer_do_not_evict_each_other():
     p = prefetching(slots=2)
     p.plan(0, one_each(0), None, 1)
     assert len(p.plan_prefetch(0, [Prediction(one_each(5, 6))])) == 2
-    assert {p.landed(1, 5), p.landed(1, 6)} == {0, 1} and p.resident(1) == {5, 6}
+    p.policies[1].heat[:2] = [0.5, 0.4]
+    assert p.landed(1, 5) == 1
+    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == ()  # a newer prediction no longer has 5
+    assert p.landed(1, 6) == 0 and p.resident(1) == {5, 6}
+
+
+def test_no_more_is_sent_to_a_layer_than_may_leave_it():
+    p = prefetching(slots=2, max_in_flight=4)
+    p.plan(0, one_each(0), None, 1)
+    assert len(p.plan_prefetch(0, [Prediction(one_each(0, 4, 5, 6))])) == 1  # 0 is expected, so only 1 may leave
+    assert p.plan_prefetch(0, [Prediction(one_each(0, 4, 5, 6))]) == ()
+
+
+def test_waiting_for_a_prefetch_of_an_earlier_step_is_not_late():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    p.plan_prefetch(0, [Prediction(one_each(6))])
+    p.plan(1, one_each(1), None, 1)
+    p.finish_step()
+    plan = p.plan(1, one_each(6), None, 1)
+    assert [f.expert for f in plan.waits] == [6] and plan.late == ()
+    assert (p.counters.prefetch_wasted, p.counters.prefetch_late) == (1, 0)
 
 
 def hot_residents(guard: str) -> Planner:

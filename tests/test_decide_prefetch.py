@@ -1,5 +1,7 @@
 """Prefetch: prediction, measured accuracy, impact, and the guards on what is moved and when."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +101,11 @@ def test_an_outlook_is_what_the_scheduler_says_whatever_the_ids(here, absent, ru
     for _ in range(2):  # computed, then remembered
         outlook = forecast.outlook(here[::-1], absent, 4)
         assert (outlook.makespan, outlook.link) == pytest.approx((schedule.makespan, schedule.link_seconds))
+
+
+def test_an_outlook_depends_on_the_tokens_through_the_shared_experts():
+    forecast = Forecast(get_scheduler("cpu-misses"), dataclasses.replace(costs(), shared_token=1.0))
+    assert [forecast.outlook([1], [], tokens).makespan for tokens in (1, 5)] == [2.0, 6.0]
 
 
 def test_the_misses_that_gain_most_are_chosen():
