@@ -1,0 +1,163 @@
+"""The exactness matrix: {models} x {systems} x {executors} x {cache ratios} x {kernels} x {batch 1, ragged 3}, one cell at a time.
+
+`run_cell` builds the cell's engine and measures it against the dense model: greedy tokens, and logits relative to their scale.
+As a program it reads labels from standard input, one a line, and prints one JSON object for each: the callback executor wants
+jax without asynchronous dispatch on the CPU backend, which is decided once per process, so its cells run in one of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import random
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import tiny
+
+from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.decide.systems import SYSTEMS
+from hybrimoe_jax.loading import bundled_model
+
+TOLERANCE = 2e-5
+"""Of the logits' own scale (their largest magnitude)."""
+NEW_TOKENS = 20
+BUNDLED = "bundled"
+PROMPT_SEED = 3
+"""Of four, the one whose greedy tokens are furthest from ties in every family (1e-3 of the scale)."""
+TINY_LENGTHS = {"one": (37,), "ragged": (5, 37, 20)}
+BUNDLED_TEXTS = {
+    "one": ("To be, or not to be, that is the question:",),
+    "ragged": ("My lord,", "To be, or not to be, that is the question:", "Enter the King and all his train, with"),
+}
+
+
+class Cell(NamedTuple):
+    model: str
+    system: str
+    executor: str
+    ratio: float
+    kernel: str
+    batch: str
+
+    @property
+    def label(self) -> str:
+        return "/".join(map(str, self))
+
+    @classmethod
+    def parse(cls, label: str) -> Cell:
+        model, system, executor, ratio, kernel, batch = label.split("/")
+        return cls(model, system, executor, float(ratio), kernel, batch)
+
+
+def matrix(models) -> list[Cell]:
+    """Every cell of the given models."""
+    axes = (models, SYSTEMS, ("overlapped", "callback"), (0.0, 0.25, 0.5, 1.0), ("reference", "onednn", "auto"), TINY_LENGTHS)
+    return [Cell(*values) for values in itertools.product(*axes)]
+
+
+def covering(cells: list[Cell], at_least: int) -> list[Cell]:
+    """A deterministic sample in which every pair of values of two axes occurs, and again in turn until it is large enough."""
+    cells = list(cells)
+    random.Random(0).shuffle(cells)
+    everything = set().union(*map(pairs, cells))
+    chosen: list[Cell] = []
+    wanted: set = set()
+    while wanted or len(chosen) < at_least:
+        wanted = wanted or set(everything)
+        best = max(cells, key=lambda cell: len(pairs(cell) & wanted))
+        if not pairs(best) & wanted:  # what remains of this round has no unused cell
+            wanted = set()
+            continue
+        cells.remove(best)
+        chosen.append(best)
+        wanted -= pairs(best)
+    return chosen
+
+
+def pairs(cell: Cell) -> set:
+    """The pairs of (axis, value) that a cell covers."""
+    return set(itertools.combinations(enumerate(cell), 2))
+
+
+class Reference(NamedTuple):
+    """The dense model's answer. `margin` is the smallest gap between the two best logits on the greedy path, over the scale."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logits: np.ndarray
+    scale: float
+    margin: float
+
+
+@functools.lru_cache
+def _bundled():
+    from hybrimoe_jax.runtime.store import open_checkpoint
+
+    checkpoint = open_checkpoint(bundled_model())
+    return checkpoint, checkpoint.dense(), checkpoint.experts(dtype="float32", lazy=False)
+
+
+def _engine(model: str, **options):
+    if model != BUNDLED:
+        return tiny.engine(model, debug=True, **options)
+    from hybrimoe_jax.runtime.engine import Engine
+
+    checkpoint, dense, store = _bundled()
+    if options["executor"] != "dense":
+        options["profile"] = tiny.costs(checkpoint.config)
+    return Engine(checkpoint.config, dense, store, EngineConfig(prefill_chunk=16, **options))
+
+
+def _prompts(model: str, batch: str) -> list[list[int]]:
+    if model != BUNDLED:
+        return tiny.prompts(tiny.weights(model)[0], TINY_LENGTHS[batch], seed=PROMPT_SEED)
+    tokenizer = _bundled()[0].tokenizer()
+    return [tokenizer.encode(text) for text in BUNDLED_TEXTS[batch]]
+
+
+@functools.lru_cache
+def reference(model: str, batch: str) -> Reference:
+    prompts = _prompts(model, batch)
+    engine = _engine(model, executor="dense")
+    tokens = engine.generate(prompts, max_new_tokens=NEW_TOKENS).token_ids
+    longest = max(prompts, key=len)
+    margin, logits = np.inf, None
+    for prompt, new in zip(prompts, tokens, strict=True):
+        walked = engine.logits(prompt + new[:-1])
+        best = np.sort(walked[len(prompt) - 1 :], axis=1)[:, -2:]
+        margin = min(margin, float((best[:, 1] - best[:, 0]).min()))
+        if prompt is longest:
+            logits = walked
+    scale = float(np.abs(logits).max())
+    return Reference(prompts, tokens, logits, scale, margin / scale)
+
+
+def run_cell(cell: Cell) -> dict:
+    """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same measure."""
+    want = reference(cell.model, cell.batch)
+    engine = _engine(
+        cell.model, system=cell.system, executor=cell.executor, cache_ratio=cell.ratio, host_kernel=cell.kernel
+    )
+    try:
+        tokens = engine.generate(want.prompts, max_new_tokens=NEW_TOKENS).token_ids
+        row = max(range(len(want.prompts)), key=lambda i: len(want.prompts[i]))
+        logits = engine.logits(want.prompts[row] + want.tokens[row][:-1])
+    finally:
+        engine.close()
+    error = float(np.abs(logits - want.logits).max()) / want.scale
+    return {"cell": cell.label, "same_tokens": tokens == want.tokens, "error": error, "margin": want.margin}
+
+
+def main() -> None:
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    for line in sys.stdin:
+        print(json.dumps(run_cell(Cell.parse(line.strip()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Placement never changes the answer: every cell of the exactness matrix gives the dense model's tokens and logits.
+
+A covering sample runs by default, the whole matrix with `--slow`. Cells of the overlapped executor run here; those of the callback
+executor in one process of their own (see `exactness_cells`). Executables are shared between the cells of a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import exactness_cells
+import pytest
+import tiny
+from exactness_cells import BUNDLED, TOLERANCE, Cell
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.loading import bundled_model
+
+SAMPLE = exactness_cells.covering(exactness_cells.matrix(tiny.CONFIGS), at_least=84)
+BUNDLED_SAMPLE = exactness_cells.covering(exactness_cells.matrix([BUNDLED]), at_least=28)
+SAMPLED = frozenset(SAMPLE + BUNDLED_SAMPLE)
+REST = [cell for cell in exactness_cells.matrix([*tiny.CONFIGS, BUNDLED]) if cell not in SAMPLED]
+
+
+def params(executor: str):
+    """Parametrisation over an executor's cells: the sample, and the rest of the matrix marked slow."""
+    sample = [pytest.param(cell, id=cell.label) for cell in SAMPLE + BUNDLED_SAMPLE if cell.executor == executor]
+    rest = [pytest.param(cell, id=cell.label, marks=pytest.mark.slow) for cell in REST if cell.executor == executor]
+    return pytest.mark.parametrize("cell", sample + rest)
+
+
+def missing(cell: Cell) -> str | None:
+    """Why a cell cannot run here."""
+    if cell.model == BUNDLED and not (bundled_model() / "manifest.json").is_file():
+        return "no bundled model in hybrimoe_jax/assets"
+    if cell.kernel == "onednn" and not ONEDNN:
+        return "oneDNN is not installed (extra onednn)"
+    return None
+
+
+def has_onednn() -> bool:
+    try:
+        get_kernel("onednn")
+    except UserError:
+        return False
+    return True
+
+
+ONEDNN = has_onednn()
+
+
+def check(result: dict) -> None:
+    assert result["margin"] > 20 * TOLERANCE, "the dense model's best tokens are nearly tied: other prompts are needed"
+    assert result["error"] <= TOLERANCE
+    assert result["same_tokens"]
+
+
+@params("overlapped")
+def test_overlapped_gives_the_dense_answer(cell):
+    if reason := missing(cell):
+        pytest.skip(reason)
+    check(exactness_cells.run_cell(cell))
+
+
+@pytest.fixture(scope="module")
+def callback_results(request):
+    """Results by label of all callback cells that this session will ask for, from one process."""
+    cells = [item.callspec.params["cell"] for item in request.session.items if "callback_results" in item.fixturenames]
+    slow = request.config.getoption("--slow")
+    cells = [cell for cell in cells if (slow or cell in SAMPLED) and not missing(cell)]
+    done = subprocess.run(
+        [sys.executable, exactness_cells.__file__],
+        input="".join(cell.label + "\n" for cell in cells),
+        capture_output=True,
+        text=True,
+        timeout=120 + 10 * len(cells),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    results = {record["cell"]: record for record in map(json.loads, done.stdout.splitlines())}
+    return results, done.stderr
+
+
+@params("callback")
+def test_callback_gives_the_dense_answer(cell, callback_results):
+    if reason := missing(cell):
+        pytest.skip(reason)
+    results, stderr = callback_results
+    assert cell.label in results, stderr[-2000:]
+    check(results[cell.label])
+
+
+def test_the_sample_covers_every_pair_of_values():
+    for sample, models in ((SAMPLE, list(tiny.CONFIGS)), (BUNDLED_SAMPLE, [BUNDLED])):
+        every = set().union(*map(exactness_cells.pairs, exactness_cells.matrix(models)))
+        assert set().union(*map(exactness_cells.pairs, sample)) == every
+    assert len(SAMPLE) >= 80
+    assert len(SAMPLED | set(REST)) == len(exactness_cells.matrix([*tiny.CONFIGS, BUNDLED]))
