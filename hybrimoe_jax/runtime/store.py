@@ -20,7 +20,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
-from hybrimoe_jax.models.checkpoint import dense_shapes, read_json
+from hybrimoe_jax.models.checkpoint import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
 from hybrimoe_jax.models.pieces import DTYPES, EXPERTS, LAYOUT, VERSION, digest
@@ -162,7 +162,9 @@ class Checkpoint:
         except (TypeError, ValueError):
             table = np.zeros(0)
         if table.shape != shape or not np.isfinite(table).all() or (table < 0).any():
-            raise UserError(f"{path}: `counts` must be {shape[0]} lists of {shape[1]} counts; delete the file or make it again")
+            raise UserError(
+                f"{path}: `counts` must be {shape[0]} lists of {shape[1]} counts; delete the file or make it again"
+            )
         return table.tolist()
 
     def tokenizer(self):
@@ -261,13 +263,12 @@ def check_pieces(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
     try:
         pieces = manifest["pieces"]
         layers = tuple(piece["layer"] for piece in pieces if piece["experts"])
-        shapes = {name: tuple(entry["shape"]) for piece in pieces for name, entry in piece["dense"].items()}
         stacks = {(*piece["experts"]["shape"], len(piece["experts"]["hashes"])) for piece in pieces if piece["experts"]}
         names = [piece["name"] for piece in pieces]
     except (KeyError, TypeError):
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
     expected = (config.num_experts, 3, config.moe_width * config.hidden_size, config.num_experts)
-    if layers != config.moe_layers or stacks - {expected} or shapes != dense_shapes(config):
+    if layers != config.moe_layers or stacks - {expected}:
         raise UserError(
             f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"
         )
