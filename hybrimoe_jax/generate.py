@@ -15,11 +15,17 @@ from hybrimoe_jax.config import EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 
 ENGINE_FLAGS = {
-    "system": dict(metavar="NAME", help="policies: hybrimoe, ktransformers, adapmoe, llamacpp, on-demand, cpu-only, device-only"),
-    "cache_ratio": dict(type=float, metavar="R", help="fraction of each layer's experts kept on the device (default 0.25)"),
+    "system": dict(
+        metavar="NAME", help="policies: hybrimoe, ktransformers, adapmoe, llamacpp, on-demand, cpu-only, device-only"
+    ),
+    "cache_ratio": dict(
+        type=float, metavar="R", help="fraction of each layer's experts kept on the device (default 0.25)"
+    ),
     "vram_budget": dict(metavar="SIZE", help='device memory instead of a ratio, e.g. "4GiB"'),
     "cache": dict(metavar="NAME", help="replace the system's cache policy: mrs, lru, lfu, static"),
-    "scheduler": dict(metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"),
+    "scheduler": dict(
+        metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
+    ),
     "prefetch": dict(metavar="MODE", help="replace its prefetcher: impact, next-layer, none"),
     "lookahead": dict(type=int, metavar="N", help="layers whose routers are applied early"),
     "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
@@ -39,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m hybrimoe_jax.generate", description="Generate text with experts split between CPU and device."
     )
-    top.add_argument("--model", metavar="DIR", help="folder written by hybrimoe_jax.convert (default: the bundled model)")
+    top.add_argument(
+        "--model", metavar="DIR", help="folder written by hybrimoe_jax.convert (default: the bundled model)"
+    )
     prompt = top.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help='the prompt; "-" reads standard input')
     prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids, e.g. "1,2,3"')
@@ -52,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--ignore-chat-template", action="store_true", help="send the prompt as it is")
     top.add_argument("--stats", choices=("text", "json", "none"), default="text")
     top.add_argument("--trace", metavar="FILE", help="write the routing trace (.npz)")
-    top.add_argument("--timeline", metavar="FILE", help="write a Chrome trace-event timeline (.json, opens in Perfetto)")
+    top.add_argument(
+        "--timeline", metavar="FILE", help="write a Chrome trace-event timeline (.json, opens in Perfetto)"
+    )
     engine = top.add_argument_group("engine")
     for name, options in ENGINE_FLAGS.items():
         engine.add_argument("--" + name.replace("_", "-"), default=None, dest=name, **options)
@@ -70,7 +80,9 @@ def prompt_ids(args: argparse.Namespace, engine) -> list[int]:
         try:
             return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
         except ValueError:
-            raise UserError(f'--prompt-ids {args.prompt_ids!r}: write token ids separated by commas, e.g. "1,2,3"') from None
+            raise UserError(
+                f'--prompt-ids {args.prompt_ids!r}: write token ids separated by commas, e.g. "1,2,3"'
+            ) from None
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or text on standard input with --prompt -")
@@ -100,7 +112,9 @@ def stats_text(stats) -> str:
             f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
             f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= {lanes['link_s']:.3f} s",
         ]
-    lines.append(f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB")
+    lines.append(
+        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB"
+    )
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     store = checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify)
     return Engine(
         checkpoint.config,
-        checkpoint.dense(),
+        checkpoint.dense(verify=options.verify),
         store,
         options,
         tokenizer=tokenizer,

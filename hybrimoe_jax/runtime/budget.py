@@ -26,7 +26,9 @@ class Footprint:
         return self.dense + self.kv + self.staging + self.workspace + self.slots
 
     def __str__(self) -> str:
-        return ", ".join(f"{f.name} {readable(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.name != "slots")
+        return ", ".join(
+            f"{f.name} {readable(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.name != "slots"
+        )
 
 
 def readable(size: int) -> str:

@@ -22,7 +22,7 @@ from hybrimoe_jax.runtime.programs import _program, bucket
 from hybrimoe_jax.runtime.routing import HostRouting
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def moe_program(graphdef):
     """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part."""
 

@@ -71,6 +71,7 @@ class DeviceModel:
             )
             ordinal += layer.is_moe
         self.moe_layers = [layer for layer in self.layers if layer.ordinal is not None]
+        self._routers: dict[int, list[tuple]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +100,13 @@ class DeviceModel:
             for layer in self.layers
         ]
 
-    def lookahead_routers(self, ordinal: int, distance: int) -> list[tuple[jax.Array, jax.Array]]:
+    def lookahead_routers(self, ordinal: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """(norm, gate) of the MoE layers ordinal+1 .. ordinal+distance. Past the end the last layer stands in, so that
         every layer runs the same executable; the planner ignores those."""
-        last = len(self.moe_layers) - 1
-        return [self.moe_layers[min(ordinal + d, last)].router for d in range(1, distance + 1)]
+        if distance not in self._routers:
+            last = len(self.moe_layers) - 1
+            self._routers[distance] = [
+                tuple(self.moe_layers[min(layer + d, last)].router for d in range(1, distance + 1))
+                for layer in range(last + 1)
+            ]
+        return self._routers[distance][ordinal]

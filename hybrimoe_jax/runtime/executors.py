@@ -60,7 +60,9 @@ class DenseForward(Forward):
 
     def forward(self, step, caches):
         start, compiled = self.clock.now(), compile_clock().seconds
-        logits, caches = _dense_step(self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last)
+        logits, caches = _dense_step(
+            self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last
+        )
         logits = np.asarray(logits)
         seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
         return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
@@ -119,6 +121,7 @@ class HybridForward(Forward):
         model, now = self.model, self.clock.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
+        positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
         record = StepStats(step.phase, len(valid), 0.0, 0.0, [])
@@ -126,12 +129,12 @@ class HybridForward(Forward):
         for index, layer in enumerate(model.layers):
             began = now()
             if layer.ordinal is None:
-                h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], step.positions)
+                h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], positions)
                 acc = host = nothing
                 continue
             routers = model.lookahead_routers(layer.ordinal, self.lookahead)
             h, x, caches[index], packed = layer.programs.front(
-                layer.params, routers, h, acc, host, caches[index], step.positions
+                layer.params, routers, h, acc, host, caches[index], positions
             )
             early = self.begin(layer, x)
             if lanes is not None:

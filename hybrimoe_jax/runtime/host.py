@@ -48,7 +48,9 @@ class HostExecutor:
       detailed: time every expert on its own (for the timeline) instead of every share.
     """
 
-    def __init__(self, kernel: HostKernel, weights, workers: int, decode_workers: int, clock: WallClock, detailed=False):
+    def __init__(
+        self, kernel: HostKernel, weights, workers: int, decode_workers: int, clock: WallClock, detailed=False
+    ):
         self.kernel, self.clock, self.detailed = kernel, clock, detailed
         self.decode_workers = max(1, decode_workers)
         self._weights = weights

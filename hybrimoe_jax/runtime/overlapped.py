@@ -13,6 +13,7 @@ import numpy as np
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.record.stats import Lanes
 from hybrimoe_jax.runtime import programs
+from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceLayer
 from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor, HostWork
@@ -29,7 +30,7 @@ class OverlappedForward(HybridForward):
         self._watch: tuple | None = None
 
     def begin(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
-        self._began = self.clock.now()
+        self._began, self._compiled = self.clock.now(), compile_clock().seconds
         if layer.programs.shared is None:
             return None
         return layer.programs.shared(layer.params, x)
@@ -58,7 +59,9 @@ class OverlappedForward(HybridForward):
             issued = now()
             slot = moved = self.load(ordinal, fetch)
             if timeline is not None:
-                timeline.watch("link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert)
+                timeline.watch(
+                    "link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert
+                )
             acc = self._add(acc, x, [(fetch.expert, slot)], routing, ordinal)
         for fetch in plan.waits:
             acc = self._add(acc, x, [(fetch.expert, self.wait_for(ordinal, fetch))], routing, ordinal)
@@ -74,7 +77,8 @@ class OverlappedForward(HybridForward):
                 for share in pending.parts:
                     for expert, start, end in share.spans:
                         timeline.expert("cpu", ordinal, expert, start, end, load=routing.loads[expert])
-        self._watch = (self._began, acc, link_start, moved)
+        compiling = compile_clock().seconds - self._compiled
+        self._watch = (self._began + compiling, acc, link_start, moved)
         return acc, part
 
     def settle(self, lanes: Lanes) -> None:
@@ -106,6 +110,12 @@ class OverlappedForward(HybridForward):
         if self.timeline is not None:
             expert = slots[0][0]
             self.timeline.watch(
-                "device", f"expert {ordinal}.{expert}", started, acc, layer=ordinal, expert=expert, load=routing.loads[expert]
+                "device",
+                f"expert {ordinal}.{expert}",
+                started,
+                acc,
+                layer=ordinal,
+                expert=expert,
+                load=routing.loads[expert],
             )
         return acc

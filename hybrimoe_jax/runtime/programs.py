@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.models.layers import rms_norm
+from hybrimoe_jax.models.layers import einsum, rms_norm
 from hybrimoe_jax.models.moe import expert_forward
 from hybrimoe_jax.models.parameters import merge
 
@@ -58,10 +58,10 @@ def _join(h, acc, host):
 def gate_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> jax.Array:
     """Gate reuse: a later layer's own norm and router applied to this residual stream [B, T, D] -> [N, E]."""
     x = rms_norm(h, norm, eps).reshape(-1, h.shape[-1])
-    return jax.nn.softmax(jnp.einsum("nd,ed->ne", x, gate, preferred_element_type=jnp.float32), axis=-1)
+    return jax.nn.softmax(einsum("nd,ed->ne", x, gate), axis=-1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
     """Programs of every layer whose static part equals `graphdef`."""
 
@@ -100,11 +100,11 @@ def _embed(table, ids):
 def _last_logits(norm, head, h, acc, host, last, eps):
     """Logits [B, V] of each row's token `last` [B]."""
     h = _join(h, acc, host)[jnp.arange(h.shape[0]), last]
-    return jnp.einsum("bd,vd->bv", rms_norm(h, norm, eps), head, preferred_element_type=jnp.float32)
+    return einsum("bd,vd->bv", rms_norm(h, norm, eps), head)
 
 
 def _all_logits(norm, head, h, acc, host, eps):
-    return jnp.einsum("btd,vd->btv", rms_norm(_join(h, acc, host), norm, eps), head, preferred_element_type=jnp.float32)
+    return einsum("btd,vd->btv", rms_norm(_join(h, acc, host), norm, eps), head)
 
 
 def _dense_rows(acc, x, weights, *slots):

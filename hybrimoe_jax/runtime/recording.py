@@ -13,8 +13,8 @@ import threading
 
 import jax
 
-from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.decide.costs import BITS_PER_WEIGHT, expert_bytes
+from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
 
 

@@ -155,7 +155,8 @@ class Checkpoint:
         path = self.path / FREQUENCIES
         if not path.is_file():
             return None
-        counts = read_json(path).get("counts")
+        saved = read_json(path)
+        counts = saved.get("counts") if isinstance(saved, dict) else None
         shape = (len(self.config.moe_layers), self.config.num_experts)
         try:
             table = np.asarray(counts, np.float64)

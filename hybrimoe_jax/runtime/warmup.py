@@ -33,7 +33,9 @@ def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, 
     Args: weights: (MoE layer ordinal, expert) -> ExpertWeights. capacity: of the KV cache used for the front's timing.
     """
     config, clock = model.config, host.clock
-    experts = list(itertools.islice(itertools.product(range(len(model.moe_layers)), range(config.num_experts)), ROTATION))
+    experts = list(
+        itertools.islice(itertools.product(range(len(model.moe_layers)), range(config.num_experts)), ROTATION)
+    )
     samples = Samples(expert_bytes=pool.expert_bytes)
 
     def timed(run, repeats: int = REPEATS) -> float:
@@ -81,7 +83,9 @@ def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, 
             samples.device.append((load, timed(device_run)))
         layer = model.moe_layers[0]
         if layer.programs.shared is not None:
-            samples.shared.append((rows, timed(lambda x=x: jax.block_until_ready(layer.programs.shared(layer.params, x)))))
+            samples.shared.append(
+                (rows, timed(lambda x=x: jax.block_until_ready(layer.programs.shared(layer.params, x))))
+            )
         samples.layer.append((rows, timed(_front_run(model, layer, x, capacity))))
 
     def transfer_run(parts: int):

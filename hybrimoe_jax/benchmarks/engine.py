@@ -1,0 +1,196 @@
+"""`bench engine`: our engine against transformers on the same weights, interleaved, medians and ratios.
+
+Every contender sits in a process of its own and is asked in turns, so that a disturbance of the machine hits all of them
+alike; only one computes at a time. Prefill is the time to the first token, decode the time between tokens after a prompt
+of 128. Times are wall-clock and without compilation (a first round is thrown away).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+PREFILLS = (128, 512)
+DECODE_PROMPT = 128
+
+
+@dataclasses.dataclass
+class Options:
+    """Args: threads each contender may use; cache_ratio of our engine; rounds measured; new tokens per decode."""
+
+    threads: int = 2
+    cache_ratio: float = 0.25
+    rounds: int = 5
+    new: int = 32
+    baseline: bool = True
+
+
+class Contender:
+    """A running contender process."""
+
+    def __init__(self, kind: str, **options):
+        command = [sys.executable, "-m", "hybrimoe_jax.benchmarks.contenders", kind, json.dumps(options)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._read()
+
+    def ask(self, run: str, **request) -> dict:
+        self._process.stdin.write(json.dumps({"run": run, **request}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError("a benchmark process ended early; its own error is above")
+        return json.loads(line)
+
+
+def read_bandwidth(seconds: float = 0.5) -> float:
+    """Bytes per second of reading memory with numpy on all cores: the limit of decoding in float32."""
+    matrix = np.ones((16384, 4096), np.float32)
+    vector, out = np.ones(4096, np.float32), np.empty(16384, np.float32)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        np.dot(matrix, vector, out)
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / statistics.median(times)
+
+
+def measure(hf_folder: Path | None, checkpoint: Path, options: Options, note: Callable[[str], None]) -> dict:
+    """Runs one model's comparison. `hf_folder` None leaves transformers out."""
+    ours = Contender(
+        "engine",
+        model=str(checkpoint),
+        systems=list(SYSTEMS),
+        threads=options.threads,
+        cache_ratio=options.cache_ratio,
+    )
+    contenders = [ours]
+    if hf_folder is not None:
+        contenders.append(
+            Contender(
+                "transformers", folder=str(hf_folder), implementations=list(IMPLEMENTATIONS), threads=options.threads
+            )
+        )
+    times: dict[tuple[str, str], list[float]] = {}
+    tokens: dict[str, list[int]] = {}
+    details: dict[str, dict] = {}
+    bandwidth = []
+    for turn in range(options.rounds + 1):
+        note(f"round {turn} of {options.rounds}" if turn else "warming up")
+        bandwidth.append(read_bandwidth())
+        for contender in contenders:
+            for name in contender.about["names"]:
+                for size in PREFILLS:
+                    seconds = contender.ask("prefill", name=name, tokens=size)["seconds"]
+                    if turn:
+                        times.setdefault((name, f"prefill {size}"), []).append(seconds)
+                answer = contender.ask("decode", name=name, tokens=DECODE_PROMPT, new=options.new)
+                if turn:
+                    times.setdefault((name, "decode"), []).append(answer["seconds"])
+                tokens[name] = answer.pop("token_ids")
+                details[name] = answer
+    overhead = ours.ask("overhead", name="hybrimoe", tokens=DECODE_PROMPT, new=options.new)
+    for contender in contenders:
+        contender.close()
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rows = {
+        name: {f"{what}_ms": 1e3 * medians[name, what] for what in (*(f"prefill {n}" for n in PREFILLS), "decode")}
+        for name in dict.fromkeys(name for name, _ in medians)
+    }
+    reference = tokens["hybrimoe"]
+    result = {
+        "model": checkpoint.name,
+        **{k: v for contender in contenders for k, v in contender.about.items() if k != "names"},
+        "read_bandwidth_gb_s": statistics.median(bandwidth) / 1e9,
+        "medians": rows,
+        "same_tokens": {name: ids == reference for name, ids in tokens.items()},
+        "details": {name: details[name] for name in ours.about["names"]},
+        **overhead,
+    }
+    peers = [name for name in rows if name.startswith("transformers")]
+    if peers:
+        result["ratios"] = {
+            what: min(medians[name, what] for name in peers) / medians["hybrimoe", what]
+            for what in ("decode", "prefill 128", "prefill 512")
+        }
+    return result
+
+
+def table(result: dict) -> str:
+    """What theory says, then what was measured."""
+    limit = 1e3 * result["bytes_per_token"] / (1e9 * result["read_bandwidth_gb_s"])
+    lines = [
+        f"{result['model']}: {result['parameters'] / 1e6:.0f} M parameters; a token reads {result['bytes_per_token'] / 1e6:.1f} MB in "
+        f"float32, at {result['read_bandwidth_gb_s']:.1f} GB/s measured at least {limit:.2f} ms",
+        f"{'':28}{'prefill 128':>14}{'prefill 512':>14}{'decode':>14}{'same tokens':>14}",
+    ]
+    for name, row in result["medians"].items():
+        cells = "".join(f"{row[f'{what}_ms']:>11.2f} ms" for what in ("prefill 128", "prefill 512", "decode"))
+        lines.append(f"{name:28}{cells}{'yes' if result['same_tokens'][name] else 'no':>14}")
+    if "ratios" in result:
+        shown = ", ".join(f"{what} {ratio:.2f}x" for what, ratio in result["ratios"].items())
+        lines.append(f"hybrimoe against the best transformers implementation (above 1 is faster): {shown}")
+    lines.append(f"the engine's own time per MoE layer at decode: {result['overhead_us_per_layer']:.0f} us")
+    return "\n".join(lines)
+
+
+def run(models: list[str], options: Options, workdir: Path | None, note: Callable[[str], None]) -> dict:
+    """Benchmarks "bundled", "mid" (random, 466 M parameters) or a converted checkpoint folder; prints a table each."""
+    from hybrimoe_jax.benchmarks.random_checkpoint import write_random_qwen2_moe
+    from hybrimoe_jax.convert import convert, export_hf
+    from hybrimoe_jax.loading import bundled_model
+
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = workdir or Path(scratch)
+        for model in models:
+            hf = base / f"{Path(model).name}-hf"
+            if model == "mid":
+                checkpoint = base / "mid"
+                if not hf.exists():
+                    note("writing a random model")
+                    write_random_qwen2_moe(hf)
+                if not checkpoint.exists():
+                    convert(hf, checkpoint)
+            else:
+                checkpoint = bundled_model() if model == "bundled" else Path(model)
+                if options.baseline and not hf.exists():
+                    export_hf(checkpoint, hf)
+            result = measure(hf if options.baseline else None, checkpoint, options, note)
+            print(table(result) + "\n", flush=True)
+            results.append(result)
+    about = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "clock": "wall",
+    }
+    return {"benchmark": "engine", **about, **dataclasses.asdict(options), "results": results}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
