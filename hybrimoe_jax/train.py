@@ -1,7 +1,7 @@
 """`python -m hybrimoe_jax.train`: trains the bundled model, or one of another size on another text, and evaluates it.
 
-A run lives in a folder: `state.npz` (to resume from), `log.jsonl` (one JSON line per event), `tokenizer.json` and, written anew at
-every save, `model/`, a Hugging Face folder in bfloat16. Standard output ends with ONE JSON line of the evaluation.
+A run lives in a folder: `state.npz` (to resume from), `log.jsonl` (one JSON line per event), `tokenizer.json`, `model/`, written anew at every
+save, a Hugging Face folder in bfloat16, and at the end `training.json`, what it was trained on and what came of it. Standard output ends with ONE JSON line of the evaluation.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -122,6 +123,10 @@ def evaluate_folder(args, corpus) -> dict[str, Any]:
 
     folder = Path(args.evaluate) if args.evaluate else bundled_model()
     config, params, tokenizer = export.read_model(folder)
+    if not 0 < args.eval_context <= config.max_position_embeddings:
+        raise UserError(
+            f"--eval-context {args.eval_context}: between 1 and the model's {config.max_position_embeddings}"
+        )
     result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, args.eval_context)
     return evaluation.summary(result, evaluation.trigram_loss(corpus.training, corpus.held_out))
 
@@ -145,8 +150,7 @@ def run_training(args, corpus) -> dict[str, Any]:
         stages=stages(args.context),
         seed=args.seed,
     )
-    tokenizer = tokens.train_tokenizer(corpus.training, args.vocab)
-    tokenizer.save(str(args.run / "tokenizer.json"))
+    tokenizer = run_tokenizer(args, corpus)
     stream = np.concatenate([tokens.encode(tokenizer, text) for text in corpus.training])
     raw = export.raw_config(tokenizer, shape)
     config = parse_config(raw)
@@ -155,6 +159,10 @@ def run_training(args, corpus) -> dict[str, Any]:
     report.write(event="start", settings=dataclasses.asdict(settings), config=raw, tokens=len(stream), trigram=trigram)
     last: dict[str, Any] = {}
 
+    def measure(params, context: int) -> dict[str, Any]:
+        result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, context)
+        return evaluation.summary(result, trigram)
+
     def saved(state: loop.State) -> None:
         params = evaluation.round_bf16(state.params)
         frequencies = None
@@ -162,8 +170,7 @@ def run_training(args, corpus) -> dict[str, Any]:
             sample = evaluation.openings(corpus.training)
             frequencies = evaluation.evaluate(config, params, tokenizer, sample, args.eval_context).load
         export.write_hf(args.run / "model", raw, params, tokenizer, frequencies)
-        result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, args.eval_context)
-        last.update(evaluation.summary(result, trigram))
+        last.update(measure(params, args.eval_context))
         report.write(event="evaluation", step=state.step, **last)
         report.say(f"step {state.step}\n{evaluation.describe(last)}")
 
@@ -179,7 +186,38 @@ def run_training(args, corpus) -> dict[str, Any]:
     )
     if not last:
         saved(state)
+    longest = measure(evaluation.round_bf16(state.params), args.context)
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "works": sorted(text.work for text in corpus.training),
+        "held_out": sorted(text.work for text in corpus.held_out),
+        "training_bytes": sum(len(text.text.encode()) for text in corpus.training),
+        "training_tokens": len(stream),
+        "evaluations": [last, longest],
+    }
+    write_whole(args.run / "training.json", json.dumps(record, indent=1) + "\n")
     return last
+
+
+def run_tokenizer(args, corpus):
+    """The run's own tokenizer: trained on the training works, or on resuming the one that is there."""
+    import tokenizers
+
+    from hybrimoe_jax.training import tokens
+
+    path = args.run / "tokenizer.json"
+    if args.resume and path.exists():
+        return tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = tokens.train_tokenizer(corpus.training, args.vocab)
+    write_whole(path, tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside `path` and renames."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def model_shape(args) -> dict[str, Any]:
@@ -206,6 +244,8 @@ def model_shape(args) -> dict[str, Any]:
     ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1 is needed")
+    if args.eval_context > args.context:
+        raise UserError(f"--eval-context {args.eval_context}: at most --context ({args.context})")
     if not 0 < args.top_k <= args.experts:
         raise UserError(f"--top-k {args.top_k}: between 1 and --experts ({args.experts})")
     return {

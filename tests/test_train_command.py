@@ -64,6 +64,9 @@ def test_run_leaves_a_log_and_a_model_that_evaluates_to_the_same(finished, capsy
         "the model on disk is the evaluated one"
     )
     assert set(values["works"]) == {"other"} and set(values["bars"]) == {"loss", "balanced", "local"}
+    record = json.loads((run / "training.json").read_text())
+    assert record["works"] == ["sonnet"] and record["held_out"] == ["other"]
+    assert [e["context"] for e in record["evaluations"]] == [16, 32], "also at the longest window"
     counts = json.loads((run / "model" / "expert_frequencies.json").read_text())["counts"]
     assert len(counts) == 1 and len(counts[0]) == 4 and sum(counts[0]) > 0, "activations on training text"
     assert any("held-out loss" in line for line in lines)
@@ -89,6 +92,7 @@ def test_finished_run_is_not_overwritten_and_resuming_it_only_evaluates(finished
         (["--steps", "0"], "--steps 0"),
         (["--context", "100000"], "more text"),
         (["--evaluate", "no-such-model"], "no-such-model"),
+        (["--eval-context", "64"], "--eval-context 64"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(texts, tmp_path, flags, message):
