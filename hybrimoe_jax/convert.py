@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -262,10 +263,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--format does not go with --export-hf: values are exported as they are stored")
     return_freed_memory()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
-    if args.export_hf:
-        path = export_hf(args.src, args.dst, cli.progress)
-    else:
-        path = convert(args.src, args.dst, args.format, cli.progress)
+    try:
+        if args.export_hf:
+            path = export_hf(args.src, args.dst, cli.progress)
+        else:
+            path = convert(args.src, args.dst, args.format, cli.progress)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),
+            file=sys.stderr,
+        )
+        return 130
     total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     print(f"{path}: {total / 1e6:.1f} MB")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -17,13 +18,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hybrimoe_jax import convert as command
 from hybrimoe_jax.convert import convert, export_hf, save
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import pieces
 from hybrimoe_jax.runtime.store import open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
+command = importlib.import_module("hybrimoe_jax.convert")
 
 
 def contents(path: Path, dtype=None) -> dict[str, np.ndarray]:
@@ -197,6 +198,23 @@ def test_resume_skips_finished_pieces(tmp_path, written):
     assert written == ["layer_00001"]
     assert_same(contents(dst), weights)
     assert not (tmp_path / "ckpt.partial").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, written, monkeypatch, capsys):
+    src, dst = folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "ckpt"
+
+    def interrupted(items, total, label):
+        yield from stop_after(1)(items, total, label)
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(command, "return_freed_memory", lambda: None)  # it would slow every later test of this process
+    monkeypatch.setattr(command.cli, "progress", interrupted)
+    monkeypatch.setattr(sys.modules[__name__], "Killed", KeyboardInterrupt)
+    assert command.main([str(src), str(dst)]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+    assert written == ["outer"]
+    convert(src, dst)
+    assert written == ["outer", "layer_00000", "layer_00001"]
 
 
 @pytest.mark.parametrize("damage", ["dense", "expert", "lost", "record"])

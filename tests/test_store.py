@@ -191,6 +191,18 @@ def test_a_lost_or_truncated_file_is_named(damaged, how, why):
         checkpoint.dense()
 
 
+def test_frequencies_fit_the_model_or_are_refused(damaged):
+    path = damaged / "expert_frequencies.json"
+    assert open_checkpoint(damaged).frequencies() is None
+    counts = [[4, 3, 2, 1], [0, 0, 5, 9]]
+    path.write_text(json.dumps({"counts": counts}))
+    assert open_checkpoint(damaged).frequencies() == counts
+    for bad in ({"counts": counts[:1]}, {"counts": [[1, 2], [3]]}, {"counts": [[-1, 0, 0, 0]] * 2}, {}, counts):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match="must be 2 lists of 4 counts"):
+            open_checkpoint(damaged).frequencies()
+
+
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
