@@ -44,15 +44,13 @@ class HostExecutor:
     Args:
       kernel: the host kernel.
       weights: (layer, expert) -> ExpertWeights.
-      workers: threads; prefill uses all of them, decode `decode_workers`.
+      workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is `wide`.
       detailed: time every expert on its own (for the timeline) instead of every share.
     """
 
-    def __init__(
-        self, kernel: HostKernel, weights, workers: int, decode_workers: int, clock: WallClock, detailed=False
-    ):
+    def __init__(self, kernel: HostKernel, weights, workers: int, usual_workers: int, clock: WallClock, detailed=False):
         self.kernel, self.clock, self.detailed = kernel, clock, detailed
-        self.decode_workers = max(1, decode_workers)
+        self.usual_workers = max(1, usual_workers)
         self._weights = weights
         self._handles: dict[tuple[int, int], object] = {}
         self._queues = [queue.SimpleQueue() for _ in range(max(1, workers))]
@@ -66,11 +64,11 @@ class HostExecutor:
             found = self._handles[key] = self.kernel.prepare(self._weights(layer, expert))
         return found
 
-    def submit(self, work: HostWork, inline: bool = False) -> Pending:
-        """Starts the work (or, inline, leaves it for `Pending.result`)."""
+    def submit(self, work: HostWork, inline: bool = False, wide: bool = False) -> Pending:
+        """Starts the work (or, inline, leaves it for `Pending.result`); `wide`: on all workers."""
         if inline:
             return Pending(self, [Part(work, np.zeros_like(work.x))], inline=True)
-        parts = [Part(share, np.zeros_like(work.x), done=threading.Event()) for share in self._shares(work)]
+        parts = [Part(share, np.zeros_like(work.x), done=threading.Event()) for share in self._shares(work, wide)]
         for part, tasks in zip(parts, self._queues, strict=False):
             tasks.put(part)
         return Pending(self, parts)
@@ -92,9 +90,9 @@ class HostExecutor:
         for tasks in self._queues:
             tasks.put(None)
 
-    def _shares(self, work: HostWork) -> list[HostWork]:
-        """Longest first onto the least loaded worker; one worker at decode, since one core is the device's."""
-        workers = self.decode_workers if work.x.shape[0] <= 8 else len(self._queues)
+    def _shares(self, work: HostWork, wide: bool) -> list[HostWork]:
+        """Longest first onto the least loaded worker."""
+        workers = len(self._queues) if wide else self.usual_workers
         if workers == 1 or len(work.experts) == 1:
             return [work]
         picks: list[list[int]] = [[] for _ in range(min(workers, len(work.experts)))]

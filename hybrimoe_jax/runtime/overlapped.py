@@ -19,6 +19,9 @@ from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 from hybrimoe_jax.runtime.routing import HostRouting
 
+LONE = 1.5
+"""From this ratio of predicted CPU to device time on, prefill gives the host the device's cores too."""
+
 
 class OverlappedForward(HybridForward):
     """See `HybridForward`. Args: host: the CPU lane; inline_s: host work predicted shorter than this is not handed to a
@@ -52,7 +55,8 @@ class OverlappedForward(HybridForward):
                 [routing.rows[e] for e in plan.cpu],
                 [routing.weights[e] for e in plan.cpu],
             )
-            pending = self.host.submit(work, inline)
+            lone = plan.schedule.cpu_seconds > LONE * plan.schedule.device_seconds
+            pending = self.host.submit(work, inline, wide=lone and x.shape[0] > programs.DENSE_ROWS)
         moved = None
         link_start = now()
         for fetch in plan.fetch:

@@ -54,6 +54,10 @@ class SlotPool:
     def get(self, layer: int, expert: int) -> DeviceExpert:
         return self._buffers[layer][self._where[layer][expert]]
 
+    def some(self, count: int) -> list[DeviceExpert]:
+        """Up to `count` different slots, staging ones included, whatever they hold (to time device experts on)."""
+        return [slot for layer in [self._staging, *self._buffers] for slot in layer][:count]
+
     def write(self, layer: int, expert: int, new: DeviceExpert, victim: int | None) -> DeviceExpert:
         """Puts `new` into the victim's slot (a free one if None) and returns the slot's arrays."""
         where = self._where[layer]

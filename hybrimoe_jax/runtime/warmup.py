@@ -6,8 +6,10 @@ A sample is the median of a few repeats; experts are rotated so that weights com
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import numpy as np
 from hybrimoe_jax.decide.costs import CostModel, Samples
 from hybrimoe_jax.decide.costs import fit as fit_costs
 from hybrimoe_jax.runtime import programs
+from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 from hybrimoe_jax.runtime.slots import SlotPool
@@ -24,7 +27,8 @@ from hybrimoe_jax.runtime.transfer import Link
 REPEATS = 7
 ROTATION = 8
 CPU_LOADS = (1, 2, 4, 16, 64)
-ROWS = (1, 16)
+DEVICE_LOADS = (1, 16, 64)
+FRONT_TOKENS = (1, 16)
 
 
 def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights, capacity: int) -> CostModel:
@@ -32,120 +36,111 @@ def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, 
 
     Args: weights: (MoE layer ordinal, expert) -> ExpertWeights. capacity: of the KV cache used for the front's timing.
     """
-    config, clock = model.config, host.clock
-    experts = list(
-        itertools.islice(itertools.product(range(len(model.moe_layers)), range(config.num_experts)), ROTATION)
-    )
+    config = model.config
+    every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
+    experts = list(itertools.islice(every, ROTATION))
     samples = Samples(expert_bytes=pool.expert_bytes)
-
-    def timed(run, repeats: int = REPEATS) -> float:
-        run()
-        times = []
-        for _ in range(repeats):
-            start = clock.now()
-            run()
-            times.append(clock.now() - start)
-        return statistics.median(times)
-
-    rng = np.random.default_rng(0)
-    width = config.hidden_size
-    rotation = itertools.cycle(experts)
-
-    def host_run(load: int, count: int):
-        x = rng.standard_normal((load, width), np.float32)
-        rows, mix = np.arange(load), np.ones(load, np.float32)
-
-        def run():
-            for layer, expert in [next(rotation) for _ in range(count)]:
-                host.submit(HostWork(layer, [expert], x, [rows], [mix]), inline=True).result()
-
-        return run
-
-    for load in CPU_LOADS:
-        alone = timed(host_run(load, 1))
-        several = timed(host_run(load, 4))
-        following = min(alone, (several - alone) / 3) if several > alone else several / 4
-        samples.cpu_first.append((load, alone))
-        samples.cpu.append((load, following))
-
-    staged = [link.put(weights(*experts[i % len(experts)])) for i in range(2)]
-    slots = [pool.stream(part) for part in staged]
-    for rows in ROWS:
-        x = jax.device_put(jnp.asarray(rng.standard_normal((rows, width), np.float32)), model.device)
-        zeros = jnp.zeros_like(x)
-        for load in sorted({1, rows}):
-            index = {0: np.arange(load)}
-            mix = {0: np.ones(load, np.float32)}
-
-            def device_run(x=x, zeros=zeros, index=index, mix=mix):
-                jax.block_until_ready(programs.add_device_experts(zeros, x, [(0, slots[0])], index, mix))
-
-            samples.device.append((load, timed(device_run)))
-        layer = model.moe_layers[0]
-        if layer.programs.shared is not None:
-            samples.shared.append(
-                (rows, timed(lambda x=x: jax.block_until_ready(layer.programs.shared(layer.params, x))))
-            )
-        samples.layer.append((rows, timed(_front_run(model, layer, x, capacity))))
-
-    def transfer_run(parts: int):
-        def run():
-            jax.block_until_ready(pool.stream(link.put(weights(*next(rotation)))))
-
-        def half():
-            jax.block_until_ready(jax.device_put(weights(*next(rotation)).down.copy(), model.device))
-
-        return run if parts == 2 else half
-
-    down_bytes = weights(*experts[0]).down.nbytes
-    samples.transfer.append((down_bytes, timed(transfer_run(1))))
-    samples.transfer.append((pool.expert_bytes, timed(transfer_run(2))))
-    busy = _beside_host(host, experts, rng.standard_normal((1, width), np.float32))
-    with busy:
-        samples.transfer_cpu_busy.append((pool.expert_bytes, timed(transfer_run(2))))
+    _host_samples(samples, host, experts, config.hidden_size)
+    _device_samples(samples, model, pool, host.clock, capacity)
+    _transfer_samples(samples, pool, link, host, experts, weights)
     return fit_costs(samples, source="warm-up on this machine")
 
 
-def _front_run(model, layer, x, capacity):
-    rows = x.shape[0]
-    routers = model.lookahead_routers(layer.ordinal, 0)
-    positions = np.arange(rows, dtype=np.int32)[None]
-    nothing = jnp.zeros_like(x)
-    h = x[None]
-    shapes = layer.cache_shapes(1, capacity)
-    cache = {name: jnp.zeros(shape, model.cache_dtype) for name, shape in shapes.items()}
+def _timed(clock: WallClock, run) -> float:
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start = clock.now()
+        run()
+        times.append(clock.now() - start)
+    return statistics.median(times)
+
+
+def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1):
+    """A call that runs `count` experts, each the next of the rotation, at one load."""
+    x = np.random.default_rng(0).standard_normal((load, width), np.float32)
+    rows, mix = np.arange(load), np.ones(load, np.float32)
+
+    def run():
+        for layer, expert in itertools.islice(rotation, count):
+            host.submit(HostWork(layer, [expert], x, [rows], [mix]), inline=True).result()
+
+    return run
+
+
+def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> None:
+    rotation = itertools.cycle(experts)
+    for load in CPU_LOADS:
+        alone = _timed(host.clock, _host_run(host, rotation, load, width))
+        several = _timed(host.clock, _host_run(host, rotation, load, width, 4))
+        samples.cpu_first.append((load, alone))
+        samples.cpu.append((load, min(alone, (several - alone) / 3) if several > alone else several / 4))
+
+
+def _device_samples(samples: Samples, model: DeviceModel, pool: SlotPool, clock: WallClock, capacity: int) -> None:
+    rotation = itertools.cycle(pool.some(ROTATION))
+    layer = model.moe_layers[0]
+    for load in DEVICE_LOADS:
+        x = jnp.ones((load, model.config.hidden_size), jnp.float32)
+        rows, mix = {0: np.arange(load)}, {0: np.ones(load, np.float32)}
+
+        def expert(x=x, rows=rows, mix=mix):
+            jax.block_until_ready(programs.add_device_experts(x, x, [(0, next(rotation))], rows, mix))
+
+        def shared(x=x):
+            jax.block_until_ready(layer.programs.shared(layer.params, x))
+
+        samples.device.append((load, _timed(clock, expert)))
+        if layer.programs.shared is not None:
+            samples.shared.append((load, _timed(clock, shared)))
+        if load in FRONT_TOKENS:
+            samples.layer.append((load, _timed(clock, _front_run(model, layer, x, capacity))))
+
+
+def _front_run(model: DeviceModel, layer, x: jax.Array, capacity: int):
+    positions = jnp.arange(x.shape[0], dtype=jnp.int32)[None]
+    nothing, h = jnp.zeros_like(x), x[None]
+    cache = {name: jnp.zeros(shape, model.cache_dtype) for name, shape in layer.cache_shapes(1, capacity).items()}
 
     def run():
         nonlocal cache
-        *_, cache, packed = layer.programs.front(layer.params, routers, h, nothing, nothing, cache, positions)
+        *_, cache, packed = layer.programs.front(layer.params, (), h, nothing, nothing, cache, positions)
         jax.block_until_ready(packed)
 
     return run
 
 
-class _beside_host:
-    """While open, a host worker computes experts over and over, so that it reads memory beside what is timed."""
+def _transfer_samples(samples: Samples, pool: SlotPool, link: Link, host: HostExecutor, experts, weights) -> None:
+    rotation = itertools.cycle(experts)
 
-    def __init__(self, host: HostExecutor, experts, x: np.ndarray):
-        self._host, self._experts, self._x, self._on = host, experts, x, False
+    def whole():
+        jax.block_until_ready(pool.stream(link.put(weights(*next(rotation)))))
 
-    def __enter__(self):
-        import threading
+    def part():  # an explicit copy, since putting an aligned array on the CPU backend would alias it
+        jax.block_until_ready(jax.device_put(weights(*next(rotation)).down.copy(), link.device))
 
-        self._on = True
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
+    samples.transfer.append((weights(*experts[0]).down.nbytes, _timed(host.clock, part)))
+    samples.transfer.append((pool.expert_bytes, _timed(host.clock, whole)))
+    with _beside(_host_run(host, itertools.cycle(experts), 1, weights(*experts[0]).width)):
+        samples.transfer_cpu_busy.append((pool.expert_bytes, _timed(host.clock, whole)))
 
-    def __exit__(self, *_):
-        self._on = False
-        self._thread.join()
 
-    def _loop(self):
-        rows, mix = np.zeros(1, np.int64), np.ones(1, np.float32)
-        for layer, expert in itertools.cycle(self._experts):
-            if not self._on:
-                return
-            self._host.submit(HostWork(layer, [expert], self._x, [rows], [mix]), inline=True).result()
+@contextlib.contextmanager
+def _beside(run):
+    """While open, another thread calls `run` over and over, so that it reads memory beside what is timed."""
+    stop = threading.Event()
+
+    def loop():
+        while not stop.is_set():
+            run()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def wake_latency(host: HostExecutor, width: int) -> float:
