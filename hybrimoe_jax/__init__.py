@@ -17,7 +17,6 @@ _PUBLIC = {
     "Generation": "hybrimoe_jax.runtime.engine",
     "stream_generate": "hybrimoe_jax.streaming",
     "StreamChunk": "hybrimoe_jax.streaming",
-    "convert": "hybrimoe_jax.convert",
 }
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"

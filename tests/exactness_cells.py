@@ -23,6 +23,8 @@ from hybrimoe_jax.loading import bundled_model
 
 TOLERANCE = 2e-5
 """Of the logits' own scale (their largest magnitude)."""
+CLEAR = 5 * TOLERANCE
+"""Two logits further apart than this cannot have changed places within the tolerance; nearer ones prove nothing."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
 PROMPT_SEED = 3
@@ -59,21 +61,24 @@ def matrix(models) -> list[Cell]:
 
 
 def covering(cells: list[Cell], at_least: int) -> list[Cell]:
-    """A deterministic sample in which every pair of values of two axes occurs, and again in turn until it is large enough."""
+    """A deterministic sample: a round in which every pair of values of two axes occurs, another without the bundled model, and
+    more without the callback executor as well (both take longer) until it is large enough."""
     cells = list(cells)
     random.Random(0).shuffle(cells)
-    everything = set().union(*map(pairs, cells))
-    chosen: list[Cell] = []
-    wanted: set = set()
-    while wanted or len(chosen) < at_least:
-        wanted = wanted or set(everything)
-        best = max(cells, key=lambda cell: len(pairs(cell) & wanted))
-        if not pairs(best) & wanted:  # what remains of this round has no unused cell
-            wanted = set()
-            continue
-        cells.remove(best)
-        chosen.append(best)
-        wanted -= pairs(best)
+    chosen = _round(cells)
+    cells = [cell for cell in cells if cell.model != BUNDLED]
+    while len(chosen) < at_least:
+        chosen += _round([cell for cell in cells if cell not in chosen])[: at_least - len(chosen)]
+        cells = [cell for cell in cells if cell.executor == "overlapped"]
+    return chosen
+
+
+def _round(cells: list[Cell]) -> list[Cell]:
+    """Greedily the fewest cells in which every pair of values that `cells` has occurs."""
+    chosen, wanted = [], set().union(*map(pairs, cells))
+    while wanted:
+        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & wanted)))
+        wanted -= pairs(chosen[-1])
     return chosen
 
 

@@ -81,8 +81,7 @@ class OverlappedForward(HybridForward):
                 for share in pending.parts:
                     for expert, start, end in share.spans:
                         timeline.expert("cpu", ordinal, expert, start, end, load=routing.loads[expert])
-        compiling = compile_clock().seconds - self._compiled
-        self._watch = (self._began + compiling, acc, link_start, moved)
+        self._watch = (self._began, acc, link_start, moved)
         return acc, part
 
     def settle(self, lanes: Lanes) -> None:
@@ -94,9 +93,13 @@ class OverlappedForward(HybridForward):
         if moved is not None:
             if not any(part.is_deleted() for part in moved):
                 jax.block_until_ready(moved)
-            lanes.link = self.clock.now() - link_start
+            lanes.link = self._since(link_start)
         jax.block_until_ready(acc)
-        lanes.device = self.clock.now() - began
+        lanes.device = self._since(began)
+
+    def _since(self, start: float) -> float:
+        """Seconds without what was spent compiling for this layer or the next program."""
+        return max(0.0, self.clock.now() - start - (compile_clock().seconds - self._compiled))
 
     def _dispatch(self, acc, x, experts, routing, ordinal):
         slots = [(expert, self.pool.get(ordinal, expert)) for expert in experts]
