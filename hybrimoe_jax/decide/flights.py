@@ -75,6 +75,12 @@ class Ledger:
         self.counters.prefetch_wasted += len(wasted)
         return useful, late, tuple(wasted)
 
+    def abandon(self) -> None:
+        """Forgets every transfer under way (call after `finish_step`, which has counted them)."""
+        for flying in self.flying:
+            flying.clear()
+        self.num_flying = 0
+
     def finish_step(self) -> None:
         """Prefetches for layers that were not planned in this step are wasted."""
         for ready, flying in zip(self.ready, self.flying):

@@ -260,6 +260,13 @@ class Planner:
             self._needed[layer] = set()
             self._predictions[layer].clear()
 
+    def abandon_step(self) -> None:
+        """Forgets a step that was broken off: its transfers under way count as wasted and will not be told of by `landed`."""
+        self.finish_step()
+        self._ledger.abandon()
+        self._planned = None
+        self._clear_link()
+
     # How it is done.
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:

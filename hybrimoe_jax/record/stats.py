@@ -29,7 +29,7 @@ class Lanes:
 
 @dataclasses.dataclass
 class LayerStats:
-    """One MoE layer in one step. Expert tuples are in execution order."""
+    """One MoE layer in one step. Expert tuples are in execution order; `prefetch_*` are this layer's prefetched experts, judged."""
 
     layer: int
     loads: dict[int, int]
@@ -41,6 +41,9 @@ class LayerStats:
     bytes_h2d: int
     seconds: float
     lanes: Lanes
+    prefetch_useful: tuple[int, ...] = ()
+    prefetch_late: tuple[int, ...] = ()
+    prefetch_wasted: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass

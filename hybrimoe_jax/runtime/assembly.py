@@ -136,9 +136,6 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         frequencies=frequencies,
         max_in_flight=IN_FLIGHT,
     )
-    for layer, experts in enumerate(planner.initial_residents()):
-        for expert in experts:
-            pool.write(layer, expert, link.put(store.get(layer, expert)), None)
 
     def verify(ordinal: int) -> None:
         if pool.residents(ordinal) != planner.resident(ordinal):
@@ -160,6 +157,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     else:
         inline_s = 4 * warmup.wake_latency(host, config.hidden_size)
         forward = OverlappedForward(**shared, host=host, inline_s=inline_s)
+    forward.fill()
     footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
     return Parts(
         options, system, device, model, forward, footprint, cores, lookahead, slots, planner, costs, pool, link, host

@@ -99,6 +99,7 @@ class HybridForward(Forward):
         self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self._zeros: dict[int, jax.Array] = {}
+        self._torn = False
 
     def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
         """Carries out a plan: -> (device part [N, D], host part [N, D]); may return before the device has finished."""
@@ -118,6 +119,27 @@ class HybridForward(Forward):
         return self._zeros[rows]
 
     def forward(self, step, caches):
+        if self._torn:
+            self.repair()
+        self._torn = True  # until the step is whole: an interrupt may come at any line
+        result = self._step(step, caches)
+        self._torn = False
+        return result
+
+    def repair(self) -> None:
+        """After a step that was broken off (Ctrl-C in a notebook): refills the slots with what the planner believes in them."""
+        self.link.drain()
+        self.planner.abandon_step()
+        self.pool.clear()
+        self.fill()
+
+    def fill(self) -> None:
+        """Loads every expert that the planner calls resident into an empty pool."""
+        for layer in range(len(self.model.moe_layers)):
+            for expert in sorted(self.planner.resident(layer)):
+                self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
+
+    def _step(self, step, caches):
         model, now = self.model, self.clock.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
@@ -162,6 +184,9 @@ class HybridForward(Forward):
                     moved,
                     now() - began,
                     lanes,
+                    plan.useful,
+                    plan.late,
+                    plan.wasted,
                 )
             )
         if step.last is not None:

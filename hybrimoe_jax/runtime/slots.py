@@ -33,16 +33,23 @@ class SlotPool:
     """
 
     def __init__(self, slots: list[int], hidden: int, width: int, dtype=jnp.float32, staging: int = 2):
-        def empty() -> DeviceExpert:
-            return jnp.zeros((2 * width, hidden), dtype), jnp.zeros((hidden, width), dtype)
-
-        self._buffers: list[list[DeviceExpert]] = [[empty() for _ in range(n)] for n in slots]
-        self._staging: list[DeviceExpert] = [empty() for _ in range(max(2, staging))]
-        self._next_staging = 0
-        self._where: list[dict[int, int]] = [{} for _ in slots]
-        self._free: list[list[int]] = [list(range(n))[::-1] for n in slots]
-        self.expert_bytes = sum(a.nbytes for a in self._staging[0])
+        self._shapes, self._slots, self._count = ((2 * width, hidden), (hidden, width)), list(slots), max(2, staging)
         self.dtype = dtype
+        self.clear()
+        self.expert_bytes = sum(a.nbytes for a in self._staging[0])
+
+    def clear(self) -> None:
+        """Starts anew with empty buffers."""
+        self._buffers: list[list[DeviceExpert]] = []  # the old ones go before new ones are made
+        self._staging: list[DeviceExpert] = []
+        self._buffers = [[self._empty() for _ in range(n)] for n in self._slots]
+        self._staging = [self._empty() for _ in range(self._count)]
+        self._next_staging = 0
+        self._where: list[dict[int, int]] = [{} for _ in self._slots]
+        self._free: list[list[int]] = [list(range(n))[::-1] for n in self._slots]
+
+    def _empty(self) -> DeviceExpert:
+        return tuple(jnp.zeros(shape, self.dtype) for shape in self._shapes)
 
     @property
     def nbytes(self) -> int:

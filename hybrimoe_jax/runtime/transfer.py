@@ -73,6 +73,12 @@ class Link:
         transfer.done.wait()
         return self._take(transfer)
 
+    def drain(self) -> None:
+        """Waits for every prefetch under way and forgets it."""
+        for transfer in self._in_flight.values():
+            transfer.done.wait()
+        self._in_flight.clear()
+
     def close(self) -> None:
         self._tasks.put(None)
 

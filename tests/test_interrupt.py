@@ -1,0 +1,36 @@
+"""A step that is broken off anywhere leaves an engine that still answers as before."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("method", ["_place", "prefetch", "land", "_dispatch"])
+@pytest.mark.parametrize("call", [1, 4])
+def test_an_interrupted_engine_recovers(method, call, monkeypatch):
+    config, _, _ = tiny.weights("qwen2_moe")
+    prompts = tiny.prompts(config, (21, 9))
+    engine = tiny.engine(system="adapmoe", cache_ratio=0.5, debug=True)
+    expected = engine.generate(prompts, max_new_tokens=8).token_ids
+    forward, count = engine._forward, 0
+    original = getattr(forward, method)
+
+    def interrupt(*args):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Stop
+        return original(*args)
+
+    monkeypatch.setattr(forward, method, interrupt)
+    with pytest.raises(Stop):
+        engine.generate(prompts, max_new_tokens=8)
+    monkeypatch.setattr(forward, method, original)
+    assert engine.generate(prompts, max_new_tokens=8).token_ids == expected
+    counters = engine.planner.counters
+    assert counters.prefetch_issued == counters.prefetch_useful + counters.prefetch_late + counters.prefetch_wasted
