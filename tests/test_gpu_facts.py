@@ -1,0 +1,91 @@
+"""The GPU scripts work where there is no GPU: every part reports, a part that fails stops no other, and the exit code says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_facts.py"
+
+
+@pytest.fixture
+def gpu_facts(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_facts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_part_measures_something_on_the_cpu_backend():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    *table, last = done.stdout.splitlines()
+    record = json.loads(last)
+    assert record["platform"] == "cpu" and record["small"] and record["failed"] == {}
+    assert set(record["facts"]) == {"read-back", "transfer", "callback", "slots", "dispatch", "threads"}
+    for part, facts in record["facts"].items():
+        assert part in table
+        for name, value in facts.items():
+            assert value >= 0 if "overlap" in name else value > 0, (part, name)
+    assert record["facts"]["slots"]["written in place (1 yes, 0 no)"] == 1
+    assert any("aliases" in name for name in record["facts"]["transfer"])  # as the CPU backend does with aligned arrays
+
+
+def test_a_failing_part_is_named_and_the_next_one_still_runs(gpu_facts, monkeypatch, capsys):
+    def broken(sizes, repeats):
+        raise ValueError("no such memory")
+
+    monkeypatch.setitem(gpu_facts.PARTS, "slots", broken)
+    monkeypatch.setattr(sys, "argv", ["gpu_facts.py", "--small", "--part", "slots", "--part", "dispatch"])
+    assert gpu_facts.main() == 1
+    out = capsys.readouterr().out
+    record = json.loads(out.splitlines()[-1])
+    assert record["failed"] == {"slots": "ValueError: no such memory"}
+    assert list(record["facts"]) == ["dispatch"]
+    assert "slots: FAILED" in out
+
+
+def test_host_arrays_are_aligned_or_not_as_asked(gpu_facts):
+    for aligned in (True, False):
+        array = gpu_facts.host_array(0.25, aligned)
+        assert (array.ctypes.data % 64 == 0) == aligned
+        assert array.nbytes == pytest.approx(0.25e6, rel=0.02)
+
+
+def test_the_checks_go_on_after_a_failed_part_and_say_so(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *gpu_facts*) echo broken; exit 3 ;; *benchmark*|*bench*) echo \'{"benchmark": "engine"}\' ;; esac\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_checks.sh"), "environment", "facts", "bench"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "OUT": str(out), "PYTHON": str(python)},
+    )
+    assert done.returncode == 1
+    summary = (out / "summary.txt").read_text().splitlines()
+    assert [line.split(" in ")[0] for line in summary] == [
+        "environment: passed",
+        "facts: FAILED (exit 3)",
+        "bench: passed",
+    ]
+    assert json.loads((out / "bench.json").read_text()) == {"benchmark": "engine"}
+    assert "broken" in (out / "facts.txt").read_text()
