@@ -33,7 +33,7 @@ class OverlappedForward(HybridForward):
         self._watch: tuple | None = None
 
     def begin(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
-        self._began, self._compiled = self.clock.now(), compile_clock().seconds
+        self._began, self._working_from = self.clock.now(), self._working()
         if layer.programs.shared is None:
             return None
         return layer.programs.shared(layer.params, x)
@@ -58,7 +58,7 @@ class OverlappedForward(HybridForward):
             lone = plan.schedule.cpu_seconds > LONE * plan.schedule.device_seconds
             pending = self.host.submit(work, inline, wide=lone and x.shape[0] > programs.DENSE_ROWS)
         moved = None
-        link_start = now()
+        link_start = self._working()
         for fetch in plan.fetch:
             issued = now()
             slot = moved = self.load(ordinal, fetch)
@@ -81,7 +81,7 @@ class OverlappedForward(HybridForward):
                 for share in pending.parts:
                     for expert, start, end in share.spans:
                         timeline.expert("cpu", ordinal, expert, start, end, load=routing.loads[expert])
-        self._watch = (self._began, acc, link_start, moved)
+        self._watch = (self._working_from, acc, link_start, moved)
         return acc, part
 
     def settle(self, lanes: Lanes) -> None:
@@ -93,13 +93,13 @@ class OverlappedForward(HybridForward):
         if moved is not None:
             if not any(part.is_deleted() for part in moved):
                 jax.block_until_ready(moved)
-            lanes.link = self._since(link_start)
+            lanes.link = max(0.0, self._working() - link_start)
         jax.block_until_ready(acc)
-        lanes.device = self._since(began)
+        lanes.device = max(0.0, self._working() - began)
 
-    def _since(self, start: float) -> float:
-        """Seconds without what was spent compiling for this layer or the next program."""
-        return max(0.0, self.clock.now() - start - (compile_clock().seconds - self._compiled))
+    def _working(self) -> float:
+        """A clock that stands still while something compiles; lane times are read on it."""
+        return self.clock.now() - compile_clock().seconds
 
     def _dispatch(self, acc, x, experts, routing, ordinal):
         slots = [(expert, self.pool.get(ordinal, expert)) for expert in experts]
