@@ -56,7 +56,14 @@ class Cell(NamedTuple):
 
 def matrix(models) -> list[Cell]:
     """Every cell of the given models."""
-    axes = (models, SYSTEMS, ("overlapped", "callback"), (0.0, 0.25, 0.5, 1.0), ("reference", "onednn", "auto"), TINY_LENGTHS)
+    axes = (
+        models,
+        SYSTEMS,
+        ("overlapped", "callback"),
+        (0.0, 0.25, 0.5, 1.0),
+        ("reference", "onednn", "auto"),
+        TINY_LENGTHS,
+    )
     return [Cell(*values) for values in itertools.product(*axes)]
 
 

@@ -59,29 +59,40 @@ def check(result: dict) -> None:
     assert result["same_tokens"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def callback_process(request, tmp_path_factory):
+    """One process for all callback cells that this session will ask for; it runs beside the overlapped cells."""
+    cells = [item.callspec.params["cell"] for item in request.session.items if "callback_results" in item.fixturenames]
+    slow = request.config.getoption("--slow")
+    cells = [cell for cell in cells if (slow or cell in SAMPLE) and not missing(cell)]
+    folder = tmp_path_factory.mktemp("callback")
+    (folder / "cells").write_text("".join(cell.label + "\n" for cell in cells))
+    with open(folder / "cells") as stdin, open(folder / "out", "w") as stdout, open(folder / "err", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, exactness_cells.__file__],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        )
+    yield process, folder, 300 + 10 * len(cells)
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def callback_results(callback_process):
+    process, folder, limit = callback_process
+    process.wait(limit)
+    lines = (folder / "out").read_text().splitlines()
+    return {record["cell"]: record for record in map(json.loads, lines)}, (folder / "err").read_text()
+
+
 @params("overlapped")
 def test_overlapped_gives_the_dense_answer(cell):
     if reason := missing(cell):
         pytest.skip(reason)
     check(exactness_cells.run_cell(cell))
-
-
-@pytest.fixture(scope="module")
-def callback_results(request):
-    """Results by label of all callback cells that this session will ask for, from one process."""
-    cells = [item.callspec.params["cell"] for item in request.session.items if "callback_results" in item.fixturenames]
-    slow = request.config.getoption("--slow")
-    cells = [cell for cell in cells if (slow or cell in SAMPLE) and not missing(cell)]
-    done = subprocess.run(
-        [sys.executable, exactness_cells.__file__],
-        input="".join(cell.label + "\n" for cell in cells),
-        capture_output=True,
-        text=True,
-        timeout=120 + 10 * len(cells),
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    results = {record["cell"]: record for record in map(json.loads, done.stdout.splitlines())}
-    return results, done.stderr
 
 
 @params("callback")
