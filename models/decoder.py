@@ -34,9 +34,11 @@ class DecoderLayer(nnx.Module):
     def is_moe(self) -> bool:
         return isinstance(self.ffn, MoEBlock)
 
-    def attend(self, h: jax.Array, cache: dict, positions: jax.Array) -> tuple[jax.Array, dict]:
-        """Residual stream [B, T, D] -> residual stream after attention, and the updated cache."""
-        out, cache = self.self_attn(self.input_layernorm(h), cache, positions)
+    def attend(
+        self, h: jax.Array, cache: dict, positions: jax.Array, span: int | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Residual stream [B, T, D] -> residual stream after attention, and the updated cache; `span` as in `Attention`."""
+        out, cache = self.self_attn(self.input_layernorm(h), cache, positions, span)
         return h + out, cache
 
     def ffn_input(self, h: jax.Array) -> jax.Array:

@@ -139,9 +139,14 @@ class LatentAttention(nnx.Module):
         return absorbed <= expanded
 
     def __call__(
-        self, x: jax.Array, cache: dict, positions: jax.Array, absorb: bool | None = None
+        self,
+        x: jax.Array,
+        cache: dict,
+        positions: jax.Array,
+        span: int | None = None,
+        absorb: bool | None = None,
     ) -> tuple[jax.Array, dict]:
-        """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache)."""
+        """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache); `span` as in `Attention`."""
         batch, tokens, _ = x.shape
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(batch, tokens, self.heads, self.nope + self.rotary)
@@ -154,12 +159,13 @@ class LatentAttention(nnx.Module):
             "latent": cache_write(cache["latent"], latent, positions),
             "rope": cache_write(cache["rope"], k_rope, positions),
         }
-        capacity = cache["latent"].shape[1]
-        absorb = self.absorbs(tokens, capacity) if absorb is None else absorb
+        span = span or cache["latent"].shape[1]
+        absorb = self.absorbs(tokens, span) if absorb is None else absorb
         attend = absorbed_attention if absorb else expanded_attention
         up = self.kv_b_proj.weight[...].reshape(self.heads, self.nope + self.value, self.latent)
-        mask = visible(positions, capacity, None)
-        out = attend(q, q_rope, cache, up[:, : self.nope], up[:, self.nope :], mask, self.scale)
+        mask = visible(positions, span, None)
+        seen = {name: part[:, :span] for name, part in cache.items()}
+        out = attend(q, q_rope, seen, up[:, : self.nope], up[:, self.nope :], mask, self.scale)
         return self.o_proj(out.reshape(batch, tokens, self.heads * self.value)), cache
 
 

@@ -15,6 +15,7 @@ from hybrimoe_jax.models.layers import (
     RMSNorm,
     SwiGLU,
     cache_write,
+    cache_write_heads,
     grouped_attention,
     rotate_half,
     rotate_pairs,
@@ -120,6 +121,11 @@ def test_cache_write_drops_padding():
     new = jnp.arange(1.0, 7.0).reshape(2, 3, 1)
     out = cache_write(cache, new, jnp.array([[1, 2, 4], [0, 4, 9]]))
     assert out[..., 0].tolist() == [[0, 1, 2, 0], [4, 0, 0, 0]]
+    heads = cache_write_heads(
+        jnp.zeros((2, 3, 4, 1)), jnp.repeat(new[:, :, None], 3, 2), jnp.array([[1, 2, 4], [0, 4, 9]])
+    )
+    for head in range(3):
+        assert heads[:, head].tolist() == out.tolist()
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -132,14 +138,14 @@ def test_visible_keys(window):
 
 
 def test_grouped_attention_against_a_loop():
-    q, k, v = normal(0, 1, 3, 4, 8), normal(1, 1, 5, 2, 8), normal(2, 1, 5, 2, 8)
+    q, k, v = normal(0, 1, 3, 4, 8), normal(1, 1, 2, 5, 8), normal(2, 1, 2, 5, 8)
     mask = np.asarray(visible(jnp.array([[2, 3, 4]]), 5, None))
     out = grouped_attention(*map(jnp.asarray, (q, k, v, mask)), 0.3)
     for t in range(3):
         for head in range(4):
-            logits = np.where(mask[0, t], k[0, :, head // 2].astype(np.float64) @ q[0, t, head] * 0.3, -np.inf)
+            logits = np.where(mask[0, t], k[0, head // 2].astype(np.float64) @ q[0, t, head] * 0.3, -np.inf)
             probs = np.exp(logits - logits.max())
-            np.testing.assert_allclose(out[0, t, head], probs / probs.sum() @ v[0, :, head // 2], rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(out[0, t, head], probs / probs.sum() @ v[0, head // 2], rtol=2e-5, atol=1e-6)
 
 
 OPTIONS = [

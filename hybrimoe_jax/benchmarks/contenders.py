@@ -128,7 +128,7 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
         layer = layers[i]
         routers = model.lookahead_routers(layer.ordinal, parts.lookahead)
         state["h"], *_, caches[i], packed = layer.programs.front(
-            layer.params, routers, state["h"], x, x, caches[i], positions
+            layer.params, routers, state["h"], x, x, caches[i], positions, 256
         )
         return packed
 

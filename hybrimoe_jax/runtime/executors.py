@@ -26,6 +26,8 @@ from hybrimoe_jax.runtime.routing import HostRouting, read_routing
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
 
+SMALLEST_SPAN = 256
+
 
 @dataclasses.dataclass
 class StepInput:
@@ -43,6 +45,12 @@ class StepInput:
     @property
     def valid(self) -> np.ndarray:
         return np.flatnonzero(self.positions.ravel() < self.capacity)
+
+    @property
+    def span(self) -> int:
+        """How much of the cache attention must read: a power of two, so that few executables serve all positions."""
+        places = self.positions[self.positions < self.capacity]
+        return min(self.capacity, programs.bucket(int(places.max(initial=0)) + 1, SMALLEST_SPAN))
 
 
 class Forward:
@@ -143,6 +151,7 @@ class HybridForward(Forward):
         model, now = self.model, self.clock.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
+        span = step.span
         positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
@@ -151,12 +160,12 @@ class HybridForward(Forward):
         for index, layer in enumerate(model.layers):
             began = now()
             if layer.ordinal is None:
-                h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], positions)
+                h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], positions, span)
                 acc = host = nothing
                 continue
             routers = model.lookahead_routers(layer.ordinal, self.lookahead)
             h, x, caches[index], packed = layer.programs.front(
-                layer.params, routers, h, acc, host, caches[index], positions
+                layer.params, routers, h, acc, host, caches[index], positions, span
             )
             early = self.begin(layer, x)
             if lanes is not None:

@@ -13,12 +13,11 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.stats import StepStats
-from hybrimoe_jax.runtime.executors import Forward, StepInput
+from hybrimoe_jax.runtime.executors import SMALLEST_SPAN, Forward, StepInput
 from hybrimoe_jax.runtime.programs import bucket
 from hybrimoe_jax.runtime.sampling import Sampler, Sampling
 
 SMALLEST_CHUNK = 16
-SMALLEST_CACHE = 256
 
 
 @dataclasses.dataclass
@@ -50,7 +49,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int,
 
 def capacity_for(prompts, new_tokens: int, max_context: int) -> int:
     """Cache capacity: a power of two of at least 256, so that few executables serve all lengths, within max_context."""
-    return min(max_context, bucket(max(map(len, prompts)) + new_tokens, SMALLEST_CACHE))
+    return min(max_context, bucket(max(map(len, prompts)) + new_tokens, SMALLEST_SPAN))
 
 
 def prefill_chunks(prompts, chunk: int, capacity: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

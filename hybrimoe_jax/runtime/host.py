@@ -93,7 +93,7 @@ class HostExecutor:
     def _shares(self, work: HostWork, wide: bool) -> list[HostWork]:
         """Longest first onto the least loaded worker."""
         workers = len(self._queues) if wide else self.usual_workers
-        if workers == 1 or len(work.experts) == 1:
+        if workers == 1 or len(work.experts) <= 1:
             return [work]
         picks: list[list[int]] = [[] for _ in range(min(workers, len(work.experts)))]
         filled = [0] * len(picks)

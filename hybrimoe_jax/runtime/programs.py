@@ -40,10 +40,12 @@ def executables() -> int:
 class LayerPrograms(NamedTuple):
     """The jitted pieces of one kind of layer.
 
-    front(params, lookahead, h, acc, host, cache, positions) -> (h, x, cache, packed) for a MoE layer, with packed
+    front(params, lookahead, h, acc, host, cache, positions, span) -> (h, x, cache, packed) for a MoE layer, with packed
       [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so one read-back);
     shared(params, x) -> [N, D]; None where the family has no shared experts;
-    dense(params, h, acc, host, cache, positions) -> (h, cache) for a layer without experts.
+    dense(params, h, acc, host, cache, positions, span) -> (h, cache) for a layer without experts.
+
+    `span` (static) bounds the cache that attention reads: a power of two past the last position.
     """
 
     front: object
@@ -65,10 +67,10 @@ def gate_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> j
 def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
     """Programs of every layer whose static part equals `graphdef`."""
 
-    def front(params, lookahead, h, acc, host, cache, positions):
+    def front(params, lookahead, h, acc, host, cache, positions, span):
         with jax.named_scope("route"):
             layer = merge(graphdef, params)
-            h, cache = layer.attend(_join(h, acc, host), cache, positions)
+            h, cache = layer.attend(_join(h, acc, host), cache, positions, span)
             x = layer.ffn_input(h)
             routing = layer.ffn.route(x)
             eps = layer.post_attention_layernorm.eps
@@ -80,16 +82,16 @@ def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
         with jax.named_scope("shared"):
             return merge(graphdef, params).ffn.shared(x)
 
-    def dense(params, h, acc, host, cache, positions):
+    def dense(params, h, acc, host, cache, positions, span):
         with jax.named_scope("dense_layer"):
             layer = merge(graphdef, params)
-            h, cache = layer.attend(_join(h, acc, host), cache, positions)
+            h, cache = layer.attend(_join(h, acc, host), cache, positions, span)
             return h + layer.ffn(layer.ffn_input(h)).reshape(h.shape), cache
 
     return LayerPrograms(
-        _program(front, donate_argnums=5),
+        _program(front, donate_argnums=5, static_argnums=7),
         _program(shared) if has_shared else None,
-        _program(dense, donate_argnums=4),
+        _program(dense, donate_argnums=4, static_argnums=6),
     )
 
 

@@ -104,7 +104,7 @@ def _front_run(model: DeviceModel, layer, x: jax.Array, capacity: int):
 
     def run():
         nonlocal cache
-        *_, cache, packed = layer.programs.front(layer.params, (), h, nothing, nothing, cache, positions)
+        *_, cache, packed = layer.programs.front(layer.params, (), h, nothing, nothing, cache, positions, capacity)
         jax.block_until_ready(packed)
 
     return run
@@ -121,8 +121,14 @@ def _transfer_samples(samples: Samples, pool: SlotPool, link: Link, host: HostEx
 
     samples.transfer.append((weights(*experts[0]).down.nbytes, _timed(host.clock, part)))
     samples.transfer.append((pool.expert_bytes, _timed(host.clock, whole)))
+
+    def beside_the_host():  # the way of a prefetch: staged by the link's thread, then written into a slot
+        layer, expert = next(rotation)
+        link.prefetch(layer, expert, weights(layer, expert))
+        jax.block_until_ready(pool.stream(link.wait(layer, expert).staged))
+
     with _beside(_host_run(host, itertools.cycle(experts), 1, weights(*experts[0]).width)):
-        samples.transfer_cpu_busy.append((pool.expert_bytes, _timed(host.clock, whole)))
+        samples.transfer_cpu_busy.append((pool.expert_bytes, _timed(host.clock, beside_the_host)))
 
 
 @contextlib.contextmanager
