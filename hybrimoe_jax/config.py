@@ -47,7 +47,7 @@ class EngineConfig:
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
-    prefill_chunk: int = 128
+    prefill_chunk: int = 256
     seed: int = 0
     profile: Any = None
     lazy: bool = False

@@ -33,7 +33,7 @@ ENGINE_FLAGS = {
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),
-    "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 128)"),
+    "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 256)"),
     "profile": dict(metavar="FILE", help="machine profile: read if it exists, else measured and written"),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
     "verify": dict(action="store_true", help="check every expert's hash as it is read"),
