@@ -1,0 +1,193 @@
+"""The README tells the truth: its commands parse, its flags, files, links and statistics exist, its example runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrimoe_jax.generate import ENGINE_FLAGS
+from hybrimoe_jax.loading import bundled_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+FLAG = r"(?<![^\s`(])--[a-z][a-z-]+"
+COMMANDS = ("generate", "convert", "train", "bench")
+OTHERS = {"--n-gpu-layers", "--slow"}
+"""Flags of other programs that the documents mention."""
+needs_bundled = pytest.mark.skipif(
+    not (bundled_model() / "manifest.json").is_file(), reason="no bundled model in hybrimoe_jax/assets"
+)
+
+
+class Parsed(Exception):
+    """The command accepted its arguments."""
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines of fenced and of indented code."""
+    fenced = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [line for block in fenced for line in block.splitlines()] + re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+
+
+def command_lines() -> list[tuple[str, list[str]]]:
+    """(command, arguments) of every `python -m hybrimoe_jax...` in the documents' code, shell pipes and variables cut off."""
+    found = []
+    for line in (line for text in DOCUMENTS for line in code_lines(text)):
+        for name, rest in re.findall(r"python -m hybrimoe_jax\.(\w+)(.*)", line):
+            found.append((name, shlex.split(re.split(r"\$\w|[|>;]|\s#", rest)[0])))
+    return found
+
+
+@pytest.mark.parametrize(("name", "arguments"), command_lines(), ids=lambda value: str(value)[:60])
+def test_documented_commands_are_accepted(name, arguments, monkeypatch):
+    real = argparse.ArgumentParser.parse_args
+
+    def parse(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(Parsed):
+        importlib.import_module(f"hybrimoe_jax.{name}").main(arguments)
+
+
+def test_the_readme_shows_the_commands_that_matter():
+    assert {name for name, _ in command_lines()} >= {"generate", "convert", "bench"}
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"make ([a-z-]+)", README):
+        if target in ("demo", "test", "test-slow", "venv", "lint", "bench"):
+            assert target in targets
+    assert "    make demo\n" in README and "    make test\n" in README
+
+
+def options_of(command: str, monkeypatch) -> set[str]:
+    """Every --option of a command, its subcommands' included."""
+    found = []
+
+    def catch(self, *args, **kwargs):
+        found.append(self)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", catch)
+    with pytest.raises(Parsed):
+        importlib.import_module(f"hybrimoe_jax.{command}").main([])
+    options = set()
+    while found:
+        for action in found.pop()._actions:
+            options.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                found.extend(action.choices.values())
+    return options
+
+
+def test_documented_flags_exist_and_every_engine_flag_is_documented(monkeypatch):
+    known = set().union(*(options_of(command, monkeypatch) for command in COMMANDS))
+    named = {flag for text in DOCUMENTS for flag in re.findall(FLAG, text)}
+    assert named - known - OTHERS == set()
+    in_readme = set(re.findall(FLAG, README))
+    assert {"--" + name.replace("_", "-") for name in ENGINE_FLAGS} - in_readme == set()
+
+
+def tree_entries() -> list[Path]:
+    """Every path named in the README's tree: names before the first wide gap, nested by indentation."""
+    block = re.search(r"## The repository\n+```\n(.*?)```", README, re.DOTALL)[1]
+    paths, parents = [], {}
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        base = parents.get(indent - 2, Path()) if indent else Path()
+        for name in names:
+            paths.append(base / name)
+            if name.endswith("/"):
+                parents[indent] = base / name
+    return paths
+
+
+def test_the_tree_names_files_that_exist():
+    paths = tree_entries()
+    assert len(paths) > 40
+    assert [str(path) for path in paths if not (ROOT / path).exists() and "bundled" not in path.parts] == []
+
+
+def test_the_tree_leaves_no_module_out():
+    named = {str(path) for path in tree_entries()}
+    folders = (
+        "hybrimoe_jax",
+        "hybrimoe_jax/decide",
+        "hybrimoe_jax/runtime",
+        "hybrimoe_jax/record",
+        "models",
+        "host_kernels",
+    )
+    modules = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).glob("*.py")]
+    assert [str(path) for path in modules if path.name != "__init__.py" and str(path) not in named] == []
+
+
+def test_relative_links_resolve():
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_systems_and_parts_are_those_that_exist():
+    from hybrimoe_jax.decide import POLICIES, SCHEDULERS, SYSTEMS
+
+    table = README.split("## Systems")[1].split("## ")[0]
+    assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == set(SYSTEMS)
+    for flag, names in (("cache", POLICIES), ("scheduler", SCHEDULERS)):
+        assert set(re.search(rf"`--{flag} ([\w|-]+)`", table)[1].split("|")) == set(names)
+
+
+def test_families_are_those_that_exist():
+    from hybrimoe_jax.models.registry import FAMILIES
+
+    assert set(re.findall(r"^\| [\w-]+ \| `(\w+)` \|", README, re.MULTILINE)) - {"model_type"} == set(FAMILIES)
+
+
+@needs_bundled
+def test_documented_statistics_and_tokens_are_those_that_generate_prints():
+    shown = re.search(r'\{"token_ids": \[([\d, ]+)\]', README)
+    table = README.split("## Reading the statistics")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    documented = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    line = next(line for line in README.splitlines() if "--stats json" in line and '"To be, or not"' in line)
+    arguments = shlex.split(re.split(r"\$\w|[|;]", line)[0].split("hybrimoe_jax.generate")[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrimoe_jax.generate", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert documented == set(printed)
+    assert printed["token_ids"] == [int(token) for token in shown[1].split(",")]
+
+
+@needs_bundled
+def test_the_python_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert '"my-model"' in code
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace('"my-model"', repr(str(bundled_model())))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+def test_nothing_is_left_to_fill_in():
+    text = re.sub(r"<!-- results -->.*?<!-- /results -->", "", README, flags=re.DOTALL)
+    assert not re.search(r"TODO|TBD|FIXME|XXX|<!--|placeholder", text)
