@@ -73,7 +73,12 @@ def callback_process(request, tmp_path_factory):
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
+            },
         )
     yield process, folder, 300 + 10 * len(cells)
     process.kill()
