@@ -1,0 +1,175 @@
+"""The slot pool: experts are written in place, nothing is copied but the expert, and misuse is an error, not a wrong answer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.transfer import Link
+
+D, F = 32, 24
+BYTES = 3 * D * F * 4
+
+
+def expert(seed: int, hidden: int = D, width: int = F) -> ExpertWeights:
+    rng = np.random.default_rng(seed)
+    parts = rng.standard_normal((2 * width, hidden), np.float32), rng.standard_normal((hidden, width), np.float32)
+    return ExpertWeights(*map(aligned_copy, parts))
+
+
+@pytest.fixture
+def link():
+    link = Link(jax.devices()[0], WallClock())
+    yield link
+    link.close()
+
+
+def pointers(slot) -> tuple[int, ...]:
+    return tuple(part.unsafe_buffer_pointer() for part in slot)
+
+
+def holds(slot, weights: ExpertWeights) -> bool:
+    return all(np.array_equal(np.array(have), want) for have, want in zip(slot, weights, strict=True))
+
+
+def test_a_slot_keeps_its_memory_however_often_it_is_written(link):
+    pool = SlotPool([2], D, F)
+    where = pointers(pool.write(0, 0, link.put(expert(0)), None))
+    other = pointers(pool.write(0, 1, link.put(expert(1)), None))
+    assert not set(where) & set(other)
+    for number in range(2, 40):
+        slot = pool.write(0, number, link.put(expert(number)), number - 2)
+        assert pointers(slot) == (other if number % 2 else where)
+        assert holds(slot, expert(number)) and pool.residents(0) == {number - 1, number}
+    assert holds(pool.get(0, 38), expert(38)), "the other slot was touched"
+
+
+def test_the_buffer_given_up_cannot_be_used_any_more(link):
+    pool = SlotPool([1], D, F)
+    before = pool.write(0, 0, link.put(expert(0)), None)
+    pool.write(0, 1, link.put(expert(1)), 0)
+    assert all(part.is_deleted() for part in before)
+
+
+def test_staging_slots_come_round_in_turn_and_leave_the_others_alone(link):
+    pool = SlotPool([1], D, F, staging=2)
+    kept = pool.write(0, 7, link.put(expert(7)), None)
+    first, second = pool.stream(link.put(expert(0))), pool.stream(link.put(expert(1)))
+    assert holds(first, expert(0)) and holds(second, expert(1)), "one must be readable while the other is filled"
+    where = pointers(first), pointers(second)
+    for number in range(2, 8):
+        assert pointers(pool.stream(link.put(expert(number)))) == where[number % 2]
+    assert holds(kept, expert(7)) and pool.residents(0) == {7}
+
+
+def test_a_pool_without_slots_still_streams(link):
+    pool = SlotPool([0, 0], D, F)
+    assert holds(pool.stream(link.put(expert(3))), expert(3))
+    assert pool.residents(0) == frozenset()
+    assert pool.nbytes == 2 * pool.expert_bytes == 2 * BYTES
+
+
+def test_a_reader_of_the_old_expert_sees_the_old_expert(link):
+    """The write waits for readers dispatched before it: a slow computation on the slot is not torn by the next expert."""
+    pool = SlotPool([1], D, F)
+    slot = pool.write(0, 0, link.put(expert(0)), None)
+
+    @jax.jit
+    def slow_sum(gate_up):
+        return jax.lax.fori_loop(0, 300, lambda i, total: total + jax.numpy.sum(gate_up * (i + 1.0)), 0.0)
+
+    expected = float(slow_sum(jax.numpy.asarray(expert(0).gate_up)))
+    reading = slow_sum(slot[0])
+    for number in range(1, 5):
+        pool.write(0, number, link.put(expert(number)), number - 1)
+    assert float(reading) == expected
+
+
+def test_writing_costs_the_same_in_a_large_pool():
+    """An expert of 3 MB into 2 slots and into 64: copying the pool would take 32 times as long."""
+    link = Link(jax.devices()[0], WallClock())
+    weights = expert(0, 512, 512)
+    medians = []
+    for slots in (2, 64):
+        pool = SlotPool([slots], 512, 512)
+        pool.write(0, 0, link.put(weights), None)
+        times = []
+        for number in range(1, 16):
+            start = time.perf_counter()
+            jax.block_until_ready(pool.write(0, number, link.put(weights), number - 1))
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+    link.close()
+    assert medians[1] < 5 * medians[0]
+
+
+def test_a_fetch_is_a_real_copy(link):
+    """On the CPU backend an aligned `device_put` aliases its source: neither a slot nor a staged prefetch may."""
+    pool = SlotPool([2], D, F)
+    demanded, prefetched, streamed = expert(0), expert(1), expert(2)
+    slot = pool.write(0, 0, link.put(demanded), None)
+    link.prefetch(0, 1, prefetched)
+    staged = link.wait(0, 1).staged
+    stream = pool.stream(link.put(streamed))
+    jax.block_until_ready((slot, staged, stream))
+    for weights in (demanded, prefetched, streamed):
+        for part in weights:
+            part[...] = np.nan
+    assert holds(slot, expert(0)) and holds(staged, expert(1)) and holds(stream, expert(2))
+    assert holds(pool.write(0, 1, staged, None), expert(1))
+
+
+def test_prefetches_land_in_order_and_once(link):
+    for number in range(3):
+        link.prefetch(0, number, expert(number))
+    assert link.busy and link.wait(0, 1).expert == 1
+    deadline = time.monotonic() + 30
+    landed = []
+    while link.busy and time.monotonic() < deadline:
+        landed += [(t.expert, t.landed >= t.issued, t.nbytes) for t in link.landed()]
+    assert landed == [(0, True, BYTES), (2, True, BYTES)]
+
+
+def test_a_prefetch_that_failed_is_raised_where_it_is_taken(link):
+    class Broken:
+        nbytes = 0
+
+        def __iter__(self):
+            raise OSError("the expert's file is gone")
+
+    link.prefetch(0, 0, Broken())
+    with pytest.raises(OSError, match="gone"):
+        link.wait(0, 0)
+    link.prefetch(0, 1, expert(1))
+    assert holds(link.wait(0, 1).staged, expert(1)), "the link must survive an error"
+
+
+def test_misuse_is_an_error(link):
+    pool = SlotPool([1], D, F)
+    pool.write(0, 0, link.put(expert(0)), None)
+    with pytest.raises(RuntimeError, match="expert 0 of MoE layer 0 is already resident"):
+        pool.write(0, 0, link.put(expert(0)), None)
+    with pytest.raises((KeyError, RuntimeError)):
+        pool.get(0, 5)
+    with pytest.raises((KeyError, RuntimeError)):
+        pool.write(0, 1, link.put(expert(1)), 5)
+    with pytest.raises((IndexError, RuntimeError)):
+        pool.write(0, 1, link.put(expert(1)), None)
+    assert pool.residents(0) == {0} and holds(pool.get(0, 0), expert(0))
+
+
+def test_verify_names_the_slot_that_is_wrong(link):
+    pool = SlotPool([2, 2], D, F)
+    for layer in range(2):
+        for number in range(2):
+            pool.write(layer, number, link.put(expert(10 * layer + number)), None)
+    pool.verify(1, lambda number: expert(10 + number))
+    with pytest.raises(RuntimeError, match="MoE layer 1 does not hold expert 1"):
+        pool.verify(1, lambda number: expert(10))
