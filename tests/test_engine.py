@@ -185,3 +185,11 @@ def test_a_generation_left_half_way_does_no_harm(engine, prompts, greedy):
     steps.close()
     assert engine.stats.new_tokens > 0
     assert engine.generate(prompts, max_new_tokens=16).token_ids == greedy
+
+
+def test_a_closed_engine_says_so(prompts):
+    engine = tiny.engine("qwen2_moe", cache_ratio=0.25)
+    engine.close()
+    for use in (lambda: engine.generate(prompts), lambda: engine.logits(prompts[0])):
+        with pytest.raises(UserError, match="closed"):
+            use()

@@ -51,6 +51,7 @@ class Engine:
         self._parts = assembly.assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
+        self._closed = False
 
     @property
     def costs(self):
@@ -86,7 +87,7 @@ class Engine:
         ids = np.asarray(ids, np.int64).ravel().tolist()
         check_prompts([ids], 0, self.config.vocab_size, self.max_context)
         capacity = capacity_for([ids], 0, self.max_context)
-        self._check_cache(1, capacity)
+        self._check_ready(1, capacity)
         stats, out = self._start(1, capacity), []
         caches = self._parts.init_cache(1, capacity)
         for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
@@ -114,7 +115,7 @@ class Engine:
         prompts = [list(map(int, prompt)) for prompt in prompts]
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
         capacity = capacity_for(prompts, max_new_tokens, self.max_context)
-        self._check_cache(len(prompts), capacity)
+        self._check_ready(len(prompts), capacity)
         return self._run(prompts, capacity, max_new_tokens, sampling)
 
     def _run(self, prompts, capacity, max_new_tokens, sampling):
@@ -177,9 +178,12 @@ class Engine:
 
     def close(self) -> None:
         """Stops the worker threads; the engine cannot be used afterwards."""
+        self._closed = True
         self._parts.close()
 
-    def _check_cache(self, batch: int, capacity: int) -> None:
+    def _check_ready(self, batch: int, capacity: int) -> None:
+        if self._closed:
+            raise UserError("the engine is closed: its worker threads have ended; load it again")
         reserved = self._parts.footprint
         needed = self._parts.cache_bytes(batch, capacity)
         if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
