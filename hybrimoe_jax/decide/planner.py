@@ -110,6 +110,7 @@ class Planner:
         self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._forecast = Forecast(self.scheduler, costs, **self._flags)
         start_cold = cold and system.cache != "static"
+        self._worth_looking: dict[tuple[int, int], bool] = {}
         self._initial = [[] if start_cold else policy.initial() for policy in self.policies]
         self._resident: list[set[int]] = [set(experts) for experts in self._initial]
         self._ledger = Ledger(num_layers, self.counters)
@@ -202,6 +203,22 @@ class Planner:
             schedule,
         )
 
+    def worth_looking(self, tokens: int) -> bool:
+        """Whether applying later routers early can pay at all in a step of so many tokens: looking costs device time too.
+
+        With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
+        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no.
+        """
+        if not self.system.lookahead or not self._flags["allow_fetch"] or not any(self.slots):
+            return False
+        if self.system.prefetch == "next-layer":
+            return True
+        active = min(self.num_experts, tokens * self.top_k)
+        load = -(-tokens * self.top_k // active)
+        if (active, load) not in self._worth_looking:
+            self._worth_looking[active, load] = self._prefetch_gains(active, load, tokens)
+        return self._worth_looking[active, load]
+
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
         """The transfers to start behind `layer`'s demand loads; call it right after `plan`.
 
@@ -268,6 +285,16 @@ class Planner:
         self._clear_link()
 
     # How it is done.
+
+    def _prefetch_gains(self, active: int, load: int, tokens: int) -> bool:
+        def makespan(resident: int) -> float:
+            return self._forecast.outlook([load] * resident, [load] * (active - resident), tokens).makespan
+
+        most = min(active - 1, max(self.slots) - 1)
+        tried = sorted({most * i // 8 for i in range(9)})
+        slowest = makespan(0)
+        in_time = self._forecast.transfer <= self.system.lookahead * (slowest + self.costs.layer(tokens))
+        return in_time and any(makespan(r + 1) < makespan(r) for r in tried)
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:
         if not 0 <= layer < self.num_layers:

@@ -33,6 +33,9 @@ STAGING = 2
 IN_FLIGHT = 2
 """Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
 WARMUP_CAPACITY = 256
+POLL_WAKES = 8
+"""Results are polled for where a layer takes less than this many wake-ups of a thread; longer waits are better slept
+through, since a polling thread slows the device's on two hyperthreads of one core."""
 TRACE_LOOKAHEAD = 3
 """Distances that a trace records whatever the system looks ahead, so that it can replay every system."""
 
@@ -155,8 +158,10 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     if options.executor == "callback":
         forward: Forward = CallbackForward(**shared, host=host)
     else:
-        inline_s = 4 * warmup.wake_latency(host, config.hidden_size)
-        forward = OverlappedForward(**shared, host=host, inline_s=inline_s)
+        wake_s = warmup.wake_latency(host, config.hidden_size)
+        polls = threads.available_cores() > 1 and costs.layer(1) < POLL_WAKES * wake_s
+        spin_s = 2 * costs.layer(1) if polls else 0.0
+        forward = OverlappedForward(**shared, host=host, wake_s=wake_s, spin_s=spin_s)
     forward.fill()
     footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
     return Parts(

@@ -6,6 +6,7 @@ statistics. They differ in how a planned layer is computed (`overlapped.py`, `ca
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 
@@ -53,11 +54,11 @@ class StepInput:
         return min(self.capacity, programs.bucket(int(places.max(initial=0)) + 1, SMALLEST_SPAN))
 
 
-class Forward:
+class Forward(abc.ABC):
     """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record."""
 
-    def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
 
 
 class DenseForward(Forward):
@@ -109,16 +110,17 @@ class HybridForward(Forward):
         self._zeros: dict[int, jax.Array] = {}
         self._torn = False
 
+    @abc.abstractmethod
     def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
         """Carries out a plan: -> (device part [N, D], host part [N, D]); may return before the device has finished."""
-        raise NotImplementedError
 
     def begin(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
         """Dispatches what needs no plan (the shared experts) before the routing is read."""
         return None
 
-    def settle(self, lanes: Lanes) -> None:
-        """Called when the next program has been dispatched: the moment to wait for what is being timed."""
+    def read(self, result: jax.Array, lanes: Lanes | None) -> np.ndarray:
+        """Waits for the next program's result, already dispatched; `lanes` are those of the layer before it, if any."""
+        return np.asarray(result)
 
     def zeros(self, rows: int) -> jax.Array:
         if rows not in self._zeros:
@@ -152,6 +154,7 @@ class HybridForward(Forward):
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
         span = step.span
+        distance = self.lookahead if self.trace is not None or self.planner.worth_looking(len(valid)) else 0
         positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
@@ -163,15 +166,13 @@ class HybridForward(Forward):
                 h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], positions, span)
                 acc = host = nothing
                 continue
-            routers = model.lookahead_routers(layer.ordinal, self.lookahead)
+            routers = model.lookahead_routers(layer.ordinal, distance)
             h, x, caches[index], packed = layer.programs.front(
                 layer.params, routers, h, acc, host, caches[index], positions, span
             )
             early = self.begin(layer, x)
-            if lanes is not None:
-                self.settle(lanes)
             routing = read_routing(
-                np.asarray(packed), model.config.num_experts_per_tok, model.config.num_experts, valid
+                self.read(packed, lanes), model.config.num_experts_per_tok, model.config.num_experts, valid
             )
             moved = self.land()
             plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
@@ -202,9 +203,7 @@ class HybridForward(Forward):
             logits = programs.last_logits(model.norm, model.head, h, acc, host, step.last, eps=model.eps)
         else:
             logits = programs.all_logits(model.norm, model.head, h, acc, host, eps=model.eps)
-        if lanes is not None:
-            self.settle(lanes)
-        logits = np.array(logits, copy=True)
+        logits = np.array(self.read(logits, lanes), copy=True)
         self.planner.finish_step()
         record.seconds, record.compile_s = now() - start, compile_clock().seconds - compiled
         return logits, caches, record
@@ -234,7 +233,7 @@ class HybridForward(Forward):
 
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not self.planner.system.lookahead:
+        if not routing.ahead:
             return
         predictions = routing.predictions(self.model.config.num_experts_per_tok)
         for wanted in self.planner.plan_prefetch(ordinal, predictions):
