@@ -1,7 +1,7 @@
 """`bench engine`: our engine against transformers on the same weights, interleaved, medians and ratios.
 
-Every contender sits in a process of its own and is asked in turns, so that a disturbance of the machine hits all of them
-alike; only one computes at a time. Prefill is the time to the first token, decode the time between tokens after a prompt
+Every contender sits in a process of its own and is asked in turns that rotate, so that a disturbance of the machine hits
+all of them alike; only one computes at a time. Prefill is the time to the first token, decode the time between tokens after a prompt
 of 128. Times are wall-clock and without compilation (a first round is thrown away).
 """
 
@@ -26,6 +26,8 @@ SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 PREFILLS = (128, 512)
 DECODE_PROMPT = 128
+SETTLE_S = 0.5
+"""Pause before each contender: the OpenMP threads of the one before go on spinning for some 0.2 s after their work."""
 
 
 @dataclasses.dataclass
@@ -98,17 +100,19 @@ def measure(hf_folder: Path | None, checkpoint: Path, options: Options, note: Ca
     for turn in range(options.rounds + 1):
         note(f"round {turn} of {options.rounds}" if turn else "warming up")
         bandwidth.append(read_bandwidth())
-        for contender in contenders:
-            for name in contender.about["names"]:
-                for size in PREFILLS:
-                    seconds = contender.ask("prefill", name=name, tokens=size)["seconds"]
-                    if turn:
-                        times.setdefault((name, f"prefill {size}"), []).append(seconds)
-                answer = contender.ask("decode", name=name, tokens=DECODE_PROMPT, new=options.new)
+        turns = [(contender, name) for contender in contenders for name in contender.about["names"]]
+        shift = turn % len(turns)
+        for contender, name in turns[shift:] + turns[:shift]:
+            time.sleep(SETTLE_S)
+            for size in PREFILLS:
+                seconds = contender.ask("prefill", name=name, tokens=size)["seconds"]
                 if turn:
-                    times.setdefault((name, "decode"), []).append(answer["seconds"])
-                tokens[name] = answer.pop("token_ids")
-                details[name] = answer
+                    times.setdefault((name, f"prefill {size}"), []).append(seconds)
+            answer = contender.ask("decode", name=name, tokens=DECODE_PROMPT, new=options.new)
+            if turn:
+                times.setdefault((name, "decode"), []).append(answer["seconds"])
+            tokens[name] = answer.pop("token_ids")
+            details[name] = answer
     overhead = ours.ask("overhead", name="hybrimoe", tokens=DECODE_PROMPT, new=options.new)
     for contender in contenders:
         contender.close()

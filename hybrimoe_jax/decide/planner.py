@@ -32,6 +32,7 @@ from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 
 _FREE = float("-inf")
+REST_STEPS = 7
 
 
 class Planner:
@@ -111,6 +112,8 @@ class Planner:
         self._forecast = Forecast(self.scheduler, costs, **self._flags)
         start_cold = cold and system.cache != "static"
         self._worth_looking: dict[tuple[int, int], bool] = {}
+        self._resting = self._issued_before = 0
+        self._looked = False
         self._initial = [[] if start_cold else policy.initial() for policy in self.policies]
         self._resident: list[set[int]] = [set(experts) for experts in self._initial]
         self._ledger = Ledger(num_layers, self.counters)
@@ -219,6 +222,11 @@ class Planner:
             self._worth_looking[active, load] = self._prefetch_gains(active, load, tokens)
         return self._worth_looking[active, load]
 
+    def rests(self, tokens: int) -> bool:
+        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth
+        its while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
+        return tokens > 1 and self._resting > 0
+
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
         """The transfers to start behind `layer`'s demand loads; call it right after `plan`.
 
@@ -227,6 +235,7 @@ class Planner:
         """
         if not self.system.lookahead or not self._flags["allow_fetch"] or self._planned is None:
             return ()
+        self._looked = True
         lookahead = lookahead[: min(self.system.lookahead, self.num_layers - 1 - layer)]
         lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
         for distance, prediction in enumerate(lookahead, 1):
@@ -273,6 +282,10 @@ class Planner:
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
         self._ledger.finish_step()
+        if self._planned is not None and self._planned[1] > 1:
+            fruitless = self._looked and self.counters.prefetch_issued == self._issued_before
+            self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
+        self._looked, self._issued_before = False, self.counters.prefetch_issued
         for layer in range(self.num_layers):
             self._needed[layer] = set()
             self._predictions[layer].clear()

@@ -233,7 +233,7 @@ class HybridForward(Forward):
 
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not routing.ahead:
+        if not routing.ahead or self.planner.rests(len(routing.valid)):
             return
         predictions = routing.predictions(self.model.config.num_experts_per_tok)
         for wanted in self.planner.plan_prefetch(ordinal, predictions):

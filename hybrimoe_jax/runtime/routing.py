@@ -68,17 +68,18 @@ def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.nda
             ahead,
             valid,
         )
-    flat = ids[valid].ravel()
-    flat_weights = weights[valid].ravel()
-    order = np.argsort(flat, kind="stable")
-    experts, starts = np.unique(flat[order], return_index=True)
-    row_numbers = np.repeat(valid, top_k)[order]
-    sorted_weights = flat_weights[order]
-    ends = np.append(starts[1:], len(order))
-    rows, mixes, loads = {}, {}, {}
-    for expert, begin, end in zip(experts.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        rows[expert] = row_numbers[begin:end]
-        mixes[expert] = sorted_weights[begin:end]
-        loads[expert] = end - begin
-    mean = scores[valid].mean(axis=0) if len(valid) else np.zeros(num_experts, np.float32)
+    whole = len(valid) == len(packed)
+    flat = (ids if whole else ids[valid]).ravel()
+    order = np.argsort(flat.astype(np.int16), kind="stable")  # radix sort
+    row_numbers = valid[order // top_k]
+    sorted_weights = (weights if whole else weights[valid]).ravel()[order]
+    counts = np.bincount(flat, minlength=num_experts)
+    rows, mixes, loads, begin = {}, {}, {}, 0
+    for expert, load in enumerate(counts.tolist()):
+        if load:
+            rows[expert] = row_numbers[begin : begin + load]
+            mixes[expert] = sorted_weights[begin : begin + load]
+            loads[expert] = load
+            begin += load
+    mean = scores.mean(axis=0) if whole else scores[valid].sum(axis=0) / max(1, len(valid))
     return HostRouting(loads, rows, mixes, mean, ids, weights, scores, ahead, valid)

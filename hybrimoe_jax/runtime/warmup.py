@@ -25,7 +25,8 @@ from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
 
 REPEATS = 7
-ROTATION = 8
+ROTATION_BYTES = 64 << 20
+"""Weights that the timed experts rotate over, so that they come from memory as they will in a run."""
 CPU_LOADS = (1, 2, 4, 16, 64)
 DEVICE_LOADS = (1, 16, 64)
 FRONT_TOKENS = (1, 16)
@@ -38,10 +39,11 @@ def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, 
     """
     config = model.config
     every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
-    experts = list(itertools.islice(every, ROTATION))
+    count = max(4, ROTATION_BYTES // pool.expert_bytes)
+    experts = list(itertools.islice(every, count))
     samples = Samples(expert_bytes=pool.expert_bytes)
     _host_samples(samples, host, experts, config.hidden_size)
-    _device_samples(samples, model, pool, host.clock, capacity)
+    _device_samples(samples, model, pool.some(count), host.clock, capacity)
     _transfer_samples(samples, pool, link, host, experts, weights)
     return fit_costs(samples, source="warm-up on this machine")
 
@@ -57,12 +59,14 @@ def _timed(clock: WallClock, run) -> float:
 
 
 def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1):
-    """A call that runs `count` experts, each the next of the rotation, at one load."""
-    x = np.random.default_rng(0).standard_normal((load, width), np.float32)
-    rows, mix = np.arange(load), np.ones(load, np.float32)
+    """A call that runs `count` experts, each the next of the rotation, at one load (every other token of x if several)."""
+    tokens = 1 if load == 1 else 2 * load
+    x = np.random.default_rng(0).standard_normal((tokens, width), np.float32)
+    rows, mix = np.arange(0, tokens, 2), np.ones(load, np.float32)
 
     def run():
-        for layer, expert in itertools.islice(rotation, count):
+        picks = list(itertools.islice(rotation, count))
+        for layer, expert in picks:
             host.submit(HostWork(layer, [expert], x, [rows], [mix]), inline=True).result()
 
     return run
@@ -77,8 +81,8 @@ def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> 
         samples.cpu.append((load, min(alone, (several - alone) / 3) if several > alone else several / 4))
 
 
-def _device_samples(samples: Samples, model: DeviceModel, pool: SlotPool, clock: WallClock, capacity: int) -> None:
-    rotation = itertools.cycle(pool.some(ROTATION))
+def _device_samples(samples: Samples, model: DeviceModel, slots: list, clock: WallClock, capacity: int) -> None:
+    rotation = itertools.cycle(slots)
     layer = model.moe_layers[0]
     for load in DEVICE_LOADS:
         x = jnp.ones((load, model.config.hidden_size), jnp.float32)
