@@ -1,0 +1,91 @@
+"""Host and device experts really run side by side: with both slowed to 50 ms, a layer takes far less than their sum."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from hybrimoe_jax.runtime import host, programs
+
+SLOWED = 0.050
+LIMIT = 0.075
+
+
+def device_delay(seconds: float):
+    """A jitted function (array) -> the same array after a loop that takes about `seconds` where nothing disturbs it."""
+
+    @jax.jit
+    def spin(x, steps):
+        def body(carry):
+            i, total = carry
+            return i + 1, total * 0.999 + jnp.sum(jnp.sin(x[:1, :8] + total))
+
+        _, total = jax.lax.while_loop(lambda carry: carry[0] < steps, body, (0, jnp.float32(0)))
+        return x + 0 * total
+
+    x = jnp.ones((1, 32), jnp.float32)
+
+    def fastest(steps: int) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            jax.block_until_ready(spin(x, steps))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    steps = 1000
+    while (took := fastest(steps)) < seconds / 4:
+        steps *= 2
+    steps = int(steps * seconds / took)
+    return lambda array: spin(array, steps)
+
+
+@pytest.fixture
+def slowed_engine(monkeypatch):
+    """One MoE layer, so that a decode step is one MoE block; half its experts resident, the others the CPU's."""
+    monkeypatch.setitem(tiny.CONFIGS, "one_layer", {**tiny.CONFIGS["qwen2_moe"], "num_hidden_layers": 1})
+    costs = tiny.costs(tiny.weights("one_layer")[0], cpu=1000)  # worth a worker thread, as 50 ms are
+    engine = tiny.engine("one_layer", system="ktransformers", cache_ratio=0.5, profile=costs)
+    prompts = tiny.prompts(engine.config, (9, 9))
+    engine.generate(prompts, max_new_tokens=24)  # compiled beforehand
+    run_experts, dense_rows, delay = host.run_experts, programs.dense_rows, device_delay(SLOWED)
+
+    def slow_host(*args):
+        time.sleep(SLOWED)
+        return run_experts(*args)
+
+    def slow_device(acc, x, *rest):
+        return dense_rows(acc, delay(x), *rest)
+
+    monkeypatch.setattr(host, "run_experts", slow_host)
+    monkeypatch.setattr(programs, "dense_rows", slow_device)
+    engine.generate(prompts, max_new_tokens=2)  # compiles the delay for this batch
+    yield engine, prompts
+    engine.close()
+
+
+def both_lanes(engine, prompts) -> list:
+    """Decode steps in which host and device had experts, the slowdown of each seen in its lane."""
+    steps = engine.generate(prompts, max_new_tokens=24).stats.steps[1:]
+    both = [step for step in steps if step.layers[0].cpu and 1 <= len(step.layers[0].device) <= 4]
+    assert len(both) >= 8, "too few steps use both lanes to tell"
+    for step in both:
+        assert step.layers[0].lanes.cpu >= SLOWED
+        assert step.layers[0].lanes.device >= 0.8 * SLOWED
+    return both
+
+
+def test_a_step_takes_as_long_as_the_slower_lane(slowed_engine):
+    # The best step counts: whatever else runs on the machine lengthens steps, and nothing shortens one.
+    assert min(step.seconds for step in both_lanes(*slowed_engine)) < LIMIT
+
+
+def test_without_overlap_the_same_step_takes_the_sum(slowed_engine, monkeypatch):
+    """So that the test above is about something: waiting for the device at dispatch makes every step miss the limit."""
+    dispatch = programs.dense_rows
+    monkeypatch.setattr(programs, "dense_rows", lambda *args: jax.block_until_ready(dispatch(*args)))
+    assert min(step.seconds for step in both_lanes(*slowed_engine)) > LIMIT
