@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -19,8 +20,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or above")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a finite number above")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
@@ -45,13 +46,15 @@ class Sampler:
 
 def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
     """float64 probabilities [V] after temperature, then top-k, then top-p (the token that crosses p is kept)."""
-    scaled = logits.astype(np.float64) / options.temperature
+    scaled = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the best token only
+        scaled = (scaled - scaled.max()) / options.temperature
     if options.top_k and options.top_k < scaled.size:
         kept = np.argsort(-scaled, kind="stable")[: options.top_k]
         masked = np.full_like(scaled, -np.inf)
         masked[kept] = scaled[kept]
         scaled = masked
-    probabilities = np.exp(scaled - scaled.max())
+    probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if options.top_p < 1:
         order = np.argsort(-probabilities, kind="stable")

@@ -1,0 +1,79 @@
+"""Importing the package, or its decisions, starts no jax; the public names are there all the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hybrimoe_jax
+
+QUIET = (
+    "hybrimoe_jax",
+    "hybrimoe_jax.decide",
+    "hybrimoe_jax.config",
+    "hybrimoe_jax.record.stats",
+    "hybrimoe_jax.record.trace",
+    "hybrimoe_jax.record.timeline",
+    "hybrimoe_jax.runtime.threads",
+    "hybrimoe_jax.runtime.sampling",
+    "hybrimoe_jax.runtime.routing",
+    "hybrimoe_jax.runtime.budget",
+    "hybrimoe_jax.host_kernels",
+    "hybrimoe_jax.loading",
+    "hybrimoe_jax.streaming",
+    "hybrimoe_jax.generate",
+)
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after `statement`."""
+    program = (
+        f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", QUIET)
+def test_importing_it_imports_no_jax(module):
+    assert not loaded_after(f"import {module}") & {"jax", "jaxlib", "flax", "torch"}
+
+
+def test_configuring_and_deciding_need_no_jax():
+    program = """
+from hybrimoe_jax import EngineConfig, UserError
+from hybrimoe_jax.decide.systems import SYSTEMS
+EngineConfig(cache_ratio=0.5)
+try:
+    EngineConfig(executor="nonsense")
+except UserError:
+    pass
+for system in SYSTEMS.values():
+    system.slots_per_layer(0.25, 6, 32)
+"""
+    assert "jax" not in loaded_after(program)
+
+
+def test_every_public_name_resolves_and_is_listed():
+    listed = dir(hybrimoe_jax)
+    for name in hybrimoe_jax.__all__:
+        assert getattr(hybrimoe_jax, name) is getattr(hybrimoe_jax, name) is not None
+        assert name in listed
+    assert {"load", "stream_generate", "EngineConfig", "UserError"} <= set(hybrimoe_jax.__all__)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        hybrimoe_jax.nonsense  # noqa: B018
+    with pytest.raises(ImportError):
+        from hybrimoe_jax import nonsense  # noqa: F401
+
+
+def test_star_import_brings_the_public_names():
+    names: dict = {}
+    exec("from hybrimoe_jax import *", names)
+    assert set(hybrimoe_jax.__all__) <= set(names)
