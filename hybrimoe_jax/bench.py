@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from hybrimoe_jax.cli import run
+from hybrimoe_jax.cli import Parser, run
 from hybrimoe_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(prog="python -m hybrimoe_jax.bench", description=__doc__.splitlines()[0])
+    top = Parser(prog="python -m hybrimoe_jax.bench", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     engine = commands.add_parser("engine", help="the engine against transformers on the same weights, in turns")
     engine.add_argument(

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input (argparse's own code too), 130 interrupted, 141 
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = fail(f"{error.filename}: {error.strerror}")
     sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line in one line, as any other bad input is refused; argparse alone prints the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{message} (see {self.prog} --help)"))
 
 
 def fail(message: str) -> int:

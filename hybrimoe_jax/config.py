@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
 
 EXECUTORS = ("overlapped", "callback", "dense")
@@ -59,6 +60,10 @@ class EngineConfig:
         _one_of("host_kernel", self.host_kernel, KERNELS)
         if self.prefetch is not None:
             _one_of("prefetch", self.prefetch, ("impact", "next-layer", "none"))
+        # unknown parts of a system are refused here too, before anything is loaded
+        get_system(self.system).override(
+            cache=self.cache, scheduler=self.scheduler, prefetch=self.prefetch, lookahead=self.lookahead
+        )
         if self.cache_ratio is not None and self.vram_budget is not None:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:

@@ -8,7 +8,6 @@ With `--export-hf` the direction is reversed: a converted checkpoint becomes a H
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -249,7 +248,7 @@ def return_freed_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("src", metavar="SRC", help="Hugging Face folder (with --export-hf: a converted checkpoint)")
     parser.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     parser.add_argument(

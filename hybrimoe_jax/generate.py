@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 
-from hybrimoe_jax.cli import run
+from hybrimoe_jax.cli import Parser, run
 from hybrimoe_jax.config import EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 
@@ -42,7 +43,7 @@ ENGINE_FLAGS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m hybrimoe_jax.generate", description="Generate text with experts split between CPU and device."
     )
     top.add_argument(
@@ -74,8 +75,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**chosen, seed=args.seed)
 
 
-def prompt_ids(args: argparse.Namespace, engine) -> list[int]:
-    """The prompt as token ids, through the chat template where the checkpoint has one."""
+def read_prompt(args: argparse.Namespace) -> str | list[int]:
+    """The prompt as it was given, text or token ids; what is wrong with it is said before a model is loaded."""
     if args.prompt_ids is not None:
         try:
             return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
@@ -86,7 +87,11 @@ def prompt_ids(args: argparse.Namespace, engine) -> list[int]:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or text on standard input with --prompt -")
-    tokenizer = engine.tokenizer
+    return text
+
+
+def prompt_ids(text: str, args: argparse.Namespace, tokenizer) -> list[int]:
+    """A text prompt as token ids, through the chat template where the checkpoint has one."""
     if tokenizer is None:
         raise UserError("this checkpoint has no tokenizer.json: give the prompt as --prompt-ids")
     if tokenizer.has_chat_template and not args.ignore_chat_template:
@@ -128,12 +133,14 @@ def main(argv: list[str] | None = None) -> int:
         if not Path(options.profile).exists():
             saves_profile = options.profile
             options = dataclasses.replace(options, profile=None)
+    prompt = read_prompt(args)
+    check_folders(args)
     from hybrimoe_jax.loading import load
 
     engine = load(args.model, options)
     if saves_profile:
         engine.save_profile(saves_profile)
-    ids = prompt_ids(args, engine)
+    ids = prompt_ids(prompt, args, engine.tokenizer) if isinstance(prompt, str) else prompt
     trace, timeline = recorders(args, engine)
     engine.record(trace, timeline)
 
@@ -172,6 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print("\n" + stats_text(engine.stats), file=sys.stderr)
     return 130 if interrupted else 0
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Files that are written at the end must have a place to go: better said now than after the run."""
+    for flag in ("trace", "timeline", "profile"):
+        path = getattr(args, flag)
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
 
 
 def recorders(args: argparse.Namespace, engine):

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax.cli import Parser
 from hybrimoe_jax.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hybrimoe_jax.train", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m hybrimoe_jax.train", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, default=Path("train-run"), metavar="DIR", help="folder of the run (default: train-run)")
     add(

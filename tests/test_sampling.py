@@ -92,6 +92,7 @@ def test_a_sequences_stream_is_its_own():
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"seed": -1},
         {"top_k": -1},
         {"top_p": 0},
         {"top_p": 1.01},

@@ -22,6 +22,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a finite number above")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} must be at least 0")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
