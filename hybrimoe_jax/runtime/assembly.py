@@ -24,7 +24,7 @@ from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.executors import DenseForward, Forward, HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor
-from hybrimoe_jax.runtime.overlapped import OverlappedForward
+from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
 
@@ -128,7 +128,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     threads.limit_blas(1)
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
-    costs = _costs(options, model, pool, link, host, store)
+    wake_s = warmup.wake_latency(host, config.hidden_size)
+    costs = _costs(options, model, pool, link, host, store, INLINE_WAKES * wake_s)
     planner = Planner(
         system,
         num_layers=num_layers,
@@ -158,7 +159,6 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     if options.executor == "callback":
         forward: Forward = CallbackForward(**shared, host=host)
     else:
-        wake_s = warmup.wake_latency(host, config.hidden_size)
         polls = threads.available_cores() > 1 and costs.layer(1) < POLL_WAKES * wake_s
         spin_s = 2 * costs.layer(1) if polls else 0.0
         forward = OverlappedForward(**shared, host=host, wake_s=wake_s, spin_s=spin_s)
@@ -178,7 +178,7 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> lis
     return system.slots_per_layer(ratio, num_layers, num_experts)
 
 
-def _costs(options, model, pool, link, host, store) -> CostModel:
+def _costs(options, model, pool, link, host, store, inline_s: float) -> CostModel:
     if options.profile is not None:
         costs = options.profile if isinstance(options.profile, CostModel) else CostModel.load(options.profile)
         if costs.expert_bytes != pool.expert_bytes:
@@ -187,7 +187,7 @@ def _costs(options, model, pool, link, host, store) -> CostModel:
                 f"{pool.expert_bytes}; measure it again with this model"
             )
         return costs
-    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY)
+    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s)
 
 
 def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:

@@ -27,15 +27,20 @@ from hybrimoe_jax.runtime.transfer import Link
 REPEATS = 7
 ROTATION_BYTES = 64 << 20
 """Weights that the timed experts rotate over, so that they come from memory as they will in a run."""
-CPU_LOADS = (1, 2, 4, 16, 64)
+CPU_LOADS = (1, 16, 64)
 DEVICE_LOADS = (1, 16, 64)
 FRONT_TOKENS = (1, 16)
 
 
-def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights, capacity: int) -> CostModel:
+def measure(
+    model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights, capacity: int, inline_s: float
+) -> CostModel:
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
-    Args: weights: (MoE layer ordinal, expert) -> ExpertWeights. capacity: of the KV cache used for the front's timing.
+    Args:
+      weights: (MoE layer ordinal, expert) -> ExpertWeights.
+      capacity: of the KV cache used for the front's timing.
+      inline_s: host experts shorter than this are run by the thread that dispatches the device's.
     """
     config = model.config
     every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
@@ -43,7 +48,8 @@ def measure(model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, 
     experts = list(itertools.islice(every, count))
     samples = Samples(expert_bytes=pool.expert_bytes)
     _host_samples(samples, host, experts, config.hidden_size)
-    _device_samples(samples, model, pool.some(count), host.clock, capacity)
+    inline = statistics.median(seconds for load, seconds in samples.cpu if load == 1) < inline_s
+    _device_samples(samples, model, pool.some(count), host.clock, capacity, inline)
     _transfer_samples(samples, pool, link, host, experts, weights)
     return fit_costs(samples, source="warm-up on this machine")
 
@@ -59,15 +65,16 @@ def _timed(clock: WallClock, run) -> float:
 
 
 def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1):
-    """A call that runs `count` experts, each the next of the rotation, at one load (every other token of x if several)."""
+    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if several)."""
     tokens = 1 if load == 1 else 2 * load
     x = np.random.default_rng(0).standard_normal((tokens, width), np.float32)
     rows, mix = np.arange(0, tokens, 2), np.ones(load, np.float32)
 
     def run():
         picks = list(itertools.islice(rotation, count))
-        for layer, expert in picks:
-            host.submit(HostWork(layer, [expert], x, [rows], [mix]), inline=True).result()
+        layer = picks[0][0]
+        chosen = [expert for at, expert in picks if at == layer]
+        host.submit(HostWork(layer, chosen, x, [rows] * len(chosen), [mix] * len(chosen)), inline=True).result()
 
     return run
 
@@ -81,7 +88,11 @@ def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> 
         samples.cpu.append((load, min(alone, (several - alone) / 3) if several > alone else several / 4))
 
 
-def _device_samples(samples: Samples, model: DeviceModel, slots: list, clock: WallClock, capacity: int) -> None:
+def _device_samples(
+    samples: Samples, model: DeviceModel, slots: list, clock: WallClock, capacity: int, inline: bool
+) -> None:
+    """Where host experts run `inline`, a device expert also holds up the host for as long as its dispatch takes; that is
+    added to its cost, since a lane of its own cannot show it."""
     rotation = itertools.cycle(slots)
     layer = model.moe_layers[0]
     for load in DEVICE_LOADS:
@@ -94,11 +105,24 @@ def _device_samples(samples: Samples, model: DeviceModel, slots: list, clock: Wa
         def shared(x=x):
             jax.block_until_ready(layer.programs.shared(layer.params, x))
 
-        samples.device.append((load, _timed(clock, expert)))
+        samples.device.append(
+            (load, _timed(clock, expert) + (_dispatch(clock, x, slots[0], rows, mix) if inline else 0))
+        )
         if layer.programs.shared is not None:
             samples.shared.append((load, _timed(clock, shared)))
         if load in FRONT_TOKENS:
             samples.layer.append((load, _timed(clock, _front_run(model, layer, x, capacity))))
+
+
+def _dispatch(clock: WallClock, x: jax.Array, slot, rows, mix) -> float:
+    """Seconds until the call returns, with the device's work still to be done."""
+    times = []
+    for _ in range(REPEATS):
+        start = clock.now()
+        result = programs.add_device_experts(x, x, [(0, slot)], rows, mix)
+        times.append(clock.now() - start)
+        jax.block_until_ready(result)
+    return statistics.median(times)
 
 
 def _front_run(model: DeviceModel, layer, x: jax.Array, capacity: int):
