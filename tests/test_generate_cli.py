@@ -1,0 +1,247 @@
+"""`python -m hybrimoe_jax.generate` as a user runs it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny_checkpoint
+
+from hybrimoe_jax.record.trace import load_trace
+
+PROMPT = "héllo the and"
+KEYS = {
+    *("token_ids", "ttft_s", "tbt_ms", "compile_s", "hit_rate", "misses", "bytes_h2d", "prefetch", "lanes", "system"),
+    *("executor", "cache_ratio", "clock", "peak_device_bytes"),
+}
+TOKENS = 24
+# As a user's shell has it: the tests' own division of the cores is not inherited.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("NPROC", "PYTHONPATH")}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint.converted(tmp_path_factory.mktemp("model"), eos_token_id=263)
+
+
+@pytest.fixture(scope="module")
+def decode():
+    backend = tiny_checkpoint.tokenizer()
+    return lambda ids: backend.decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """Measured and written by the first run, read by the others."""
+    return tmp_path_factory.mktemp("profile") / "machine.json"
+
+
+@pytest.fixture(scope="module")
+def command(checkpoint, profile):
+    """Runs the command on the checkpoint -> the finished process, outputs as bytes."""
+
+    def run(*flags, model=checkpoint, stdin=b""):
+        base = ["--model", str(model), "--host-kernel", "reference", "--profile", str(profile)]
+        return subprocess.run(
+            [sys.executable, "-m", "hybrimoe_jax.generate", *base, *map(str, flags)],
+            input=stdin,
+            capture_output=True,
+            timeout=180,
+            env=ENVIRONMENT,
+        )
+
+    return run
+
+
+def parsed(done) -> tuple[str, dict]:
+    """-> (the text, the statistics) of a run with `--stats json`."""
+    assert done.returncode == 0, done.stderr.decode()
+    text, line = done.stdout.decode().removesuffix("\n").rsplit("\n", 1)
+    return text, json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def first(command, tmp_path_factory):
+    """The run that the others are compared with; it writes the profile, a trace and a timeline."""
+    folder = tmp_path_factory.mktemp("records")
+    files = ("--trace", folder / "trace.npz", "--timeline", folder / "timeline.json")
+    done = command("--prompt", PROMPT, "--max-tokens", TOKENS, "--stats", "json", *files)
+    return *parsed(done), folder
+
+
+def test_the_last_line_holds_the_statistics(first, profile):
+    _, stats, _ = first
+    assert stats.keys() >= KEYS
+    assert len(stats["token_ids"]) == stats["new_tokens"] == TOKENS and stats["finish_reason"] == "length"
+    assert stats["tbt_ms"].keys() >= {"median", "p90"} and 0 < stats["tbt_ms"]["median"] <= stats["tbt_ms"]["p90"]
+    assert stats["prefetch"].keys() >= {"issued", "useful", "late", "wasted"}
+    assert (stats["system"], stats["executor"], stats["clock"]) == ("hybrimoe", "overlapped", "wall")
+    assert stats["cache_ratio"] == 0.25 and stats["prompt_tokens"] > len(PROMPT) / 2
+    assert 0 < stats["ttft_s"] < 60 and stats["compile_s"] > 0 and stats["peak_device_bytes"] > 0
+    assert json.loads(profile.read_text())["expert_bytes"] == stats["costs"]["expert_bytes"]
+
+
+def test_the_text_is_the_decoded_tokens(first, decode):
+    text, stats, _ = first
+    assert text == decode(stats["token_ids"])
+
+
+def test_the_trace_loads_and_agrees_with_the_statistics(first):
+    _, stats, folder = first
+    trace = load_trace(folder / "trace.npz")
+    steps = trace.step.max() + 1
+    assert steps == TOKENS, "one prefill step and a decode step for every token but the first"
+    activated = {(s, layer, e) for s, layer, ids in zip(trace.step, trace.layer, trace.ids, strict=True) for e in ids}
+    assert len(activated) == stats["hits"] + stats["misses"]
+    assert (trace.facts.layers, trace.facts.experts, trace.facts.top_k) == (3, 8, 2)
+
+
+def test_the_timeline_is_trace_event_json_with_an_event_for_every_expert(first):
+    _, stats, folder = first
+    events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
+    lanes = {}
+    for event in events:
+        if event["ph"] == "X":
+            assert event["dur"] >= 0 and event["ts"] >= 0
+            lanes.setdefault(event["cat"], []).append(event["name"])
+    assert len(lanes.get("cpu", [])) == stats["cpu_experts"]
+    assert sum(name.startswith("expert") for name in lanes["device"]) == stats["device_experts"]
+    fetches = sum(name.startswith("fetch") for name in lanes.get("link", []))
+    assert fetches == stats["demand_fetches"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--executor", "callback"),
+        ("--executor", "dense"),
+        ("--system", "on-demand", "--cache-ratio", "0.5", "--debug"),
+        ("--vram-budget", "24MiB", "--cache", "lru", "--scheduler", "released", "--lazy", "--verify", "--threads", "1"),
+    ],
+    ids=lambda flags: " ".join(flags[:2]),
+)
+def test_every_executor_and_placement_gives_the_same_tokens(flags, command, first):
+    text, stats = parsed(command("--prompt", PROMPT, "--max-tokens", TOKENS, "--stats", "json", *flags))
+    assert stats["token_ids"] == first[1]["token_ids"] and text == first[0]
+    assert stats.keys() >= KEYS
+    if "--threads" in flags:
+        assert stats["cores"]["total"] == 1 and stats["peak_device_bytes"] <= 24 * 2**20
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(command, first):
+    done = command("--prompt", "-", "--max-tokens", TOKENS, stdin=PROMPT.encode())
+    assert done.returncode == 0 and done.stdout.decode() == first[0] + "\n"
+    stderr = done.stderr.decode()
+    assert all(word in stderr for word in ("hit rate", "prefetches", "wall clock", "device memory"))
+
+
+def test_a_stop_string_and_silence(command, first, decode):
+    ids = first[1]["token_ids"]
+    end = next(i for i in range(4, TOKENS) if decode(ids[i : i + 2]).isascii() and decode(ids[i : i + 2]).strip())
+    stop = decode(ids[end : end + 2])
+    done = command("--prompt", PROMPT, "--max-tokens", TOKENS, "--stats", "none", "--stop", "never", "--stop", stop)
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.decode() == first[0][: first[0].index(stop)] + "\n"
+
+
+def test_endings_and_templates_come_from_the_checkpoints_files(command, checkpoint, first, decode, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m.content }}\nA:{% endfor %}")
+    _, chat = parsed(command("--prompt", PROMPT, "--max-tokens", 2, "--stats", "json", model=model))
+    assert chat["prompt_tokens"] == len(tiny_checkpoint.tokenizer().encode(f"Q: {PROMPT}\nA:").ids)
+
+    ids = first[1]["token_ids"]
+    end = next(i for i in range(3, TOKENS) if ids[i] not in ids[:i])
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [262, ids[end]]}))
+    flags = ("--prompt", PROMPT, "--max-tokens", TOKENS, "--stats", "json", "--ignore-chat-template")
+    text, plain = parsed(command(*flags, model=model))
+    assert plain["token_ids"] == ids[: end + 1] and plain["finish_reason"] == "eos"
+    assert text == decode(ids[:end])
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_and_gives_ids(command, checkpoint, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    text, stats = parsed(command("--prompt-ids", "1, 2,3", "--max-tokens", 4, "--stats", "json", model=model))
+    assert text == ",".join(map(str, stats["token_ids"])) and stats["prompt_tokens"] == 3
+    done = command("--prompt", "x", model=model)
+    assert one_line(done) and b"--prompt-ids" in done.stderr
+
+
+def test_ctrl_c_prints_what_there_is(checkpoint, profile, decode, first):
+    """The text so far is already there (it streams), the statistics follow, and the exit code is 130."""
+    # A test runner in the background ignores SIGINT and its children inherit that: the handler is set by hand.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('hybrimoe_jax.generate', run_name='__main__', alter_sys=True)"
+    )
+    flags = ["--model", str(checkpoint), "--host-kernel", "reference", "--profile", str(profile)]
+    flags += ["--prompt", PROMPT, "--max-tokens", "4000", "--stats", "json"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as process:
+        shown = process.stdout.read(20)
+        assert process.poll() is None and len(shown) == 20, "text must come while the program runs"
+        process.send_signal(signal.SIGINT)
+        rest, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in stderr
+    text, line = (shown + rest).decode().removesuffix("\n").rsplit("\n", 1)
+    stats = json.loads(line)
+    assert stats["finish_reason"] == "interrupted" and 0 < len(stats["token_ids"]) < 4000
+    assert stats["token_ids"][:TOKENS] == first[1]["token_ids"][: len(stats["token_ids"])]
+    assert decode(stats["token_ids"]).startswith(text.rstrip("\ufffd")) and text
+
+
+def one_line(done) -> bool:
+    """Refused as every bad input is: exit code 2, one line on stderr, nothing on stdout."""
+    return done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--prompt", "x", "--system", "nope"), "'nope' is unknown"),
+        (("--prompt", "x", "--cache", "nope"), "'nope' is unknown"),
+        (("--prompt", "x", "--scheduler", "nope"), "'nope' is unknown"),
+        (("--prompt", "x", "--executor", "nope"), "'nope'"),
+        (("--prompt", "x", "--cache-ratio", "1.5"), "1.5"),
+        (("--prompt", "x", "--cache-ratio", "0.5", "--vram-budget", "1GiB"), "not both"),
+        (("--prompt", "x", "--vram-budget", "lots"), "'lots'"),
+        (("--prompt", "x", "--vram-budget", "10KiB"), "too small"),
+        (("--prompt", "x", "--max-tokens", "5000"), "max_context"),
+        (("--prompt", "x", "--max-tokens", "0"), "max_new_tokens"),
+        (("--prompt", "x", "--max-context", "100000"), "max_position_embeddings"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--prompt", "x", "--stop", ""), "stop string"),
+        (("--prompt", "x", "--trace", "/nowhere/trace.npz"), "/nowhere"),
+        (("--prompt", ""), "empty"),
+        (("--prompt", "-"), "empty"),
+        (("--prompt-ids", "1,x"), "'1,x'"),
+        (("--prompt-ids", ","), "empty"),
+        (("--prompt-ids", "1,264"), "264"),
+        (("--prompt", "x", "--prompt-ids", "1"), "--prompt"),
+        ((), "--prompt"),
+        (("--prompt", "x", "--nonsense"), "--nonsense"),
+        (("--prompt", "x", "--executor", "dense", "--trace", "trace.npz"), "dense"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line(flags, named, command, first):
+    done = command(*flags)
+    assert one_line(done), (done.returncode, done.stdout, done.stderr)
+    assert named in done.stderr.decode()
+
+
+def test_a_wrong_folder_is_one_line(command, tmp_path):
+    missing = command("--prompt", "x", model=tmp_path / "missing")
+    assert one_line(missing) and b"no such folder" in missing.stderr
+    unconverted = command("--prompt", "x", model=tiny_checkpoint.write_hf(tmp_path / "hf"))
+    assert one_line(unconverted) and b"hybrimoe_jax.convert" in unconverted.stderr
