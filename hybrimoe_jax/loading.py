@@ -21,6 +21,7 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     """
     options = options or EngineConfig()
     threads.divide(options.threads, options.executor)
+    threads.settle_dispatch(options.executor)
     import jax
 
     from hybrimoe_jax.runtime.engine import Engine

@@ -101,7 +101,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
     system = get_system(options.system)
     cores = threads.divide(options.threads, options.executor)
-    _synchronous_callbacks(options)
+    threads.settle_dispatch(options.executor)
     device, clock = jax.devices()[0], WallClock()
     model = DeviceModel(config, dense, device)
     if options.executor == "dense":
@@ -129,7 +129,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
-    costs = _costs(options, model, pool, link, host, store, INLINE_WAKES * wake_s)
+    costs = _costs(options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead)
     planner = Planner(
         system,
         num_layers=num_layers,
@@ -178,7 +178,7 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> lis
     return system.slots_per_layer(ratio, num_layers, num_experts)
 
 
-def _costs(options, model, pool, link, host, store, inline_s: float) -> CostModel:
+def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: int) -> CostModel:
     if options.profile is not None:
         costs = options.profile if isinstance(options.profile, CostModel) else CostModel.load(options.profile)
         if costs.expert_bytes != pool.expert_bytes:
@@ -187,7 +187,7 @@ def _costs(options, model, pool, link, host, store, inline_s: float) -> CostMode
                 f"{pool.expert_bytes}; measure it again with this model"
             )
         return costs
-    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s)
+    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s, lookahead)
 
 
 def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:
@@ -212,15 +212,3 @@ def _dense_parts(config, model, store, options, system, device, cores, max_conte
     footprint = budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held)
     slots = [config.num_experts] * len(model.moe_layers)
     return Parts(options, system, device, model, forward, footprint, cores, 0, slots)
-
-
-def _synchronous_callbacks(options: EngineConfig) -> None:
-    """On the CPU backend a callback can hang under asynchronous dispatch; the switch acts only before jax starts."""
-    if options.executor != "callback":
-        return
-    if not threads.jax_started():
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    elif threads.available_cores() == 1 and jax.config.jax_cpu_enable_async_dispatch:
-        raise UserError(
-            "executor callback can hang on one core once jax runs asynchronously; start it in a fresh process"
-        )

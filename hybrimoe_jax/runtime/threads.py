@@ -2,7 +2,7 @@
 
 XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. On two cores one for each
 side hides host experts behind device work at decode, where two pools of two fight (measured; see docs/log.md).
-This module imports no jax.
+Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import dataclasses
 import os
 import sys
 import warnings
+
+from hybrimoe_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,23 @@ def divide(threads: int | None, executor: str) -> CoreSplit:
             stacklevel=3,
         )
     return CoreSplit(total, device, host, matches)
+
+
+def settle_dispatch(executor: str) -> None:
+    """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous dispatch.
+
+    Raises UserError where jax has started asynchronously on one core, the case that was seen to hang.
+    """
+    if executor != "callback":
+        return
+    import jax
+
+    if not jax_started():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    elif available_cores() == 1 and jax.config.read("jax_cpu_enable_async_dispatch"):
+        raise UserError(
+            "executor callback can hang on one core once jax runs asynchronously; start it in a fresh process"
+        )
 
 
 def limit_blas(threads: int) -> None:
