@@ -41,6 +41,8 @@ class CostModel:
 
     `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for the device, the shared
     experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
+    `fetch_host` is how long issuing a demand load keeps the CPU lane from computing (0 where other threads compute), and `look` what
+    predicting the coming layers costs in each layer.
     """
 
     cpu_expert: float
@@ -57,6 +59,8 @@ class CostModel:
     bandwidth_cpu_busy: float
     expert_bytes: int
     source: str = "unstated"
+    fetch_host: float = 0.0
+    look: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -161,7 +165,7 @@ class Samples:
     """What a warm-up measured: (load, seconds) points per kind of work, and (bytes, seconds) for transfers.
 
     `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens in the step.
-    `transfer_cpu_busy` are transfers beside a computing CPU. Points may repeat: the median of each load is what is fitted.
+    `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host` and `look` are seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
     """
 
     expert_bytes: int
@@ -172,6 +176,8 @@ class Samples:
     layer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     transfer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     transfer_cpu_busy: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    fetch_host: float = 0.0
+    look: float = 0.0
 
 
 def fit(samples: Samples, source: str = "warm-up") -> CostModel:
@@ -209,6 +215,8 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
         bandwidth_cpu_busy=1.0 / max([per_byte, *([statistics.median(slopes)] if slopes else [])]),
         expert_bytes=samples.expert_bytes,
         source=source,
+        fetch_host=samples.fetch_host,
+        look=samples.look,
     )
 
 

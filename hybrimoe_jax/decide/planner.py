@@ -166,7 +166,7 @@ class Planner:
                 scores,
                 in_flight,
                 link_busy if link_busy > 0 else 0.0,
-                **self._flags,
+                **self._flags_for(loads),
             )
         )
         device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
@@ -307,7 +307,7 @@ class Planner:
         tried = sorted({most * i // 8 for i in range(9)})
         slowest = makespan(0)
         in_time = self._forecast.transfer <= self.system.lookahead * (slowest + self.costs.layer(tokens))
-        return in_time and any(makespan(r + 1) < makespan(r) for r in tried)
+        return in_time and any(makespan(r) - makespan(r + 1) > self.costs.look for r in tried)
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:
         if not 0 <= layer < self.num_layers:
@@ -320,6 +320,15 @@ class Planner:
             )
         if scores is not None and len(scores) != self.num_experts:
             raise UserError(f"planner: layer {layer} got {len(scores)} scores for {self.num_experts} experts")
+
+    def _flags_for(self, loads: Mapping[int, int]) -> dict[str, bool]:
+        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the expert itself."""
+        costs = self.costs
+        if not costs.fetch_host or not loads or not self.scheduler.uses_cpu or not self._flags["allow_cpu"]:
+            return self._flags
+        if costs.fetch_host < costs.cpu(max(loads.values())):
+            return self._flags
+        return self._flags | {"allow_fetch": False}
 
     def _admit(self, layer: int, expert: int) -> Fetch:
         """Finds a slot for an expert that this step brings in."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.costs import CostModel, Samples
 from hybrimoe_jax.decide.costs import fit as fit_costs
+from hybrimoe_jax.decide.prefetch import predict
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
@@ -33,7 +34,14 @@ FRONT_TOKENS = (1, 16)
 
 
 def measure(
-    model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights, capacity: int, inline_s: float
+    model: DeviceModel,
+    pool: SlotPool,
+    link: Link,
+    host: HostExecutor,
+    weights,
+    capacity: int,
+    inline_s: float,
+    distances: int,
 ) -> CostModel:
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
@@ -41,6 +49,7 @@ def measure(
       weights: (MoE layer ordinal, expert) -> ExpertWeights.
       capacity: of the KV cache used for the front's timing.
       inline_s: host experts shorter than this are run by the thread that dispatches the device's.
+      distances: lookahead depth, whose price is measured too.
     """
     config = model.config
     every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
@@ -51,6 +60,9 @@ def measure(
     inline = statistics.median(seconds for load, seconds in samples.cpu if load == 1) < inline_s
     _device_samples(samples, model, pool.some(count), host.clock, capacity, inline)
     _transfer_samples(samples, pool, link, host, experts, weights)
+    samples.look = distances * _look(model, host.clock)
+    if inline:
+        samples.fetch_host = _issue(host.clock, pool, link, itertools.cycle(experts), weights)
     return fit_costs(samples, source="warm-up on this machine")
 
 
@@ -157,6 +169,31 @@ def _transfer_samples(samples: Samples, pool: SlotPool, link: Link, host: HostEx
 
     with _beside(_host_run(host, itertools.cycle(experts), 1, weights(*experts[0]).width)):
         samples.transfer_cpu_busy.append((pool.expert_bytes, _timed(host.clock, beside_the_host)))
+
+
+def _issue(clock: WallClock, pool: SlotPool, link: Link, rotation, weights) -> float:
+    """Seconds until the calls that start a demand load return."""
+    times = []
+    for layer, expert in itertools.islice(rotation, REPEATS):
+        start = clock.now()
+        slot = pool.stream(link.put(weights(layer, expert)))
+        times.append(clock.now() - start)
+        jax.block_until_ready(slot)
+    return statistics.median(times)
+
+
+def _look(model: DeviceModel, clock: WallClock) -> float:
+    """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the host."""
+    config = model.config
+    norm, gate = model.moe_layers[0].router
+    h = jnp.ones((1, 1, config.hidden_size), jnp.float32)
+    scores = jax.jit(programs.gate_scores, static_argnums=3)
+
+    def run():  # queued, so that dispatch does not count: in a step this is part of another program
+        jax.block_until_ready([scores(h, norm, gate, model.eps) for _ in range(REPEATS)])
+
+    row = np.asarray(scores(h, norm, gate, model.eps))[0]
+    return _timed(clock, run) / REPEATS + _timed(clock, lambda: predict(row, config.num_experts_per_tok))
 
 
 @contextlib.contextmanager
