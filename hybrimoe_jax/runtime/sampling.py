@@ -52,7 +52,7 @@ def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
     with np.errstate(over="ignore"):  # a tiny temperature leaves the best token only
         scaled = (scaled - scaled.max()) / options.temperature
     if options.top_k and options.top_k < scaled.size:
-        kept = np.argsort(-scaled, kind="stable")[: options.top_k]
+        kept = np.argsort(-logits, kind="stable")[: options.top_k]
         masked = np.full_like(scaled, -np.inf)
         masked[kept] = scaled[kept]
         scaled = masked
