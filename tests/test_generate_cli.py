@@ -133,6 +133,15 @@ def test_every_executor_and_placement_gives_the_same_tokens(flags, command, firs
         assert stats["cores"]["total"] == 1 and stats["peak_device_bytes"] <= 24 * 2**20
 
 
+def test_the_callback_executors_timeline_has_its_transfers_and_blocks(command, tmp_path):
+    path = tmp_path / "timeline.json"
+    flags = ("--executor", "callback", "--system", "hybrimoe", "--cache-ratio", "0.5", "--timeline", path)
+    _, stats = parsed(command("--prompt", PROMPT, "--max-tokens", 4, "--stats", "json", *flags))
+    names = [event["name"].split()[0] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert names.count("fetch") == stats["demand_fetches"]
+    assert names.count("moe") == 3 * 4, "one block a layer and step"
+
+
 def test_text_goes_to_stdout_and_statistics_to_stderr(command, first):
     done = command("--prompt", "-", "--max-tokens", TOKENS, stdin=PROMPT.encode())
     assert done.returncode == 0 and done.stdout.decode() == first[0] + "\n"

@@ -68,7 +68,7 @@ class CallbackForward(HybridForward):
         streamed = [f for f in plan.fetch if f.stream]
         for fetch in plan.fetch:
             if not fetch.stream:
-                jax.block_until_ready(self.load(ordinal, fetch))
+                self._fetch(ordinal, fetch)
                 kept.append(fetch.expert)
         for fetch in plan.waits:
             slot = self.wait_for(ordinal, fetch)
@@ -77,8 +77,7 @@ class CallbackForward(HybridForward):
             else:
                 kept.append(fetch.expert)
         for fetch in streamed:
-            slot = self.load(ordinal, fetch)
-            jax.block_until_ready(slot)
+            slot = self._fetch(ordinal, fetch)
             acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
         if self.verify is not None:
             self.verify(ordinal)
@@ -89,8 +88,18 @@ class CallbackForward(HybridForward):
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)
         jax.block_until_ready(acc)
         lanes.device = now() - started
+        if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
+            self.timeline.whole(ordinal, started, now(), device=kept, cpu=plan.cpu)
         self.prefetch(ordinal, routing)
         return acc, self.zeros(x.shape[0])
+
+    def _fetch(self, ordinal, fetch):
+        """A demand load that has landed."""
+        issued = self.clock.now()
+        slot = jax.block_until_ready(self.load(ordinal, fetch))
+        if self.timeline is not None:
+            self.timeline.transfer("fetch", ordinal, fetch.expert, issued, self.clock.now())
+        return slot
 
     def _call(self, layer, acc, x, slots, routing: HostRouting, cpu):
         """One jitted call; the number of slots is padded to a power of two with a repeated slot of weight zero."""

@@ -39,6 +39,10 @@ class EngineTimeline:
         """Notes an expert that ran from `start` to `end`."""
         self._timeline.add(lane, f"expert {layer}.{expert}", start, end, layer=layer, expert=expert, **args)
 
+    def whole(self, layer: int, start: float, end: float, **args) -> None:
+        """Notes a MoE block that ran as one executable."""
+        self._timeline.add("device", f"moe {layer}", start, end, layer=layer, **args)
+
     def transfer(self, kind: str, layer: int, expert: int, issued: float, landed: float) -> None:
         """Notes a transfer whose landing was observed by the link itself."""
         self._timeline.add("link", f"{kind} {layer}.{expert}", issued, landed, layer=layer, expert=expert, kind=kind)
