@@ -39,7 +39,7 @@ PLAIN, PACKED = "plain", "packed"
 
 def available() -> bool:
     """Whether the wheel is installed (it may still fail to load, with a UserError that says why)."""
-    return onednn_api.library_path() is not None
+    return onednn_api.find_dnnl() is not None
 
 
 def bucket_of(load: int) -> int:

@@ -189,7 +189,7 @@ class InnerProduct:
         self.primitive, self.src, self.dst, self.weights, self.scratchpad = primitive, src, dst, weights, scratchpad
 
 
-def library_path() -> str | None:
+def find_dnnl() -> str | None:
     """Where the wheel put `libdnnl.so.3` (outside site-packages, in the environment's lib), or None."""
     try:
         files = importlib.metadata.files(WHEEL) or []
@@ -202,7 +202,7 @@ def library_path() -> str | None:
 @functools.cache
 def api() -> Api:
     """Loads the library once. Raises UserError where the wheel is absent or does not load."""
-    path = library_path()
+    path = find_dnnl()
     if path is None:
         raise UserError(
             f"host kernel 'onednn' needs the {WHEEL} wheel (Linux x86-64), which is not installed: "

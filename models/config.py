@@ -7,6 +7,7 @@ Defaults are those of Hugging Face transformers' class of the family, for a `con
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -59,7 +60,7 @@ SIZES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(abc.ABC):
     """Keys common to the supported families; hashable. Derived values are properties; every family gives `num_experts`,
     `moe_width` (F, an expert's hidden width) and `is_moe(layer)`."""
 
@@ -195,12 +196,14 @@ class ModelConfig:
         eos = self.eos_token_id
         return () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
+    @abc.abstractmethod
     def is_moe(self, layer: int) -> bool:
-        raise NotImplementedError
+        """Whether decoder layer `layer` has routed experts."""
 
     @property
+    @abc.abstractmethod
     def moe_width(self) -> int:
-        raise NotImplementedError
+        """F, an expert's hidden width."""
 
 
 def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
