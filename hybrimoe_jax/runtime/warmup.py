@@ -92,6 +92,11 @@ def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 
 
 
 def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> None:
+    for (
+        layer,
+        expert,
+    ) in experts:  # as they will be after some use; a cost of the first calls would mislead every later plan
+        host.kernel.pack(host.handle(layer, expert))
     rotation = itertools.cycle(experts)
     for load in CPU_LOADS:
         alone = _timed(host.clock, _host_run(host, rotation, load, width))
