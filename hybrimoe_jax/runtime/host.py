@@ -7,13 +7,13 @@ to be worth waking a thread runs inline when the result is asked for. Imports no
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 
 import numpy as np
 
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.workers import Worker
 
 
 @dataclasses.dataclass
@@ -53,9 +53,7 @@ class HostExecutor:
         self.usual_workers = max(1, usual_workers)
         self._weights = weights
         self._handles: dict[tuple[int, int], object] = {}
-        self._queues = [queue.SimpleQueue() for _ in range(max(1, workers))]
-        for index, tasks in enumerate(self._queues):
-            threading.Thread(target=self._serve, args=(tasks,), name=f"host-experts-{index}", daemon=True).start()
+        self._workers = [Worker(self._serve, f"host-experts-{index}") for index in range(max(1, workers))]
 
     def handle(self, layer: int, expert: int):
         key = (layer, expert)
@@ -69,8 +67,8 @@ class HostExecutor:
         if inline:
             return Pending(self, [Part(work, np.zeros_like(work.x))], inline=True)
         parts = [Part(share, np.zeros_like(work.x), done=threading.Event()) for share in self._shares(work, wide)]
-        for part, tasks in zip(parts, self._queues, strict=False):
-            tasks.put(part)
+        for part, worker in zip(parts, self._workers, strict=False):
+            worker.put(part)
         return Pending(self, parts)
 
     def compute(self, part: Part) -> None:
@@ -87,12 +85,12 @@ class HostExecutor:
             part.spans.append((expert, start, now()))
 
     def close(self) -> None:
-        for tasks in self._queues:
-            tasks.put(None)
+        for worker in self._workers:
+            worker.stop()
 
     def _shares(self, work: HostWork, wide: bool) -> list[HostWork]:
         """Longest first onto the least loaded worker."""
-        workers = len(self._queues) if wide else self.usual_workers
+        workers = len(self._workers) if wide else self.usual_workers
         if workers == 1 or len(work.experts) <= 1:
             return [work]
         picks: list[list[int]] = [[] for _ in range(min(workers, len(work.experts)))]
@@ -112,13 +110,12 @@ class HostExecutor:
             for pick in picks
         ]
 
-    def _serve(self, tasks: queue.SimpleQueue) -> None:
-        while (part := tasks.get()) is not None:
-            try:
-                self.compute(part)
-            except BaseException as error:  # handed to the waiting thread, which raises it
-                part.error = error
-            part.done.set()
+    def _serve(self, part: Part) -> None:
+        try:
+            self.compute(part)
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            part.error = error
+        part.done.set()
 
 
 class Pending:

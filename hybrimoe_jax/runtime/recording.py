@@ -8,14 +8,12 @@ looking at, the statistics of a run without one are for quoting.
 
 from __future__ import annotations
 
-import queue
-import threading
-
 import jax
 
 from hybrimoe_jax.decide.costs import BITS_PER_WEIGHT, expert_bytes
 from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
+from hybrimoe_jax.runtime.workers import Worker
 
 
 class EngineTimeline:
@@ -26,14 +24,12 @@ class EngineTimeline:
         self._timeline = Timeline(
             clock=engine.clock.name, system=engine.options.system, executor=engine.options.executor
         )
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._ends: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._serve, name="timeline", daemon=True)
-        self._thread.start()
+        self._worker = Worker(self._serve, "timeline")
 
     def watch(self, lane: str, name: str, issued: float, arrays, **args) -> None:
         """Notes an event that ends when `arrays` are ready."""
-        self._tasks.put((lane, name, issued, arrays, args))
+        self._worker.put((lane, name, issued, arrays, args))
 
     def expert(self, lane: str, layer: int, expert: int, start: float, end: float, **args) -> None:
         """Notes an expert that ran from `start` to `end`."""
@@ -49,26 +45,24 @@ class EngineTimeline:
 
     def finish(self) -> Timeline:
         """Waits until every watched event has ended."""
-        self._tasks.put(None)
-        self._thread.join()
+        self._worker.stop()
         return self._timeline
 
     def write(self, path) -> None:
         """Chrome trace-event JSON, which Perfetto opens."""
         self.finish().write(path)
 
-    def _serve(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            lane, name, issued, arrays, args = task
-            start = max(issued, self._ends.get(lane, issued))
-            for array in jax.tree.leaves(arrays):
-                if not array.is_deleted():
-                    try:
-                        array.block_until_ready()
-                    except RuntimeError:  # donated while we waited: whoever took it over has seen it ready
-                        pass
-            self._ends[lane] = end = max(start, self._clock.now())
-            self._timeline.add(lane, name, start, end, **args)
+    def _serve(self, task) -> None:
+        lane, name, issued, arrays, args = task
+        start = max(issued, self._ends.get(lane, issued))
+        for array in jax.tree.leaves(arrays):
+            if not array.is_deleted():
+                try:
+                    array.block_until_ready()
+                except RuntimeError:  # donated while we waited: whoever took it over has seen it ready
+                    pass
+        self._ends[lane] = end = max(start, self._clock.now())
+        self._timeline.add(lane, name, start, end, **args)
 
 
 class EngineTrace:

@@ -8,7 +8,6 @@ aligned `device_put` would alias the host array; there the staged copy is made e
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
 from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.workers import Worker
 
 
 @dataclasses.dataclass
@@ -42,9 +42,8 @@ class Link:
     def __init__(self, device: jax.Device, clock: WallClock):
         self.device, self.clock = device, clock
         self._copies = device.platform == "cpu"
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._in_flight: dict[tuple[int, int], Transfer] = {}
-        threading.Thread(target=self._serve, name="link", daemon=True).start()
+        self._worker = Worker(self._serve, "link")
 
     def put(self, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
         """Demand load: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is read-only;
@@ -54,7 +53,7 @@ class Link:
     def prefetch(self, layer: int, expert: int, weights: ExpertWeights) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
         self._in_flight[layer, expert] = transfer
-        self._tasks.put(transfer)
+        self._worker.put(transfer)
 
     @property
     def busy(self) -> bool:
@@ -80,7 +79,7 @@ class Link:
         self._in_flight.clear()
 
     def close(self) -> None:
-        self._tasks.put(None)
+        self._worker.stop()
 
     def _take(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.layer, transfer.expert]
@@ -88,16 +87,15 @@ class Link:
             raise transfer.error
         return transfer
 
-    def _serve(self) -> None:
-        while (transfer := self._tasks.get()) is not None:
-            try:
-                parts: list[np.ndarray] = list(transfer.weights)
-                if self._copies:
-                    parts = [aligned_copy(part) for part in parts]
-                staged = jax.device_put(parts, self.device)
-                jax.block_until_ready(staged)
-                transfer.staged = tuple(staged)
-            except BaseException as error:  # handed to the thread that commits, which raises it
-                transfer.error = error
-            transfer.landed = self.clock.now()
-            transfer.done.set()
+    def _serve(self, transfer: Transfer) -> None:
+        try:
+            parts: list[np.ndarray] = list(transfer.weights)
+            if self._copies:
+                parts = [aligned_copy(part) for part in parts]
+            staged = jax.device_put(parts, self.device)
+            jax.block_until_ready(staged)
+            transfer.staged = tuple(staged)
+        except BaseException as error:  # handed to the thread that commits, which raises it
+            transfer.error = error
+        transfer.landed = self.clock.now()
+        transfer.done.set()

@@ -1,0 +1,38 @@
+"""Threads that serve a queue. They are stopped and joined before the interpreter goes: a daemon thread that is inside
+jax at that moment would be unwound through C++ frames, which aborts the process. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Worker:
+    """One thread that calls `serve(task)` for each task in turn, until `stop` or the end of the program."""
+
+    def __init__(self, serve: Callable[[Any], None], name: str):
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        thread = threading.Thread(target=_loop, args=(self._tasks, serve), name=name, daemon=True)
+        thread.start()
+        self._stop = weakref.finalize(self, _finish, self._tasks, thread)  # also runs at exit
+
+    def put(self, task: Any) -> None:
+        self._tasks.put(task)
+
+    def stop(self) -> None:
+        """Returns when the tasks put before have been served. Calling it again does nothing."""
+        self._stop()
+
+
+def _loop(tasks: queue.SimpleQueue, serve: Callable[[Any], None]) -> None:
+    while (task := tasks.get()) is not None:
+        serve(task)
+
+
+def _finish(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
+    tasks.put(None)
+    thread.join()
