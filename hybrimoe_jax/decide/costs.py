@@ -23,16 +23,32 @@ from hybrimoe_jax.errors import UserError
 PROFILE_VERSION = 1
 _KIND = "hybrimoe-jax cost model"
 
-BITS_PER_WEIGHT = {"f32": 32, "bf16": 16}
+BITS_PER_WEIGHT = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
+SCALE_BITS = 16
+FORMATS = ("f32", "bf16", "int8", "int8-g128", "int4", "int4-g32", "int4-g64", "int4-g128")
+"""Weight formats that sizes are listed for. `int8` and `int4` alone count no scales; `-g64` adds a 16-bit scale per 64 inputs."""
 
 Points = Sequence[tuple[float, float]]
 
 
 def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
-    """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`."""
-    if fmt not in BITS_PER_WEIGHT:
-        raise UserError(f"weight format {fmt!r} is unknown (known: {', '.join(BITS_PER_WEIGHT)})")
-    return 3 * hidden * moe_width * BITS_PER_WEIGHT[fmt] // 8
+    """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`.
+
+    A format is a name of BITS_PER_WEIGHT, and for integers `-g<n>` behind it: a 16-bit scale for every n weights along the input dimension.
+    """
+    plain, grouped, group = fmt.partition("-g")
+    fits = plain in BITS_PER_WEIGHT and (
+        not grouped or (plain.startswith("int") and group.isdigit() and int(group) > 0)
+    )
+    if not fits:
+        known = ", ".join(BITS_PER_WEIGHT)
+        raise UserError(
+            f"weight format {fmt!r} is unknown (known: {known}; integers with the size of a group, as int4-g64)"
+        )
+    bits = 3 * hidden * moe_width * BITS_PER_WEIGHT[plain]
+    if group:
+        bits += SCALE_BITS * (2 * moe_width * -(-hidden // int(group)) + hidden * -(-moe_width // int(group)))
+    return -(-bits // 8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,36 +37,13 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.record.facts import TraceFacts
 from hybrimoe_jax.record.trace_check import check_rows
 
 FORMAT, VERSION = "hybrimoe-trace", 1
 PHASES = ("prefill", "decode")
 LOOKAHEAD, EXTRA = "lookahead_", "x_"
 INDEX_COLUMNS = {"step": np.int32, "layer": np.int32, "phase": np.uint8, "sequence": np.int32, "position": np.int32}
-
-
-@dataclasses.dataclass(frozen=True)
-class TraceFacts:
-    """What a replay must know of the model. `layers` counts MoE layers; `expert_bytes` maps a weight format to bytes."""
-
-    model_type: str
-    layers: int
-    experts: int
-    top_k: int
-    expert_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        for name in ("layers", "experts", "top_k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"trace facts: {name} is {value!r}; a positive integer is needed")
-        if self.top_k > self.experts:
-            raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
-        sizes = self.expert_bytes
-        if not isinstance(sizes, Mapping) or not all(isinstance(b, int) and b > 0 for b in sizes.values()):
-            raise UserError(f"trace facts: expert_bytes is {sizes!r}; a mapping of format to bytes is needed")
-        if not isinstance(self.model_type, str):
-            raise UserError(f"trace facts: model_type is {self.model_type!r}; a name is needed")
 
 
 class Record(NamedTuple):
@@ -194,10 +171,7 @@ class TraceRecorder:
 
 def save_trace(trace: Trace, path: str | os.PathLike) -> None:
     """Checks a trace and writes it, whole or not at all. UserError where it is malformed or cannot be written."""
-    arrays = {name: getattr(trace, name) for name in (*INDEX_COLUMNS, "ids", "weights", "scores")}
-    arrays |= {f"{LOOKAHEAD}{d}": ahead for d, ahead in sorted(trace.lookahead.items())}
-    arrays |= {f"{EXTRA}{name}": array for name, array in trace.extra.items()}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
+    arrays = _arrays(trace)
     check_arrays(arrays, trace.facts, f"trace for {path}")
     facts = {**dataclasses.asdict(trace.facts), "expert_bytes": dict(trace.facts.expert_bytes)}
     try:
@@ -215,6 +189,11 @@ def save_trace(trace: Trace, path: str | os.PathLike) -> None:
 
 def load_trace(path: str | os.PathLike) -> Trace:
     """Reads and checks a trace. Raises UserError naming the file and the first thing wrong, down to the record."""
+    return trace_of(read_arrays(path), f"trace {path}")
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz` archive; UserError where it is not a whole one."""
     where = f"trace {path}"
     try:
         with open(path, "rb") as file:
@@ -222,7 +201,7 @@ def load_trace(path: str | os.PathLike) -> Trace:
             if isinstance(archive, np.ndarray):
                 raise UserError(f"{where}: a single array, not an .npz archive")
             with archive:
-                arrays = {name: archive[name] for name in archive.files}
+                return {name: archive[name] for name in archive.files}
     except UserError:
         raise
     except OSError as error:
@@ -230,6 +209,11 @@ def load_trace(path: str | os.PathLike) -> Trace:
     except Exception as error:  # a damaged archive fails in zipfile, zlib, struct, numpy or not at all
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: not a readable .npz file ({said})") from None
+
+
+def trace_of(arrays: Mapping[str, np.ndarray], where: str) -> Trace:
+    """The trace that a file's arrays hold; UserError, beginning with `where`, for the first thing wrong."""
+    arrays = dict(arrays)
     facts, about = _read_meta(arrays.pop("meta", None), where)
     extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
     check_arrays(arrays, facts, where)
@@ -238,6 +222,11 @@ def load_trace(path: str | os.PathLike) -> Trace:
     ids = arrays["ids"].astype(np.int32, copy=False)
     weights, scores = _f32(arrays.get("weights")), _f32(arrays.get("scores"))
     return Trace(facts, **columns, ids=ids, weights=weights, scores=scores, lookahead=ahead, about=about, extra=extra)
+
+
+def check_trace(trace: Trace, where: str) -> None:
+    """Raises UserError, beginning with `where`, for the first malformed column or row."""
+    check_arrays(_arrays(trace), trace.facts, where)
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str) -> None:
@@ -263,6 +252,14 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         if array.dtype.kind not in kinds:
             raise UserError(f"{where}: array {name} holds {array.dtype}; {words} are needed")
     check_rows(arrays, facts, where)
+
+
+def _arrays(trace: Trace) -> dict[str, np.ndarray]:
+    """A trace's arrays by their names in the file."""
+    arrays = {name: getattr(trace, name) for name in (*INDEX_COLUMNS, "ids", "weights", "scores")}
+    arrays |= {f"{LOOKAHEAD}{d}": ahead for d, ahead in sorted(trace.lookahead.items())}
+    arrays |= {f"{EXTRA}{name}": array for name, array in trace.extra.items()}
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _f32(array: np.ndarray | None) -> np.ndarray | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import jax
 
-from hybrimoe_jax.decide.costs import BITS_PER_WEIGHT, expert_bytes
+from hybrimoe_jax.record.facts import facts_of
 from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
+from hybrimoe_jax.record.trace import TraceRecorder
 from hybrimoe_jax.runtime.workers import Worker
 
 
@@ -70,9 +70,13 @@ class EngineTrace:
 
     def __init__(self, engine):
         config = engine.config
-        sizes = {fmt: expert_bytes(config.hidden_size, config.moe_width, fmt) for fmt in BITS_PER_WEIGHT}
-        facts = TraceFacts(
-            config.model_type, len(config.moe_layers), config.num_experts, config.num_experts_per_tok, sizes
+        facts = facts_of(
+            config.model_type,
+            len(config.moe_layers),
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_width,
         )
         self.recorder = TraceRecorder(
             facts, clock=engine.clock.name, system=engine.options.system, seed=engine.options.seed

@@ -1,0 +1,133 @@
+"""Any trace file as a `Trace`: our own format, or one of the public layouts of `record.layouts`, told apart by their contents.
+
+What a layout does not hold stays absent (`Trace.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
+is unknown is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record import layouts
+from hybrimoe_jax.record.trace import Trace, check_trace, read_arrays, trace_of
+
+READS = (
+    "a trace of ours (.npz with `meta`), ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "
+    "gpt-oss fingerprints (.json or .npz), a route_trace (.csv), the last two also as .gz"
+)
+
+
+def open_trace(path: str | os.PathLike) -> Trace:
+    """Reads a trace of any known layout and checks it; UserError naming the file and the first thing wrong in it.
+
+    Steps are the forward passes that ran: an ESFT file is one prefill of a whole prompt per sequence. `tokens.one_token_steps` makes a
+    token-by-token replay of it.
+    """
+    path = Path(path)
+    where = f"trace {path}"
+    if path.is_dir():
+        return _checked(layouts.esft_folder(path, where), where)
+    head = _head(path, where)
+    if head[:2] == b"PK":
+        arrays = read_arrays(path)
+        if "meta" in arrays:
+            return trace_of(arrays, where)
+        if layouts.ESFT_ARRAYS <= arrays.keys():
+            return _checked(layouts.esft_arrays(arrays, path, where), where)
+        if layouts.FINGERPRINT_ARRAYS <= arrays.keys():
+            return _checked(layouts.fingerprint_arrays(arrays, path, where), where)
+        raise UserError(
+            f"{where}: no known layout has the arrays {', '.join(sorted(arrays))}; this program reads {READS}"
+        )
+    if head[:1] in (b"{", b"["):
+        return _checked(layouts.fingerprint_json(_text(path, where), path, where), where)
+    if head[:1] == b"#" or head.startswith(b"turn,"):
+        return _checked(layouts.route_csv(_text(path, where), path, where), where)
+    if path.name.startswith("expert_weights_"):
+        raise UserError(f"{where}: one layer of an ESFT trace; give the folder that holds all its layers")
+    raise UserError(f"{where}: not a trace; this program reads {READS}")
+
+
+def join_traces(traces: Sequence[Trace]) -> Trace:
+    """Traces of one model behind one another, steps and sequences renumbered; UserError where the models differ.
+
+    What only some of them hold is NaN in the others' rows, as in any trace.
+    """
+    first = traces[0]
+    if len(traces) == 1:
+        return first
+    if any(trace.facts != first.facts for trace in traces):
+        raise UserError("these traces are of different models and cannot be joined")
+    steps = np.cumsum([0, *(_count(trace.step) for trace in traces)])
+    sequences = np.cumsum([0, *(_count(trace.sequence) for trace in traces)])
+
+    def optional(parts: list, width: int):
+        if all(part is None for part in parts):
+            return None
+        return np.concatenate(
+            [np.full((len(t), width), np.nan, np.float32) if p is None else p for p, t in zip(parts, traces)]
+        )
+
+    distances = sorted({distance for trace in traces for distance in trace.lookahead})
+    return Trace(
+        first.facts,
+        step=np.concatenate([t.step + n for t, n in zip(traces, steps)]).astype(np.int32),
+        layer=np.concatenate([t.layer for t in traces]),
+        phase=np.concatenate([t.phase for t in traces]),
+        sequence=np.concatenate([t.sequence + n for t, n in zip(traces, sequences)]).astype(np.int32),
+        position=np.concatenate([t.position for t in traces]),
+        ids=np.concatenate([t.ids for t in traces]),
+        weights=optional([t.weights for t in traces], first.facts.top_k),
+        scores=optional([t.scores for t in traces], first.facts.experts),
+        lookahead={d: optional([t.lookahead.get(d) for t in traces], first.facts.experts) for d in distances},
+        about={"joined": [t.about for t in traces]},
+    )
+
+
+def _count(column: np.ndarray) -> int:
+    return int(column.max()) + 1 if len(column) else 0
+
+
+def _checked(trace: Trace, where: str) -> Trace:
+    check_trace(trace, where)
+    return dataclasses.replace(trace, phase=trace.phase.astype(np.uint8))
+
+
+def _head(path: Path, where: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    if head[:2] == b"\x1f\x8b":
+        head = _unpacked(path, where, 64)
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _text(path: Path, where: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    if data[:2] == b"\x1f\x8b":
+        data = _unpacked(path, where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is not UTF-8 text") from None
+
+
+def _unpacked(path: Path, where: str, size: int = -1) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            return file.read(size)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{where}: a damaged gzip file ({error})") from None
