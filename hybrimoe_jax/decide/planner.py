@@ -18,20 +18,19 @@ from typing import Any
 
 from hybrimoe_jax.decide.caching import CachePolicy, policy_class
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch, Refused
+from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused
 from hybrimoe_jax.decide.prefetch import (
     Accuracy,
     Forecast,
     Prediction,
-    Target,
     choose_by_impact,
     choose_next_layer,
 )
+from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 
-_FREE = float("-inf")
 REST_STEPS = 7
 
 
@@ -114,11 +113,8 @@ class Planner:
         self._worth_looking: dict[tuple[int, int], bool] = {}
         self._resting = self._issued_before = 0
         self._looked = False
-        self._initial = [[] if start_cold else policy.initial() for policy in self.policies]
-        self._resident: list[set[int]] = [set(experts) for experts in self._initial]
         self._ledger = Ledger(num_layers, self.counters)
-        self._needed: list[set[int]] = [set() for _ in range(num_layers)]  # activated in the current step
-        self._predictions: list[list[tuple[int, Prediction]]] = [[] for _ in range(num_layers)]
+        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold)
         self._clock = self._next_clock = self._link_free = 0.0
         self._planned: tuple[Schedule, int] | None = None
 
@@ -126,11 +122,11 @@ class Planner:
 
     def initial_residents(self) -> list[list[int]]:
         """Experts to load into each layer's slots before the first step."""
-        return [list(experts) for experts in self._initial]
+        return [list(experts) for experts in self._residency.initial]
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of `layer` in its slots now."""
-        return frozenset(self._resident[layer])
+        return frozenset(self._residency.resident[layer])
 
     def plan(
         self,
@@ -152,7 +148,8 @@ class Planner:
         scores = _as_list(scores)
         self._clock = clock = self._next_clock if now is None else now
         self.policies[layer].observe(scores, loads)
-        resident, flying = self._resident[layer], self._ledger.flying[layer]
+        residency = self._residency
+        resident, flying = residency.resident[layer], self._ledger.flying[layer]
         hits = tuple([e for e in loads if e in resident])
         misses = tuple([e for e in loads if e not in resident])
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
@@ -170,13 +167,13 @@ class Planner:
             )
         )
         device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
-        for distance, prediction in self._predictions[layer]:
+        for distance, prediction in residency.predictions[layer]:
             self.accuracy.update(distance, prediction.loads, loads)
-        self._predictions[layer].clear()
+        residency.predictions[layer].clear()
         useful, late, wasted = self._ledger.judge(layer, device, schedule.waits)
-        self._needed[layer] = set(loads)
-        waits = tuple([self._admit(layer, expert) for expert in schedule.waits])
-        fetch = tuple([self._admit(layer, expert) for expert in schedule.fetch])
+        residency.needed[layer] = set(loads)
+        waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
+        fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
 
         if fetch:
             self._link_free = clock + schedule.link_seconds
@@ -239,11 +236,11 @@ class Planner:
         lookahead = lookahead[: min(self.system.lookahead, self.num_layers - 1 - layer)]
         lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
         for distance, prediction in enumerate(lookahead, 1):
-            self._predictions[layer + distance].append((distance, prediction))
+            self._residency.predictions[layer + distance].append((distance, prediction))
         room = self.max_in_flight - self._ledger.num_flying
         if room <= 0 or not lookahead:
             return ()
-        targets = [self._target(layer + d, d, p) for d, p in enumerate(lookahead, 1)]
+        targets = [self._residency.target(layer + d, d, p) for d, p in enumerate(lookahead, 1)]
         if self.system.prefetch == "next-layer":
             chosen = choose_next_layer(targets[0], room)
         else:
@@ -269,13 +266,10 @@ class Planner:
         """
         flight = self._ledger.take(layer, expert)
         self._clear_link()
-        resident, victim = self._resident[layer], None
-        if len(resident) >= self.slots[layer]:
-            victim = self._make_way(layer, expert, flight.open)
-            if victim is None:
-                self._ledger.refuse(flight)
-                return REFUSED
-        self._move(layer, expert, victim)
+        kept, victim = self._residency.admit_landed(layer, expert, flight.open)
+        if not kept:
+            self._ledger.refuse(flight)
+            return REFUSED
         self._ledger.keep(layer, expert, flight)
         return victim
 
@@ -286,9 +280,7 @@ class Planner:
             fruitless = self._looked and self.counters.prefetch_issued == self._issued_before
             self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
         self._looked, self._issued_before = False, self.counters.prefetch_issued
-        for layer in range(self.num_layers):
-            self._needed[layer] = set()
-            self._predictions[layer].clear()
+        self._residency.finish_step()
 
     def abandon_step(self) -> None:
         """Forgets a step that was broken off: its transfers under way count as wasted and will not be told of by `landed`."""
@@ -330,73 +322,10 @@ class Planner:
             return self._flags
         return self._flags | {"allow_fetch": False}
 
-    def _admit(self, layer: int, expert: int) -> Fetch:
-        """Finds a slot for an expert that this step brings in."""
-        resident = self._resident[layer]
-        victim = None
-        if len(resident) >= self.slots[layer]:
-            victim = self.policies[layer].victim(resident, self._needed[layer]) if resident else None
-            if victim is None:
-                return Fetch(expert, None, True)
-        self._move(layer, expert, victim)
-        return Fetch(expert, victim, False)
-
-    def _move(self, layer: int, entered: int, left: int | None) -> None:
-        resident = self._resident[layer]
-        if left is not None:
-            resident.remove(left)
-        resident.add(entered)
-        self.policies[layer].moved(entered, left)
-
     def _clear_link(self) -> None:
         """With nothing under way the link is free, whatever the cost model had expected."""
         if not self._ledger.num_flying:
             self._link_free = min(self._link_free, self._clock)
-
-    def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
-        """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""
-        policy, resident = self.policies[layer], self._resident[layer]
-        prediction = self._predictions[layer][-1][1] if self._predictions[layer] else None
-        protected = self._protected(layer, prediction)
-        worth = self._worth(layer, prediction if coming else None)
-        victim = policy.victim(resident, protected) if resident else None
-        if self.system.guard != "none":
-            floor = worth(expert)
-            while victim is not None and worth(victim) > floor:
-                protected.add(victim)
-                victim = policy.victim(resident, protected)
-        return victim
-
-    def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
-        """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
-        protected = self._needed[layer] | self._ledger.ready[layer]
-        return protected if prediction is None else protected.union(prediction[0])
-
-    def _worth(self, layer: int, prediction: Prediction | None):
-        """The function that the guard compares experts by."""
-        policy = self.policies[layer]
-        if self.system.guard != "expected" or prediction is None:
-            return policy.value
-        loads, scores = prediction
-        return lambda e: policy.expected(e, scores[e] if scores is not None else 0.0, loads.get(e, 0))
-
-    def _target(self, layer: int, distance: int, prediction: Prediction) -> Target:
-        resident, flying = self._resident[layer], self._ledger.flying[layer]
-        worth = self._worth(layer, prediction)
-
-        def openings() -> list[float]:
-            free = self.slots[layer] - len(resident)
-            values: list[float] = [_FREE] * free
-            protected = self._protected(layer, prediction)
-            if resident and self.policies[layer].victim(resident, protected) is not None:
-                evictable = [e for e in resident if e not in protected]
-                if self.system.guard == "none":
-                    values += [_FREE] * len(evictable)
-                else:
-                    values += sorted([worth(e) for e in evictable])
-            return values[len(flying) :]
-
-        return Target(layer, distance, prediction, resident | flying.keys() if flying else resident, openings, worth)
 
 
 def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:

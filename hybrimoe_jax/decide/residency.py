@@ -1,0 +1,116 @@
+"""Who is resident: the slots of all layers, who makes room for whom, and which experts nothing may push out.
+
+A step is event-atomic: what it needs is never evicted in it. A prefetch that has landed is held to more: it may not push out what the
+coming step is predicted to need, what another prefetch brought for it, nor (the guard) an expert hotter than itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hybrimoe_jax.decide.caching import CachePolicy
+from hybrimoe_jax.decide.flights import Ledger
+from hybrimoe_jax.decide.plan import Fetch
+from hybrimoe_jax.decide.prefetch import Prediction, Target
+
+_FREE = float("-inf")
+
+
+class Residency:
+    """Slots, policies and contents of every layer.
+
+    Args:
+      slots: slots of each layer. policies: their cache policies.
+      ledger: the transfers under way, and what they brought for steps to come.
+      guard: "value", "expected" or "none", see `systems.System`.
+      cold: start empty.
+    """
+
+    def __init__(
+        self, slots: Sequence[int], policies: Sequence[CachePolicy], ledger: Ledger, guard: str, cold: bool = False
+    ):
+        self.slots, self.policies, self.ledger, self.guard = slots, policies, ledger, guard
+        self.initial = [[] if cold else policy.initial() for policy in policies]
+        self.resident: list[set[int]] = [set(experts) for experts in self.initial]
+        self.needed: list[set[int]] = [set() for _ in slots]  # activated in the current step
+        self.predictions: list[list[tuple[int, Prediction]]] = [
+            [] for _ in slots
+        ]  # (distance, prediction), newest last
+
+    def admit(self, layer: int, expert: int) -> Fetch:
+        """Finds a slot for an expert that this step brings in."""
+        resident = self.resident[layer]
+        victim = None
+        if len(resident) >= self.slots[layer]:
+            victim = self.policies[layer].victim(resident, self.needed[layer]) if resident else None
+            if victim is None:
+                return Fetch(expert, None, True)
+        self.move(layer, expert, victim)
+        return Fetch(expert, victim, False)
+
+    def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, int | None]:
+        """Finds a slot for a prefetch that has landed: (whether it got one, its victim). `coming`: its step is yet to come."""
+        victim = None
+        if len(self.resident[layer]) >= self.slots[layer]:
+            victim = self._make_way(layer, expert, coming)
+            if victim is None:
+                return False, None
+        self.move(layer, expert, victim)
+        return True, victim
+
+    def move(self, layer: int, entered: int, left: int | None) -> None:
+        resident = self.resident[layer]
+        if left is not None:
+            resident.remove(left)
+        resident.add(entered)
+        self.policies[layer].moved(entered, left)
+
+    def finish_step(self) -> None:
+        for needed, predictions in zip(self.needed, self.predictions):
+            needed.clear()
+            predictions.clear()
+
+    def target(self, layer: int, distance: int, prediction: Prediction) -> Target:
+        """A coming layer as the prefetcher sees it."""
+        resident, flying = self.resident[layer], self.ledger.flying[layer]
+        worth = self._worth(layer, prediction)
+
+        def openings() -> list[float]:
+            values: list[float] = [_FREE] * (self.slots[layer] - len(resident))
+            protected = self._protected(layer, prediction)
+            if resident and self.policies[layer].victim(resident, protected) is not None:
+                evictable = [e for e in resident if e not in protected]
+                if self.guard == "none":
+                    values += [_FREE] * len(evictable)
+                else:
+                    values += sorted([worth(e) for e in evictable])
+            return values[len(flying) :]
+
+        return Target(layer, distance, prediction, resident | flying.keys() if flying else resident, openings, worth)
+
+    def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
+        """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""
+        policy, resident = self.policies[layer], self.resident[layer]
+        prediction = self.predictions[layer][-1][1] if self.predictions[layer] else None
+        protected = self._protected(layer, prediction)
+        worth = self._worth(layer, prediction if coming else None)
+        victim = policy.victim(resident, protected) if resident else None
+        if self.guard != "none":
+            floor = worth(expert)
+            while victim is not None and worth(victim) > floor:
+                protected.add(victim)
+                victim = policy.victim(resident, protected)
+        return victim
+
+    def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
+        """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
+        protected = self.needed[layer] | self.ledger.ready[layer]
+        return protected if prediction is None else protected.union(prediction[0])
+
+    def _worth(self, layer: int, prediction: Prediction | None) -> Callable[[int], float]:
+        """The function that the guard compares experts by."""
+        policy = self.policies[layer]
+        if self.guard != "expected" or prediction is None:
+            return policy.value
+        loads, scores = prediction
+        return lambda e: policy.expected(e, scores[e] if scores is not None else 0.0, loads.get(e, 0))
