@@ -154,6 +154,10 @@ def test_save_and_load_round_trip(tmp_path):
         (lambda raw: raw.update(cpu_token="fast"), "cpu_token must be a finite number"),
         (lambda raw: raw.update(cpu_token=float("nan")), "cpu_token must be a finite number"),
         (lambda raw: raw.update(bandwidth=0), "bandwidth must be above 0"),
+        (
+            lambda raw: raw.update(bandwidth_cpu_busy=2 * raw["bandwidth"]),
+            "bandwidth_cpu_busy must not be above bandwidth",
+        ),
         (lambda raw: raw.update(kind="recipe"), "not a profile"),
     ],
 )

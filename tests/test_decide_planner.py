@@ -340,11 +340,12 @@ def score_vectors():
 @st.composite
 def engines(draw):
     times = st.floats(0.0, 4.0)
+    busy, alone = sorted((draw(st.floats(0.2, 20)), draw(st.floats(0.2, 20))))
     costs = CostModel(
         *(draw(times) for _ in range(9)),
         transfer_latency=draw(times),
-        bandwidth=draw(st.floats(0.2, 20)),
-        bandwidth_cpu_busy=draw(st.floats(0.2, 20)),
+        bandwidth=alone,
+        bandwidth_cpu_busy=busy,
         expert_bytes=1,
     )
     return Planner(

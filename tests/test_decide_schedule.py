@@ -1,5 +1,6 @@
 """Schedulers: the paper's worked instance, every rule's contract, and timing against an independent three-lane simulator."""
 
+import dataclasses
 import random
 import statistics
 
@@ -8,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.costs import CostModel
-from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler, replay
 from hybrimoe_jax.errors import UserError
 
 
@@ -75,12 +76,26 @@ def test_a_queued_transfer_delays_the_demand_loads():
     assert (free.makespan, queued.makespan) == (4.0, 14.0)
 
 
-def test_transfers_are_priced_by_whether_the_cpu_may_compute():
-    both = costs(shared=0.0, cpu=(100.0, 0.0, 0.0), transfer=3.0, transfer_busy=7.0)
-    alone = Problem({0: 1}, set(), both, allow_cpu=False)
-    assert get_scheduler("paper").schedule(alone).makespan == 4.0
-    assert get_scheduler("paper").schedule(Problem({0: 1}, set(), both)).makespan == 8.0
-    assert get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), both)).makespan == 4.0
+def test_a_transfer_is_slower_only_while_the_cpu_computes():
+    both = costs(shared=0.0, cpu=(4.0, 0.0, 0.0), transfer=2.0, transfer_busy=8.0)
+    problem = Problem({0: 1, 1: 1, 2: 1}, set(), both)
+    alone, beside = replay(problem, (), (0, 1, 2), (0, 1, 2)), replay(problem, (2,), (0, 1), (0, 1))
+    assert (alone.link_seconds, alone.device_seconds) == (6.0, 7.0)
+    assert (beside.cpu_seconds, beside.link_seconds) == (4.0, 4.0 + 1.5 * 2.0)  # half a transfer, then one and a half
+    assert beside.device_seconds == beside.makespan == 8.0
+    queued = replay(dataclasses.replace(problem, link_busy=5.0), (2,), (0, 1), (0, 1))
+    assert queued.link_seconds == 9.0
+
+
+def test_bandwidth_split_shares_the_misses_as_the_bandwidth():
+    """Link 37 and CPU 38 of 75 GB/s together: floor(9 * 37 / 75) of nine misses, the heavy ones, cross the link."""
+    model = costs(cpu=(1 / 38, 0.0, 0.0), transfer=1 / 57, transfer_busy=1 / 37)
+    problem = Problem({e: 1 + (e == 7) for e in range(12)}, {0, 1, 2}, model)
+    s = get_scheduler("bandwidth-split").schedule(problem)
+    assert s.fetch == (7, 3, 4, 5) and set(s.cpu) == {6, 8, 9, 10, 11} and set(s.device) == {0, 1, 2, *s.fetch}
+    for flags, fetched in (({"allow_cpu": False}, 9), ({"allow_fetch": False}, 0)):
+        flagged = dataclasses.replace(problem, **flags)
+        assert len(get_scheduler("bandwidth-split").schedule(flagged).fetch) == fetched
 
 
 def test_paper_balances_where_the_single_lane_rules_cannot():
@@ -146,9 +161,9 @@ def problems(draw, max_experts=10):
     return Problem(loads, resident, model, draw(st.integers(1, 99)), scores, in_flight, busy, **flags)
 
 
-def simulate(problem: Problem, schedule, transfer: float) -> tuple[float, float, float]:
+def simulate(problem: Problem, schedule) -> tuple[float, float, float]:
     """(cpu, device, link) finish times by stepping through events: a lane starts its next job at the first event where it is idle and
-    the job's expert is there. Shares nothing with the code under test."""
+    the job's expert is there. The link's progress is an integral over its two speeds. Shares nothing with the code under test."""
     jobs = {
         "cpu": [
             (
@@ -164,11 +179,17 @@ def simulate(problem: Problem, schedule, transfer: float) -> tuple[float, float,
         + [
             (problem.costs.device_expert + problem.costs.device_token * problem.loads[e], e, e) for e in schedule.device
         ],
-        "link": [(transfer, None, e) for e in schedule.fetch],
     }
     there = {e: 0.0 for e in problem.resident} | dict(problem.in_flight)
     link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *problem.in_flight.values()])
-    idle_since = {"cpu": 0.0, "device": 0.0, "link": link_start}
+    cpu_end = sum(seconds for seconds, _, _ in jobs["cpu"])
+    beside, alone = problem.costs.transfer(True), problem.costs.transfer(False)
+    moved_beside = max(0.0, cpu_end - link_start) / beside  # transfers, by the time the CPU is done
+    for i, expert in enumerate(schedule.fetch, 1):
+        slow, fast = min(i, moved_beside), i - min(i, moved_beside)
+        there[expert] = link_start + slow * beside + fast * alone
+    link_end = max([link_start, *(there[e] for e in schedule.fetch)])
+    idle_since = {"cpu": 0.0, "device": 0.0}
     while any(jobs.values()):
         startable = []
         for lane, queue in jobs.items():
@@ -177,9 +198,7 @@ def simulate(problem: Problem, schedule, transfer: float) -> tuple[float, float,
         start, lane = min(startable)
         length, _, expert = jobs[lane].pop(0)
         idle_since[lane] = start + length
-        if lane == "link":
-            there[expert] = idle_since[lane]
-    return idle_since["cpu"], idle_since["device"], idle_since["link"]
+    return idle_since["cpu"], idle_since["device"], link_end
 
 
 @pytest.mark.parametrize("rule", SCHEDULERS)
@@ -206,8 +225,7 @@ def test_every_expert_once_and_the_times_are_true(rule, problem):
         assert not s.fetch
     if not problem.allow_steal:
         assert not problem.resident.intersection(s.cpu)
-    transfer = problem.costs.transfer(scheduler.uses_cpu and problem.allow_cpu)
-    cpu, device, link = simulate(problem, s, transfer)
+    cpu, device, link = simulate(problem, s)
     assert (s.cpu_seconds, s.device_seconds, s.link_seconds) == pytest.approx((cpu, device, link))
     assert s.makespan == pytest.approx(max(cpu, device))
 

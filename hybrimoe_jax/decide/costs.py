@@ -90,6 +90,10 @@ class CostModel:
         for name in ("bandwidth", "bandwidth_cpu_busy"):
             if getattr(self, name) <= 0:
                 raise UserError(f"cost model: {name} must be above 0 bytes per second")
+        if self.bandwidth_cpu_busy > self.bandwidth:
+            raise UserError(
+                "cost model: bandwidth_cpu_busy must not be above bandwidth: the CPU only takes from the link"
+            )
         transfer = self.transfer_latency + self.expert_bytes / self.bandwidth
         busy = self.transfer_latency + self.expert_bytes / self.bandwidth_cpu_busy
         object.__setattr__(self, "_transfer", (transfer, busy))

@@ -1,0 +1,44 @@
+"""Hybrid scheduling: who computes each activated expert of one MoE layer in one step, and what crosses the link for it.
+
+Three lanes work at once: the CPU (any expert: all of them live in host memory), the device (resident experts) and the link (host to
+device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE, arXiv 2504.05897, equation 2). A scheduler takes a
+`Problem` and returns a `Schedule`: what each lane does, in order, and when it will be done by the cost model. Rules live in a table by name:
+
+  paper            three lanes, each proposes, the proposal that would finish first is committed (HybriMoE, figure 5)
+  released         the two-candidate rule of HybriMoE's released code
+  cpu-misses       resident experts on the device, every other on the CPU; the link stays idle
+  fetch-misses     every miss crosses the link, highest load first; the CPU stays idle
+  device-only      the same without a scheduler: misses cross the link in the order of their ids
+  bandwidth-split  link and CPU share the misses as they share the host's bandwidth (FreeToken)
+"""
+
+from hybrimoe_jax.decide.schedule.paper import PaperScheduler, ReleasedScheduler
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, landings, replay
+from hybrimoe_jax.decide.schedule.splits import (
+    BandwidthSplitScheduler,
+    CpuMissesScheduler,
+    DeviceOnlyScheduler,
+    FetchMissesScheduler,
+)
+from hybrimoe_jax.errors import UserError
+
+__all__ = ["SCHEDULERS", "Problem", "Schedule", "Scheduler", "get_scheduler", "landings", "replay"]
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    rule.name: rule
+    for rule in (
+        PaperScheduler,
+        ReleasedScheduler,
+        CpuMissesScheduler,
+        FetchMissesScheduler,
+        DeviceOnlyScheduler,
+        BandwidthSplitScheduler,
+    )
+}
+
+
+def get_scheduler(name: str) -> Scheduler:
+    """The rule called `name`; UserError listing the names."""
+    if name not in SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is unknown (known: {', '.join(SCHEDULERS)})")
+    return SCHEDULERS[name]()

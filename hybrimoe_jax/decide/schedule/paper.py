@@ -1,0 +1,147 @@
+"""The rules of HybriMoE: the paper's three-lane simulation and the two-candidate rule of its released code."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay, require_lane, split
+
+_NEVER = float("inf")
+
+
+class PaperScheduler(Scheduler):
+    """HybriMoE's greedy simulation. Queues: device by falling load, CPU by rising load over the non-resident experts.
+
+    Until every expert is assigned each lane proposes its next operation: the CPU the head of its queue, or where that is empty the
+    smallest-load resident expert; the device its highest-load expert, waiting for its transfer if need be; the link the highest load of the
+    CPU queue, which then joins the device queue. The proposal that would finish first is committed (ties: device, CPU, link), the others
+    are made again. Between equal loads the CPU takes the lower score and the link the higher, then the lower id; the device what is ready
+    first. Experts in flight stand in both queues, so that a layer never waits for a prefetch that the CPU beats.
+    """
+
+    name = "paper"
+
+    def schedule(self, problem: Problem) -> Schedule:
+        loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
+        allow_cpu, allow_fetch = problem.allow_cpu, problem.allow_fetch
+        transfer = self.transfer_seconds(problem)
+        score = problem.scores if problem.scores is not None else _Zeros()
+        here = [expert for expert in loads if expert in resident]
+        absent = [expert for expert in loads if expert not in resident]
+        if not (allow_cpu or allow_fetch):
+            require_lane(problem, [e for e in absent if e not in in_flight], False)
+        # Queues are sorted so that the next expert stands last, and popped; `done` experts met on the way are dropped.
+        to_cpu = to_link = steal = ()
+        if allow_cpu:
+            to_cpu = sorted([(-loads[e], e not in in_flight, -score[e], -e) for e in absent])
+            if problem.allow_steal:
+                steal = sorted([(-loads[e], -score[e], -e) for e in here])
+        if allow_fetch:
+            to_link = sorted([(loads[e], score[e], -e) for e in absent if e not in in_flight])
+        to_device = [(loads[e], 0.0, score[e], -e) for e in here]
+        to_device += [(loads[e], -in_flight[e], score[e], -e) for e in absent if e in in_flight]
+        to_device.sort()
+
+        cpu_of, device_of = costs.cpu, costs.device
+        t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
+        cpu, device, fetch, waits = [], [], [], []
+        done: set[int] = set()
+        left = len(loads)
+        while left:
+            finish = cpu_finish = link_finish = _NEVER
+            while to_device and -to_device[-1][-1] in done:
+                to_device.pop()
+            if to_device:
+                load, negative_ready, _, minus = to_device[-1]
+                finish = (t_device if t_device > -negative_ready else -negative_ready) + device_of(load)
+            while to_cpu and -to_cpu[-1][-1] in done:
+                to_cpu.pop()
+            cpu_queue = to_cpu
+            if not to_cpu:
+                while steal and -steal[-1][-1] in done:
+                    steal.pop()
+                cpu_queue = steal
+            if cpu_queue:
+                cpu_finish = t_cpu + cpu_of(-cpu_queue[-1][0], not cpu)
+            while to_link and -to_link[-1][-1] in done:
+                to_link.pop()
+            if to_link:
+                link_finish = t_link + transfer
+
+            if finish <= cpu_finish and finish <= link_finish:
+                expert = -minus
+                to_device.pop()
+                device.append(expert)
+                if expert in in_flight and expert not in resident:
+                    waits.append(expert)
+                t_device = finish
+                done.add(expert)
+                left -= 1
+            elif cpu_finish <= link_finish:
+                expert = -cpu_queue.pop()[-1]
+                cpu.append(expert)
+                t_cpu = cpu_finish
+                done.add(expert)
+                left -= 1
+            else:
+                load, tie, minus = to_link.pop()
+                fetch.append(-minus)
+                t_link = link_finish
+                insort(to_device, (load, -link_finish, tie, minus))
+                if allow_cpu:
+                    to_cpu.remove((-load, True, -tie, minus))
+        if fetch and t_link > t_cpu:
+            return replay(problem, cpu, device, fetch)  # the last transfers go faster once the CPU is done
+        makespan = t_cpu if t_cpu > t_device else t_device
+        return Schedule(
+            tuple(cpu), tuple(device), tuple(fetch), tuple(waits), makespan, t_cpu if cpu else 0.0, t_device, t_link
+        )
+
+
+class ReleasedScheduler(Scheduler):
+    """The rule of the released code (PKU-SEC-Lab/HybriMoE): resident experts by falling load, then the others by falling load; of the first
+    and the last, the first goes to the device if it would be done there no later than the last on the CPU, else the last goes to the CPU.
+
+    Experts in flight stand between the two groups and are always the device's: their transfer is paid for.
+    """
+
+    name = "released"
+
+    def schedule(self, problem: Problem) -> Schedule:
+        loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
+        transfer = self.transfer_seconds(problem)
+        here, flying, absent = split(problem)
+        require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
+        order = here + flying + absent
+        device_end = len(order) if problem.allow_fetch else len(here) + len(flying)
+        cpu_start = len(order) if not problem.allow_cpu else 0 if problem.allow_steal else len(here) + len(flying)
+        t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
+        cpu, device, fetch = [], [], []
+        i, j = 0, len(order)  # order[i:j] is unassigned
+        while i < j:
+            first, last = order[i], order[j - 1]
+            landed = t_device
+            if first not in resident:
+                landed = max(t_device, in_flight[first] if first in in_flight else t_link + transfer)
+            finish = landed + costs.device(loads[first])
+            cpu_finish = t_cpu + costs.cpu(loads[last], not cpu)
+            may_device, may_cpu = i < device_end, j > cpu_start and last not in in_flight
+            if may_device and (finish <= cpu_finish or not may_cpu):
+                if i >= len(here) + len(flying):
+                    fetch.append(first)
+                    t_link += transfer
+                device.append(first)
+                t_device = finish
+                i += 1
+            else:
+                cpu.append(last)
+                t_cpu = cpu_finish
+                j -= 1
+        return replay(problem, cpu, device, fetch)
+
+
+class _Zeros:
+    """Scores where there are none."""
+
+    def __getitem__(self, expert: int) -> float:
+        return 0.0

@@ -1,0 +1,153 @@
+"""What a scheduler is asked, what it answers, and what an answer means in time.
+
+The device runs its queue in order and waits for an expert that has not landed; the link moves one expert after the other; the CPU never
+waits. A transfer takes longer while the CPU computes, since both read the same memory: it goes at one over `costs.transfer(True)` a
+second until the CPU's last expert is done and at one over `costs.transfer()` from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hybrimoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(slots=True)
+class Problem:
+    """One layer of one step.
+
+    Attributes:
+      loads: tokens of each activated expert, all above 0.
+      resident: experts in device memory (others than the activated ones may be among them).
+      costs: seconds for everything: a `costs.CostModel` or an object with its methods. The first expert of a run costs the CPU the same
+        extra time whatever its load, and a transfer beside a computing CPU takes no less than one alone.
+      tokens: tokens in the step; what the shared experts, which open the device lane, are charged for.
+      scores: router score per expert, for ties between equal loads; None where unknown.
+      in_flight: seconds until landing, for experts that a prefetch is already moving.
+      link_busy: seconds until the link is free of earlier transfers; None: until the last of `in_flight` has landed.
+      allow_cpu, allow_fetch: whether the CPU may compute and the link may fetch.
+      allow_steal: whether the CPU may take a resident expert.
+    """
+
+    loads: Mapping[int, int]
+    resident: Collection[int]
+    costs: Any
+    tokens: int = 1
+    scores: Sequence[float] | None = None
+    in_flight: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    link_busy: float | None = None
+    allow_cpu: bool = True
+    allow_fetch: bool = True
+    allow_steal: bool = True
+
+    @property
+    def link_start(self) -> float:
+        if self.link_busy is not None:
+            return self.link_busy
+        return max(self.in_flight.values(), default=0.0)
+
+
+class Schedule(NamedTuple):
+    """What each lane does, in order; every activated expert is in exactly one of `cpu` and `device`.
+
+    `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand loads in link order; `waits` the experts in
+    flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
+    `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device.
+    """
+
+    cpu: tuple[int, ...]
+    device: tuple[int, ...]
+    fetch: tuple[int, ...]
+    waits: tuple[int, ...]
+    makespan: float
+    cpu_seconds: float
+    device_seconds: float
+    link_seconds: float
+
+
+class Scheduler(ABC):
+    """A rule from problems to schedules. `uses_cpu` and `uses_link` say which lanes it may put routed experts on."""
+
+    name: str
+    uses_cpu = True
+    uses_link = True
+
+    @abstractmethod
+    def schedule(self, problem: Problem) -> Schedule:
+        """Assigns every activated expert; UserError where the problem's flags leave a miss no lane."""
+
+    def transfer_seconds(self, problem: Problem) -> float:
+        """What rules decide by, one constant per step: the slower transfer wherever the CPU may be computing meanwhile."""
+        return problem.costs.transfer(self.uses_cpu and problem.allow_cpu)
+
+
+def landings(start: float, cpu_seconds: float, count: int, beside: float, alone: float) -> list[float]:
+    """When `count` transfers, one after the other from `start` on, have landed.
+
+    Args:
+      cpu_seconds: when the CPU stops computing.
+      beside, alone: seconds of a transfer beside a computing CPU, and otherwise.
+    """
+    landed, now = [], start
+    for _ in range(count):
+        if now >= cpu_seconds:
+            now += alone
+        elif now + beside <= cpu_seconds:
+            now += beside
+        else:
+            now = cpu_seconds + (1.0 - (cpu_seconds - now) / beside) * alone
+        landed.append(now)
+    return landed
+
+
+def replay(problem: Problem, cpu: Sequence[int], device: Sequence[int], fetch: Sequence[int]) -> Schedule:
+    """Times three given lane orders: the meaning of a schedule, whoever made it."""
+    costs, loads, resident, in_flight = problem.costs, problem.loads, problem.resident, problem.in_flight
+    cpu_of, device_of = costs.cpu, costs.device
+    busy_cpu = 0.0
+    for expert in cpu:
+        busy_cpu += cpu_of(loads[expert], not busy_cpu)
+    ready = in_flight
+    link = problem.link_start
+    if fetch:
+        landed = landings(link, busy_cpu, len(fetch), costs.transfer(True), costs.transfer(False))
+        link = landed[-1]
+        ready = {**in_flight, **dict(zip(fetch, landed))}
+    busy_device = costs.shared(problem.tokens)
+    waits = []
+    for expert in device:
+        if ready and expert not in resident:
+            if busy_device < ready[expert]:
+                busy_device = ready[expert]
+            if expert in in_flight:
+                waits.append(expert)
+        busy_device += device_of(loads[expert])
+    makespan = busy_cpu if busy_cpu > busy_device else busy_device
+    return Schedule(tuple(cpu), tuple(device), tuple(fetch), tuple(waits), makespan, busy_cpu, busy_device, link)
+
+
+def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
+    """Activated experts that are resident, in flight and absent; loads fall, then scores, then ids rise (in flight: by landing)."""
+    loads, score = problem.loads, problem.scores
+    resident, in_flight = problem.resident, problem.in_flight
+    if score is None:
+        order = sorted(loads, key=lambda e: (-loads[e], e))
+    else:
+        order = sorted(loads, key=lambda e: (-loads[e], -score[e], e))
+    here, flying, absent = [], [], []
+    for expert in order:
+        (here if expert in resident else flying if expert in in_flight else absent).append(expert)
+    flying.sort(key=in_flight.__getitem__)
+    return here, flying, absent
+
+
+def require_lane(problem: Problem, absent: Sequence[int], allowed: bool) -> None:
+    """UserError where there are absent experts and nothing may run them."""
+    if absent and not allowed:
+        raise UserError(
+            f"expert {absent[0]} is not in device memory and nothing may run it (allow_cpu={problem.allow_cpu}, "
+            f"allow_fetch={problem.allow_fetch}); choose another scheduler or cache ratio 1"
+        )

@@ -1,0 +1,63 @@
+"""Rules that sort the misses once and simulate nothing: all to the CPU, all to the device, or shared out by bandwidth."""
+
+from __future__ import annotations
+
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay, require_lane, split
+
+
+class CpuMissesScheduler(Scheduler):
+    """Resident experts on the device, every miss on the CPU, as in kTransformers and llama.cpp; what is in flight is awaited."""
+
+    name = "cpu-misses"
+    uses_link = False
+
+    def schedule(self, problem: Problem) -> Schedule:
+        here, flying, absent = split(problem)
+        require_lane(problem, absent, problem.allow_cpu)
+        return replay(problem, absent[::-1], here + flying, ())
+
+
+class FetchMissesScheduler(Scheduler):
+    """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then score) first."""
+
+    name = "fetch-misses"
+    uses_cpu = False
+
+    def schedule(self, problem: Problem) -> Schedule:
+        here, flying, absent = split(problem)
+        require_lane(problem, absent, problem.allow_fetch)
+        return replay(problem, (), here + flying + absent, absent)
+
+
+class DeviceOnlyScheduler(Scheduler):
+    """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of their ids."""
+
+    name = "device-only"
+    uses_cpu = False
+
+    def schedule(self, problem: Problem) -> Schedule:
+        here, flying, absent = (sorted(group) for group in split(problem))
+        require_lane(problem, absent, problem.allow_fetch)
+        return replay(problem, (), here + flying + absent, absent)
+
+
+class BandwidthSplitScheduler(Scheduler):
+    """Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest (FreeToken's rule).
+
+    B_link is the link's bandwidth beside a computing CPU, and B_host what CPU and link draw from host memory together: the CPU reads an
+    expert once, in the time of its smallest load. What is in flight is awaited.
+    """
+
+    name = "bandwidth-split"
+
+    def schedule(self, problem: Problem) -> Schedule:
+        here, flying, absent = split(problem)
+        require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
+        if not problem.allow_fetch:
+            fetched = 0
+        elif not problem.allow_cpu:
+            fetched = len(absent)
+        else:
+            read = problem.costs.cpu(1)
+            fetched = int(len(absent) * read / (read + problem.costs.transfer(True)) + 1e-9)
+        return replay(problem, absent[fetched:][::-1], here + flying + absent[:fetched], absent[:fetched])
