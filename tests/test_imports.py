@@ -16,6 +16,8 @@ QUIET = (
     "hybrimoe_jax.config",
     "hybrimoe_jax.record.stats",
     "hybrimoe_jax.record.trace",
+    "hybrimoe_jax.record.importers",
+    "hybrimoe_jax.record.trace_info",
     "hybrimoe_jax.record.timeline",
     "hybrimoe_jax.runtime.threads",
     "hybrimoe_jax.runtime.sampling",

@@ -60,9 +60,10 @@ def _esft_layer(file: Path, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, weights), both [tokens, k], of every line."""
     top_k = MODELS["DeepSeek-V2-Lite"].top_k
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: {file.name} cannot be read ({error})") from None
+    lines = _whole_lines(text, f"{where}: {file.name}")
     found = []
     for number, line in enumerate(lines, 1):
         ids, both, weights = line.partition("\t\t")
@@ -77,6 +78,13 @@ def _esft_layer(file: Path, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
             raise UserError(f"{where}: {file.name}, line {number}: {error}") from None
         found.append((one.reshape(-1, top_k), other.reshape(-1, top_k)))
     return found
+
+
+def _whole_lines(text: str, where: str) -> list[str]:
+    """A text's lines; refused where the last one does not end: numbers cut short are numbers too."""
+    if not text.endswith("\n"):
+        raise UserError(f"{where}: its last line does not end; the file is truncated")
+    return text.splitlines()
 
 
 def esft_arrays(arrays: dict[str, np.ndarray], path: Path, where: str) -> Trace:
@@ -247,7 +255,7 @@ def _counted(lengths: np.ndarray) -> np.ndarray:
 def route_csv(text: str, path: Path, where: str) -> Trace:
     """A route_trace. `extra` keeps the engine's own `residency` [R, k] (1 was a hit) and `layer_bytes` [L]."""
     header, sizes, rows, begun = {}, {}, [], False
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_whole_lines(text, where), 1):
         try:
             if line.startswith("#"):
                 pairs = dict(part.split("=", 1) for part in line[1:].split() if "=" in part)

@@ -18,14 +18,15 @@ def check_rows(arrays: Mapping[str, np.ndarray], facts, where: str) -> None:
     """Raises UserError naming the first bad row, with its step, layer, sequence and position, and what is wrong in it."""
     if not len(arrays["step"]):
         return
-    first, said = None, None
-    for bad, message in _rules(arrays, facts):
-        row = int(np.argmax(bad))
-        if bad[row] and (first is None or row < first):
-            first, said = row, message(row)
-    if first is not None:
-        place = ", ".join(f"{name} {arrays[name][first]}" for name in ("step", "layer", "sequence", "position"))
-        raise UserError(f"{where}: record {first} ({place}): {said}")
+    for rules in (_rules, _step_rules):  # the second kind asks for rows that are sound in themselves
+        first, said = None, None
+        for bad, message in rules(arrays, facts):
+            row = int(np.argmax(bad))
+            if bad[row] and (first is None or row < first):
+                first, said = row, message(row)
+        if first is not None:
+            place = ", ".join(f"{name} {arrays[name][first]}" for name in ("step", "layer", "sequence", "position"))
+            raise UserError(f"{where}: record {first} ({place}): {said}")
 
 
 def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
@@ -72,6 +73,25 @@ def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
 def _after(bad: np.ndarray) -> np.ndarray:
     """A test of neighbours, [R - 1], placed on the second of the two."""
     return np.concatenate([[False], bad])
+
+
+def _step_rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
+    order = arrays["step"].astype(np.int64) * (1 + facts.layers) + arrays["layer"]
+    yield _other_tokens(arrays, order), lambda row: "not the tokens of its step's first layer; rows are missing"
+
+
+def _other_tokens(arrays: Mapping[str, np.ndarray], order: np.ndarray) -> np.ndarray:
+    """First rows of the records whose tokens are not those of their step's first record (compared by number and hash)."""
+    starts = np.append(0, np.flatnonzero(np.diff(order)) + 1)
+    sizes = np.diff(np.append(starts, len(order)))
+    token = arrays["sequence"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + arrays["position"].astype(np.uint64)
+    mixed = (token ^ (token >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = np.add.reduceat(mixed ^ (mixed >> np.uint64(32)), starts)
+    step = arrays["step"][starts]
+    leader = np.maximum.accumulate(np.where(np.append(True, np.diff(step) != 0), np.arange(len(starts)), 0))
+    bad = np.zeros(len(order), bool)
+    bad[starts] = (sizes != sizes[leader]) | (hashes != hashes[leader])
+    return bad
 
 
 def _repeated(order: np.ndarray, sequence: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ WARMUP_CAPACITY = 256
 POLL_WAKES = 8
 """Results are polled for where a layer takes less than this many wake-ups of a thread; longer waits are better slept
 through, since a polling thread slows the device's on two hyperthreads of one core."""
-TRACE_LOOKAHEAD = 3
+TRACE_LOOKAHEAD = 6
 """Distances that a trace records whatever the system looks ahead, so that it can replay every system."""
 
 

@@ -108,7 +108,7 @@ class HybridForward(Forward):
         self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self._zeros: dict[int, jax.Array] = {}
-        self._torn = False
+        self._torn = self._looks = False
 
     @abc.abstractmethod
     def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes) -> tuple[jax.Array, object]:
@@ -154,7 +154,8 @@ class HybridForward(Forward):
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
         span = step.span
-        distance = self.lookahead if self.trace is not None or self.planner.worth_looking(len(valid)) else 0
+        self._looks = self.planner.worth_looking(len(valid))
+        distance = self.lookahead if self.trace is not None or self._looks else 0
         positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
@@ -233,8 +234,8 @@ class HybridForward(Forward):
 
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not routing.ahead or self.planner.rests(len(routing.valid)):
-            return
+        if not (self._looks and routing.ahead) or self.planner.rests(len(routing.valid)):
+            return  # predictions may be there for a trace alone
         predictions = routing.predictions(self.model.config.num_experts_per_tok)
         for wanted in self.planner.plan_prefetch(ordinal, predictions):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))

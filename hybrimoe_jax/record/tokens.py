@@ -1,0 +1,77 @@
+"""A trace by tokens instead of by steps: one table, and the trace as it would be if every token were a step of its own.
+
+T tokens, L MoE layers, k experts per token. Tokens are in the order of (step, sequence, position).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from hybrimoe_jax.record.trace import Trace
+
+REPLAYED = "prefill, replayed token by token"
+
+
+class Tokens(NamedTuple):
+    """Every token's experts. `step`, `sequence`, `position`, `phase` are [T]; `ids` [T, L, k] is -1, `weights` [T, L, k] NaN where not recorded."""
+
+    step: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    phase: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray | None
+
+
+def token_of_row(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """(number of each row's token [R], a row of each token [T])."""
+    columns = (trace.step, trace.sequence, trace.position)
+    order = np.lexsort(columns[::-1])
+    new = np.ones(len(trace), bool)
+    new[1:] = False
+    for column in columns:
+        new[1:] |= column[order[1:]] != column[order[:-1]]
+    token = np.empty(len(trace), np.int64)
+    token[order] = np.cumsum(new) - 1
+    return token, order[new]
+
+
+def by_token(trace: Trace) -> Tokens:
+    """The table of a trace's tokens."""
+    token, first = token_of_row(trace)
+    shape = (len(first), trace.facts.layers, trace.facts.top_k)
+    ids = np.full(shape, -1, np.int32)
+    ids[token, trace.layer] = trace.ids
+    weights = None
+    if trace.weights is not None:
+        weights = np.full(shape, np.nan, np.float32)
+        weights[token, trace.layer] = trace.weights
+    columns = (getattr(trace, name)[first] for name in ("step", "sequence", "position", "phase"))
+    return Tokens(*columns, ids, weights)
+
+
+def one_token_steps(trace: Trace) -> Trace:
+    """The same routing with a step for every token: what decoding one sequence at a time would have asked for.
+
+    Phases stay what they were. Where a prefill step is split, `about["replayed"]` says so: results from it are not of decoding.
+    """
+    token, first = token_of_row(trace)
+    order = np.lexsort((trace.layer, token))
+    split = bool(((np.diff(trace.step[first]) == 0) & (trace.phase[first][1:] == 0)).any()) if len(first) else False
+
+    def rows(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[order]
+
+    return dataclasses.replace(
+        trace,
+        step=token[order].astype(np.int32),
+        **{name: rows(getattr(trace, name)) for name in ("layer", "phase", "sequence", "position", "ids")},
+        weights=rows(trace.weights),
+        scores=rows(trace.scores),
+        lookahead={distance: ahead[order] for distance, ahead in trace.lookahead.items()},
+        about={**trace.about, **({"replayed": REPLAYED} if split else {})},
+        extra={name: a[order] if len(a) == len(trace) else a for name, a in trace.extra.items()},
+    )

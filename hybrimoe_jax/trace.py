@@ -1,0 +1,125 @@
+"""`python -m hybrimoe_jax.trace import|info|check`: routing traces, ours and public ones.
+
+For each file a table for people, then one JSON line for programs.
+"""
+
+from __future__ import annotations
+
+import json
+
+from hybrimoe_jax.cli import Parser, progress, run
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.importers import READS, join_traces, open_trace
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = Parser(prog="python -m hybrimoe_jax.trace", description=f"Routing traces. A FILE is {READS}.")
+    commands = top.add_subparsers(dest="command", required=True)
+    bring = commands.add_parser("import", help="write traces of any known layout as one .npz trace")
+    bring.add_argument("sources", nargs="+", metavar="FILE", help="a file or folder; several of one model are joined")
+    bring.add_argument("destination", metavar="OUT.npz")
+    for name, purpose in (("info", "what a trace holds, lacks and looks like"), ("check", "name the first bad record")):
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("sources", nargs="+", metavar="FILE")
+    args = top.parse_args(argv)
+    return {"import": _import, "info": _info, "check": _check}[args.command](args)
+
+
+def _import(args) -> int:
+    from pathlib import Path
+
+    from hybrimoe_jax.record.trace import save_trace
+    from hybrimoe_jax.record.trace_info import lacks
+
+    out = Path(args.destination)
+    if any(Path(source).exists() and out.exists() and out.samefile(source) for source in args.sources):
+        raise UserError(f"{out}: it is one of the files to import; give another name for the result")
+    traces = [open_trace(source) for source in progress(args.sources, len(args.sources), "reading")]
+    trace = join_traces(traces)
+    save_trace(trace, out)
+    steps = int(trace.step.max()) + 1 if len(trace) else 0
+    record = {"file": str(out), "steps": steps, "rows": len(trace), "lacks": lacks(trace)}
+    _say(f"{out}: {steps} steps, {len(trace)} rows", record["lacks"])
+    print(json.dumps(record))
+    return 0
+
+
+def _check(args) -> int:
+    from hybrimoe_jax.record.trace_info import lacks
+
+    for source in progress(args.sources, len(args.sources), "checking"):
+        trace = open_trace(source)
+        record = {"file": source, "rows": len(trace), "lacks": lacks(trace)}
+        _say(f"{source}: all {len(trace)} rows are sound", record["lacks"])
+        print(json.dumps(record))
+    return 0
+
+
+def _info(args) -> int:
+    from hybrimoe_jax.record.trace_info import info
+
+    for source in progress(args.sources, len(args.sources), "reading"):
+        record = {"file": source, **info(open_trace(source))}
+        for label, text in _lines(record):
+            print(f"{label:<16}{text}")
+        print(json.dumps(record))
+    return 0
+
+
+def _lines(record: dict) -> list[tuple[str, str]]:
+    """The table of `info`: label and text."""
+    steps, tokens = record["steps"], record["tokens"]
+    overlap, skew, reuse = record["overlap"], record["skew"], record["reuse_distance"]
+    lines = [
+        ("trace", record["file"]),
+        (
+            "model",
+            f"{record['model_type']}: {record['layers']} MoE layers, {record['experts']} experts, {record['top_k']} a token",
+        ),
+        (
+            "expert",
+            ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in record["expert_bytes"].items()) or "size unknown",
+        ),
+        ("sequences", str(record["sequences"])),
+        *((phase, f"{steps[phase]} steps, {tokens[phase]} tokens") for phase in steps),
+    ]
+    if overlap:
+        lines.append(
+            (
+                "overlap",
+                f"{overlap['measured']:.3f} with the token before (chance: {overlap['uniform_chance']:.3f} if uniform, {overlap['popularity_chance']:.3f} by popularity alone)",
+            )
+        )
+    if skew:
+        lines.append(
+            (
+                "skew",
+                f"{skew['hottest_quarter']:.3f} of activations on the hottest quarter (0.25 if uniform); the hottest expert {skew['hottest_over_mean']:.1f}x the mean; {skew['never_used']:.1%} never used",
+            )
+        )
+    if reuse:
+        lines.append(
+            (
+                "reuse distance",
+                f"{reuse['median']} experts at the median, {reuse['p90']} at p90, {reuse['p99']} at p99; {reuse['first_uses']:.2%} first uses",
+            )
+        )
+    if record["gate_reuse"]:
+        lines.append(
+            (
+                "gate reuse",
+                ", ".join(f"{d}: {share:.1%}" for d, share in record["gate_reuse"].items() if share is not None)
+                + " of predicted experts chosen, by distance",
+            )
+        )
+    return lines + [("lacks", what) for what in record["lacks"]]
+
+
+def _say(text: str, lacking: list[str]) -> None:
+    print(text)
+    for what in lacking:
+        print(f"  lacks {what}")
+
+
+if __name__ == "__main__":
+    run(main)
