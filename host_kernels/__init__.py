@@ -12,7 +12,7 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 
 __all__ = ["KERNELS", "ExpertWeights", "HostKernel", "aligned_empty", "get_kernel", "run_experts"]
 
-KERNELS = ("auto", "reference", "onednn")
+KERNELS = ("auto", "reference", "onednn", "native")
 
 
 def get_kernel(
@@ -32,6 +32,10 @@ def get_kernel(
         from hybrimoe_jax.host_kernels.onednn import OneDnnKernel
 
         return OneDnnKernel(threads, pack_limit)
+    if name == "native":
+        from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
+
+        return NativeKernel(threads)
     if name == "auto":
         from hybrimoe_jax.host_kernels.auto import AutoKernel
 

@@ -1,14 +1,15 @@
 """The `auto` kernel: picks, per load, what ran fastest on this machine in a short measurement when the model was loaded.
 
-Three forms compete on copies of one of the model's experts: NumPy, oneDNN on the weights where they lie, and oneDNN on its
-packed copy. Each has loads where it wins (NumPy at load 1 on small experts, where calls cost more than the arithmetic). A
-form is measured as it will run: short bursts of calls, as a layer makes them, in turns so that a disturbance hits all
-alike, each form on its own copies in rotation so that none finds weights that another has just read into the cache.
+Four forms compete on copies of one of the model's experts: NumPy, the native kernel, oneDNN on the weights where they lie,
+and oneDNN on its packed copy. A form is measured as it will run: short bursts of calls, as a layer makes them, in turns so
+that a disturbance hits all alike, each form on its own copies in rotation so that none finds weights that another has just
+read into the cache.
 
 A packed copy costs time and memory, so an expert gets one when its own calls would have saved that time: both sides of this
-ski-rental rule are the measured figures. Until then, and past the memory limit, the best of the other two runs.
+ski-rental rule are the measured figures. Until then, and past the memory limit, the best of the others runs.
 
-Without the oneDNN wheel every choice is `reference`. BLAS threads are taken as they are: limit them first.
+Forms that are not installed do not compete. BLAS threads are taken as they are: limit them first. All forms are measured on
+one thread; a call on several goes to the native kernel, the only one that spreads one expert over them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,22 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
-REFERENCE, PLAIN, PACKED = "reference", "onednn", "onednn-packed"
+REFERENCE, NATIVE, PLAIN, PACKED = "reference", "native", "onednn", "onednn-packed"
 SAMPLE_BYTES = 64 << 20  # of copies, so that weights come from memory where the model's would
 SAMPLE_WIDTH, SAMPLE_HIDDEN = 2048, 1024  # larger experts are cropped: both are then bound by memory alike
 SECONDS_PER_LOAD = 0.06
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 BURST, BURST_LOADS = 4, 8  # decode runs several experts one after another; at larger loads one call is long enough
 CLEAR_WIN = 0.95  # a packed copy must beat the best other form by 5 % to be worth its memory
+
+
+class AutoExpert:
+    """A prepared expert: its handle for each library that is there."""
+
+    __slots__ = ("native", "onednn", "weights")
+
+    def __init__(self, weights: ExpertWeights, native: Any, onednn: Any):
+        self.weights, self.native, self.onednn = weights, native, onednn
 
 
 class AutoKernel(HostKernel):
@@ -48,7 +58,7 @@ class AutoKernel(HostKernel):
     ):
         check_expert(sample, "sample expert")
         self._reference = ReferenceKernel()
-        self._onednn, self.pack_seconds, self.unavailable = None, 0.0, None
+        self._onednn, self._native, self.pack_seconds, self.unavailable = None, None, 0.0, []
         self.measured: dict[int, dict[str, float]] = {}
         try:
             from hybrimoe_jax.host_kernels import onednn
@@ -57,40 +67,65 @@ class AutoKernel(HostKernel):
             self._kinds = {PLAIN: onednn.PLAIN, PACKED: onednn.PACKED}
             self._max_load = onednn.MAX_LOAD
         except UserError as error:
-            self.unavailable = str(error)
+            self.unavailable.append(str(error))
+        try:
+            from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
+
+            self._native = NativeKernel(threads)
+        except UserError as error:
+            self.unavailable.append(str(error))
+        self.teams = self._native is not None
         self._table = {False: [REFERENCE], True: [REFERENCE]}
         self._gain = [0.0]
-        if self._onednn is not None:
+        if self._onednn is not None or self._native is not None:
             self._measure(_crop(sample), tuple(sorted(set(loads))))
         self.choices = {
             state: {load: table[min(load, len(table) - 1)] for load in (self.measured or LOADS)}
             for state, table in (("unpacked", self._table[False]), ("packed", self._table[True]))
         }
 
-    def prepare(self, weights: ExpertWeights) -> Any:
-        return (self._onednn or self._reference).prepare(weights)
+    def prepare(self, weights: ExpertWeights) -> AutoExpert:
+        kernels = (self._native, self._onednn)
+        return AutoExpert(self._reference.prepare(weights), *(k and k.prepare(weights) for k in kernels))
 
-    def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        if self._onednn is None:
-            return self._reference.expert(handle, x, out)
-        load = len(x)
-        table = self._table[handle.is_packed or self._onednn.settle(handle, load)]
-        form = table[load if load < len(table) else -1]
+    def expert(self, handle: AutoExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        form = self._form(handle, len(x))
+        if form == NATIVE:
+            return self._native.expert(handle.native, x, out)
         if form == REFERENCE:
             return self._reference.expert(handle.weights, x, out)
-        if load > self._max_load:
-            return self._onednn.expert(handle, x, out)
         if out is None:
-            out = np.empty((load, handle.shape[0]), np.float32)
-        return self._onednn.run(handle, self._kinds[form], x, out)
+            out = np.empty((len(x), handle.weights.width), np.float32)
+        self._run_chunks(handle.onednn, self._kinds[form], x, out)
+        return out
 
-    def pack(self, handle: Any) -> bool:
+    def run_experts(self, handles, x, tokens, weights, out, threads=1):
+        if self._native is None:
+            return super().run_experts(handles, x, tokens, weights, out, threads)
+        others: list[int] = []
+        if threads == 1:
+            loads = (len(x) if rows is None else len(rows) for rows in tokens)
+            others = [i for i, load in enumerate(loads) if load and self._form(handles[i], load) != NATIVE]
+        if others:
+            chosen = [[values[i] for i in others] for values in (handles, tokens, weights)]
+            super().run_experts(chosen[0], x, chosen[1], chosen[2], out)
+            rest = [i for i in range(len(handles)) if i not in others]
+            handles, tokens, weights = ([values[i] for i in rest] for values in (handles, tokens, weights))
+        return self._native.run_experts([handle.native for handle in handles], x, tokens, weights, out, threads)
+
+    def _form(self, handle: AutoExpert, load: int) -> str:
+        onednn = handle.onednn
+        packed = onednn is not None and (onednn.is_packed or self._onednn.settle(onednn, load))
+        table = self._table[packed]
+        return table[load if load < len(table) else -1]
+
+    def pack(self, handle: AutoExpert) -> bool:
         """Packs now if a packed copy wins at some load; whether the expert is packed."""
-        return any(self._gain) and self._onednn.pack(handle)
+        return any(self._gain) and self._onednn.pack(handle.onednn)
 
-    def warm(self, handle: Any, loads: Sequence[int]) -> None:
+    def warm(self, handle: AutoExpert, loads: Sequence[int]) -> None:
         if self._onednn is not None:
-            self._onednn.warm(handle, loads)
+            self._onednn.warm(handle.onednn, loads)
 
     def set_threads(self, threads: int) -> None:
         if self._onednn is not None:
@@ -101,7 +136,9 @@ class AutoKernel(HostKernel):
         return 0 if self._onednn is None else self._onednn.packed_bytes
 
     def describe(self) -> dict[str, Any]:
-        inner = {"unavailable": self.unavailable} if self._onednn is None else self._onednn.describe()
+        inner = {"unavailable": self.unavailable} if self.unavailable else {}
+        for kernel in (self._native, self._onednn):
+            inner |= {} if kernel is None else kernel.describe()
         micros = {n: {form: round(s * 1e6, 1) for form, s in row.items()} for n, row in self.measured.items()}
         return {
             **inner,
@@ -119,15 +156,20 @@ class AutoKernel(HostKernel):
         count = max(2, min(16, SAMPLE_BYTES // sample.nbytes))
         copies = [ExpertWeights(*(aligned_copy(w) for w in sample)) for _ in range(count)]
         onednn, packing = self._onednn, []
-        handles = {REFERENCE: copies, PACKED: [onednn.prepare(w) for w in copies]}
-        if sample.down.dtype == F32:
-            handles[PLAIN] = [onednn.prepare(w) for w in copies]
-        for handle in handles[PACKED]:
-            start = time.perf_counter()
-            if not onednn.pack(handle):
-                del handles[PACKED]
-                break
-            packing.append(time.perf_counter() - start)
+        handles: dict[str, list] = {REFERENCE: copies}
+        if self._native is not None:
+            handles[NATIVE] = [self._native.prepare(w) for w in copies]
+        if onednn is not None:
+            if sample.down.dtype == F32:
+                handles[PLAIN] = [onednn.prepare(w) for w in copies]
+            packed = [onednn.prepare(w) for w in copies]
+            for handle in packed:
+                start = time.perf_counter()
+                if not onednn.pack(handle):
+                    break
+                packing.append(time.perf_counter() - start)
+            else:
+                handles[PACKED] = packed
         self.pack_seconds = statistics.median(packing) if packing else 0.0
         rng = np.random.default_rng(0)
         for load in loads:
@@ -139,13 +181,16 @@ class AutoKernel(HostKernel):
         """Median seconds of one call per form."""
         out, times = np.empty_like(x), {form: [] for form in handles}
         burst = BURST if len(x) <= BURST_LOADS else 1
+        ones = [np.ones(len(x), np.float32)] * burst
         deadline = None
         for turn in range(MAX_ROUNDS + 1):
             for place, (form, experts) in enumerate(handles.items()):
                 first = turn * burst + place * len(experts) // len(handles)
                 chosen = [experts[(first + i) % len(experts)] for i in range(burst)]
                 start = time.perf_counter()
-                for handle in chosen:
+                if form == NATIVE:  # one call for all, as in a layer
+                    self._native.run_experts(chosen, x, [None] * burst, ones, out)
+                for handle in chosen if form != NATIVE else ():
                     if form == REFERENCE:
                         self._reference.expert(handle, x, out)
                     else:

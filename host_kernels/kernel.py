@@ -54,6 +54,8 @@ class HostKernel(abc.ABC):
     """Runs experts on the CPU. Thread-safe; `expert` releases the interpreter lock in its heavy part."""
 
     name: str
+    teams = False
+    """Whether one call of `run_experts` computes several experts at once, on `threads` threads of its own."""
 
     @abc.abstractmethod
     def prepare(self, weights: ExpertWeights) -> Any:
@@ -62,6 +64,18 @@ class HostKernel(abc.ABC):
     @abc.abstractmethod
     def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """x [n, D] float32 C-contiguous, n >= 1 -> [n, D] float32, written into `out` (C-contiguous, not x) where given."""
+
+    def run_experts(
+        self,
+        handles: Sequence[Any],
+        x: np.ndarray,
+        tokens: Sequence[np.ndarray | None],
+        weights: Sequence[np.ndarray],
+        out: np.ndarray,
+        threads: int = 1,
+    ) -> np.ndarray:
+        """See the function `run_experts`. Here one expert after another; a kernel with `teams` does better."""
+        return _run_each(self, handles, x, tokens, weights, out)
 
     def pack(self, handle: Any) -> bool:
         """Makes the copy of the weights that the kernel prefers now instead of when use has earned it; whether it has one."""
@@ -95,6 +109,7 @@ def run_experts(
     tokens: Sequence[np.ndarray | None],
     weights: Sequence[np.ndarray],
     out: np.ndarray,
+    threads: int = 1,
 ) -> np.ndarray:
     """Adds every expert's weighted output to `out` [N, D] float32 and returns it.
 
@@ -104,7 +119,13 @@ def run_experts(
       tokens: per expert the rows of x it computes (integers, no row twice), or None for all N.
       weights: per expert a routing weight for each of its rows, [n].
       out: [N, D] float32, C-contiguous; accumulated into, so that several calls may share it.
+      threads: of a kernel with `teams`, the calling one included; others use none but the calling one (and BLAS's own).
     """
+    return kernel.run_experts(handles, x, tokens, weights, out, threads)
+
+
+def _run_each(kernel, handles, x, tokens, weights, out):
+    """One expert after another: gathered rows in, weighted rows added."""
     total, width = x.shape
     if total == 1:
         return _run_single_token(kernel, handles, x, tokens, weights, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,8 @@ from hybrimoe_jax.host_kernels.formats import (
     to_bf16,
     to_f32,
 )
+from hybrimoe_jax.host_kernels.native import library as native_library
+from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, available_memory, bucket_of
 
 needs_onednn = pytest.mark.skipif(not available(), reason="the onednn-cpu-gomp wheel is not installed")
@@ -60,6 +63,11 @@ def kernels() -> list:
     for name, earned in (("plain", 0.0), ("packed", 1.0)):
         make = lambda sample, earned=earned: OneDnnKernel(earns=lambda load: earned)  # noqa: E731
         forms.append(pytest.param(make, id=f"onednn-{name}", marks=needs_onednn))
+    for isa in ("portable", "avx2", "avx512"):
+        there = native_library.available() and isa in native_library.isas()
+        needs = pytest.mark.skipif(not there, reason=f"no native library here, or no {isa} on this processor")
+        make = lambda sample, isa=isa: NativeKernel(isa=isa)  # noqa: E731
+        forms.append(pytest.param(make, id=f"native-{isa}", marks=needs))
     forms.append(pytest.param(lambda sample: AutoKernel(sample, loads=(1, 16)), id="auto"))
     return forms
 
@@ -369,24 +377,32 @@ def test_onednn_lives_beside_torch():
         subprocess.run([sys.executable, "-c", program.format(first=first)], check=True, timeout=120)
 
 
-def test_absent_wheel_is_one_clear_error_and_auto_goes_on(monkeypatch):
+def test_absent_libraries_are_one_clear_error_each_and_auto_goes_on(monkeypatch, tmp_path):
     def missing(name):
         raise onednn_api.importlib.metadata.PackageNotFoundError(name)
 
     onednn_api.api.cache_clear()
+    native_library.library.cache_clear()
     monkeypatch.setattr(onednn_api.importlib.metadata, "files", missing)
+    monkeypatch.setenv(native_library.VARIABLE, str(tmp_path / "none.so"))
     try:
-        assert not available()
+        assert not available() and not native_library.available()
+        with pytest.raises(UserError, match=r"none\.so.*C\+\+ compiler.*'auto'"):
+            get_kernel("native")
+        (tmp_path / "none.so").write_text("not a library")
+        with pytest.raises(UserError, match=r"none\.so does not load"):
+            get_kernel("native")
         with pytest.raises(UserError, match=r"onednn-cpu-gomp.*not installed.*'reference'"):
             get_kernel("onednn")
         weights = make_expert(24, 16)
         kernel = get_kernel("auto", weights)
-        assert set(kernel.choices["unpacked"].values()) == {"reference"}
-        assert "not installed" in kernel.describe()["unavailable"]
+        assert set(kernel.choices["unpacked"].values()) == {"reference"} and not kernel.teams
+        assert [re.search("onednn|native", why)[0] for why in kernel.describe()["unavailable"]] == ["onednn", "native"]
         x = tokens_of(4, 24)
         assert_close(kernel.expert(kernel.prepare(weights), x), exact(weights, x))
     finally:
         onednn_api.api.cache_clear()
+        native_library.library.cache_clear()
 
 
 # auto
@@ -410,11 +426,11 @@ def test_auto_chooses_what_it_measured_as_fastest(monkeypatch):
     one, many = tokens_of(1, 24), tokens_of(8, 24)
     for _ in range(50):
         kernel.expert(handle, one)
-    assert not handle.is_packed  # a packed copy would have saved nothing so far
+    assert not handle.onednn.is_packed  # a packed copy would have saved nothing so far
     kernel.pack_seconds = 2.5
     kernel._decide((1, 8))
     calls = 0
-    while not handle.is_packed and calls < 9:
+    while not handle.onednn.is_packed and calls < 9:
         assert_close(kernel.expert(handle, many), exact(weights, many))
         calls += 1
     assert calls == 3  # each call would have saved 1.0 of the 2.5 that packing takes
@@ -424,23 +440,26 @@ def test_auto_measures_every_form_and_reports_it():
     kernel = AutoKernel(make_expert(40, 24), loads=(1, 4))
     told = kernel.describe()
     assert told["name"] == "auto" and set(told["choices"]["unpacked"]) >= {1, 4}
-    if available():
-        assert all(set(row) == {"reference", "onednn", AUTO_PACKED} for row in told["measured_us"].values())
+    forms = {"reference"}
+    forms |= {"native"} if native_library.available() else set()
+    forms |= {"onednn", AUTO_PACKED} if available() else set()
+    if len(forms) > 1:
+        assert all(set(row) == forms for row in told["measured_us"].values())
         assert all(seconds > 0 for row in kernel.measured.values() for seconds in row.values())
         assert kernel.packed_bytes == 0  # the copies it measured on are gone
 
 
 def test_auto_crops_a_large_sample():
     kernel = AutoKernel(make_expert(2200, 1100), loads=(1,))
-    assert kernel.choices["unpacked"][1] in ("reference", "onednn")
+    assert kernel.choices["unpacked"][1] in ("reference", "onednn", "native")
 
 
 def test_unknown_kernel_names_the_known_ones():
-    with pytest.raises(UserError, match=r"'blas' is not known.*auto, reference, onednn"):
+    with pytest.raises(UserError, match=r"'blas' is not known.*auto, reference, onednn, native"):
         get_kernel("blas")
     with pytest.raises(UserError, match="sample"):
         get_kernel("auto")
-    assert KERNELS == ("auto", "reference", "onednn")
+    assert KERNELS == ("auto", "reference", "onednn", "native")
 
 
 def test_kernels_import_without_jax():

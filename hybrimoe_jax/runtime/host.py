@@ -1,6 +1,7 @@
 """The CPU lane: host experts on persistent worker threads, beside whatever the device is doing.
 
-Kernels release the interpreter lock, so the thread that drives the device goes on dispatching meanwhile. Work too small
+A kernel with `teams` gets a layer's experts in one call and spreads them over threads of its own; with others each worker
+takes a share of the experts. Kernels release the interpreter lock, so the thread that drives the device goes on dispatching meanwhile. Work too small
 to be worth waking a thread runs inline when the result is asked for. Imports no jax.
 """
 
@@ -33,6 +34,7 @@ class Part:
 
     work: HostWork
     out: np.ndarray
+    threads: int = 1
     spans: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     error: BaseException | None = None
     done: threading.Event | None = None
@@ -64,9 +66,11 @@ class HostExecutor:
 
     def submit(self, work: HostWork, inline: bool = False, wide: bool = False) -> Pending:
         """Starts the work (or, inline, leaves it for `Pending.result`); `wide`: on all workers."""
+        threads = len(self._workers) if wide else self.usual_workers
         if inline:
-            return Pending(self, [Part(work, np.zeros_like(work.x))], inline=True)
-        parts = [Part(share, np.zeros_like(work.x), done=threading.Event()) for share in self._shares(work, wide)]
+            return Pending(self, [Part(work, np.zeros_like(work.x), threads)], inline=True)
+        shares = [work] if self.kernel.teams else self._shares(work, threads)
+        parts = [Part(share, np.zeros_like(work.x), threads, done=threading.Event()) for share in shares]
         for part, worker in zip(parts, self._workers, strict=False):
             worker.put(part)
         return Pending(self, parts)
@@ -76,21 +80,20 @@ class HostExecutor:
         handles = [self.handle(work.layer, expert) for expert in work.experts]
         if not self.detailed:
             start = now()
-            run_experts(self.kernel, handles, work.x, work.tokens, work.weights, part.out)
+            run_experts(self.kernel, handles, work.x, work.tokens, work.weights, part.out, part.threads)
             part.spans.append((-1, start, now()))
             return
         for expert, handle, rows, mix in zip(work.experts, handles, work.tokens, work.weights, strict=True):
             start = now()
-            run_experts(self.kernel, [handle], work.x, [rows], [mix], part.out)
+            run_experts(self.kernel, [handle], work.x, [rows], [mix], part.out, part.threads)
             part.spans.append((expert, start, now()))
 
     def close(self) -> None:
         for worker in self._workers:
             worker.stop()
 
-    def _shares(self, work: HostWork, wide: bool) -> list[HostWork]:
+    def _shares(self, work: HostWork, workers: int) -> list[HostWork]:
         """Longest first onto the least loaded worker."""
-        workers = len(self._workers) if wide else self.usual_workers
         if workers == 1 or len(work.experts) <= 1:
             return [work]
         picks: list[list[int]] = [[] for _ in range(min(workers, len(work.experts)))]

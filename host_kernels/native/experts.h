@@ -1,0 +1,62 @@
+// Host expert kernels in C++: the C interface, and what its parts share.
+//
+// Shapes: N rows of x, n load of one expert, D model width, F expert width, m experts.
+// An expert is down(silu(gate x) * (up x)), its matrices as in formats.py: gate_up [2F, D], gate rows first; down [D, F].
+#pragma once
+
+#include <cstdint>
+
+namespace experts {
+
+enum Format : int64_t { F32 = 0, BF16 = 1, FORMATS = 2 };
+
+// One expert's record: what a handle of the Python side points at (NativeKernel.prepare writes the same five fields).
+struct Expert {
+    const void* gate_up;
+    const void* down;
+    int64_t width;   // D
+    int64_t hidden;  // F
+    int64_t format;
+};
+
+// The code of one instruction set.
+struct Isa {
+    const char* name;
+    bool (*supported)();
+    // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` rows of `depth` weights and n tokens.
+    void (*product[FORMATS])(const void* weights, int64_t rows, int64_t depth, const float* const* x, int64_t n, float* c,
+                             int64_t stride);
+    // out[i] = silu(gate[i]) * up[i]
+    void (*silu_times)(const float* gate, const float* up, float* out, int64_t count);
+};
+
+extern const Isa avx512, avx2, portable;
+
+}  // namespace experts
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+// Adds every expert's weighted output to out [N, D].
+//   isa      an index of experts_isa
+//   records  m pointers to records, all of x's width
+//   starts   [m + 1]: expert i computes rows[starts[i] .. starts[i + 1]], weighted by mix at the same places
+//   threads  the calling thread included; fewer work where there is little to do
+// Safe from several threads at once. The result does not depend on `threads`.
+// Returns 0; 1 for records that do not fit x; 2 for a row outside x; 3 where memory for scratch is short.
+EXPORTED int experts_run(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t N, int64_t D, const float* x,
+                const int64_t* starts, const int64_t* rows, const float* mix, float* out, int64_t threads);
+
+// One token, each expert weighted by mix[i]: experts_run without row lists.
+EXPORTED int experts_run_one(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t D, const float* x, const float* mix,
+                    float* out, int64_t threads);
+
+// The name of instruction set `isa` (best first), "" where this processor lacks it, or null past the last.
+EXPORTED const char* experts_isa(int64_t isa);
+
+EXPORTED void experts_silu_times(int64_t isa, const float* gate, const float* up, float* out, int64_t count);
+
+// Ends and joins the helper threads; the next call starts new ones. No call may be under way.
+EXPORTED void experts_shutdown();
+}

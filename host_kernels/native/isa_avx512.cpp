@@ -1,0 +1,17 @@
+// x86 with AVX-512F; compiled with it switched on, so nothing here may run before `supported` has said yes.
+#if defined(__AVX512F__)
+#define LANES 16
+#define MANY_REGISTERS
+#include "kernels.inc"
+
+namespace experts {
+static bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times};
+}  // namespace experts
+#else
+#include "experts.h"
+namespace experts {
+static bool never() { return false; }
+const Isa avx512 = {"avx512", never, {}, nullptr};
+}  // namespace experts
+#endif

@@ -1,0 +1,8 @@
+// Any processor: four lanes, which compilers map to SSE2 or NEON.
+#define LANES 4
+#include "kernels.inc"
+
+namespace experts {
+static bool always() { return true; }
+const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times};
+}  // namespace experts

@@ -1,0 +1,146 @@
+"""The native kernel: one call computes a run of experts, with the interpreter lock released, on as many threads as asked.
+
+Shapes: N tokens, D model width, m experts. Weights are used where they lie, float32 or bfloat16; nothing is packed.
+
+A token's result does not depend on the other tokens, on which experts share its call, or on the number of threads: every
+dot product is summed in one fixed order. (Another instruction set has another order.)
+
+What Python adds to a call counts at decode, where an expert takes microseconds: a handle is the address of its record, and
+the short lists of a call are packed into bytes, which ctypes passes without copying.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import BF16, F32, ExpertWeights, check_expert
+from hybrimoe_jax.host_kernels.kernel import HostKernel
+from hybrimoe_jax.host_kernels.native.library import isas, library
+
+FORMATS = {F32: 0, BF16: 1}
+_ERRORS = {
+    1: ValueError("experts of another width than x's"),
+    2: IndexError("a row that x does not have"),
+    3: MemoryError("native experts: scratch does not fit into memory"),
+}
+
+
+class NativeExpert:
+    """A prepared expert: its weights, and the address of the record that the library reads (struct Expert)."""
+
+    __slots__ = ("address", "record", "weights")
+
+    def __init__(self, weights: ExpertWeights):
+        self.weights = weights
+        fields = (weights.gate_up.ctypes.data, weights.down.ctypes.data, weights.width, weights.hidden)
+        self.record = np.array([*fields, FORMATS[weights.down.dtype]], np.uint64)
+        self.address = self.record.ctypes.data
+
+
+class NativeKernel(HostKernel):
+    """Args: `threads` that `expert` uses; `isa`, an instruction set instead of the best one that the processor has.
+
+    Raises UserError where the library is absent or the instruction set is not there.
+    """
+
+    name = "native"
+    teams = True
+
+    def __init__(self, threads: int = 1, isa: str | None = None):
+        self._library, known = library(), isas()
+        self.isa = next(iter(known)) if isa is None else isa
+        if self.isa not in known:
+            raise UserError(f"host kernel 'native': no {isa!r} on this processor (there are: {', '.join(known)})")
+        self._number, self.threads = known[self.isa], threads
+
+    def prepare(self, weights: ExpertWeights) -> NativeExpert:
+        check_expert(weights)
+        return NativeExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
+
+    def expert(self, handle: NativeExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        load = len(x)
+        if out is None:
+            out = np.zeros((load, handle.weights.width), np.float32)
+        else:
+            out.fill(0)
+        return self.run_experts([handle], x, [None], [_ones(load)], out, self.threads)
+
+    def run_experts(
+        self,
+        handles: Sequence[NativeExpert],
+        x: np.ndarray,
+        tokens: Sequence[np.ndarray | None],
+        weights: Sequence[np.ndarray],
+        out: np.ndarray,
+        threads: int = 1,
+    ) -> np.ndarray:
+        total, width = x.shape
+        if x.dtype != F32 or not x.flags.c_contiguous:
+            x = np.ascontiguousarray(x, F32)
+        if total == 1:
+            chosen = [i for i, rows in enumerate(tokens) if rows is None or len(rows)]
+            count = len(chosen)
+            failed = self._library.experts_run_one(
+                self._number,
+                count,
+                _addresses(count)(*[handles[i].address for i in chosen]),
+                width,
+                x.ctypes.data,
+                _floats(count)(*[weights[i][0] for i in chosen]),
+                out.ctypes.data,
+                threads,
+            )
+        else:
+            failed = self._run_many(handles, x, tokens, weights, out, threads)
+        if failed:
+            raise _ERRORS[failed]
+        return out
+
+    def _run_many(self, handles, x, tokens, weights, out, threads) -> int:
+        total, width = x.shape
+        if not handles:
+            return 0
+        tokens = [np.arange(total) if rows is None else rows for rows in tokens]
+        starts = [0, *itertools.accumulate(map(len, tokens))]
+        rows = np.concatenate(tokens, dtype=np.int64, casting="unsafe")
+        mix = np.concatenate(weights, dtype=np.float32, casting="unsafe")
+        if len(rows) != len(mix):
+            raise ValueError(f"{len(rows)} rows but {len(mix)} routing weights")
+        return self._library.experts_run(
+            self._number,
+            len(handles),
+            _addresses(len(handles))(*[handle.address for handle in handles]),
+            total,
+            width,
+            x.ctypes.data,
+            _addresses(len(starts))(*starts),
+            rows.ctypes.data,
+            mix.ctypes.data,
+            out.ctypes.data,
+            threads,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "isa": self.isa}
+
+
+@functools.cache
+def _addresses(count: int):
+    return struct.Struct(f"={count}q").pack
+
+
+@functools.cache
+def _floats(count: int):
+    return struct.Struct(f"={count}f").pack
+
+
+@functools.lru_cache(64)
+def _ones(count: int) -> np.ndarray:
+    return np.ones(count, np.float32)

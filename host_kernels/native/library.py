@@ -1,0 +1,61 @@
+"""Finding and loading the compiled library.
+
+It lies beside this file where the installation had a C++ compiler. HYBRIMOE_NATIVE_LIBRARY names another file instead
+(one built for debugging; one that does not exist switches the kernel off).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from hybrimoe_jax.errors import UserError
+
+VARIABLE = "HYBRIMOE_NATIVE_LIBRARY"
+FILE = Path(__file__).with_name("libexperts.so")
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+def path() -> Path:
+    return Path(os.environ.get(VARIABLE) or FILE)
+
+
+def available() -> bool:
+    """Whether the library is there (it may still fail to load, with a UserError that says why)."""
+    return path().is_file()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library with its argument types declared; see experts.h. Raises UserError where it is absent or does not load."""
+    file = path()
+    if not file.is_file():
+        raise UserError(
+            f"host kernel 'native' needs {file}, which is not there: the package was installed without a C++ compiler; "
+            "install one and then the package again, or use 'auto'"
+        )
+    try:
+        found = ctypes.CDLL(str(file))
+        found.experts_run.argtypes = [
+            *(_INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER),
+            *(_POINTER, _POINTER, _POINTER, _POINTER, _INTEGER),
+        ]
+        found.experts_run_one.argtypes = [
+            *(_INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER)
+        ]
+        found.experts_isa.argtypes, found.experts_isa.restype = [_INTEGER], ctypes.c_char_p
+        found.experts_silu_times.argtypes = [_INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER]
+        found.experts_silu_times.restype = found.experts_shutdown.restype = None
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"host kernel 'native': {file} does not load ({error}); install the package again, or use 'auto'"
+        ) from None
+    return found
+
+
+def isas() -> dict[str, int]:
+    """Instruction sets that the library has code for and this processor runs, best first, with their numbers."""
+    names = iter(lambda at=iter(range(99)): library().experts_isa(next(at)), None)
+    return {name.decode(): number for number, name in enumerate(names) if name}

@@ -1,0 +1,175 @@
+#include "team.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__) || defined(__APPLE__)
+#include <signal.h>
+#endif
+
+namespace experts {
+namespace {
+
+constexpr int64_t MAX_HELPERS = 255;
+constexpr auto SPIN = std::chrono::microseconds(100);  // about a small layer: shorter gaps in a run of calls cost no wake-up
+constexpr int POLLS = 64;                              // between looks at the clock, and before giving up the processor
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct Job {
+    Phase* phases;
+    int64_t count;
+    std::atomic<int64_t> left{0};  // helpers that took the job and are done with it
+};
+
+void work_on(Job& job) {
+    for (Phase* phase = job.phases; phase < job.phases + job.count; ++phase) {
+        int64_t done = 0;
+        for (int64_t item; (item = phase->claimed.fetch_add(1, std::memory_order_relaxed)) < phase->items; ++done)
+            phase->work(phase->context, item);
+        if (done) phase->finished.fetch_add(done, std::memory_order_release);
+        for (int polls = 0; phase->finished.load(std::memory_order_acquire) < phase->items;) {
+            pause();
+            if (++polls >= POLLS) std::this_thread::yield();
+        }
+    }
+}
+
+// One helper. `offer` holds null (free), a job it may take, or BUSY.
+class Helper {
+   public:
+    Helper() : thread_([this] { serve(); }) {}
+
+    bool invite(Job* job) {
+        Job* expected = nullptr;
+        if (!offer_.compare_exchange_strong(expected, job)) return false;
+        if (asleep_.load()) {
+            std::lock_guard<std::mutex> hold(mutex_);
+            wake_.notify_one();
+        }
+        return true;
+    }
+
+    // Whether the job was not taken, and now will not be.
+    bool revoke(Job* job) { return offer_.compare_exchange_strong(job, nullptr); }
+
+    void end() {
+        {
+            std::lock_guard<std::mutex> hold(mutex_);
+            ending_.store(true);
+            wake_.notify_one();
+        }
+        thread_.join();
+    }
+
+   private:
+    static Job* busy() { return reinterpret_cast<Job*>(alignof(Job)); }
+
+    void serve() {
+        auto until = std::chrono::steady_clock::now() + SPIN;
+        while (!ending_.load(std::memory_order_relaxed)) {
+            for (int i = 0; i < POLLS && !offer_.load(std::memory_order_relaxed); ++i) pause();
+            Job* job = offer_.load(std::memory_order_acquire);
+            if (job && offer_.compare_exchange_strong(job, busy())) {
+                work_on(*job);
+                offer_.store(nullptr);
+                job->left.fetch_add(1, std::memory_order_release);  // the last touch: the caller may return
+                until = std::chrono::steady_clock::now() + SPIN;
+            } else if (std::chrono::steady_clock::now() > until) {
+                sleep();
+                until = std::chrono::steady_clock::now() + SPIN;
+            }
+        }
+    }
+
+    void sleep() {
+        std::unique_lock<std::mutex> hold(mutex_);
+        asleep_.store(true);  // before the look at the offer, as `invite` does both in the other order
+        wake_.wait(hold, [this] { return offer_.load() || ending_.load(); });
+        asleep_.store(false);
+    }
+
+    std::atomic<Job*> offer_{nullptr};
+    std::atomic<bool> asleep_{false}, ending_{false};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::thread thread_;  // last: it uses the others
+};
+
+// Never destroyed: helpers may still sleep when the process ends.
+struct Helpers {
+    std::mutex growing;
+    std::vector<std::unique_ptr<Helper>> all;
+    std::atomic<int64_t> count{0};
+};
+
+Helpers& helpers() {
+    static Helpers& one = *[] {
+        Helpers* made = new Helpers;
+        made->all.reserve(MAX_HELPERS);  // never moved, so that others may read it while it grows
+        return made;
+    }();
+    return one;
+}
+
+int64_t grow(int64_t wanted) {
+    Helpers& pool = helpers();
+    if (wanted > MAX_HELPERS) wanted = MAX_HELPERS;
+    if (pool.count.load(std::memory_order_acquire) >= wanted) return wanted;
+    std::lock_guard<std::mutex> hold(pool.growing);
+#if defined(__linux__) || defined(__APPLE__)
+    sigset_t every, before;  // signals are for the program's own threads
+    sigfillset(&every);
+    pthread_sigmask(SIG_SETMASK, &every, &before);
+#endif
+    try {
+        while (static_cast<int64_t>(pool.all.size()) < wanted) {
+            pool.all.push_back(std::make_unique<Helper>());
+            pool.count.store(pool.all.size(), std::memory_order_release);
+        }
+    } catch (const std::exception&) {  // no more threads: those that there are will do
+        wanted = pool.all.size();
+    }
+#if defined(__linux__) || defined(__APPLE__)
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+    return wanted;
+}
+
+}  // namespace
+
+void run_team(Phase* phases, int64_t count, int64_t threads) {
+    Job job{phases, count};
+    if (threads <= 1) return work_on(job);
+    const int64_t known = grow(threads - 1);
+    auto& all = helpers().all;
+    int64_t invited = 0;
+    for (int64_t i = 0; i < known; ++i) invited += all[i]->invite(&job);
+    work_on(job);
+    for (int64_t i = 0; i < known && invited; ++i) invited -= all[i]->revoke(&job);
+    for (int polls = 0; job.left.load(std::memory_order_acquire) < invited;) {
+        pause();
+        if (++polls >= POLLS) std::this_thread::yield();
+    }
+}
+
+void end_helpers() {
+    Helpers& pool = helpers();
+    std::lock_guard<std::mutex> hold(pool.growing);
+    for (auto& helper : pool.all) helper->end();
+    pool.all.clear();
+    pool.count.store(0);
+}
+
+}  // namespace experts
