@@ -7,17 +7,19 @@ BIN := $(VENV)/bin
 
 .PHONY: venv demo test test-slow lint bench clean
 
-# The stamps say which of the two sets of packages .venv holds for this pyproject.toml.
+# The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
+BUILT := pyproject.toml setup.py $(wildcard host_kernels/native/*.cpp host_kernels/native/*.h host_kernels/native/*.inc)
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.run: pyproject.toml | $(BIN)/python
+$(VENV)/.run: $(BUILT) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[onednn]'
 	touch $@
 
 # torch first and alone: its CPU build is all that the parity tests need, and a later resolution leaves it in place.
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: $(BUILT) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
 	$(BIN)/python -m pip install --quiet --editable '.[onednn,test,baseline]'
 	touch $@ $(VENV)/.run

@@ -10,7 +10,7 @@ from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
 
 EXECUTORS = ("overlapped", "callback", "dense")
-KERNELS = ("auto", "reference", "onednn")
+KERNELS = ("auto", "reference", "onednn", "native")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -24,7 +24,7 @@ class EngineConfig:
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
       cache, scheduler, prefetch, lookahead: replace one part of the system (`prefetch`: "impact", "next-layer" or "none").
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
-      host_kernel: "reference" (numpy), "onednn", or "auto" (measured at load).
+      host_kernel: "reference" (numpy), "onednn", "native", or "auto" (measured at load).
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -57,5 +58,6 @@ def library() -> ctypes.CDLL:
 
 def isas() -> dict[str, int]:
     """Instruction sets that the library has code for and this processor runs, best first, with their numbers."""
-    names = iter(lambda at=iter(range(99)): library().experts_isa(next(at)), None)
+    numbers = itertools.count()
+    names = iter(lambda: library().experts_isa(next(numbers)), None)
     return {name.decode(): number for number, name in enumerate(names) if name}
