@@ -19,6 +19,7 @@ QUIET = (
     "hybrimoe_jax.record.importers",
     "hybrimoe_jax.record.trace_info",
     "hybrimoe_jax.record.timeline",
+    "hybrimoe_jax.simulation.replay",
     "hybrimoe_jax.runtime.threads",
     "hybrimoe_jax.runtime.sampling",
     "hybrimoe_jax.runtime.routing",

@@ -126,6 +126,7 @@ def test_the_tree_leaves_no_module_out():
         "hybrimoe_jax/decide",
         "hybrimoe_jax/runtime",
         "hybrimoe_jax/record",
+        "hybrimoe_jax/simulation",
         "models",
         "host_kernels",
     )

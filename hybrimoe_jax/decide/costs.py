@@ -115,8 +115,12 @@ class CostModel:
         """One expert over the link; `cpu_busy` where the CPU computes at the same time."""
         return self._transfer[cpu_busy]
 
-    def layer(self, tokens: int) -> float:
-        """Everything between two MoE blocks: attention, norms and router. The link is idle meanwhile."""
+    def step(self, tokens: int) -> float:
+        """What a step takes outside its MoE layers; a warm-up measures none."""
+        return 0.0
+
+    def layer(self, tokens: int, context: int = 0) -> float:
+        """Everything between two MoE blocks: attention, norms and router. A warm-up does not tell how it grows with the context."""
         return self.layer_base + self.layer_token * tokens
 
     def scaled(self, *, cpu=1.0, device=1.0, shared=1.0, transfer=1.0, layer=1.0) -> CostModel:

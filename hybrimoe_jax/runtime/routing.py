@@ -38,10 +38,11 @@ class HostRouting:
         """Per lookahead distance, the loads and mean scores that gate reuse predicts for that layer."""
         if len(self.ids) == 1:
             return [predict(ahead[0], top_k) for ahead in self.ahead]
-        return [_predict_many(ahead[self.valid], top_k) for ahead in self.ahead]
+        return [predict_many(ahead[self.valid], top_k) for ahead in self.ahead]
 
 
-def _predict_many(scores: np.ndarray, top_k: int) -> Prediction:
+def predict_many(scores: np.ndarray, top_k: int) -> Prediction:
+    """The same for many rows at once; the ids rise."""
     chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
     counts = np.bincount(chosen.ravel(), minlength=scores.shape[1])
     loads = {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}

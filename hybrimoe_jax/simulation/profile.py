@@ -1,0 +1,229 @@
+"""Machine profiles: what a machine takes, figure by figure, each with its source; and the costs of one model on it.
+
+A profile is JSON and knows no model: overheads in seconds, bandwidths in bytes per second, rates in operations per second. Those that come
+with the package are in `profiles/`. `MachineCosts` makes from one, a `ModelShape` and a weight format what a planner asks of
+`decide.costs.CostModel`, and what the virtual machine needs beyond that. W weights of b bytes, n tokens:
+
+  CPU expert     overhead, b / bandwidth and 2 W n / flops combined, and square W n^2; the first of a run takes `cpu_first` more
+  device expert  overhead, b / bandwidth and 2 W n / flops combined
+  MoE block      device_block, and where there are shared experts the same of them; it opens the device lane
+  layer          the same of attention and router (bf16): the cache read once, scores by context
+  transfer       latency + b / bandwidth, with the second bandwidth while the CPU computes
+
+How a lane combines (`combine` in the file): "max", overhead and the larger of reading and computing; "sum", all three; "hidden", the largest of
+the three, where launching a kernel takes longer than running it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.simulation.shapes import ModelShape
+
+KIND, VERSION = "hybrimoe-jax machine profile", 1
+FOLDER = Path(__file__).parent / "profiles"
+PROFILES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+DENSE_BYTES = 2
+"""Dense weights and the cache are bfloat16 whatever the experts' format."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The figures of a machine; units in the module docstring."""
+
+    cpu_overhead: float
+    cpu_first: float
+    cpu_bandwidth: float
+    cpu_flops: float
+    cpu_square: float
+    device_block: float
+    device_overhead: float
+    device_bandwidth: float
+    device_flops: float
+    shared_overhead: float
+    link_latency: float
+    link_bandwidth: float
+    link_bandwidth_cpu_busy: float
+    layer_overhead: float
+    look_overhead: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineProfile:
+    """A named machine. `sources` maps every figure to (kind, where it comes from); `combine` maps lanes to how."""
+
+    name: str
+    about: str
+    figures: Figures
+    sources: Mapping[str, tuple[str, str]]
+    combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def costs(self, shape: ModelShape, fmt: str) -> MachineCosts:
+        """What this machine takes for a model with experts in format `fmt`."""
+        return MachineCosts(self, shape, fmt)
+
+    def changed(self, **factors: float) -> MachineProfile:
+        """The same machine with some figures multiplied, for what-if questions."""
+        figures = dataclasses.replace(self.figures, **{n: getattr(self.figures, n) * f for n, f in factors.items()})
+        said = " ".join(f"{name} x{factor:g}" for name, factor in factors.items())
+        return dataclasses.replace(self, name=f"{self.name} ({said})" if said else self.name, figures=figures)
+
+
+class MachineCosts:
+    """One model on one machine; has the methods of `CostModel`, all in seconds."""
+
+    fetch_host = 0.0
+
+    def __init__(self, profile: MachineProfile, shape: ModelShape, fmt: str):
+        f = self._figures = profile.figures
+        self.profile, self.shape, self.fmt, self._combine = profile, shape, fmt, profile.combine
+        self.expert_bytes = shape.expert_bytes(fmt)
+        self.look = f.look_overhead
+        self.source = f"profile {profile.name}, {shape.name}, {fmt}"
+        self._transfer = tuple(
+            f.link_latency + self.expert_bytes / b for b in (f.link_bandwidth, f.link_bandwidth_cpu_busy)
+        )
+        self._cpu: dict[int, float] = {}
+        self._device: dict[int, float] = {}
+        self._layer: dict[tuple[int, int], float] = {}
+
+    def cpu(self, load: int, first: bool = False) -> float:
+        """One expert on the CPU; `first` where nothing ran on it yet in this step."""
+        seconds = self._cpu.get(load)
+        if seconds is None:
+            f, weights = self._figures, self.shape.expert
+            read, work = self.expert_bytes / f.cpu_bandwidth, 2 * weights * load / f.cpu_flops
+            seconds = self._combined("cpu", f.cpu_overhead, read, work) + f.cpu_square * weights * load**2
+            self._cpu[load] = seconds
+        return seconds + self._figures.cpu_first if first else seconds
+
+    def device(self, load: int) -> float:
+        """One resident expert on the device."""
+        seconds = self._device.get(load)
+        if seconds is None:
+            overhead = self._figures.device_overhead
+            seconds = self._device[load] = self._on_device(overhead, self.expert_bytes, self.shape.expert, load)
+        return seconds
+
+    def shared(self, tokens: int) -> float:
+        """What opens the device lane of every MoE block."""
+        seconds, weights = self._figures.device_block, self.shape.shared
+        if weights:
+            size = weights * self.expert_bytes / self.shape.expert
+            seconds += self._on_device(self._figures.shared_overhead, size, weights, tokens)
+        return seconds
+
+    def transfer(self, cpu_busy: bool = False) -> float:
+        """One expert over the link."""
+        return self._transfer[cpu_busy]
+
+    def layer(self, tokens: int, context: int = 0) -> float:
+        """Everything between two MoE blocks, with `context` places of each token's cache to attend to."""
+        key = tokens, context
+        seconds = self._layer.get(key)
+        if seconds is None:
+            f, shape = self._figures, self.shape
+            read = DENSE_BYTES * (shape.attention + shape.kv * context) / f.device_bandwidth
+            work = 2 * tokens * (shape.attention + shape.scores * context) / f.device_flops
+            if len(self._layer) > 100_000:
+                self._layer.clear()
+            seconds = self._layer[key] = self._combined("device", f.layer_overhead, read, work)
+        return seconds
+
+    def step(self, tokens: int) -> float:
+        """What a step takes outside its MoE layers: leading dense layers for every token, logits for one."""
+        leading, head = self.shape.leading, self.shape.head
+        seconds = self._on_device(0.0, DENSE_BYTES * leading, leading, tokens) if leading else 0.0
+        return seconds + self._on_device(0.0, DENSE_BYTES * head, head, 1)
+
+    def _on_device(self, overhead: float, size: float, weights: int, tokens: int) -> float:
+        f = self._figures
+        return self._combined("device", overhead, size / f.device_bandwidth, 2 * weights * tokens / f.device_flops)
+
+    def _combined(self, lane: str, overhead: float, read: float, work: float) -> float:
+        how = self._combine.get(lane, "max")
+        if how == "hidden":
+            return max(overhead, read, work)
+        return overhead + (read + work if how == "sum" else max(read, work))
+
+
+def load_profile(name: str | Path) -> MachineProfile:
+    """A profile of the package by name, or from a file; UserError naming it and the first thing wrong."""
+    path = FOLDER / f"{name}.json" if str(name) in PROFILES else Path(name)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(PROFILES)
+        raise UserError(
+            f"profile {name}: neither a known one ({known}) nor a readable file ({error.strerror})"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"profile {name}: not a profile: invalid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("kind") != KIND:
+        raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
+    if raw.get("version") != VERSION:
+        raise UserError(
+            f"profile {name}: version {raw.get('version')!r} is not supported (this program reads {VERSION})"
+        )
+    figures, combine = raw.get("figures"), raw.get("combine", {})
+    if not isinstance(figures, dict) or not isinstance(combine, dict):
+        raise UserError(f"profile {name}: `figures` and `combine` must be objects")
+    names = [field.name for field in dataclasses.fields(Figures)]
+    for missing in [n for n in names if n not in figures] + [n for n in figures if n not in names]:
+        raise UserError(f"profile {name}: figure {missing!r} is {'missing' if missing in names else 'unknown'}")
+    values, sources = {}, {}
+    for field in names:
+        entry = figures[field]
+        value = entry.get("value") if isinstance(entry, dict) else None
+        rate = field.endswith(("bandwidth", "flops", "cpu_busy"))
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value < 0
+            or (rate and not value)
+        ):
+            raise UserError(
+                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {value!r}"
+            )
+        if not isinstance(entry.get("source"), str) or not entry["source"].strip():
+            raise UserError(f"profile {name}: {field} has no source; every figure says where it comes from")
+        values[field], sources[field] = float(value), (str(entry.get("kind", "unstated")), entry["source"])
+    if values["link_bandwidth_cpu_busy"] > values["link_bandwidth"]:
+        raise UserError(f"profile {name}: link_bandwidth_cpu_busy must not be above link_bandwidth")
+    for lane, how in combine.items():
+        if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
+            raise UserError(f"profile {name}: combine.{lane} is {how!r}; cpu and device may be max, sum or hidden")
+    return MachineProfile(
+        str(raw.get("name", path.stem)), str(raw.get("about", "")), Figures(**values), sources, combine
+    )
+
+
+def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | CostModel:
+    """Costs of a model by a profile: one of this package, a file of the same kind, or a saved warm-up (`generate --profile`).
+
+    A warm-up is bound to the size of an expert; UserError where that is not the model's in this format.
+    """
+    if str(name) not in PROFILES and _is_warm_up(name):
+        costs = CostModel.load(name)
+        if costs.expert_bytes != shape.expert_bytes(fmt):
+            raise UserError(
+                f"profile {name}: measured with experts of {costs.expert_bytes} bytes, those of {shape.name} have "
+                f"{shape.expert_bytes(fmt)} in {fmt}; measure it with this model or name a machine ({', '.join(PROFILES)})"
+            )
+        return costs
+    return load_profile(name).costs(shape, fmt)
+
+
+def _is_warm_up(path: str | Path) -> bool:
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == "hybrimoe-jax cost model"

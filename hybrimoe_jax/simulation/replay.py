@@ -1,0 +1,80 @@
+"""Planner and virtual machine over the steps of a trace: the same calls in the same order as the live engine makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from hybrimoe_jax.decide.plan import Counters
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.prefetch import Prediction, predict
+from hybrimoe_jax.runtime.routing import predict_many
+from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.workload import Asked, Step
+
+
+class StepResult(NamedTuple):
+    """One step on the virtual clock: seconds, and activated experts found resident, and not."""
+
+    phase: str
+    sequence: int
+    seconds: float
+    hits: int
+    misses: int
+
+
+@dataclasses.dataclass
+class Result:
+    """What a replay gave. `counters` are the planner's totals; lane times are busy seconds."""
+
+    steps: list[StepResult]
+    counters: Counters
+    seconds: float
+    cpu: float
+    device: float
+    link: float
+    attention: float
+
+    def __add__(self, other: Result) -> Result:
+        totals = {f.name: getattr(self.counters, f.name) + getattr(other.counters, f.name) for f in _FIELDS}
+        lanes = (
+            getattr(self, name) + getattr(other, name) for name in ("seconds", "cpu", "device", "link", "attention")
+        )
+        return Result(self.steps + other.steps, Counters(**totals), *lanes)
+
+
+_FIELDS = dataclasses.fields(Counters)
+
+
+def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
+    """Runs every step. The planner's clock is the machine's."""
+    results, counters = [], planner.counters
+    for step in steps:
+        begin, hits, misses = machine.now, counters.hits, counters.misses
+        tokens = step.tokens
+        looks = planner.worth_looking(tokens)
+        prefetches = looks and not planner.rests(tokens)
+        machine.step(tokens)
+        for asked in step.layers:
+            layer = asked.layer
+            machine.front(layer, tokens, step.context, looks)
+            for landed in machine.landed():
+                planner.landed(*landed)
+            plan = planner.plan(layer, asked.loads, asked.scores, tokens, machine.now)
+            machine.run(plan, asked.loads, tokens)
+            if prefetches and asked.ahead:
+                for wanted in planner.plan_prefetch(layer, predictions(asked, planner.top_k)):
+                    machine.prefetch(wanted.layer, wanted.expert)
+        planner.finish_step()
+        results.append(
+            StepResult(step.phase, step.sequence, machine.now - begin, counters.hits - hits, counters.misses - misses)
+        )
+    return Result(results, counters, machine.now, machine.cpu, machine.device, machine.link, machine.attention)
+
+
+def predictions(asked: Asked, top_k: int) -> list[Prediction]:
+    """What the recorded lookahead predicts, per distance."""
+    if len(asked.ahead[0]) == 1:
+        return [predict(ahead[0], top_k) for ahead in asked.ahead]
+    return [predict_many(ahead, top_k) for ahead in asked.ahead]
