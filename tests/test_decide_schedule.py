@@ -7,30 +7,10 @@ import statistics
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from schedule_cases import costs, simulate
 
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler, replay
 from hybrimoe_jax.errors import UserError
-
-
-def costs(*, cpu=(0.0, 1.0, 0.0), device=(1.0, 0.0), shared=2.0, transfer=3.0, transfer_busy=None) -> CostModel:
-    """cpu is (per expert, per token, first), device (per expert, per token); all in seconds."""
-    return CostModel(
-        cpu_expert=cpu[0],
-        cpu_token=cpu[1],
-        cpu_first=cpu[2],
-        device_expert=device[0],
-        device_token=device[1],
-        shared_base=shared,
-        shared_token=0.0,
-        layer_base=0.0,
-        layer_token=0.0,
-        transfer_latency=0.0,
-        bandwidth=1.0 / transfer,
-        bandwidth_cpu_busy=1.0 / (transfer_busy or transfer),
-        expert_bytes=1,
-    )
-
 
 A, B, C, D, E = range(5)
 
@@ -159,46 +139,6 @@ def problems(draw, max_experts=10):
     busy = draw(st.none() | seconds)
     flags = {name: draw(st.booleans()) for name in ("allow_cpu", "allow_fetch", "allow_steal")}
     return Problem(loads, resident, model, draw(st.integers(1, 99)), scores, in_flight, busy, **flags)
-
-
-def simulate(problem: Problem, schedule) -> tuple[float, float, float]:
-    """(cpu, device, link) finish times by stepping through events: a lane starts its next job at the first event where it is idle and
-    the job's expert is there. The link's progress is an integral over its two speeds. Shares nothing with the code under test."""
-    jobs = {
-        "cpu": [
-            (
-                problem.costs.cpu_expert
-                + problem.costs.cpu_token * problem.loads[e]
-                + (problem.costs.cpu_first if i == 0 else 0),
-                None,
-                e,
-            )
-            for i, e in enumerate(schedule.cpu)
-        ],
-        "device": [(problem.costs.shared_base + problem.costs.shared_token * problem.tokens, None, None)]
-        + [
-            (problem.costs.device_expert + problem.costs.device_token * problem.loads[e], e, e) for e in schedule.device
-        ],
-    }
-    there = {e: 0.0 for e in problem.resident} | dict(problem.in_flight)
-    link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *problem.in_flight.values()])
-    cpu_end = sum(seconds for seconds, _, _ in jobs["cpu"])
-    beside, alone = problem.costs.transfer(True), problem.costs.transfer(False)
-    moved_beside = max(0.0, cpu_end - link_start) / beside  # transfers, by the time the CPU is done
-    for i, expert in enumerate(schedule.fetch, 1):
-        slow, fast = min(i, moved_beside), i - min(i, moved_beside)
-        there[expert] = link_start + slow * beside + fast * alone
-    link_end = max([link_start, *(there[e] for e in schedule.fetch)])
-    idle_since = {"cpu": 0.0, "device": 0.0}
-    while any(jobs.values()):
-        startable = []
-        for lane, queue in jobs.items():
-            if queue and (queue[0][1] is None or queue[0][1] in there):
-                startable.append((max(idle_since[lane], there.get(queue[0][1], 0.0)), lane))
-        start, lane = min(startable)
-        length, _, expert = jobs[lane].pop(0)
-        idle_since[lane] = start + length
-    return idle_since["cpu"], idle_since["device"], link_end
 
 
 @pytest.mark.parametrize("rule", SCHEDULERS)

@@ -10,8 +10,10 @@ device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE
   fetch-misses     every miss crosses the link, highest load first; the CPU stays idle
   device-only      the same without a scheduler: misses cross the link in the order of their ids
   bandwidth-split  link and CPU share the misses as they share the host's bandwidth (FreeToken)
+  optimal          the least makespan, or how near to it
 """
 
+from hybrimoe_jax.decide.schedule.optimal import OptimalScheduler
 from hybrimoe_jax.decide.schedule.paper import PaperScheduler, ReleasedScheduler
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, landings, replay
 from hybrimoe_jax.decide.schedule.splits import (
@@ -33,6 +35,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         FetchMissesScheduler,
         DeviceOnlyScheduler,
         BandwidthSplitScheduler,
+        OptimalScheduler,
     )
 }
 

@@ -55,7 +55,8 @@ class Schedule(NamedTuple):
 
     `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand loads in link order; `waits` the experts in
     flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
-    `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device.
+    `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device. `bound` is a lower bound on the makespan of
+    every schedule, where the rule knows one (0: it does not).
     """
 
     cpu: tuple[int, ...]
@@ -66,6 +67,12 @@ class Schedule(NamedTuple):
     cpu_seconds: float
     device_seconds: float
     link_seconds: float
+    bound: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """By what share of its own length the makespan may be longer than the least possible; 1 where nothing is known."""
+        return 1.0 - self.bound / self.makespan if self.makespan else 0.0
 
 
 class Scheduler(ABC):

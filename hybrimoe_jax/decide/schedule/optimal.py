@@ -1,0 +1,140 @@
+"""The minimum makespan: which experts the CPU runs, resident ones included, which are fetched and in what order.
+
+*Order.* On the device, by the time at which experts are there, since one machine with release times and the last completion as the objective
+wants nothing else; on the link, by falling device time (Johnson's rule with equal first stages); on the CPU any.
+
+*Assignment, device time the same for every load* (as in the paper, and in every step whose loads are equal). Of q demand loads and s residents
+on the CPU only the numbers matter to device and link, and less CPU work also makes transfers land sooner; so for each (q, s) the CPU takes the
+lightest experts. For given q the CPU's end and the last landing rise with s while the device's work falls, so the best s is found by
+bisection: O(n log n) in the number of experts, times the sets of experts in flight that are worth awaiting (few: a prefetcher has few
+buffers; where loads are equal, only their number counts). Exact.
+
+*Assignment, device time by load.* Balancing two lanes is then as hard as partitioning numbers. The same scan gives a schedule, `search.refine`
+improves it and bounds what is left; `Schedule.bound` states it. Small problems are solved to the end.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, combinations
+
+from hybrimoe_jax.decide.schedule.instance import Choice, Instance
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
+from hybrimoe_jax.decide.schedule.search import refine
+
+NODES = 400
+MOST_SETS = 4
+"""Experts in flight of whose sets each is tried; of more, those that land first."""
+_MEMO_LIMIT = 4096
+_INF = float("inf")
+
+
+class OptimalScheduler(Scheduler):
+    """The least makespan, with fewest demand loads among equals. `nodes` bounds the search where device time depends on the load.
+
+    `Schedule.bound` is a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
+    """
+
+    name = "optimal"
+
+    def __init__(self, nodes: int = NODES):
+        self.nodes = nodes
+        self._costs, self._memo = None, {}
+
+    def schedule(self, problem: Problem) -> Schedule:
+        instance = Instance.of(problem)
+        choice, bound = self._equal(problem, instance) or self.choose(instance)
+        schedule = instance.build(problem, choice)
+        return schedule._replace(bound=min(bound, schedule.makespan))
+
+    def choose(self, instance: Instance) -> tuple[Choice, float]:
+        """-> the choice, and a bound on the makespan: infinity where it is the optimum."""
+        choice, _ = scan(instance)
+        if instance.constant and len(instance.flying) <= MOST_SETS:
+            return choice, _INF
+        return refine(instance, choice, self.nodes)
+
+    def _equal(self, problem: Problem, instance: Instance) -> tuple[Choice, float] | None:
+        """Where all loads are equal and nothing is in flight only numbers matter, and answers are remembered."""
+        loads = problem.loads
+        if instance.flying or not loads or len(set(loads.values())) > 1:
+            return None
+        if problem.costs is not self._costs or len(self._memo) > _MEMO_LIMIT:
+            self._costs, self._memo = problem.costs, {}
+        key = (
+            len(instance.here),
+            len(instance.absent),
+            next(iter(loads.values())),
+            problem.tokens,
+            instance.link,
+            instance.steals,
+            instance.fetches,
+        )
+        known = self._memo.get(key)
+        if known is None:
+            known = self._memo[key] = self.choose(instance)
+        return known
+
+
+def scan(instance: Instance) -> tuple[Choice, float]:
+    """The best choice in which the CPU runs the lightest absent and the lightest resident experts, and its makespan."""
+    cpu_absent = [0.0, *accumulate(reversed(instance.cpu_absent))]
+    cpu_here = [0.0, *accumulate(reversed(instance.cpu_here))]
+    device_absent = [0.0, *accumulate(instance.device_absent)]
+    device_here = [0.0, *accumulate(instance.device_here)]
+    absent, here, first, shared = len(instance.absent), len(instance.here), instance.first, instance.shared
+    fewest, most = instance.fetches
+    # Where no expert takes the device longer than a transfer, each one fetched is done before the next lands.
+    link_bound = max(instance.device_absent, default=0.0) <= instance.alone
+    landing, device_seconds, last = instance.landing, instance.device_seconds, instance.device_absent
+    least = min(last, default=0.0)
+    top = list(range(absent))
+    best, found = _INF, (0, 0, ())
+    for flying in _awaited(instance):
+        on_cpu = len(instance.flying) - len(flying)
+        cpu_flying = sum(instance.cpu_flying) - sum([instance.cpu_flying[i] for i in flying]) if on_cpu else 0.0
+        work_flying = sum([instance.device_flying[i] for i in flying])
+        closed = link_bound and not flying
+        for fetched in range(fewest, most + 1):
+            if fetched and instance.link + fetched * instance.alone + least >= best:
+                break
+            cpu_least = cpu_flying + cpu_absent[absent - fetched]
+            if on_cpu or fetched < absent:
+                cpu_least += first
+            if cpu_least >= best:
+                continue
+            work_other = work_flying + device_absent[fetched]
+            extra = 0.0 if on_cpu or fetched < absent else first
+            low, high = 0, instance.steals
+            while True:  # the least number stolen from which on the device's work is not the longest
+                stolen = (low + high) // 2
+                cpu = cpu_least + cpu_here[stolen] + extra if stolen else cpu_least
+                work = shared + device_here[here - stolen]
+                if not fetched and not flying:
+                    rising = cpu
+                elif closed:
+                    rising = landing(fetched, cpu) + last[fetched - 1]
+                    rising = rising if rising > cpu else cpu
+                else:
+                    rising = max(cpu, device_seconds(0.0, flying, top[:fetched], cpu))
+                falling = work + work_other
+                value = rising if rising > falling else falling
+                if value < best:
+                    best, found = value, (fetched, stolen, flying)
+                if low >= high:
+                    break
+                if rising >= falling:
+                    high = stolen
+                else:
+                    low = stolen + 1
+    fetched, stolen, flying = found
+    return Choice(range(here - stolen), flying, range(fetched)), best
+
+
+def _awaited(instance: Instance) -> list[tuple[int, ...]]:
+    """Sets of experts in flight for the device to await; of those that cost the CPU the same, the first to land."""
+    number = len(instance.flying)
+    if instance.awaits or not number:
+        return [tuple(range(number))]
+    if number > MOST_SETS or len(set(instance.cpu_flying)) == 1:
+        return [tuple(range(count)) for count in range(number + 1)]
+    return [chosen for count in range(number + 1) for chosen in combinations(range(number), count)]

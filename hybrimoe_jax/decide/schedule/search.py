@@ -1,0 +1,193 @@
+"""Branch and bound for the least makespan where device time depends on the load: anytime, and it says how far off it may be.
+
+The number q of demand loads is fixed first, so that the link's end depends on the CPU's alone. For each q, with m = |CPU's experts among absent| etc.,
+
+  makespan >= CPU end,  >= shared + device work,  >= landing of the last demand load + the least device time,
+
+and for any weight w in 0..1 also >= w CPU end + (1 - w) device end, whose minimum is a sum of independent choices once the q best absent
+experts are found by sorting (Lagrangian relaxation; w is bisected for the greatest bound). Depth first per q, the most promising q first;
+identical experts are told apart by nothing, so of them the device takes the first ones.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+from hybrimoe_jax.decide.schedule.instance import Choice, Instance
+
+FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 4, 6
+"""Weights tried: the first of them and one more for so many experts. Few experts are sooner enumerated than bounded well."""
+_HERE, _FLYING, _ABSENT = range(3)
+_CLOSE = 1.0 - 1e-12
+
+
+class _Item(NamedTuple):
+    cpu: float
+    device: float
+    group: int
+    ready: float
+    position: int
+
+
+class _Relaxed(NamedTuple):
+    """The best weight found for a number of demand loads: bound, weight, and the price of a place among the fetched."""
+
+    bound: float
+    weight: float
+    price: float
+
+
+def refine(instance: Instance, choice: Choice, nodes: int) -> tuple[Choice, float]:
+    """A choice at least as good as the given one, and a lower bound on every makespan (infinity: the choice is the optimum).
+
+    Looks at `nodes` partial choices at most.
+    """
+    items = _items(instance)
+    relaxed, choice, best = _relax(instance, items, choice)
+    left, open_bound = nodes, float("inf")
+    for fetched in sorted(relaxed, key=lambda q: relaxed[q].bound):
+        if relaxed[fetched].bound >= best * _CLOSE:
+            break
+        if left <= 0:
+            open_bound = min(open_bound, relaxed[fetched].bound)
+            break
+        choice, best, left, bound = _dive(instance, items, fetched, relaxed[fetched], choice, best, left)
+        open_bound = min(open_bound, bound)
+    return choice, open_bound
+
+
+def _items(instance: Instance) -> list[_Item]:
+    """Experts of which there is a choice or work; the heaviest first, identical ones side by side."""
+    i = instance
+    items = [_Item(c, d, _HERE, 0.0, k) for k, (c, d) in enumerate(zip(i.cpu_here, i.device_here))]
+    items += [_Item(c, d, _FLYING, r, k) for k, (c, d, r) in enumerate(zip(i.cpu_flying, i.device_flying, i.ready))]
+    items += [_Item(c, d, _ABSENT, 0.0, k) for k, (c, d) in enumerate(zip(i.cpu_absent, i.device_absent))]
+    return sorted(items, key=lambda item: (-item.cpu, -item.device, item[2:]))
+
+
+def _may_cpu(instance: Instance, group: int) -> bool:
+    if group == _HERE:
+        return instance.steals > 0
+    return not instance.awaits if group == _FLYING else instance.fetches[0] == 0
+
+
+def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict[int, _Relaxed], Choice, float]:
+    """The bound of each number of demand loads, the best of the given choice and those that the relaxation makes on the way, its makespan.
+
+    Each number has an interval that holds its best weight; the number with the lowest bound is halved next, and every weight tried tells
+    all the others something.
+    """
+    fewest, most = instance.fetches
+    absent = [i for i, item in enumerate(items) if item.group == _ABSENT]
+    others = [i for i, item in enumerate(items) if item.group != _ABSENT and _may_cpu(instance, item.group)]
+    fixed = [i for i, item in enumerate(items) if item.group != _ABSENT and not _may_cpu(instance, item.group)]
+    count, first = len(absent), instance.first
+    cpu_absent = sum([items[i].cpu for i in absent])
+    fixed_device = instance.shared + sum([items[i].device for i in fixed])
+    fixed_mask = sum([1 << i for i in fixed])
+    least_cpu = [0.0, *accumulate(sorted([items[i].cpu for i in absent]))]
+    least_device = min([items[i].device for i in absent], default=0.0)
+    found, inside = {}, {}
+    for q in range(fewest, most + 1):
+        cpu = least_cpu[count - q] + (first if q < count else 0.0)
+        end = instance.landing(q, cpu) + least_device if q else 0.0
+        found[q], inside[q] = _Relaxed(max(cpu, end, fixed_device), 1.0, 0.0), (0.0, 1.0)
+    best, seen = instance.makespan(choice), set()
+    for _ in range(FEWEST_WEIGHTS + len(items) // ITEMS_PER_WEIGHT):
+        lowest = min(found, key=lambda q: found[q].bound)
+        if found[lowest].bound >= best * _CLOSE:
+            break
+        w = sum(inside[lowest]) / 2
+        v = 1.0 - w
+        keys = sorted([(v * items[i].device - w * items[i].cpu, i) for i in absent])
+        cpu, device, mask = cpu_absent, fixed_device, fixed_mask
+        for i in others:
+            item = items[i]
+            if w * item.cpu < v * item.device:
+                cpu += item.cpu
+            else:
+                device += item.device
+                mask |= 1 << i
+        for q in range(most + 1):
+            if q:
+                i = keys[q - 1][1]
+                cpu, device, mask = cpu - items[i].cpu, device + items[i].device, mask | 1 << i
+            if q < fewest:
+                continue
+            end = cpu + first if q < count else cpu
+            bound = w * end + v * device
+            if bound > found[q].bound:
+                found[q] = _Relaxed(bound, w, keys[q - 1][0] if q else keys[0][0] if keys else 0.0)
+            low, high = inside[q]
+            if low < w < high:
+                inside[q] = (w, high) if end > device else (low, w)
+            if q == lowest and mask not in seen:
+                seen.add(mask)
+                candidate = _choice(items, mask)
+                value = instance.makespan(candidate)
+                if value < best:
+                    choice, best = candidate, value
+    return found, choice, best
+
+
+def _dive(instance, items, fetched, relaxed, choice, best, left):
+    """Depth first over the items for one number of demand loads -> (choice, its makespan, nodes left, bound of what was not looked at)."""
+    w, price = relaxed.weight, relaxed.price
+    v = 1.0 - w
+    count = len(items)
+    items = sorted(items, key=lambda item: -abs(w * item.cpu - v * item.device + price * (item.group == _ABSENT)))
+    on_cpu = [w * item.cpu for item in items]
+    on_device = [v * item.device - (price if item.group == _ABSENT else 0.0) for item in items]
+    may = [_may_cpu(instance, item.group) for item in items]
+    rest = [0.0] * (count + 1)  # the least that the items from here on add
+    absent_left = [0] * (count + 1)
+    for i in reversed(range(count)):
+        rest[i] = rest[i + 1] + (min(on_cpu[i], on_device[i]) if may[i] else on_device[i])
+        absent_left[i] = absent_left[i + 1] + (items[i].group == _ABSENT)
+    same = [i > 0 and items[i][:4] == items[i - 1][:4] for i in range(count)]
+    first, shared, landing = instance.first, instance.shared, instance.landing
+    least_device = min(instance.device_absent, default=0.0)
+    start = v * shared + fetched * price + (w * first if fetched < absent_left[0] else 0.0)
+    stack = [
+        (relaxed.bound, 0, 0.0, shared, 0, 0, start)
+    ]  # bound, item, CPU end, device work, fetched, on device (bits), weighed
+    while stack:
+        if left <= 0:
+            return choice, best, 0, min(node[0] for node in stack)
+        bound, i, cpu, work, taken, mask, weighed = stack.pop()
+        if bound >= best * _CLOSE:
+            continue
+        left -= 1
+        if i == count:
+            candidate = _choice(items, mask)
+            value = instance.makespan(candidate)
+            if value < best:
+                choice, best = candidate, value
+            continue
+        item = items[i]
+        absent = item.group == _ABSENT
+        children = []
+        if may[i] and taken + absent_left[i + 1] >= fetched:
+            cpu_then = cpu + item.cpu if cpu else first + item.cpu
+            end = landing(fetched, cpu_then) + least_device if fetched else 0.0
+            then = weighed + on_cpu[i]
+            lower = max(bound, cpu_then, work, end, then + rest[i + 1])
+            children.append((lower, i + 1, cpu_then, work, taken, mask, then))
+        if not (absent and taken == fetched) and not (same[i] and not mask >> (i - 1) & 1):
+            work_then = work + item.device
+            end = item.ready + item.device
+            then = weighed + on_device[i]
+            lower = max(bound, cpu, work_then, end, then + rest[i + 1])
+            children.append((lower, i + 1, cpu, work_then, taken + absent, mask | 1 << i, then))
+        children.sort(reverse=True)  # the lower bound is looked at first
+        stack += [child for child in children if child[0] < best * _CLOSE]
+    return choice, best, left, float("inf")
+
+
+def _choice(items: list[_Item], mask: int) -> Choice:
+    groups = [], [], []
+    for i, item in enumerate(items):
+        if mask >> i & 1:
+            groups[item.group].append(item.position)
+    return Choice(*(sorted(group) for group in groups))
