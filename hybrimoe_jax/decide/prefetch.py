@@ -87,7 +87,7 @@ class Forecast:
     """
 
     def __init__(self, scheduler: Scheduler, costs: Any, **flags: bool):
-        self.scheduler, self.costs, self.flags = scheduler, costs, flags
+        self.scheduler, self.costs, self.flags = scheduler.forecaster(), costs, flags
         self.transfer = costs.transfer(scheduler.uses_cpu and flags.get("allow_cpu", True))
         self._memo: dict[tuple, Outlook] = {}
 

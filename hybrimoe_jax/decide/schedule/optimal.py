@@ -29,9 +29,9 @@ _INF = float("inf")
 
 
 class OptimalScheduler(Scheduler):
-    """The least makespan, with fewest demand loads among equals. `nodes` bounds the search where device time depends on the load.
+    """The least makespan, with fewest demand loads among equals.
 
-    `Schedule.bound` is a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
+    `nodes` bounds the search where device time depends on the load; without any there is no search and no bound either. `Schedule.bound` is a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
     """
 
     name = "optimal"
@@ -46,11 +46,16 @@ class OptimalScheduler(Scheduler):
         schedule = instance.build(problem, choice)
         return schedule._replace(bound=min(bound, schedule.makespan))
 
+    def forecaster(self) -> Scheduler:
+        return OptimalScheduler(nodes=0)
+
     def choose(self, instance: Instance) -> tuple[Choice, float]:
-        """-> the choice, and a bound on the makespan: infinity where it is the optimum."""
+        """-> the choice, and a bound on the makespan: infinity where it is the optimum, 0 where nothing is known."""
         choice, _ = scan(instance)
         if instance.constant and len(instance.flying) <= MOST_SETS:
             return choice, _INF
+        if not self.nodes:
+            return choice, 0.0
         return refine(instance, choice, self.nodes)
 
     def _equal(self, problem: Problem, instance: Instance) -> tuple[Choice, float] | None:

@@ -86,6 +86,10 @@ class Scheduler(ABC):
     def schedule(self, problem: Problem) -> Schedule:
         """Assigns every activated expert; UserError where the problem's flags leave a miss no lane."""
 
+    def forecaster(self) -> Scheduler:
+        """The rule that times predicted layers in this one's place: itself, or a quicker one where that makes thousands of them affordable."""
+        return self
+
     def transfer_seconds(self, problem: Problem) -> float:
         """What rules decide by, one constant per step: the slower transfer wherever the CPU may be computing meanwhile."""
         return problem.costs.transfer(self.uses_cpu and problem.allow_cpu)
