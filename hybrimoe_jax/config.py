@@ -10,6 +10,7 @@ from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
 
 EXECUTORS = ("overlapped", "callback", "dense")
+CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -30,7 +31,9 @@ class EngineConfig:
       max_batch: sequences whose KV cache a vram_budget reserves.
       prefill_chunk: tokens of a prompt computed at once.
       seed: of sampling.
-      profile: a machine profile (JSON) to read the costs from, instead of the warm-up at load.
+      profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote, or a machine profile
+        (`simulation.profile`) by name or file.
+      clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the same.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.
       debug: check on every step that each slot holds the expert it should (slow).
@@ -51,6 +54,7 @@ class EngineConfig:
     prefill_chunk: int = 256
     seed: int = 0
     profile: Any = None
+    clock: str = "wall"
     lazy: bool = False
     verify: bool = False
     debug: bool = False
@@ -58,6 +62,9 @@ class EngineConfig:
     def __post_init__(self):
         _one_of("executor", self.executor, EXECUTORS)
         _one_of("host_kernel", self.host_kernel, KERNELS)
+        _one_of("clock", self.clock, CLOCKS)
+        if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
+            raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
         if self.prefetch is not None:
             _one_of("prefetch", self.prefetch, ("impact", "next-layer", "none"))
         # unknown parts of a system are refused here too, before anything is loaded

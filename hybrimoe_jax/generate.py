@@ -12,8 +12,9 @@ import os
 import sys
 
 from hybrimoe_jax.cli import Parser, run
-from hybrimoe_jax.config import EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.simulation.profile import PROFILES
 
 ENGINE_FLAGS = {
     "system": dict(
@@ -35,7 +36,10 @@ ENGINE_FLAGS = {
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),
     "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 256)"),
-    "profile": dict(metavar="FILE", help="machine profile: read if it exists, else measured and written"),
+    "profile": dict(
+        metavar="P", help="costs: a file (read if it exists, else measured and written) or a machine's name"
+    ),
+    "clock": dict(choices=CLOCKS, help="virtual: times are those of the profile's machine, computed (default wall)"),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
     "verify": dict(action="store_true", help="check every expert's hash as it is read"),
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
@@ -127,12 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     options = engine_config(args)
     saves_profile = None
-    if options.profile is not None:
-        from pathlib import Path
-
-        if not Path(options.profile).exists():
-            saves_profile = options.profile
-            options = dataclasses.replace(options, profile=None)
+    if options.profile not in (None, *PROFILES) and options.clock == "wall" and not os.path.exists(options.profile):
+        saves_profile = options.profile
+        options = dataclasses.replace(options, profile=None)
     prompt = read_prompt(args)
     check_folders(args)
     from hybrimoe_jax.loading import load
@@ -196,7 +197,12 @@ def recorders(args: argparse.Namespace, engine):
         from hybrimoe_jax.runtime.recording import EngineTrace
 
         trace = EngineTrace(engine)
-    if args.timeline:
+    if args.timeline and engine.options.clock == "virtual":
+        from hybrimoe_jax.record.timeline import Timeline
+
+        options = engine.options
+        timeline = Timeline(clock="virtual", system=options.system, profile=options.profile, costs=engine.costs.source)
+    elif args.timeline:
         from hybrimoe_jax.runtime.recording import EngineTimeline
 
         timeline = EngineTimeline(engine)

@@ -144,6 +144,10 @@ class CostModel:
             source=f"{self.source} ({changed})" if changed else self.source,
         )
 
+    def describe(self) -> dict:
+        """Plain values, for statistics and records."""
+        return dataclasses.asdict(self)
+
     def save(self, path: str | Path) -> None:
         """Writes the model as JSON, whole or not at all."""
         path = Path(path)

@@ -14,6 +14,7 @@ Row = one token in one MoE layer of one step. R rows, E experts, k experts per t
 | `weights` | float32 [R, k], optional | what multiplied their outputs |
 | `scores` | float32 [R, E], optional | the router's probability of every expert |
 | `lookahead_<d>` | float32 [R, E], optional | prediction of layer + d's probabilities from this layer's state |
+| `x_landed` | int32 [n, 4], optional | prefetches as they were committed: (step, layer about to be planned, their layer, expert) |
 | `x_<name>` | any, optional | additions by other programs: kept by `load_trace`, not interpreted |
 
 Rows are ordered by (step, layer). A row whose scores or prediction were not recorded is NaN throughout; predictions past
@@ -111,12 +112,13 @@ class TraceRecorder:
 
     def __init__(self, facts: TraceFacts, **about: Any):
         self.facts, self.about = facts, about
-        self._step = -1
+        self.step = -1
         self._rows: list[tuple] = []
+        self._notes: dict[str, list[tuple[int, ...]]] = {}
 
     def next_step(self) -> None:
         """A new forward pass begins."""
-        self._step += 1
+        self.step += 1
 
     def add(
         self, layer: int, phase: str, *, sequence, position, ids, weights=None, scores=None, lookahead=None
@@ -131,7 +133,7 @@ class TraceRecorder:
         copies = (np.array(sequence, np.int32), np.array(position, np.int32), np.array(ids, np.int32))
         floats = [None if a is None else np.array(a, np.float32) for a in (weights, scores)]
         ahead = {d: np.array(a, np.float32) for d, a in (lookahead or {}).items() if layer + d < self.facts.layers}
-        self._rows.append((max(self._step, 0), layer, PHASES.index(phase), *copies, *floats, ahead))
+        self._rows.append((max(self.step, 0), layer, PHASES.index(phase), *copies, *floats, ahead))
 
     def trace(self) -> Trace:
         """What has been recorded so far."""
@@ -162,7 +164,12 @@ class TraceRecorder:
             stacked([row[7] for row in rows], facts.experts, np.float32),
             {d: stacked([row[8].get(d) for row in rows], facts.experts, np.float32) for d in distances},
             dict(self.about),
+            {name: np.array(rows, np.int32) for name, rows in self._notes.items()},
         )
+
+    def note(self, name: str, row: tuple[int, ...]) -> None:
+        """Adds a row to the extra array `x_<name>`."""
+        self._notes.setdefault(name, []).append(row)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what has been recorded so far; see `save_trace`."""

@@ -27,6 +27,9 @@ from hybrimoe_jax.runtime.host import HostExecutor
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
+from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.profile import load_costs
+from hybrimoe_jax.simulation.shapes import shape_of
 
 STAGING = 2
 """Staging slots: one fills while the other is read."""
@@ -70,9 +73,12 @@ class Parts:
             if trace is not None or timeline is not None:
                 raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
             return
-        self.forward.trace, self.forward.timeline = trace, timeline
+        self.forward.trace = trace
+        if self.forward.machine is None:
+            self.forward.timeline, self.host.detailed = timeline, timeline is not None
+        else:
+            self.forward.machine.timeline = timeline
         self.forward.lookahead = max(self.lookahead, TRACE_LOOKAHEAD) if trace is not None else self.lookahead
-        self.host.detailed = timeline is not None
 
     def new_stats(self) -> RunStats:
         experts = self.model.config.num_experts * len(self.model.moe_layers)
@@ -80,10 +86,10 @@ class Parts:
             system=self.system.name,
             executor=self.options.executor,
             cache_ratio=sum(self.slots) / experts if experts else 0.0,
-            clock="wall",
+            clock=self.options.clock,
             host_kernel=self.host.kernel.describe() if self.host else {},
             cores=dataclasses.asdict(self.cores),
-            costs=dataclasses.asdict(self.costs) if self.costs else {},
+            costs=self.costs.describe() if self.costs else {},
             slots=self.slots,
         )
 
@@ -155,6 +161,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         clock=clock,
         lookahead=lookahead,
         verify=verify if options.debug else None,
+        machine=Machine(costs) if options.clock == "virtual" else None,
     )
     if options.executor == "callback":
         forward: Forward = CallbackForward(**shared, host=host)
@@ -180,7 +187,11 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> lis
 
 def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: int) -> CostModel:
     if options.profile is not None:
-        costs = options.profile if isinstance(options.profile, CostModel) else CostModel.load(options.profile)
+        if isinstance(options.profile, CostModel):
+            costs = options.profile
+        else:
+            fmt = {4: "f32", 2: "bf16"}[jnp.dtype(pool.dtype).itemsize]
+            costs = load_costs(options.profile, shape_of(model.config, model.config.model_type), fmt)
         if costs.expert_bytes != pool.expert_bytes:
             raise UserError(
                 f"profile {options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's have "

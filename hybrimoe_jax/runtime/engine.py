@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.stats import PrefetchStats, RunStats
 from hybrimoe_jax.runtime import assembly, budget
@@ -60,7 +61,8 @@ class Engine:
 
     @property
     def clock(self):
-        return self._forward.clock
+        """Whatever its times are read from; it has a `name`."""
+        return getattr(self._forward, "machine", None) or self._forward.clock
 
     @property
     def planner(self):
@@ -76,10 +78,15 @@ class Engine:
         """Writes the measured costs; `EngineConfig(profile=path)` reads them back instead of measuring."""
         if self.costs is None:
             raise UserError("the dense executor measures no costs: there is no profile to save")
+        if not isinstance(self.costs, CostModel):
+            raise UserError(
+                f"these costs come from {self.costs.source} and were not measured: there is nothing to save"
+            )
         self.costs.save(path)
 
     def record(self, trace=None, timeline=None) -> None:
-        """Attaches recorders to the steps that follow (None detaches): a TraceRecorder, a Timeline."""
+        """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under the virtual clock a
+        `record.timeline.Timeline`."""
         self._parts.record(trace, timeline)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -48,10 +48,14 @@ class StepInput:
         return np.flatnonzero(self.positions.ravel() < self.capacity)
 
     @property
+    def context(self) -> int:
+        """Places of the cache that the longest row attends to."""
+        return int(self.positions[self.positions < self.capacity].max(initial=0)) + 1
+
+    @property
     def span(self) -> int:
         """How much of the cache attention must read: a power of two, so that few executables serve all positions."""
-        places = self.positions[self.positions < self.capacity]
-        return min(self.capacity, programs.bucket(int(places.max(initial=0)) + 1, SMALLEST_SPAN))
+        return min(self.capacity, programs.bucket(self.context, SMALLEST_SPAN))
 
 
 class Forward(abc.ABC):
@@ -90,6 +94,7 @@ class HybridForward(Forward):
     Args:
       lookahead: distances whose routers are applied early. trace, timeline: recorders, or None.
       verify: called with a layer's ordinal before its experts run (debug), or None.
+      machine: a `simulation.machine.Machine` where times are computed and not measured: it says what has landed and what time it is.
     """
 
     def __init__(
@@ -104,9 +109,11 @@ class HybridForward(Forward):
         trace=None,
         timeline=None,
         verify=None,
+        machine=None,
     ):
         self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
+        self.machine = machine
         self._zeros: dict[int, jax.Array] = {}
         self._torn = self._looks = False
 
@@ -139,6 +146,8 @@ class HybridForward(Forward):
     def repair(self) -> None:
         """After a step that was broken off (Ctrl-C in a notebook): refills the slots with what the planner believes in them."""
         self.link.drain()
+        if self.machine is not None:
+            self.machine.drain()
         self.planner.abandon_step()
         self.pool.clear()
         self.fill()
@@ -150,9 +159,13 @@ class HybridForward(Forward):
                 self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
 
     def _step(self, step, caches):
-        model, now = self.model, self.clock.now
+        model, machine = self.model, self.machine
+        now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
+        if machine is not None:
+            machine.step(len(valid))
+            context = step.context
         span = step.span
         self._looks = self.planner.worth_looking(len(valid))
         distance = self.lookahead if self.trace is not None or self._looks else 0
@@ -175,8 +188,15 @@ class HybridForward(Forward):
             routing = read_routing(
                 self.read(packed, lanes), model.config.num_experts_per_tok, model.config.num_experts, valid
             )
-            moved = self.land()
-            plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
+            if machine is None:
+                moved = self.land(layer.ordinal)
+                plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
+            else:
+                before = machine.lanes()
+                machine.front(layer.ordinal, len(valid), context, self._looks)
+                moved = self.land(layer.ordinal)
+                plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid), machine.now)
+                machine.run(plan, routing.loads, len(valid))
             if self.trace is not None:
                 self.trace(layer.ordinal, step, routing)
             lanes = Lanes()
@@ -194,7 +214,7 @@ class HybridForward(Forward):
                     fetched,
                     moved,
                     now() - began,
-                    lanes,
+                    lanes if machine is None else Lanes(*(b - a for a, b in zip(before, machine.lanes()))),
                     plan.useful,
                     plan.late,
                     plan.wasted,
@@ -206,15 +226,22 @@ class HybridForward(Forward):
             logits = programs.all_logits(model.norm, model.head, h, acc, host, eps=model.eps)
         logits = np.array(self.read(logits, lanes), copy=True)
         self.planner.finish_step()
-        record.seconds, record.compile_s = now() - start, compile_clock().seconds - compiled
+        record.seconds = now() - start
+        record.compile_s = compile_clock().seconds - compiled if machine is None else 0.0
         return logits, caches, record
 
-    def land(self) -> int:
-        """Commits the prefetches that have landed; returns the bytes they moved."""
+    def land(self, ordinal: int) -> int:
+        """Commits the prefetches that have landed before layer `ordinal` is planned; returns the bytes they moved."""
         if not self.link.busy:
             return 0
         moved = 0
-        for transfer in self.link.landed():
+        if self.machine is None:
+            landed = self.link.landed()
+        else:
+            landed = [self.link.wait(*key) for key in self.machine.landed()]
+        for transfer in landed:
+            if self.trace is not None:
+                self.trace.landed(ordinal, transfer.layer, transfer.expert)
             moved += transfer.nbytes
             self._note(transfer)
             victim = self.planner.landed(transfer.layer, transfer.expert)
@@ -239,6 +266,8 @@ class HybridForward(Forward):
         predictions = routing.predictions(self.model.config.num_experts_per_tok)
         for wanted in self.planner.plan_prefetch(ordinal, predictions):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
+            if self.machine is not None:
+                self.machine.prefetch(wanted.layer, wanted.expert)
 
     def _place(self, ordinal, fetch, staged):
         if fetch.stream:

@@ -14,6 +14,7 @@ from hybrimoe_jax.record.facts import facts_of
 from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.record.trace import TraceRecorder
 from hybrimoe_jax.runtime.workers import Worker
+from hybrimoe_jax.simulation.recorded import run_record
 
 
 class EngineTimeline:
@@ -69,7 +70,7 @@ class EngineTrace:
     """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step. Full scores and lookahead included."""
 
     def __init__(self, engine):
-        config = engine.config
+        config, planner = engine.config, engine.planner
         facts = facts_of(
             config.model_type,
             len(config.moe_layers),
@@ -81,6 +82,13 @@ class EngineTrace:
         self.recorder = TraceRecorder(
             facts, clock=engine.clock.name, system=engine.options.system, seed=engine.options.seed
         )
+        if planner is not None:
+            self.recorder.about["run"] = run_record(planner, engine.options.profile)
+
+    def landed(self, before: int, layer: int, expert: int) -> None:
+        """Notes a prefetch that was committed before layer `before` of the coming or current step was planned."""
+        step = self.recorder.step + (before == 0)
+        self.recorder.note("landed", (step, before, layer, expert))
 
     def __call__(self, layer: int, step, routing) -> None:
         rows = routing.valid

@@ -47,6 +47,10 @@ class Machine:
         """Busy seconds of all links so far."""
         return sum([lane.busy for lane in self.links])
 
+    def lanes(self) -> tuple[float, float, float]:
+        """Busy seconds so far: (cpu, device, link)."""
+        return self.cpu, self.device, self.link
+
     def step(self, tokens: int) -> None:
         """A step begins: what it takes outside its MoE layers is charged here."""
         self._dense(self.costs.step(tokens), "step")

@@ -93,6 +93,12 @@ class MachineCosts:
         self._device: dict[int, float] = {}
         self._layer: dict[tuple[int, int], float] = {}
 
+    def describe(self) -> dict:
+        """Plain values, for statistics and records."""
+        figures = dataclasses.asdict(self._figures)
+        about = {"profile": self.profile.name, "model": self.shape.name, "format": self.fmt}
+        return {**about, "expert_bytes": self.expert_bytes, "combine": dict(self._combine), "figures": figures}
+
     def cpu(self, load: int, first: bool = False) -> float:
         """One expert on the CPU; `first` where nothing ran on it yet in this step."""
         seconds = self._cpu.get(load)

@@ -51,7 +51,7 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
     """Runs every step. The planner's clock is the machine's."""
     results, counters = [], planner.counters
     for step in steps:
-        begin, hits, misses = machine.now, counters.hits, counters.misses
+        begin, hits, misses = machine.now or 0.0, counters.hits, counters.misses
         tokens = step.tokens
         looks = planner.worth_looking(tokens)
         prefetches = looks and not planner.rests(tokens)
@@ -68,9 +68,11 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
                     machine.prefetch(wanted.layer, wanted.expert)
         planner.finish_step()
         results.append(
-            StepResult(step.phase, step.sequence, machine.now - begin, counters.hits - hits, counters.misses - misses)
+            StepResult(
+                step.phase, step.sequence, (machine.now or 0.0) - begin, counters.hits - hits, counters.misses - misses
+            )
         )
-    return Result(results, counters, machine.now, machine.cpu, machine.device, machine.link, machine.attention)
+    return Result(results, counters, machine.now or 0.0, machine.cpu, machine.device, machine.link, machine.attention)
 
 
 def predictions(asked: Asked, top_k: int) -> list[Prediction]:

@@ -64,8 +64,10 @@ def shape_of(config: Mapping[str, Any] | Any, name: str) -> ModelShape:
 
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     experts = get("num_experts", "num_local_experts", "n_routed_experts")
-    moe_width = get("moe_intermediate_size", "intermediate_size")
+    moe_width = get("moe_width", "moe_intermediate_size", "intermediate_size")
     dense_layers = get("first_k_dense_replace", default=0)
+    if get("moe_layers") is not None:
+        dense_layers = get("num_hidden_layers") - len(get("moe_layers"))
     layers = get("num_hidden_layers") - dense_layers
     if get("kv_lora_rank"):
         rank, rope, nope, value = (

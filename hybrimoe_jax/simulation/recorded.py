@@ -1,0 +1,106 @@
+"""Replaying a live run: what a trace must carry for it, and the replay that gives the same counts again.
+
+`generate --trace` writes the planner's parts, its costs and, since under the wall clock they cannot be computed, when each prefetch landed.
+Under the virtual clock the times come out equal as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.profile import Figures, MachineCosts, MachineProfile
+from hybrimoe_jax.simulation.replay import Result, replay
+from hybrimoe_jax.simulation.shapes import ModelShape
+from hybrimoe_jax.simulation.workload import recorded_steps
+
+
+def run_record(planner: Planner, profile: Any) -> dict:
+    """What a trace says of the run it was taken from; JSON values."""
+    costs = planner.costs
+    frequencies = [policy.frequencies for policy in planner.policies]
+    return {
+        "system": dataclasses.asdict(planner.system),
+        "slots": planner.slots,
+        "max_in_flight": planner.max_in_flight,
+        "frequencies": None if None in frequencies else frequencies,
+        "steps_before": planner.counters.steps,
+        "profile": profile if isinstance(profile, (str, type(None))) else "given",
+        "costs": costs.describe(),
+        "shape": dataclasses.asdict(costs.shape) if isinstance(costs, MachineCosts) else None,
+    }
+
+
+class Landings:
+    """Stands in for the virtual machine under the wall clock: prefetches land when the trace says so. Times are the planner's own."""
+
+    now = None
+    cpu = device = link = attention = 0.0
+
+    def __init__(self, trace: Trace):
+        self._due: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for step, before, layer, expert in trace.extra.get("landed", ()):
+            self._due.setdefault((int(step), int(before)), []).append((int(layer), int(expert)))
+        self._at = (-1, 0)
+
+    def step(self, tokens: int) -> None:
+        self._at = (self._at[0] + 1, 0)
+
+    def front(self, layer: int, tokens: int, context: int, looked: bool) -> None:
+        self._at = (self._at[0], layer)
+
+    def landed(self) -> list[tuple[int, int]]:
+        return self._due.get(self._at, [])
+
+    def run(self, plan, loads, tokens) -> None:
+        pass
+
+    def prefetch(self, layer: int, expert: int) -> None:
+        pass
+
+
+def replay_run(trace: Trace, where: str | Path = "trace") -> tuple[Planner, Result]:
+    """Replays the very run that a trace was recorded from; UserError where it does not carry what that takes.
+
+    Under the wall clock the result's times are all 0: a replay measures nothing.
+    """
+    run = trace.about.get("run")
+    if not isinstance(run, dict):
+        raise UserError(f"{where}: carries no run to repeat; `generate --trace` writes one")
+    if run.get("steps_before"):
+        raise UserError(
+            f"{where}: recording began after {run['steps_before']} layers had been planned; start it with the run"
+        )
+    try:
+        costs = _costs(run)
+        system = System(**run["system"])
+        facts = trace.facts
+        planner = Planner(
+            system,
+            facts.layers,
+            facts.experts,
+            facts.top_k,
+            run["slots"],
+            costs,
+            frequencies=run["frequencies"],
+            max_in_flight=run["max_in_flight"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: its record of the run is damaged ({error})") from None
+    machine = Machine(costs) if trace.about.get("clock") == "virtual" else Landings(trace)
+    return planner, replay(planner, machine, recorded_steps(trace))
+
+
+def _costs(run: dict) -> CostModel | MachineCosts:
+    said = run["costs"]
+    if "figures" not in said:
+        return CostModel(**said)
+    profile = MachineProfile(said["profile"], "", Figures(**said["figures"]), {}, said["combine"])
+    return MachineCosts(profile, ModelShape(**run["shape"]), said["format"])

@@ -1,0 +1,111 @@
+"""Live runs and their replays agree: under the virtual clock to the last digit, under the wall clock in every count."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from hybrimoe_jax.decide import SYSTEMS
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.record.trace import load_trace
+from hybrimoe_jax.runtime.recording import EngineTrace
+from hybrimoe_jax.simulation.recorded import replay_run
+
+
+def live(tmp_path, system, family="qwen2_moe", lengths=(21,), **options):
+    """(trace as read back, the run's statistics, the planner's totals)."""
+    engine = tiny.engine(family, system=system, **options)
+    trace = EngineTrace(engine)
+    engine.record(trace)
+    config, _, _ = tiny.weights(family)
+    generation = engine.generate(tiny.prompts(config, lengths), max_new_tokens=10)
+    trace.save(tmp_path / "run.npz")
+    engine.close()
+    return load_trace(tmp_path / "run.npz"), generation.stats, engine.planner.counters
+
+
+CASES = [(system, "qwen2_moe", (21,)) for system in SYSTEMS] + [("hybrimoe", "mixtral", (5, 18, 9))]
+
+
+@pytest.mark.parametrize(("system", "family", "lengths"), CASES)
+def test_a_virtual_run_is_its_replay(tmp_path, system, family, lengths):
+    trace, stats, counters = live(tmp_path, system, family, lengths, clock="virtual", cache_ratio=0.4)
+    planner, result = replay_run(trace)
+    assert result.counters == counters
+    assert [step.seconds for step in result.steps] == [step.seconds for step in stats.steps]
+    assert [step.hits for step in result.steps] == [step.total("hits") for step in stats.steps]
+    assert stats.summary()["clock"] == "virtual" and stats.ttft_s > 0 and stats.compile_s == 0
+    lanes = stats.lanes()
+    assert (lanes.cpu, lanes.device) == pytest.approx((result.cpu, result.device)) and result.seconds > 0
+    assert counters.prefetch_issued > 0 or planner.system.prefetch == "none"
+
+
+@pytest.mark.parametrize("system", ["hybrimoe", "adapmoe", "on-demand"])
+def test_a_wall_clock_run_is_its_replay_in_every_count(tmp_path, system):
+    trace, stats, counters = live(tmp_path, system, cache_ratio=0.4, clock="wall")
+    _, result = replay_run(trace)
+    assert result.counters == counters and result.seconds == 0
+    assert [step.hits for step in result.steps] == [step.total("hits") for step in stats.steps]
+    assert stats.summary()["clock"] == "wall"
+
+
+def test_the_virtual_clock_changes_no_token_and_no_machine_at_hand_enters(tmp_path):
+    config, _, _ = tiny.weights("qwen2_moe")
+    prompt = tiny.prompts(config, [12])
+    runs = []
+    for options in ({"clock": "virtual"}, {"clock": "virtual"}, {"clock": "wall"}):
+        engine = tiny.engine(**options)
+        runs.append(engine.generate(prompt, max_new_tokens=6))
+        engine.close()
+    assert runs[0].token_ids == runs[1].token_ids == runs[2].token_ids
+    assert runs[0].stats.ttft_s == runs[1].stats.ttft_s and runs[0].stats.tbt_ms() == runs[1].stats.tbt_ms()
+
+
+def test_a_virtual_timeline_holds_the_machine_s_events():
+    engine = tiny.engine(clock="virtual")
+    timeline = Timeline(clock="virtual")
+    engine.record(timeline=timeline)
+    config, _, _ = tiny.weights("qwen2_moe")
+    stats = engine.generate(tiny.prompts(config, [12]), max_new_tokens=4).stats
+    engine.close()
+    assert timeline.busy("cpu") == pytest.approx(stats.lanes().cpu)
+    assert timeline.span == pytest.approx(sum(step.seconds for step in stats.steps), rel=1e-6)
+
+
+def test_what_cannot_be_repeated_is_said(tmp_path):
+    engine = tiny.engine()
+    config, _, _ = tiny.weights("qwen2_moe")
+    engine.generate(tiny.prompts(config, [4]), max_new_tokens=2)
+    trace = EngineTrace(engine)
+    engine.record(trace)
+    engine.generate(tiny.prompts(config, [4]), max_new_tokens=2)
+    engine.close()
+    with pytest.raises(UserError, match="start it with the run"):
+        replay_run(trace.recorder.trace())
+    trace.recorder.about.pop("run")
+    with pytest.raises(UserError, match="carries no run"):
+        replay_run(trace.recorder.trace())
+
+
+def test_the_command_runs_the_bundled_model_on_a_named_machine(tmp_path):
+    def run(*flags):
+        arguments = ["--prompt", "My lord,", "--max-tokens", "8", "--stats", "json", *flags]
+        command = [sys.executable, "-m", "hybrimoe_jax.generate", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "NPROC": "1"})
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, error = run("--clock", "virtual", "--profile", "a6000-engineered", "--trace", str(tmp_path / "t.npz"))
+    assert code == 0, error
+    record = json.loads(out.splitlines()[-1])
+    assert record["clock"] == "virtual" and record["costs"]["profile"] == "a6000-engineered"
+    _, result = replay_run(load_trace(tmp_path / "t.npz"))
+    assert (result.counters.hits, result.counters.misses) == (record["hits"], record["misses"])
+    assert sum(s.seconds for s in result.steps if s.phase == "prefill") == record["ttft_s"]
+    code, _, error = run("--clock", "virtual")
+    assert code == 2 and "needs a profile" in error and "Traceback" not in error
+    code, _, error = run("--clock", "virtual", "--profile", "no-such-machine")
+    assert code == 2 and "laptop-8gb" in error
