@@ -27,6 +27,8 @@ CLEAR = 5 * TOLERANCE
 """Two logits further apart than this cannot have changed places within the tolerance; nearer ones prove nothing."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
+RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal")
+"""Systems with another scheduling rule."""
 PROMPT_SEED = 3
 """Of four, the one whose greedy tokens are furthest from ties in every family (1e-3 of the scale)."""
 TINY_LENGTHS = {"one": (37,), "ragged": (5, 37, 20)}
@@ -58,7 +60,7 @@ def matrix(models) -> list[Cell]:
     """Every cell of the given models."""
     axes = (
         models,
-        SYSTEMS,
+        (*SYSTEMS, *RULES),
         ("overlapped", "callback"),
         (0.0, 0.25, 0.5, 1.0),
         ("reference", "onednn", "auto"),
@@ -150,8 +152,14 @@ def reference(model: str, batch: str) -> Reference:
 def run_cell(cell: Cell) -> dict:
     """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same measure."""
     want = reference(cell.model, cell.batch)
+    system, _, rule = cell.system.partition("+")
     engine = _engine(
-        cell.model, system=cell.system, executor=cell.executor, cache_ratio=cell.ratio, host_kernel=cell.kernel
+        cell.model,
+        system=system,
+        scheduler=rule or None,
+        executor=cell.executor,
+        cache_ratio=cell.ratio,
+        host_kernel=cell.kernel,
     )
     try:
         tokens = engine.generate(want.prompts, max_new_tokens=NEW_TOKENS).token_ids

@@ -29,6 +29,7 @@ from hybrimoe_jax.decide.prefetch import (
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
 from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
 REST_STEPS = 7
@@ -115,6 +116,7 @@ class Planner:
         self._looked = False
         self._ledger = Ledger(num_layers, self.counters)
         self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold)
+        self._view = View(self._residency, self._forecast, top_k) if self.scheduler.looks_ahead else None
         self._clock = self._next_clock = self._link_free = 0.0
         self._planned: tuple[Schedule, int] | None = None
 
@@ -154,18 +156,19 @@ class Planner:
         misses = tuple([e for e in loads if e not in resident])
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
         link_busy = self._link_free - clock
-        schedule = self.scheduler.schedule(
-            Problem(
-                loads,
-                resident,
-                self.costs,
-                tokens,
-                scores,
-                in_flight,
-                link_busy if link_busy > 0 else 0.0,
-                **self._flags_for(loads),
-            )
+        problem = Problem(
+            loads,
+            resident,
+            self.costs,
+            tokens,
+            scores,
+            in_flight,
+            link_busy if link_busy > 0 else 0.0,
+            **self._flags_for(loads),
         )
+        if self._view is not None:
+            self._view.show(problem, layer, misses)
+        schedule = self.scheduler.schedule(problem)
         device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
         for distance, prediction in residency.predictions[layer]:
             self.accuracy.update(distance, prediction.loads, loads)
@@ -175,6 +178,8 @@ class Planner:
         waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
         fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
 
+        if self._view is not None:
+            self._view.fills.observe(layer, loads, tokens, sum([1 for f in waits + fetch if not f.stream]))
         if fetch:
             self._link_free = clock + schedule.link_seconds
         self._next_clock = clock + schedule.makespan + self.costs.layer(tokens)

@@ -31,7 +31,8 @@ _INF = float("inf")
 class OptimalScheduler(Scheduler):
     """The least makespan, with fewest demand loads among equals.
 
-    `nodes` bounds the search where device time depends on the load; without any there is no search and no bound either. `Schedule.bound` is a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
+    `nodes` bounds the search where device time depends on the load; without any there is no search and no bound either. `Schedule.bound` is
+    a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
     """
 
     name = "optimal"
@@ -94,7 +95,7 @@ def scan(instance: Instance) -> tuple[Choice, float]:
     least = min(last, default=0.0)
     top = list(range(absent))
     best, found = _INF, (0, 0, ())
-    for flying in _awaited(instance):
+    for flying in awaited(instance):
         on_cpu = len(instance.flying) - len(flying)
         cpu_flying = sum(instance.cpu_flying) - sum([instance.cpu_flying[i] for i in flying]) if on_cpu else 0.0
         work_flying = sum([instance.device_flying[i] for i in flying])
@@ -135,7 +136,7 @@ def scan(instance: Instance) -> tuple[Choice, float]:
     return Choice(range(here - stolen), flying, range(fetched)), best
 
 
-def _awaited(instance: Instance) -> list[tuple[int, ...]]:
+def awaited(instance: Instance) -> list[tuple[int, ...]]:
     """Sets of experts in flight for the device to await; of those that cost the CPU the same, the first to land."""
     number = len(instance.flying)
     if instance.awaits or not number:
