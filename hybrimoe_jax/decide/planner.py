@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_jax.decide.caching import CachePolicy, policy_class
+from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused
 from hybrimoe_jax.decide.prefetch import (
@@ -45,7 +45,8 @@ class Planner:
       costs: a `CostModel`.
       lookahead: replaces the system's number of predicted layers.
       frequencies: [num_layers][num_experts] activation counts from other sequences; the static placement and the warm start.
-      cache: replaces the system's cache policy, by name or as a `CachePolicy` subclass; `cache_params` go to its constructor.
+      cache: replaces the system's cache policy, by name (see `caching.parse_policy`) or as a `CachePolicy` subclass; `cache_params` go to its
+        constructor.
       scheduler: replaces the system's rule, by name or as a `Scheduler`.
       prefetch, guard: replace the system's, see `systems.System`.
       max_in_flight: prefetches under way at once, that is staging buffers for them.
@@ -95,22 +96,16 @@ class Planner:
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
         self.scheduler = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
-        build = cache if isinstance(cache, type) else policy_class(system.cache)
-        self.policies: list[CachePolicy] = [
-            build(
-                num_experts,
-                slots[layer],
-                top_k,
-                frequencies=None if frequencies is None else frequencies[layer],
-                **(cache_params or {}),
-            )
-            for layer in range(num_layers)
-        ]
+        policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
+        parameters = {**parameters, **(cache_params or {})}
+        self.policies: list[CachePolicy] = policy.for_layers(
+            num_experts, slots, top_k, frequencies=frequencies, **parameters
+        )
         self.accuracy = Accuracy(system.lookahead)
         self.counters = Counters()
         self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._forecast = Forecast(self.scheduler, costs, **self._flags)
-        start_cold = cold and system.cache != "static"
+        start_cold = cold and not policy.fixed
         self._worth_looking: dict[tuple[int, int], bool] = {}
         self._resting = self._issued_before = 0
         self._looked = False

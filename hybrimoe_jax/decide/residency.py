@@ -31,6 +31,8 @@ class Residency:
     ):
         self.slots, self.policies, self.ledger, self.guard = slots, policies, ledger, guard
         self.initial = [[] if cold else policy.initial() for policy in policies]
+        for policy, experts in zip(policies, self.initial):
+            policy.loaded(experts)
         self.resident: list[set[int]] = [set(experts) for experts in self.initial]
         self.needed: list[set[int]] = [set() for _ in slots]  # activated in the current step
         self.predictions: list[list[tuple[int, Prediction]]] = [
@@ -43,7 +45,7 @@ class Residency:
         victim = None
         if len(resident) >= self.slots[layer]:
             victim = self.policies[layer].victim(resident, self.needed[layer]) if resident else None
-            if victim is None:
+            if victim is None or not self.policies[layer].admits(expert, victim):
                 return Fetch(expert, None, True)
         self.move(layer, expert, victim)
         return Fetch(expert, victim, False)

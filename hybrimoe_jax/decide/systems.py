@@ -32,7 +32,7 @@ class System:
 
     Attributes:
       name: what it is called; overrides keep it.
-      cache, scheduler: names in `caching.POLICIES` and `schedule.SCHEDULERS`.
+      cache, scheduler: a name for `caching.parse_policy`, one in `schedule.SCHEDULERS`.
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
       lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer).
       placement: how slots are shared out: "uniform" (the same number in each layer), "whole-layers" or "none".

@@ -1,0 +1,51 @@
+"""What could be had with knowledge of the future: Belady's rule on whole steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.errors import UserError
+
+
+class Belady(CachePolicy):
+    """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs: the fewest misses of all
+    policies that keep every miss, and with `bypass` of all that fetch on a miss (tested against exhaustive search).
+
+    Args:
+      future: the experts that the layer needs in each step, in the order in which `observe` will tell of them.
+      moment: when in a step the layer runs, 0..1; orders layers that share slots.
+    """
+
+    def __init__(self, num_experts, capacity, top_k, *, future: Sequence[Collection[int]], moment: float = 0.0, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        self._uses: list[deque[int]] = [deque() for _ in range(num_experts)]
+        self._moment = moment
+        for step, experts in enumerate(future, 1):
+            for expert in experts:
+                self._uses[expert].append(step)
+        self.heat = [self._next(expert) for expert in range(num_experts)]
+
+    @classmethod
+    def for_layers(cls, num_experts, capacities, top_k, *, future, **parameters):
+        """`future`: [layer][step] experts."""
+        return [
+            cls(num_experts, slots, top_k, future=future[layer], moment=layer / len(capacities), **parameters)
+            for layer, slots in enumerate(capacities)
+        ]
+
+    def update(self, scores, loads):
+        for expert in loads:
+            uses = self._uses[expert]
+            if not uses or uses[0] != self.step:
+                raise UserError(f"cache belady: step {self.step} needs expert {expert}, which its future does not say")
+            uses.popleft()
+            self.heat[expert] = self._next(expert)
+
+    def expected(self, expert, score, load):
+        return self.heat[expert]
+
+    def _next(self, expert: int) -> float:
+        uses = self._uses[expert]
+        return -(uses[0] + self._moment) if uses else float("-inf")

@@ -1,0 +1,129 @@
+"""The contract of a cache policy: one object per layer, seeing every step before it is scheduled.
+
+A policy keeps a *heat* per expert (larger is hotter) and, for ties, the step in which each was last used. The victim is the coldest
+resident that the current step does not need; nothing needed in a step is ever evicted in it (event-atomic: sequential replay misstates
+LRU by 27-29 %, arXiv 2608.07911). Policies know nothing of slots or transfers, so the live engine and a replay use the same objects.
+
+A policy of one's own derives from `CachePolicy` and implements `update`; see `caching.policy_class` for how it is named.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from hybrimoe_jax.errors import UserError
+
+
+class CachePolicy(ABC):
+    """One layer's policy.
+
+    Args:
+      num_experts: routed experts of the layer.
+      capacity: slots of the layer, 0..num_experts.
+      top_k: experts per token.
+      frequencies: activation counts per expert from other sequences, where there are any; the warm start.
+      bypass: keep out a miss that is colder than the expert it would replace; else every miss that is fetched is kept.
+
+    Attributes:
+      fixed: nothing is ever evicted, so the slots are filled at the start, a cold one too.
+      comparable: values of different layers mean the same, so that layers can share their slots (`pooled`).
+    """
+
+    fixed = False
+    comparable = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        capacity: int,
+        top_k: int,
+        *,
+        frequencies: Sequence[float] | None = None,
+        bypass: bool = False,
+    ):
+        if not 0 <= capacity <= num_experts:
+            raise UserError(f"cache: {capacity} slots do not fit a layer of {num_experts} experts (0 to {num_experts})")
+        if not 1 <= top_k <= num_experts:
+            raise UserError(f"cache: top-k {top_k} is impossible with {num_experts} experts")
+        if frequencies is not None and len(frequencies) != num_experts:
+            raise UserError(f"cache: {len(frequencies)} frequencies for {num_experts} experts")
+        self.num_experts, self.capacity, self.top_k = num_experts, capacity, top_k
+        self.frequencies = None if frequencies is None else [float(f) for f in frequencies]
+        self.bypass = bypass
+        self.heat: list[float] = [0.0] * num_experts
+        self.last_used: list[int] = [0] * num_experts
+        self.step = 0
+
+    @abstractmethod
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
+        """Brings `heat` up to date with one step; called by `observe`."""
+
+    @classmethod
+    def for_layers(
+        cls,
+        num_experts: int,
+        capacities: Sequence[int],
+        top_k: int,
+        *,
+        frequencies: Sequence[Sequence[float]] | None = None,
+        **parameters: Any,
+    ) -> list[Self]:
+        """The policies of all layers of one model, in order; a policy that learns across layers lets them share what it knows here."""
+        return [
+            cls(num_experts, slots, top_k, frequencies=None if frequencies is None else frequencies[layer], **parameters)
+            for layer, slots in enumerate(capacities)
+        ]
+
+    def expected(self, expert: int, score: float, load: int) -> float:
+        """The heat `expert` will have if its next step comes as predicted: mean router score `score`, `load` tokens (0: not chosen).
+
+        Prefetches are guarded by it. Where a policy cannot know that heat: the value of holding the expert from that step on.
+        """
+        return self.heat[expert] + (1 if load else 0)
+
+    def observe(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
+        """Tells the policy of a step, once, before the step is scheduled.
+
+        Args:
+          scores: mean router probability of every expert over the step's tokens; None where only the choice is known.
+          loads: tokens of each activated expert.
+        """
+        self.step += 1
+        for expert in loads:
+            self.last_used[expert] = self.step
+        self.update(scores, loads)
+
+    def victim(self, resident: Iterable[int], protected: Collection[int]) -> int | None:
+        """The expert to evict: coldest, then least recently used, then lowest id; None where all are protected."""
+        heat, last_used = self.heat, self.last_used
+        best, best_heat, best_used = None, 0.0, 0
+        for expert in resident:
+            if expert in protected:
+                continue
+            h, used = heat[expert], last_used[expert]
+            if best is None or h < best_heat or (h == best_heat and (used, expert) < (best_used, best)):
+                best, best_heat, best_used = expert, h, used
+        return best
+
+    def admits(self, expert: int, victim: int) -> bool:
+        """Whether a fetched miss is kept in `victim`'s place; otherwise it is used once and dropped (bypass)."""
+        return not self.bypass or self.value(expert) >= self.value(victim)
+
+    def value(self, expert: int) -> float:
+        """How much `expert` is worth keeping; larger is hotter. Comparable within one policy only."""
+        return self.heat[expert]
+
+    def loaded(self, experts: Sequence[int]) -> None:  # noqa: B027 - most policies have nothing to note
+        """Told once of what the slots hold before the first step, if anything."""
+
+    def moved(self, entered: int | None, left: int | None) -> None:  # noqa: B027 - as above
+        """Told of every change of residency after that; `entered` is None where another layer takes over a shared slot."""
+
+    def initial(self) -> list[int]:
+        """What to preload: the most frequent experts, ties and unknown frequencies by lowest id."""
+        order = range(self.num_experts)
+        if self.frequencies is not None:
+            order = sorted(order, key=lambda expert: (-self.frequencies[expert], expert))
+        return list(order[: self.capacity])

@@ -1,0 +1,130 @@
+"""Policies that keep queues of residents instead of numbers: SLRU and S3-FIFO.
+
+Their order is not one of single values, so each finds its victim in the queues. `value` is what the guard of prefetches compares.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+
+from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.errors import UserError
+
+
+class SLRU(CachePolicy):
+    """Segmented LRU (Karedla, Love and Wherry 1994): a second use moves an expert into the protected segment, `share` of the slots.
+
+    The probationary segment is evicted first, each segment by least recent use; overflow of the protected one falls back to probation.
+    """
+
+    comparable = False
+
+    def __init__(self, num_experts, capacity, top_k, *, share: float = 0.8, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        if not 0 <= share <= 1:
+            raise UserError(f"cache slru: share {share} is outside 0..1")
+        self.limit = int(share * capacity)
+        self._inside: set[int] = set()
+        self._safe: OrderedDict[int, None] = OrderedDict()  # the protected segment, least recent first
+
+    def update(self, scores, loads):
+        for expert in loads:
+            if expert in self._inside:
+                self._safe[expert] = None
+                self._safe.move_to_end(expert)
+        while len(self._safe) > self.limit:
+            self._safe.popitem(last=False)
+
+    def victim(self, resident, protected):
+        free = [expert for expert in resident if expert not in protected]
+        return min(free, key=lambda expert: (self.value(expert), expert), default=None)
+
+    def value(self, expert):
+        return self.last_used[expert] + (self.step + 1 if expert in self._safe else 0)
+
+    def expected(self, expert, score, load):
+        return 2 * self.step + 2 if load else self.value(expert)
+
+    def moved(self, entered, left):
+        self._inside.add(entered)
+        if left is not None:
+            self._inside.discard(left)
+            self._safe.pop(left, None)
+
+    def loaded(self, experts):
+        self._inside = set(experts)
+
+
+class S3FIFO(CachePolicy):
+    """S3-FIFO (Yang et al., SOSP 2023): a small FIFO queue of newcomers, a main one, and a ghost queue of those evicted from the small one.
+
+    A newcomer not used again leaves from the small queue (`share` of the slots) and is remembered; one used again, or remembered when it
+    comes back, goes to the main queue, where uses (counted up to 3) buy further rounds.
+    """
+
+    comparable = False
+
+    def __init__(self, num_experts, capacity, top_k, *, share: float = 0.1, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        if not 0 < share <= 1:
+            raise UserError(f"cache s3-fifo: share {share} is outside (0, 1]")
+        self.small_limit = max(1, int(share * capacity))
+        self._small: list[int] = []  # oldest first, as the others
+        self._main: list[int] = []
+        self._ghost: OrderedDict[int, None] = OrderedDict()
+        self._uses: dict[int, int] = {}  # of residents, since they entered
+
+    def update(self, scores, loads):
+        for expert in loads:
+            if expert in self._uses:
+                self._uses[expert] = min(3, self._uses[expert] + 1)
+
+    def victim(self, resident, protected):
+        """What the queues would evict next, passing over the protected; a query, so nothing moves before `moved`."""
+        return self._walk([expert for expert in resident if expert not in protected])[0]
+
+    def value(self, expert):
+        if expert in self._uses:
+            return self._uses[expert] + (expert in self._main)
+        return 1 if expert in self._ghost else 0
+
+    def expected(self, expert, score, load):
+        return self.value(expert) + (1 if load else 0)
+
+    def admits(self, expert, victim):
+        return True  # a newcomer's trial in the small queue is its admission
+
+    def moved(self, entered, left):
+        if left is not None:
+            _, forgotten, self._small, self._main, self._uses = self._walk([left])
+            if forgotten:
+                self._ghost[left] = None
+                if len(self._ghost) > max(1, self.capacity - self.small_limit):
+                    self._ghost.popitem(last=False)
+        known = entered in self._ghost
+        self._ghost.pop(entered, None)
+        (self._main if known else self._small).append(entered)
+        self._uses[entered] = 0
+
+    def loaded(self, experts):
+        self._small, self._main, self._uses = [], list(experts), dict.fromkeys(experts, 0)
+
+    def _walk(self, allowed: Collection[int]) -> tuple[int | None, bool, list[int], list[int], dict[int, int]]:
+        """The first of `allowed` that the queues evict, whether from the small queue, and both queues and the uses after that.
+
+        Where others come first, they stay, at the end of the main queue.
+        """
+        small, main, uses, kept = list(self._small), list(self._main), dict(self._uses), []
+        while small or main:
+            from_small = bool(small) and (len(small) >= self.small_limit or not main)
+            expert = (small if from_small else main).pop(0)
+            if uses[expert] > 0:
+                uses[expert] = 0 if from_small else uses[expert] - 1
+                main.append(expert)
+            elif expert in allowed:
+                del uses[expert]
+                return expert, from_small, small, main + kept, uses
+            else:
+                kept.append(expert)
+        return None, False, small, kept, uses

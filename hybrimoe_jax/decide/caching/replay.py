@@ -1,0 +1,135 @@
+"""Replays recorded routing through cache policies, one token a step, event-atomic: what a step needs is never evicted in it.
+
+Every miss is fetched; whether it is kept is the policy's `admits` (always, unless it was built with `bypass`). The cache starts cold, but
+for a fixed placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.errors import UserError
+
+
+class Visit(NamedTuple):
+    """One layer of one step: the experts it needs (distinct), and the router's score of every expert where known."""
+
+    layer: int
+    experts: Sequence[int]
+    scores: Sequence[float] | None = None
+
+
+class Outcome(NamedTuple):
+    """Activated experts found resident and not, and how many of the latter were not kept."""
+
+    hits: int
+    misses: int
+    bypassed: int
+
+
+def slots_for(ratio: float, num_experts: int, top_k: int) -> int:
+    """Slots of a layer in comparisons: max(top_k, round(ratio * num_experts)), so that a step's own experts always fit."""
+    return max(top_k, round(ratio * num_experts))
+
+
+def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], slots: int, *, pooled: bool = False) -> Outcome:
+    """Runs `visits`, in order, through the policies of all layers.
+
+    Args:
+      slots: of each layer; where `pooled`, the layers share len(policies) * slots.
+
+    UserError where a pool is asked of policies whose layers cannot be compared.
+    """
+    cache = Pooled(policies, slots * len(policies)) if pooled else PerLayer(policies, slots)
+    hits = misses = bypassed = 0
+    for layer, experts, scores in visits:
+        loads = dict.fromkeys(experts, 1)
+        policies[layer].observe(scores, loads)
+        resident = cache.resident[layer]
+        for expert in experts:
+            if expert in resident:
+                hits += 1
+            else:
+                misses += 1
+                bypassed += not cache.admit(layer, expert, loads)
+    return Outcome(hits, misses, bypassed)
+
+
+class PerLayer:
+    """Each layer has slots of its own. `resident`: the experts of each layer in its slots."""
+
+    def __init__(self, policies: Sequence[CachePolicy], slots: int):
+        self.policies, self.slots = policies, slots
+        self.resident: list[set[int]] = [set(p.initial()) if p.fixed else set() for p in policies]
+
+    def admit(self, layer: int, expert: int, needed: Collection[int]) -> bool:
+        """Finds a slot for a missed expert; False where it is not kept."""
+        policy, resident, victim = self.policies[layer], self.resident[layer], None
+        if len(resident) >= self.slots:
+            victim = policy.victim(resident, needed)
+            if victim is None or not policy.admits(expert, victim):
+                return False
+            resident.remove(victim)
+        resident.add(expert)
+        policy.moved(expert, victim)
+        return True
+
+
+class Pooled:
+    """All layers share the slots: the victim is the least valuable of the layers' own victims, the earliest layer's among equals.
+
+    The current step's needs in layers yet to come are unknown, so only the layer that runs is protected.
+    """
+
+    def __init__(self, policies: Sequence[CachePolicy], slots: int):
+        for policy in policies:
+            if not policy.comparable:
+                raise UserError(f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots")
+        self.policies, self.slots, self.used = policies, slots, 0
+        self.resident: list[set[int]] = [set() for _ in policies]
+        self._offers: list[tuple[int, float, int] | None] = [None] * len(policies)  # each layer's step, its victim's value, the victim
+        if all(policy.fixed for policy in policies):
+            self._fill()
+
+    def admit(self, layer: int, expert: int, needed: Collection[int]) -> bool:
+        """Finds a slot for a missed expert; False where it is not kept."""
+        if self.used >= self.slots:
+            offers = [(value, i, e) for i in range(len(self.policies)) for value, e in self._offer(i, layer, needed)]
+            if not offers:
+                return False
+            value, owner, victim = min(offers)
+            if self.policies[layer].bypass and self.policies[layer].value(expert) < value:
+                return False
+            self.resident[owner].remove(victim)
+            self._offers[owner] = None
+            if owner != layer:
+                self.policies[owner].moved(None, victim)
+            self.policies[layer].moved(expert, victim if owner == layer else None)
+        else:
+            self.used += 1
+            self.policies[layer].moved(expert, None)
+        self.resident[layer].add(expert)
+        self._offers[layer] = None
+        return True
+
+    def _offer(self, layer: int, running: int, needed: Collection[int]) -> list[tuple[float, int]]:
+        """The value and id of the layer's victim, if it has one; remembered until the layer runs again or its residents change."""
+        policy, known = self.policies[layer], self._offers[layer]
+        if layer != running and known is not None and known[0] == policy.step:
+            return [known[1:]]
+        victim = policy.victim(self.resident[layer], needed if layer == running else ()) if self.resident[layer] else None
+        if victim is None:
+            return []
+        offer = (policy.value(victim), victim)
+        if layer != running:
+            self._offers[layer] = (policy.step, *offer)
+        return [offer]
+
+    def _fill(self) -> None:
+        """A fixed placement: the most frequent experts of all layers."""
+        every = [(-policy.value(e), i, e) for i, policy in enumerate(self.policies) for e in range(policy.num_experts)]
+        for _, layer, expert in sorted(every)[: self.slots]:
+            self.resident[layer].add(expert)
+            self.used += 1

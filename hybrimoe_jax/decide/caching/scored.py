@@ -1,0 +1,124 @@
+"""Policies that give every expert a number and evict the lowest: recency, frequency, both, and the router's scores.
+
+MRS ("minus recent score") is HybriMoE's (arXiv 2504.05897, section 4.4): S <- alpha TopP(s) + (1 - alpha) S, where s are the router's scores
+of all experts in this iteration and TopP keeps the p highest; the lowest S is evicted. An expert that almost made the top k stays warm,
+which recency and frequency, seeing only what was chosen, cannot do.
+"""
+
+from __future__ import annotations
+
+import random
+
+from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.errors import UserError
+
+
+class LRU(CachePolicy):
+    """Least recently used."""
+
+    def update(self, scores, loads):
+        for expert in loads:
+            self.heat[expert] = self.step
+
+    def expected(self, expert, score, load):
+        return self.step + 1 if load else self.heat[expert]
+
+
+class LFU(CachePolicy):
+    """Least frequently used: steps that needed the expert. `decay` per step below 1 forgets old ones."""
+
+    def __init__(self, num_experts, capacity, top_k, *, decay: float = 1.0, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        if not 0 < decay <= 1:
+            raise UserError(f"cache lfu: decay {decay} is outside (0, 1]")
+        self.decay = decay
+
+    def update(self, scores, loads):
+        if self.decay != 1:
+            self.heat = [heat * self.decay for heat in self.heat]
+        for expert in loads:
+            self.heat[expert] += 1
+
+    def expected(self, expert, score, load):
+        return self.heat[expert] * self.decay + (1 if load else 0)
+
+
+class LFRU(CachePolicy):
+    """Least frequently and recently used: uses so far over steps since the last one, as expert caches of vLLM and others have it."""
+
+    def __init__(self, num_experts, capacity, top_k, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        self.uses = [0] * num_experts
+
+    def update(self, scores, loads):
+        for expert in loads:
+            self.uses[expert] += 1
+        now = self.step + 1
+        self.heat = [uses / (now - last) for uses, last in zip(self.uses, self.last_used)]
+
+    def expected(self, expert, score, load):
+        return self.uses[expert] + 1.0 if load else self.uses[expert] / (self.step + 2 - self.last_used[expert])
+
+
+class MRS(CachePolicy):
+    """Minus recent score. `alpha` weighs the newest scores, `p` is how many of them count (default 2 x top-k).
+
+    Where a step brings no scores, the shares of its loads stand in, which makes p effectively the number of activated experts.
+    """
+
+    def __init__(self, num_experts, capacity, top_k, *, alpha: float = 0.5, p: int | None = None, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        p = 2 * top_k if p is None else p
+        if not 0 < alpha <= 1:
+            raise UserError(f"cache mrs: alpha {alpha} is outside (0, 1]")
+        if p < 1:
+            raise UserError(f"cache mrs: p {p} must be at least 1")
+        self.alpha, self.p = alpha, min(p, num_experts)
+
+    def update(self, scores, loads):
+        alpha, keep = self.alpha, 1 - self.alpha
+        self.heat = heat = [keep * s for s in self.heat]
+        if scores is None:
+            total = sum(loads.values()) or 1
+            for expert, load in loads.items():
+                heat[expert] += alpha * load / total
+        else:
+            for expert in sorted(range(self.num_experts), key=scores.__getitem__, reverse=True)[: self.p]:
+                heat[expert] += alpha * scores[expert]
+
+    def expected(self, expert, score, load):
+        return self.alpha * score + (1 - self.alpha) * self.heat[expert]
+
+
+class Static(CachePolicy):
+    """A fixed placement: the most frequent experts stay for good, and nothing is ever evicted."""
+
+    fixed = True
+
+    def __init__(self, num_experts, capacity, top_k, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        if self.frequencies is not None:
+            self.heat = list(self.frequencies)
+
+    def update(self, scores, loads):
+        pass
+
+    def victim(self, resident, protected):
+        return None
+
+    def expected(self, expert, score, load):
+        return self.heat[expert]
+
+
+class Random(CachePolicy):
+    """Evicts at random: every step gives every expert a new random heat. The floor that a policy has to rise above."""
+
+    def __init__(self, num_experts, capacity, top_k, *, seed: int = 0, **common):
+        super().__init__(num_experts, capacity, top_k, **common)
+        self._random = random.Random(seed)
+
+    def update(self, scores, loads):
+        self.heat = [self._random.random() for _ in range(self.num_experts)]
+
+    def expected(self, expert, score, load):
+        return self.heat[expert]
