@@ -24,7 +24,11 @@ ENGINE_FLAGS = {
         type=float, metavar="R", help="fraction of each layer's experts kept on the device (default 0.25)"
     ),
     "vram_budget": dict(metavar="SIZE", help='device memory instead of a ratio, e.g. "4GiB"'),
-    "cache": dict(metavar="NAME", help="replace the system's cache policy: mrs, lru, lfu, static"),
+    "cache": dict(
+        metavar="NAME",
+        help="replace the system's cache policy: mrs, lru, lfu, lfru, slru, s3-fifo, echo, static, random, "
+        "or a class of yours as package.module:Class",
+    ),
     "scheduler": dict(
         metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
     ),

@@ -124,6 +124,7 @@ def test_the_tree_leaves_no_module_out():
     folders = (
         "hybrimoe_jax",
         "hybrimoe_jax/decide",
+        "hybrimoe_jax/decide/caching",
         "hybrimoe_jax/runtime",
         "hybrimoe_jax/record",
         "hybrimoe_jax/simulation",

@@ -18,7 +18,9 @@ class Belady(CachePolicy):
       moment: when in a step the layer runs, 0..1; orders layers that share slots.
     """
 
-    def __init__(self, num_experts, capacity, top_k, *, future: Sequence[Collection[int]], moment: float = 0.0, **common):
+    def __init__(
+        self, num_experts, capacity, top_k, *, future: Sequence[Collection[int]], moment: float = 0.0, **common
+    ):
         super().__init__(num_experts, capacity, top_k, **common)
         self._uses: list[deque[int]] = [deque() for _ in range(num_experts)]
         self._moment = moment

@@ -57,7 +57,9 @@ class Memory:
         self.slot = 0  # of the current step
         self._layer, self._chosen = num_layers, 0  # the last layer, experts of this step so far
         self._here = np.zeros(self.size, np.float32)  # by slot: experts in common with this step so far
-        self._past = np.zeros(self.size, np.float32)  # the same for the steps before, discounted, as seen from the slot after
+        self._past = np.zeros(
+            self.size, np.float32
+        )  # the same for the steps before, discounted, as seen from the slot after
         self._ahead = np.arange(1, horizon + 1)
         self._own = np.float32(OWN)
         self._extra = OWN + PAST / (1 - PAST_DECAY) * num_layers

@@ -72,7 +72,9 @@ class CachePolicy(ABC):
     ) -> list[Self]:
         """The policies of all layers of one model, in order; a policy that learns across layers lets them share what it knows here."""
         return [
-            cls(num_experts, slots, top_k, frequencies=None if frequencies is None else frequencies[layer], **parameters)
+            cls(
+                num_experts, slots, top_k, frequencies=None if frequencies is None else frequencies[layer], **parameters
+            )
             for layer, slots in enumerate(capacities)
         ]
 

@@ -82,7 +82,8 @@ class S3FIFO(CachePolicy):
 
     def victim(self, resident, protected):
         """What the queues would evict next, passing over the protected; a query, so nothing moves before `moved`."""
-        return self._walk([expert for expert in resident if expert not in protected])[0]
+        expert = self._walk([expert for expert in resident if expert not in protected])[0]
+        return super().victim(resident, protected) if expert is None else expert
 
     def value(self, expert):
         if expert in self._uses:

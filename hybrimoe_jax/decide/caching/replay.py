@@ -86,10 +86,14 @@ class Pooled:
     def __init__(self, policies: Sequence[CachePolicy], slots: int):
         for policy in policies:
             if not policy.comparable:
-                raise UserError(f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots")
+                raise UserError(
+                    f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
+                )
         self.policies, self.slots, self.used = policies, slots, 0
         self.resident: list[set[int]] = [set() for _ in policies]
-        self._offers: list[tuple[int, float, int] | None] = [None] * len(policies)  # each layer's step, its victim's value, the victim
+        self._offers: list[tuple[int, float, int] | None] = [None] * len(
+            policies
+        )  # each layer's step, its victim's value, the victim
         if all(policy.fixed for policy in policies):
             self._fill()
 
@@ -119,7 +123,9 @@ class Pooled:
         policy, known = self.policies[layer], self._offers[layer]
         if layer != running and known is not None and known[0] == policy.step:
             return [known[1:]]
-        victim = policy.victim(self.resident[layer], needed if layer == running else ()) if self.resident[layer] else None
+        victim = (
+            policy.victim(self.resident[layer], needed if layer == running else ()) if self.resident[layer] else None
+        )
         if victim is None:
             return []
         offer = (policy.value(victim), victim)
