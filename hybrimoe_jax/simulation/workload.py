@@ -93,7 +93,7 @@ class TokenSteps:
         self._sequence = tokens.sequence[starts]
         self._ids, self._layer = tokens.ids.tolist(), tokens.layer.tolist()
         self._weights = None if tokens.weights is None else tokens.weights.tolist()
-        self.has_scores = tokens.scores is not None
+        self.has_scores, self.has_lookahead = tokens.scores is not None, bool(tokens.lookahead)
         self._position = tokens.position[starts].tolist()
         self.sequences = list(dict.fromkeys(self._sequence.tolist()))
 
@@ -111,9 +111,9 @@ class TokenSteps:
         """Steps of these sequences."""
         return int(np.isin(self._sequence, sequences).sum())
 
-    def steps(self, sequences: Sequence[int]) -> Iterator[Step]:
-        """One step a token, sequence by sequence."""
-        for number in np.flatnonzero(np.isin(self._sequence, sequences)).tolist():
+    def steps(self, sequences: Sequence[int], most: int | None = None) -> Iterator[Step]:
+        """One step a token, sequence by sequence; the first `most` of them."""
+        for number in np.flatnonzero(np.isin(self._sequence, sequences))[:most].tolist():
             start, stop = self._starts[number], self._starts[number + 1]
             layers = [self._asked_row(row) for row in range(start, stop)]
             yield Step("decode", 1, self._position[number] + 1, int(self._sequence[number]), layers)

@@ -1,0 +1,143 @@
+"""`python -m hybrimoe_jax.simulate`: systems on a recorded trace and a machine's profile, under a virtual clock.
+
+A table for people, one JSON record a run with `--out`. All times are computed, none is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from hybrimoe_jax.cli import Parser, progress, run
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.record.importers import open_trace
+from hybrimoe_jax.simulation import grid
+from hybrimoe_jax.simulation.profile import PROFILES
+from hybrimoe_jax.simulation.recorded import replay_run
+from hybrimoe_jax.simulation.table import table
+
+TIMELINE_STEPS = 4
+"""Steps of every system that `--timeline` shows."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="python -m hybrimoe_jax.simulate", description=__doc__.splitlines()[0])
+    top.add_argument(
+        "--trace", nargs="+", required=True, metavar="T", help="routing traces, of any layout `trace info` reads"
+    )
+    top.add_argument(
+        "--profile", default="a6000-engineered", metavar="P", help=f"a machine ({', '.join(PROFILES)}) or a file"
+    )
+    top.add_argument("--systems", default="hybrimoe,ktransformers,adapmoe,llamacpp,on-demand", metavar="S,...")
+    top.add_argument("--cache-ratios", default="0.25,0.5,0.75", metavar="R,...")
+    top.add_argument("--format", default="int4", metavar="F", help="weight format of the experts (default int4)")
+    top.add_argument("--prompt-lengths", default="", metavar="N,...", help="also prompts of N tokens, in one step each")
+    top.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts of each length and half (default 8)")
+    top.add_argument("--starts", default="warm,cold", metavar="S,...", help="warm, cold or both (default)")
+    top.add_argument("--steps", type=int, metavar="N", help="at most N tokens of each half of the sequences")
+    top.add_argument("--shape", metavar="NAME", help="the model's sizes, where the trace does not tell")
+    top.add_argument("--as-recorded", action="store_true", help="repeat the live runs that the traces were taken from")
+    top.add_argument("--out", metavar="FILE", help="one JSON record a run (.jsonl)")
+    top.add_argument("--plots", metavar="DIR", help="pictures; needs matplotlib")
+    top.add_argument(
+        "--timeline", metavar="FILE", help=f"the first {TIMELINE_STEPS} steps of every system, for Perfetto"
+    )
+    top.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    parts = top.add_argument_group("parts, replaced in every system")
+    parts.add_argument("--cache", metavar="NAME")
+    parts.add_argument("--scheduler", metavar="NAME")
+    parts.add_argument("--prefetch", metavar="MODE")
+    parts.add_argument("--lookahead", type=int, metavar="N")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    for flag in ("out", "timeline"):
+        path = getattr(args, flag)
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+    if args.as_recorded:
+        return repeat(args.trace)
+    cases = grid.cases_of(
+        args.trace,
+        args.profile,
+        _words(args.systems, "--systems"),
+        [_number(word, "--cache-ratios", 0, 1) for word in _words(args.cache_ratios, "--cache-ratios")],
+        fmt=args.format,
+        starts=_words(args.starts, "--starts"),
+        lengths=[int(_number(w, "--prompt-lengths", 1)) for w in args.prompt_lengths.split(",") if w.strip()],
+        prompts=args.prompts,
+        parts=grid.parts_of(vars(args)),
+        shape=args.shape,
+        steps=args.steps,
+    )
+    for name in ("prompts", "jobs", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if args.plots:
+        from hybrimoe_jax.simulation import plots
+
+        plots.check()
+    for case in {(c.trace, c.system, c.start): c for c in cases}.values():
+        grid.prepared(case)  # what cannot be is said before anything runs
+    records = list(progress(grid.run_cases(cases, args.jobs), len(cases), "simulating"))
+    print(table(records))
+    if args.out:
+        with replacing(args.out) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    if args.timeline:
+        grid.timeline_of(cases, TIMELINE_STEPS).write(args.timeline)
+    if args.plots:
+        written = plots.write_all(records, cases, args.plots)
+        print(f"{len(written)} pictures in {args.plots}", file=sys.stderr)
+    return 0
+
+
+def repeat(paths: list[str]) -> int:
+    """Replays the very runs that traces were recorded from: a JSON line each."""
+    for path in paths:
+        trace = open_trace(path)
+        planner, result = replay_run(trace, path)
+        c = result.counters
+        times = {phase: sum(s.seconds for s in result.steps if s.phase == phase) for phase in ("prefill", "decode")}
+        virtual = trace.about.get("clock") == "virtual"
+        record = {
+            "trace": os.path.basename(path),
+            "system": planner.system.name,
+            "clock": "virtual" if virtual else "none: counts only, a replay measures nothing",
+            "hits": c.hits,
+            "misses": c.misses,
+            "cpu_experts": c.cpu,
+            "device_experts": c.device,
+            "demand_fetches": c.fetched,
+            "prefetch": {name: getattr(c, f"prefetch_{name}") for name in ("issued", "useful", "late", "wasted")},
+            "prefill_s": times["prefill"] if virtual else None,
+            "decode_s": times["decode"] if virtual else None,
+        }
+        print(json.dumps(record))
+    return 0
+
+
+def _words(text: str, flag: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"{flag} is empty")
+    return words
+
+
+def _number(word: str, flag: str, low: float, high: float = float("inf")) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise UserError(f"{flag}: {word!r} is not a number") from None
+    if not low <= value <= high:
+        raise UserError(f"{flag}: {word} is outside {low:g}..{high:g}")
+    return value
+
+
+if __name__ == "__main__":
+    run(main)

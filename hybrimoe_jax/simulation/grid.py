@@ -1,0 +1,228 @@
+"""Many runs: every system at every cache ratio on every trace, decoding and reading prompts, from a warm and from a cold start.
+
+A trace's sequences are split in two halves (every second one). Each half is run with frequencies counted on the other, which static
+placements and the warm start take; a run's figures are those of both halves. State is kept from one sequence to the next. A prompt begins
+with a fresh cache each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.importers import open_trace
+from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.profile import load_costs
+from hybrimoe_jax.simulation.records import measures, versions
+from hybrimoe_jax.simulation.replay import Result, replay
+from hybrimoe_jax.simulation.shapes import ModelShape, find_shape, get_shape
+from hybrimoe_jax.simulation.workload import TokenSteps
+
+KIND, VERSION = "hybrimoe-jax simulation", 1
+STARTS = ("warm", "cold")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+      trace: a file that `open_trace` reads. profile: name or file. fmt: weight format of the experts.
+      system: its name; `parts` replace some of its parts (names in OVERRIDES), `cache_params` go to the cache policy.
+      ratio: share of the experts that the device holds.
+      start: "warm" (the most frequent experts of other sequences are loaded) or "cold".
+      prompt: tokens of a prompt, one step each time; None for token by token.
+      prompts: how many prompts in each half. shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
+      steps: at most so many steps of each half, None for all.
+    """
+
+    trace: str
+    profile: str
+    system: str
+    ratio: float
+    fmt: str = "int4"
+    start: str = "warm"
+    prompt: int | None = None
+    prompts: int = 8
+    parts: tuple[tuple[str, Any], ...] = ()
+    cache_params: tuple[tuple[str, Any], ...] = ()
+    shape: str | None = None
+    steps: int | None = None
+
+
+@functools.lru_cache(maxsize=4)
+def tokens_of(path: str) -> TokenSteps:
+    """A trace, token by token."""
+    return TokenSteps(open_trace(path))
+
+
+def shape_for(tokens: TokenSteps, case: Case) -> ModelShape:
+    """The model's sizes; UserError where neither the trace nor the case tells."""
+    facts = tokens.facts
+    shape = get_shape(case.shape) if case.shape else find_shape(facts.layers, facts.experts, facts.top_k)
+    if shape is None:
+        raise UserError(
+            f"trace {case.trace}: no known model has {facts.layers} MoE layers of {facts.experts} experts, {facts.top_k} a token; "
+            "name one with --shape"
+        )
+    if (shape.layers, shape.experts) != (facts.layers, facts.experts):
+        raise UserError(
+            f"shape {shape.name}: {shape.layers} layers of {shape.experts} experts; the trace has {facts.layers} of {facts.experts}"
+        )
+    return shape
+
+
+def halves(tokens: TokenSteps) -> list[tuple[list[int], list[list[int]] | None]]:
+    """(sequences to run, frequencies of the others or None) of each half."""
+    first, second = tokens.sequences[::2], tokens.sequences[1::2]
+    if not second:
+        return [(first, None)]
+    return [(first, tokens.frequencies(second)), (second, tokens.frequencies(first))]
+
+
+def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
+    """(trace, system, costs); UserError where they do not fit together."""
+    if case.start not in STARTS:
+        raise UserError(f"start {case.start!r} is unknown (known: {', '.join(STARTS)})")
+    system = get_system(case.system).override(**dict(case.parts))
+    tokens = tokens_of(case.trace)
+    return tokens, system, load_costs(case.profile, shape_for(tokens, case), case.fmt)
+
+
+def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, sequences) -> Planner:
+    """A fresh planner of a case."""
+    facts = tokens.facts
+    return Planner(
+        system,
+        facts.layers,
+        facts.experts,
+        facts.top_k,
+        system.slots_per_layer(case.ratio, facts.layers, facts.experts),
+        costs,
+        frequencies=frequencies,
+        cache_params=dict(case.cache_params),
+        cold=case.start == "cold",
+    )
+
+
+def run_case(case: Case, timeline: Timeline | None = None) -> dict:
+    """Runs one case: its record, see `simulate`. `timeline` gets the events of the first half."""
+    tokens, system, costs = prepared(case)
+    began, result, notes = time.process_time(), None, []
+    for sequences, frequencies in halves(tokens):
+        if frequencies is None and case.start == "warm":
+            notes.append("one sequence: static placement and warm start take the lowest ids, not frequencies")
+        for part in _runs(case, system, costs, tokens, sequences, frequencies, timeline):
+            result = part if result is None else result + part
+        timeline = None
+    if result is None:
+        raise UserError(f"trace {case.trace}: {len(tokens)} tokens do not hold a prompt of {case.prompt}")
+    if not tokens.has_scores and system.cache == "mrs":
+        notes.append("the trace has no full scores: MRS with p = k")
+    if system.lookahead and not result.counters.prefetch_issued:
+        notes.append("no prefetch was issued" + ("" if tokens.has_lookahead else ": the trace has no predictions"))
+    facts, slots = tokens.facts, system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts)
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "clock": "virtual",
+        "trace": Path(case.trace).name
+        if Path(case.trace).parent == Path()
+        else str(Path(*Path(case.trace).parts[-2:])),
+        "model": costs.describe().get("model", facts.model_type),
+        "profile": case.profile if not Path(case.profile).exists() else Path(case.profile).name,
+        "format": case.fmt,
+        "system": case.system,
+        "cache_ratio": case.ratio,
+        "start": case.start,
+        "rows": tokens.phase if case.prompt is None else f"prompt of {case.prompt} consecutive tokens",
+        "prompt_tokens": case.prompt,
+        **measures(result, costs.expert_bytes, sum(slots) * costs.expert_bytes),
+        "slots": sum(slots),
+        "choices": {**dataclasses.asdict(system), "cache_params": dict(case.cache_params), "steps_limit": case.steps},
+        "notes": notes,
+        "costs": costs.describe(),
+        "versions": versions(),
+        "replay_cpu_s": time.process_time() - began,
+    }
+
+
+def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iterator[Result]:
+    def fresh() -> tuple[Planner, Machine]:
+        return planner_for(case, system, costs, tokens, frequencies, sequences), Machine(costs, timeline)
+
+    if case.prompt is None:
+        yield replay(*fresh(), tokens.steps(sequences, case.steps))
+    else:
+        for number, step in enumerate(tokens.prompts(sequences, case.prompt, case.prompts)):
+            yield replay(
+                *fresh(), [step._replace(sequence=number if sequences[0] == tokens.sequences[0] else -1 - number)]
+            )
+            timeline = None
+
+
+def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:
+    """Runs all cases, `jobs` at a time; records come in the order of the cases."""
+    cases = list(cases)
+    if jobs <= 1 or len(cases) == 1:
+        yield from map(run_case, cases)
+        return
+    with ProcessPoolExecutor(min(jobs, len(cases)), mp_context=get_context("spawn")) as pool:
+        numbers = {pool.submit(run_case, case): number for number, case in enumerate(cases)}
+        done: dict[int, dict] = {}
+        following = 0
+        for future in as_completed(numbers):
+            done[numbers[future]] = future.result()
+            while following in done:
+                yield done.pop(following)
+                following += 1
+
+
+def cases_of(
+    traces: Iterable[str], profile: str, systems: Iterable[str], ratios: Iterable[float], *, fmt: str = "int4",
+    starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
+) -> list[Case]:  # fmt: skip
+    """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt length."""
+    return [
+        Case(trace, profile, system, ratio, fmt, start, length, **common)
+        for trace in traces
+        for ratio in ratios
+        for start in starts
+        for system in systems
+        for length in (None, *lengths)
+    ]
+
+
+def timeline_of(cases: Iterable[Case], steps: int) -> Timeline:
+    """The first steps of every system's first case side by side, each with lanes of its own from time 0."""
+    first = {case.system: case for case in reversed([c for c in cases if c.prompt is None])}
+    lanes = ("cpu", "device", "link")
+    names = [case for case in reversed(first.values())]
+    whole = Timeline(
+        tuple(f"{case.system} {lane}" for case in names for lane in lanes),
+        clock="virtual",
+        cases=[dataclasses.asdict(case) for case in names],
+    )
+    for case in names:
+        own = Timeline()
+        run_case(dataclasses.replace(case, steps=steps), own)
+        for lane in lanes:
+            for start, end, name, args in own.events(lane):
+                whole.add(f"{case.system} {lane}", name, start, end, **args)
+    return whole
+
+
+def parts_of(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Those replacements that are given, for `Case.parts`."""
+    return tuple((name, given[name]) for name in OVERRIDES if given.get(name) is not None)

@@ -1,0 +1,108 @@
+"""`python -m hybrimoe_jax.simulate` as a user runs it: table, records, timeline, and one clear error for what cannot be."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hybrimoe_jax import simulate
+from hybrimoe_jax.decide import SYSTEMS
+from hybrimoe_jax.record.facts import MODELS
+from hybrimoe_jax.record.trace import Trace, save_trace
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """Random routing of gpt-oss-20b's shape: five sequences of four tokens."""
+    facts, generator = MODELS["gpt-oss-20b"], np.random.default_rng(0)
+    rows = 20 * facts.layers
+    ids = generator.random((rows, facts.experts)).argsort(axis=1)[:, : facts.top_k].astype(np.int32)
+    step = np.repeat(np.arange(20), facts.layers).astype(np.int32)
+    path = tmp_path_factory.mktemp("trace") / "t.npz"
+    layer = np.tile(np.arange(facts.layers), 20).astype(np.int32)
+    save_trace(Trace(facts, step, layer, np.ones(rows, np.uint8), step // 4, step % 4, ids), path)
+    return str(path)
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrimoe_jax.simulate", *arguments], capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_table_for_people_and_a_record_for_every_run(trace, tmp_path):
+    out, timeline = tmp_path / "r.jsonl", tmp_path / "t.json"
+    systems = [*SYSTEMS]
+    code, text, error = command(
+        "--trace", trace, "--systems", ",".join(systems), "--cache-ratios", "0.25,0.5", "--prompt-lengths", "8", "--prompts", "1",
+        "--out", str(out), "--timeline", str(timeline), "--jobs", "2",
+    )  # fmt: skip
+    assert code == 0 and not error, error
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == len(systems) * 2 * 2 * 2
+    assert {(r["system"], r["cache_ratio"], r["start"], r["prompt_tokens"]) for r in records} == {
+        (s, ratio, start, n) for s in systems for ratio in (0.25, 0.5) for start in ("warm", "cold") for n in (None, 8)
+    }
+    for record in records:
+        assert record["clock"] == "virtual" and record["versions"]["hybrimoe_jax"] and record["choices"]["cache"]
+        assert record["seconds_per_step"]["mean"] > 0 and record["steps"] == (
+            20 if record["prompt_tokens"] is None else 2
+        )
+        assert record["profile"] == "a6000-engineered" and record["model"] == "gpt-oss-20b"
+    assert all(system in text for system in systems) and "simulated times" in text and "TTFT" in text
+    events = json.loads(timeline.read_text())
+    tracks = {e["args"]["name"] for e in events["traceEvents"] if e["name"] == "thread_name"}
+    assert {"hybrimoe cpu", "on-demand link"} <= tracks and events["otherData"]["clock"] == "virtual"
+
+    again = tmp_path / "again.jsonl"
+    simulate.main(
+        ["--trace", trace, "--systems", "hybrimoe", "--cache-ratios", "0.25", "--starts", "warm", "--out", str(again)]
+    )
+    same = json.loads(again.read_text())
+    other = next(r for r in records if r["system"] == "hybrimoe" and r["prompt_tokens"] is None)
+    assert {k: v for k, v in same.items() if k != "replay_cpu_s"} == {
+        k: v for k, v in other.items() if k != "replay_cpu_s"
+    }
+
+
+def test_a_replaced_part_is_in_the_record(trace, tmp_path):
+    out = tmp_path / "r.jsonl"
+    flags = ["--systems", "hybrimoe", "--cache-ratios", "0.25", "--starts", "cold", "--steps", "3", "--out", str(out)]
+    simulate.main(["--trace", trace, *flags, "--cache", "lru", "--scheduler", "fetch-misses"])
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert (record["choices"]["cache"], record["choices"]["scheduler"]) == ("lru", "fetch-misses")
+    assert record["cpu_experts"] == 0 and record["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--systems", "magic"], "system 'magic'"),
+        (["--profile", "a7000"], "neither a known one"),
+        (["--cache-ratios", "2"], "outside 0..1"),
+        (["--cache-ratios", "half"], "not a number"),
+        (["--format", "int5"], "weight format 'int5'"),
+        (["--starts", "lukewarm"], "start 'lukewarm'"),
+        (["--shape", "mixtral-8x7b"], "the trace has 24 of 32"),
+        (["--out", "/no/such/folder/r.jsonl"], "there is no folder"),
+        (["--jobs", "0"], "at least 1"),
+        (["--as-recorded"], "carries no run"),
+        (["--systems", ","], "is empty"),
+        (["--prompt-lengths", "4096"], "do not hold a prompt"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(trace, flags, message, capsys):
+    from hybrimoe_jax.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        simulate.main(["--trace", trace, *flags])
+
+
+def test_a_file_that_is_no_trace_is_exit_code_2(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"nothing")
+    code, out, error = command("--trace", str(tmp_path / "x.npz"), "--out", str(tmp_path / "r.jsonl"))
+    assert code == 2 and not out and error.count("\n") == 1 and "not a trace" in error
+    assert not (tmp_path / "r.jsonl").exists()
