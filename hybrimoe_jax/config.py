@@ -23,7 +23,8 @@ class EngineConfig:
       system: a named bundle of policies (`hybrimoe_jax.decide.systems`).
       cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a budget is set.
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
-      cache, scheduler, prefetch, lookahead: replace one part of the system (`prefetch`: "impact", "next-layer" or "none").
+      cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact", "next-layer" or "none";
+        `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.predictors`, or "recorded:TRACE").
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
       host_kernel: "reference" (numpy), "onednn", "native", or "auto" (measured at load).
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
@@ -45,7 +46,8 @@ class EngineConfig:
     cache: str | None = None
     scheduler: str | None = None
     prefetch: str | None = None
-    lookahead: int | None = None
+    lookahead: int | str | None = None
+    predictor: str | None = None
     executor: str = "overlapped"
     host_kernel: str = "auto"
     threads: int | None = None
@@ -69,13 +71,17 @@ class EngineConfig:
             _one_of("prefetch", self.prefetch, ("impact", "next-layer", "none"))
         # unknown parts of a system are refused here too, before anything is loaded
         get_system(self.system).override(
-            cache=self.cache, scheduler=self.scheduler, prefetch=self.prefetch, lookahead=self.lookahead
+            cache=self.cache,
+            scheduler=self.scheduler,
+            prefetch=self.prefetch,
+            lookahead=self.lookahead,
+            predictor=self.predictor,
         )
         if self.cache_ratio is not None and self.vram_budget is not None:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
             raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
-        if self.lookahead is not None and not 0 <= self.lookahead <= 8:
+        if isinstance(self.lookahead, int) and not 0 <= self.lookahead <= 8:
             raise UserError(f"lookahead {self.lookahead} is outside 0..8")
         for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)

@@ -16,6 +16,11 @@ from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.profile import PROFILES
 
+
+def _lookahead(text: str) -> int | str:
+    return text if text == "adaptive" else int(text)
+
+
 ENGINE_FLAGS = {
     "system": dict(
         metavar="NAME", help="policies: hybrimoe, ktransformers, adapmoe, llamacpp, on-demand, cpu-only, device-only"
@@ -33,7 +38,11 @@ ENGINE_FLAGS = {
         metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
     ),
     "prefetch": dict(metavar="MODE", help="replace its prefetcher: impact, next-layer, none"),
-    "lookahead": dict(type=int, metavar="N", help="layers whose routers are applied early"),
+    "lookahead": dict(type=_lookahead, metavar="N", help='layers predicted ahead, or "adaptive"'),
+    "predictor": dict(
+        metavar="NAME",
+        help="what predicts them: gate-reuse, gate-input, corrected, co-activation, previous, recorded:TRACE",
+    ),
     "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
     "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),

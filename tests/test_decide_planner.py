@@ -8,7 +8,7 @@ from hybrimoe_jax.decide.caching import POLICIES
 from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch import Prediction, predict
+from hybrimoe_jax.decide.prediction import Prediction, predict
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.errors import UserError
@@ -420,5 +420,9 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
         engine.finish_step()
         c = engine.counters
         assert c.prefetch_issued == c.prefetch_useful + c.prefetch_late + c.prefetch_wasted
+        seconds = c.prefetch_useful_s + c.prefetch_late_s + c.prefetch_wasted_s
+        assert seconds == pytest.approx(
+            (c.prefetch_issued - len(under_way)) * engine.costs.transfer(engine.scheduler.uses_cpu)
+        )
         assert c.activated == c.hits + c.misses == c.cpu + c.device
     assert [engine.resident(layer) for layer in range(LAYERS)] == slots

@@ -11,7 +11,7 @@ import pytest
 from hybrimoe_jax.decide.caching import policy_class
 from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch import predict
+from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler
 
 DATA = Path(os.environ.get("HYBRIMOE_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -143,10 +143,12 @@ def test_relative_links_resolve():
 
 
 def test_systems_and_parts_are_those_that_exist():
-    from hybrimoe_jax.decide import POLICIES, SCHEDULERS, SYSTEMS
+    from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS, SYSTEMS
 
     table = README.split("## Systems")[1].split("## ")[0]
-    assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == set(SYSTEMS)
+    systems, parts = table.split("Parts on their own")
+    assert set(re.findall(r"^\| `([\w-]+)`", systems, re.MULTILINE)) == set(SYSTEMS)
+    assert set(re.findall(r"^\| `([\w:-]+)`", parts, re.MULTILINE)) == {*PREDICTORS, "recorded:TRACE"}
     for flag, names in (("cache", POLICIES), ("scheduler", SCHEDULERS)):
         assert set(re.search(rf"`--{flag} ([\w|-]+)`", table)[1].split("|")) == set(names)
 

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.runtime.routing import read_routing
 
 
@@ -59,7 +60,10 @@ def test_it_says_who_is_needed_by_which_rows_with_which_weights(routing):
 def test_predictions_are_each_tokens_best_experts_of_the_later_layer(routing):
     ids, weights, scores, ahead, valid = routing
     top_k, experts = ids.shape[1], scores.shape[1]
-    predictions = read_routing(packed(ids, weights, scores, ahead), top_k, experts, valid).predictions(top_k)
+    predictions = [
+        predict(rows, top_k)
+        for rows in read_routing(packed(ids, weights, scores, ahead), top_k, experts, valid).shown().ahead
+    ]
     assert len(predictions) == len(ahead)
     for (loads, means), later in zip(predictions, ahead, strict=True):
         wanted: dict[int, int] = {}

@@ -1,19 +1,21 @@
 """The decision plane: which expert stays, moves, and runs where. Pure Python; imports no jax.
 
-`Planner` joins the parts: `costs` (what things take), `schedule` (one layer's lanes), `caching` (who makes room), `prefetch` (what to move
-ahead) and `systems` (named bundles). The live engine and a replay use the same objects.
+`Planner` joins the parts: `costs` (what things take), `schedule` (one layer's lanes), `caching` (who makes room), `predictors` and
+`prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use the same objects.
 """
 
 from hybrimoe_jax.decide.caching import POLICIES, CachePolicy
 from hybrimoe_jax.decide.costs import CostModel, Samples, expert_bytes, fit
 from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch import Accuracy, Prediction, predict
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown, predict
+from hybrimoe_jax.decide.predictors import PREDICTORS, Predictor
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
 from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
 
 __all__ = [
     "POLICIES",
+    "PREDICTORS",
     "REFUSED",
     "SCHEDULERS",
     "SYSTEMS",
@@ -25,11 +27,13 @@ __all__ = [
     "LayerPlan",
     "Planner",
     "Prediction",
+    "Predictor",
     "Prefetch",
     "Problem",
     "Samples",
     "Schedule",
     "Scheduler",
+    "Shown",
     "System",
     "expert_bytes",
     "fit",

@@ -7,18 +7,18 @@ later and may yet take a slot.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 from hybrimoe_jax.decide.plan import Counters
 
 
 class Flight:
-    """A transfer under way: when it should land (seconds, the planner's clock); `open` until it is judged."""
+    """A transfer under way: when it should land (seconds, the planner's clock); `open` until it is judged; `seconds` that it holds the link."""
 
-    __slots__ = ("landing", "open")
+    __slots__ = ("landing", "open", "seconds")
 
-    def __init__(self, landing: float):
-        self.landing, self.open = landing, True
+    def __init__(self, landing: float, seconds: float):
+        self.landing, self.open, self.seconds = landing, True, seconds
 
 
 class Ledger:
@@ -27,11 +27,12 @@ class Ledger:
     def __init__(self, num_layers: int, counters: Counters):
         self.counters = counters
         self.flying: list[dict[int, Flight]] = [{} for _ in range(num_layers)]
-        self.ready: list[set[int]] = [set() for _ in range(num_layers)]  # landed, their step is to come
+        self.ready: list[dict[int, float]] = [{} for _ in range(num_layers)]  # landed, their step is to come: seconds
         self.num_flying = 0
+        self._awaited: dict[tuple[int, int], tuple[Flight, float]] = {}
 
-    def start(self, layer: int, expert: int, landing: float) -> None:
-        self.flying[layer][expert] = Flight(landing)
+    def start(self, layer: int, expert: int, landing: float, seconds: float) -> None:
+        self.flying[layer][expert] = Flight(landing, seconds)
         self.num_flying += 1
         self.counters.prefetch_issued += 1
 
@@ -45,47 +46,77 @@ class Ledger:
     def keep(self, layer: int, expert: int, flight: Flight) -> None:
         """A landed transfer got a slot."""
         if flight.open:
-            self.ready[layer].add(expert)
+            self.ready[layer][expert] = flight.seconds
+        else:
+            self.counters.prefetch_wasted_s += flight.seconds
 
     def refuse(self, flight: Flight) -> None:
         """A landed transfer got none."""
         self.counters.prefetch_refused += 1
         self.counters.prefetch_wasted += flight.open
+        self.counters.prefetch_wasted_s += flight.seconds
 
-    def judge(self, layer: int, device: Sequence[int], waits: Collection[int]) -> tuple[tuple[int, ...], ...]:
+    def judge(
+        self, layer: int, device: Sequence[int], waits: Mapping[int, float]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Closes a layer's prefetches when it is planned: (useful, late, wasted).
 
         Args:
           device: resident experts that the device runs.
-          waits: experts under way that the device runs; their transfers end here.
+          waits: experts under way that the device runs, and for how many seconds it waits; their transfers end here.
         """
-        ready, flying = self.ready[layer], self.flying[layer]
+        ready, flying, counters = self.ready[layer], self.flying[layer], self.counters
+        self._awaited.clear()
         if not ready and not flying:
             return (), (), ()
-        useful = tuple(sorted(ready.intersection(device)))
-        wasted = sorted(ready.difference(device))
+        useful = tuple(sorted(ready.keys() & device))
+        wasted = sorted(ready.keys() - device)
+        counters.prefetch_useful_s += sum([ready[expert] for expert in useful])
+        counters.prefetch_wasted_s += sum([ready[expert] for expert in wasted])
         ready.clear()
-        late = tuple([expert for expert in waits if self.take(layer, expert).open])
+        late = []
+        for expert, wait in waits.items():
+            flight = self.take(layer, expert)
+            self._awaited[layer, expert] = flight, wait
+            if flight.open:
+                late.append(expert)
+            self._count_awaited(flight, flight.seconds, wait)
         for expert, flight in flying.items():
             if flight.open:
                 flight.open = False
                 wasted.append(expert)
-        self.counters.prefetch_useful += len(useful)
-        self.counters.prefetch_late += len(late)
-        self.counters.prefetch_wasted += len(wasted)
-        return useful, late, tuple(wasted)
+        counters.prefetch_useful += len(useful)
+        counters.prefetch_late += len(late)
+        counters.prefetch_wasted += len(wasted)
+        return useful, tuple(late), tuple(wasted)
+
+    def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
+        """Replaces what the cost model expected of an awaited transfer by what was measured."""
+        flight, expected = self._awaited[layer, expert]
+        self._count_awaited(flight, seconds - flight.seconds, wait - expected)
+
+    def _count_awaited(self, flight: Flight, seconds: float, wait: float) -> None:
+        """Late, unless its own step had gone by: then it was wasted, and another step finds it on the link."""
+        self.counters.prefetch_wait_s += wait
+        if flight.open:
+            self.counters.prefetch_late_s += seconds
+        else:
+            self.counters.prefetch_wasted_s += seconds
 
     def abandon(self) -> None:
         """Forgets every transfer under way (call after `finish_step`, which has counted them)."""
         for flying in self.flying:
+            self.counters.prefetch_wasted_s += sum([flight.seconds for flight in flying.values()])
             flying.clear()
         self.num_flying = 0
 
     def finish_step(self) -> None:
         """Prefetches for layers that were not planned in this step are wasted."""
+        counters = self.counters
         for ready, flying in zip(self.ready, self.flying):
-            self.counters.prefetch_wasted += len(ready)
+            counters.prefetch_wasted += len(ready)
+            counters.prefetch_wasted_s += sum(ready.values())
             ready.clear()
             for flight in flying.values():
-                self.counters.prefetch_wasted += flight.open
+                counters.prefetch_wasted += flight.open
                 flight.open = False

@@ -72,7 +72,8 @@ class Counters:
     """Totals since the start. Experts are counted per (expert, layer, step); issued = useful + late + wasted + those still undecided.
 
     useful: run on the device by its target step after landing in time; late: used but waited for; wasted: neither; refused: wasted because
-    it got no slot when it landed.
+    it got no slot when it landed. `*_s` are the seconds that those transfers held the link, counted when they have ended, on the clock of
+    whoever told the planner (by the cost model where nobody measured); `wait_s`: how long steps waited for transfers under way, likewise.
     """
 
     steps: int = 0
@@ -88,3 +89,7 @@ class Counters:
     prefetch_late: int = 0
     prefetch_wasted: int = 0
     prefetch_refused: int = 0
+    prefetch_useful_s: float = 0.0
+    prefetch_late_s: float = 0.0
+    prefetch_wasted_s: float = 0.0
+    prefetch_wait_s: float = 0.0

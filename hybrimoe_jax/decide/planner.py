@@ -4,7 +4,8 @@ One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts)
 
     plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
     ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits ...
-    for p in planner.plan_prefetch(layer, lookahead): ...    # start the transfer of p.expert of p.layer
+    ahead = planner.predict(layer, shown)                    # where planner.depth(tokens) is not 0
+    for p in planner.plan_prefetch(layer, ahead): ...        # start the transfer of p.expert of p.layer
     planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
     planner.finish_step()                                    # after the last layer
 
@@ -19,16 +20,12 @@ from typing import Any
 from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused
-from hybrimoe_jax.decide.prefetch import (
-    Accuracy,
-    Forecast,
-    Prediction,
-    choose_by_impact,
-    choose_next_layer,
-)
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
+from hybrimoe_jax.decide.predictors import Predictor, build_predictor
+from hybrimoe_jax.decide.prefetch import Forecast, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.systems import MAX_DEPTH, System, get_system
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
@@ -43,12 +40,13 @@ class Planner:
       num_layers, num_experts, top_k: MoE layers, routed experts in each, experts per token.
       slots_per_layer: device slots of each layer (an int for all alike).
       costs: a `CostModel`.
-      lookahead: replaces the system's number of predicted layers.
+      lookahead: replaces the system's number of predicted layers ("adaptive" is one).
       frequencies: [num_layers][num_experts] activation counts from other sequences; the static placement and the warm start.
       cache: replaces the system's cache policy, by name (see `caching.parse_policy`) or as a `CachePolicy` subclass; `cache_params` go to its
         constructor.
       scheduler: replaces the system's rule, by name or as a `Scheduler`.
       prefetch, guard: replace the system's, see `systems.System`.
+      predictor: replaces the system's, by name or as a `Predictor`.
       max_in_flight: prefetches under way at once, that is staging buffers for them.
       allow_cpu, allow_fetch, allow_steal: limits of the executor, see `schedule.Problem`.
       cold: start with empty slots (a static placement is always loaded).
@@ -62,7 +60,7 @@ class Planner:
         top_k: int,
         slots_per_layer: Sequence[int] | int,
         costs: Any,
-        lookahead: int | None = None,
+        lookahead: int | str | None = None,
         frequencies: Sequence[Sequence[float]] | None = None,
         *,
         cache: str | type[CachePolicy] | None = None,
@@ -70,6 +68,7 @@ class Planner:
         scheduler: str | Scheduler | None = None,
         prefetch: str | None = None,
         guard: str | None = None,
+        predictor: str | Predictor | None = None,
         max_in_flight: int = 2,
         allow_cpu: bool = True,
         allow_fetch: bool = True,
@@ -83,6 +82,7 @@ class Planner:
             prefetch=prefetch,
             lookahead=lookahead,
             guard=guard,
+            predictor=predictor if isinstance(predictor, str) else None,
         )
         slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
         if len(slots) != num_layers:
@@ -101,12 +101,14 @@ class Planner:
         self.policies: list[CachePolicy] = policy.for_layers(
             num_experts, slots, top_k, frequencies=frequencies, **parameters
         )
-        self.accuracy = Accuracy(system.lookahead)
+        self.accuracy = Accuracy(system.reach)
+        model = (num_layers, num_experts, top_k, system.reach)
+        self.predictor = predictor if isinstance(predictor, Predictor) else build_predictor(system.predictor, *model)
         self.counters = Counters()
         self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._forecast = Forecast(self.scheduler, costs, **self._flags)
         start_cold = cold and not policy.fixed
-        self._worth_looking: dict[tuple[int, int], bool] = {}
+        self._depths: dict[tuple[int, int], int] = {}
         self._resting = self._issued_before = 0
         self._looked = False
         self._ledger = Ledger(num_layers, self.counters)
@@ -168,7 +170,7 @@ class Planner:
         for distance, prediction in residency.predictions[layer]:
             self.accuracy.update(distance, prediction.loads, loads)
         residency.predictions[layer].clear()
-        useful, late, wasted = self._ledger.judge(layer, device, schedule.waits)
+        useful, late, wasted = self._ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
         residency.needed[layer] = set(loads)
         waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
         fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
@@ -203,21 +205,35 @@ class Planner:
             schedule,
         )
 
-    def worth_looking(self, tokens: int) -> bool:
-        """Whether applying later routers early can pay at all in a step of so many tokens: looking costs device time too.
+    def depth(self, tokens: int) -> int:
+        """How many layers to look ahead in a step of so many tokens; 0 where looking cannot pay: it costs device time too.
 
         With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
-        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no.
+        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
+        adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
+        as a transfer.
         """
-        if not self.system.lookahead or not self._flags["allow_fetch"] or not any(self.slots):
-            return False
+        if not self.system.reach or not self._flags["allow_fetch"] or not any(self.slots):
+            return 0
         if self.system.prefetch == "next-layer":
-            return True
+            return 1
         active = min(self.num_experts, tokens * self.top_k)
-        load = -(-tokens * self.top_k // active)
-        if (active, load) not in self._worth_looking:
-            self._worth_looking[active, load] = self._prefetch_gains(active, load, tokens)
-        return self._worth_looking[active, load]
+        key = (active, -(-tokens * self.top_k // active))
+        if key not in self._depths:
+            self._depths[key] = self._depth(*key, tokens)
+        return self._depths[key]
+
+    def worth_looking(self, tokens: int) -> bool:
+        """Whether any layer is to be predicted in a step of so many tokens."""
+        return self.depth(tokens) > 0
+
+    def gates(self, tokens: int) -> int:
+        """How many coming layers' routers the predictor wants applied in a step of so many tokens."""
+        return self.depth(tokens) if self.predictor.gates else 0
+
+    def predict(self, layer: int, shown: Shown) -> list[Prediction]:
+        """What the coming layers will be asked for, nearest first, by what `layer` shows; for `plan_prefetch`."""
+        return self.predictor.predict(layer, shown, self.depth(len(shown.ids)))
 
     def rests(self, tokens: int) -> bool:
         """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth
@@ -230,10 +246,11 @@ class Planner:
         Args:
           lookahead: predictions for layers layer+1, layer+2, ...; those beyond the last layer or the system's lookahead are not used.
         """
-        if not self.system.lookahead or not self._flags["allow_fetch"] or self._planned is None:
+        if not self.system.reach or not self._flags["allow_fetch"] or self._planned is None:
             return ()
         self._looked = True
-        lookahead = lookahead[: min(self.system.lookahead, self.num_layers - 1 - layer)]
+        depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(self._planned[1])
+        lookahead = lookahead[: min(depth, self.num_layers - 1 - layer)]
         lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
         for distance, prediction in enumerate(lookahead, 1):
             self._residency.predictions[layer + distance].append((distance, prediction))
@@ -256,15 +273,18 @@ class Planner:
             )
         for target, expert in chosen:
             self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
-            self._ledger.start(target.layer, expert, self._link_free)
+            self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
         return tuple(Prefetch(target.layer, expert, target.distance) for target, expert in chosen)
 
-    def landed(self, layer: int, expert: int) -> int | Refused | None:
+    def landed(self, layer: int, expert: int, seconds: float | None = None) -> int | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
 
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or hotter.
+        `seconds`: how long it held the link, where that was measured.
         """
         flight = self._ledger.take(layer, expert)
+        if seconds is not None:
+            flight.seconds = seconds
         self._clear_link()
         kept, victim = self._residency.admit_landed(layer, expert, flight.open)
         if not kept:
@@ -272,6 +292,10 @@ class Planner:
             return REFUSED
         self._ledger.keep(layer, expert, flight)
         return victim
+
+    def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
+        """Tells of one of the latest plan's `waits` how long its transfer held the link, and how long it was waited for, where that was measured."""
+        self._ledger.waited(layer, expert, seconds, wait)
 
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
@@ -281,6 +305,7 @@ class Planner:
             self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
         self._looked, self._issued_before = False, self.counters.prefetch_issued
         self._residency.finish_step()
+        self.predictor.finish_step()
 
     def abandon_step(self) -> None:
         """Forgets a step that was broken off: its transfers under way count as wasted and will not be told of by `landed`."""
@@ -291,15 +316,22 @@ class Planner:
 
     # How it is done.
 
-    def _prefetch_gains(self, active: int, load: int, tokens: int) -> bool:
+    def _depth(self, active: int, load: int, tokens: int) -> int:
         def makespan(resident: int) -> float:
             return self._forecast.outlook([load] * resident, [load] * (active - resident), tokens).makespan
 
         most = min(active - 1, max(self.slots) - 1)
         tried = sorted({most * i // 8 for i in range(9)})
-        slowest = makespan(0)
-        in_time = self._forecast.transfer <= self.system.lookahead * (slowest + self.costs.layer(tokens))
-        return in_time and any(makespan(r) - makespan(r + 1) > self.costs.look for r in tried)
+        price = self.costs.look if self.predictor.gates else 0.0
+        rest, transfer = self.costs.layer(tokens), self._forecast.transfer
+        in_time = transfer <= self.system.reach * (makespan(0) + rest)
+        if not in_time or not any(makespan(r) - makespan(r + 1) > price for r in tried):
+            return 0
+        if self.system.lookahead != "adaptive":
+            return self.system.reach
+        here = round(active * sum(self.slots) / (self.num_layers * self.num_experts))
+        layer = makespan(here) + rest
+        return next((d for d in range(1, MAX_DEPTH) if d * layer >= transfer), MAX_DEPTH)
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:
         if not 0 <= layer < self.num_layers:

@@ -1,7 +1,6 @@
 """Prefetching: which experts of the coming layers are worth moving while the link is idle.
 
-*Prediction* (gate reuse): while layer i runs, the routers of layers i+1, i+2, ... are applied to its state; their top-k choices are the
-predicted loads, at lookahead distance 1, 2, ... *Impact* (HybriMoE, arXiv 2504.05897, section 4.3): the makespan of the predicted layer
+A predictor (`predictors`) says what layers i+1, i+2, ... will be asked for while layer i runs. *Impact* (HybriMoE, arXiv 2504.05897, section 4.3): the makespan of the predicted layer
 without a candidate minus the makespan with it resident, both by the scheduler that the engine runs. What the paper leaves open is decided
 so: an impact is discounted by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in
 flight; it must land before its layer starts, and before any nearer layer starts that is expected to need the link itself, behind the
@@ -11,64 +10,15 @@ demand loads of this step; it is moved only where a resident expert may make roo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction
 from hybrimoe_jax.decide.schedule import Problem, Scheduler
 
 # Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each candidate.
 TRIALS = 3
 _MEMO_LIMIT = 8192
-
-
-class Prediction(NamedTuple):
-    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None where unknown)."""
-
-    loads: Mapping[int, int]
-    scores: Sequence[float] | None = None
-
-
-def predict(scores: Sequence, top_k: int) -> Prediction:
-    """Predicted loads from lookahead router scores: the top k of each token, lower id first between equals.
-
-    Args:
-      scores: [tokens, experts] or one token's [experts]; lists or an array.
-    """
-    rows = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not len(rows):
-        return Prediction({}, None)
-    if not isinstance(rows[0], (list, tuple)):
-        rows = [rows]
-    loads: dict[int, int] = {}
-    experts = range(len(rows[0]))
-    for row in rows:
-        for expert in sorted(experts, key=row.__getitem__, reverse=True)[:top_k]:
-            loads[expert] = loads.get(expert, 0) + 1
-    if len(rows) == 1:
-        return Prediction(loads, rows[0])
-    return Prediction(loads, [sum(column) / len(rows) for column in zip(*rows)])
-
-
-class Accuracy:
-    """Per distance, the share of predicted experts that were activated; recent steps weigh more.
-
-    Starts from one success and one failure (probability a half) and forgets with `decay` per update.
-    """
-
-    def __init__(self, lookahead: int, decay: float = 0.99):
-        self.decay = decay
-        self._hits = [0.0] * (lookahead + 1)
-        self._tries = [0.0] * (lookahead + 1)
-
-    def update(self, distance: int, predicted: Collection[int], activated: Collection[int]) -> None:
-        """Compares one layer's prediction, made `distance` layers before, with what was activated."""
-        hits = sum(1 for expert in predicted if expert in activated)
-        self._hits[distance] = self._hits[distance] * self.decay + hits
-        self._tries[distance] = self._tries[distance] * self.decay + len(predicted)
-
-    def probability(self, distance: int) -> float:
-        """The chance that an expert predicted at `distance` (from 1) will be activated."""
-        return (self._hits[distance] + 1.0) / (self._tries[distance] + 2.0)
 
 
 class Outlook(NamedTuple):

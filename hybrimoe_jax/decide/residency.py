@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import Fetch
-from hybrimoe_jax.decide.prefetch import Prediction, Target
+from hybrimoe_jax.decide.prediction import Prediction
+from hybrimoe_jax.decide.prefetch import Target
 
 _FREE = float("-inf")
 
@@ -106,7 +107,7 @@ class Residency:
 
     def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
         """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
-        protected = self.needed[layer] | self.ledger.ready[layer]
+        protected = self.needed[layer] | self.ledger.ready[layer].keys()
         return protected if prediction is None else protected.union(prediction[0])
 
     def _worth(self, layer: int, prediction: Prediction | None) -> Callable[[int], float]:

@@ -19,11 +19,14 @@ import math
 from typing import Literal
 
 from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.predictors import check_predictor
 from hybrimoe_jax.decide.schedule import get_scheduler
 from hybrimoe_jax.errors import UserError
 
 PREFETCH_MODES = ("none", "next-layer", "impact")
 GUARDS = ("value", "expected", "none")
+MAX_DEPTH = 6
+"""Layers that `lookahead="adaptive"` looks ahead at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +37,22 @@ class System:
       name: what it is called; overrides keep it.
       cache, scheduler: a name for `caching.parse_policy`, one in `schedule.SCHEDULERS`.
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
-      lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer).
+      lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a transfer, at most MAX_DEPTH.
       placement: how slots are shared out: "uniform" (the same number in each layer), "whole-layers" or "none".
       guard: which residents a prefetch may not evict because they are hotter: those whose value is "expected" to be larger than the
         candidate's once the predicted step has come, those whose "value" is larger already now (strict: where every miss is fetched, all
         residents are hotter than all candidates, and next to nothing is prefetched), or "none".
+      predictor: a name in `predictors.PREDICTORS`, or "recorded:TRACE".
     """
 
     name: str
     cache: str
     scheduler: str
     prefetch: Literal["none", "next-layer", "impact"] = "none"
-    lookahead: int = 0
+    lookahead: int | Literal["adaptive"] = 0
     placement: Literal["uniform", "whole-layers", "none"] = "uniform"
     guard: Literal["value", "expected", "none"] = "expected"
+    predictor: str = "gate-reuse"
 
     def __post_init__(self) -> None:
         policy_class(self.cache)
@@ -55,12 +60,19 @@ class System:
         for what, value, known in (("prefetch", self.prefetch, PREFETCH_MODES), ("guard", self.guard, GUARDS)):
             if value not in known:
                 raise UserError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
-        if self.lookahead < 0:
-            raise UserError(f"lookahead {self.lookahead} must be at least 0")
+        check_predictor(self.predictor)
+        number = isinstance(self.lookahead, int) and self.lookahead >= 0
+        if not number and self.lookahead != "adaptive":
+            raise UserError(f'lookahead {self.lookahead!r} must be "adaptive" or a number of layers, at least 0')
         if self.prefetch == "none":
             object.__setattr__(self, "lookahead", 0)
         elif self.prefetch == "next-layer":
-            object.__setattr__(self, "lookahead", min(self.lookahead, 1))
+            object.__setattr__(self, "lookahead", min(self.reach, 1))
+
+    @property
+    def reach(self) -> int:
+        """Layers ahead that are predicted at most."""
+        return MAX_DEPTH if self.lookahead == "adaptive" else self.lookahead
 
     @property
     def uses_cpu(self) -> bool:
@@ -70,7 +82,7 @@ class System:
     @property
     def fetches(self) -> bool:
         """Whether experts ever cross the link after the start."""
-        return get_scheduler(self.scheduler).uses_link or self.lookahead > 0
+        return get_scheduler(self.scheduler).uses_link or self.reach > 0
 
     def slots_per_layer(self, cache_ratio: float, num_layers: int, num_experts: int) -> list[int]:
         """Slots of each MoE layer: floor(ratio * experts), or whole layers within ratio * layers, the last ones first."""
@@ -91,12 +103,15 @@ class System:
             return [0] * (num_layers - whole) + [num_experts] * whole
         return [min(total // num_layers, num_experts)] * num_layers
 
-    def override(self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None) -> System:
+    def override(
+        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None
+    ) -> System:
         """This system with the given parts replaced; None keeps a part.
 
         A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer); lookahead 0 turns prefetch off.
         """
         parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
+        parts["predictor"] = predictor
         parts = {part: value for part, value in parts.items() if value is not None}
         mode = parts.get("prefetch", self.prefetch)
         if mode != "none" and not self.lookahead and lookahead is None:

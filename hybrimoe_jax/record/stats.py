@@ -62,12 +62,18 @@ class StepStats:
 
 @dataclasses.dataclass
 class PrefetchStats:
-    """Counts of prefetches by what became of them."""
+    """Prefetches by what became of them: how many, and the seconds that their transfers held the link; `wait_s`: how long layers waited for
+    late ones. `accuracy`: by distance, the share of predicted experts that were activated."""
 
     issued: int = 0
     useful: int = 0
     late: int = 0
     wasted: int = 0
+    useful_s: float = 0.0
+    late_s: float = 0.0
+    wasted_s: float = 0.0
+    wait_s: float = 0.0
+    accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

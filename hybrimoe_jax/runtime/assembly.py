@@ -97,6 +97,11 @@ class Parts:
         """The planner's totals so far (all zero for the dense executor)."""
         return dataclasses.replace(self.planner.counters) if self.planner else Counters()
 
+    def predicted(self) -> list[tuple[int, int]]:
+        """By distance from 1: experts predicted so far, and how many of them were activated."""
+        accuracy = self.planner.accuracy if self.planner else None
+        return list(zip(accuracy.predicted, accuracy.came_true))[1:] if accuracy else []
+
     def close(self) -> None:
         for part in (self.host, self.link):
             if part is not None:
@@ -114,9 +119,14 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         return _dense_parts(config, model, store, options, system, device, cores, max_context, clock)
 
     system = system.override(
-        cache=options.cache, scheduler=options.scheduler, prefetch=options.prefetch, lookahead=options.lookahead
+        cache=options.cache,
+        scheduler=options.scheduler,
+        prefetch=options.prefetch,
+        lookahead=options.lookahead,
+        predictor=options.predictor,
     )
-    lookahead = system.lookahead
+    lookahead = system.reach
+    model.own_norm = system.predictor == "gate-input"
     num_layers = len(model.moe_layers)
     dtype = jnp.float32 if device.platform == "cpu" else store.dtype
     expert_bytes = 3 * config.hidden_size * config.moe_width * jnp.dtype(dtype).itemsize

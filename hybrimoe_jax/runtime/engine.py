@@ -202,7 +202,7 @@ class Engine:
     def _start(self, batch: int, capacity: int) -> RunStats:
         parts = self._parts
         stats = parts.new_stats()
-        self._counters = parts.counters()
+        self._counters, self._predicted = parts.counters(), parts.predicted()
         chunk = min(self.options.prefill_chunk, self.max_context)
         work = budget.workspace_bytes(self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS)
         footprint = dataclasses.replace(parts.footprint, kv=parts.cache_bytes(batch, capacity), workspace=work)
@@ -216,7 +216,15 @@ class Engine:
             *(
                 getattr(after, f"prefetch_{name.name}") - getattr(before, f"prefetch_{name.name}")
                 for name in dataclasses.fields(PrefetchStats)
-            )
+                if name.name != "accuracy"
+            ),
+            accuracy={
+                str(distance): (hits - hits_before) / (tries - tries_before)
+                for distance, ((tries_before, hits_before), (tries, hits)) in enumerate(
+                    zip(self._predicted, parts.predicted()), 1
+                )
+                if tries > tries_before
+            },
         )
         measured = parts.device.memory_stats() if parts.device.platform != "cpu" else None
         if measured:

@@ -92,7 +92,7 @@ class HybridForward(Forward):
     """Everything of the hybrid executors but the computing of a planned layer.
 
     Args:
-      lookahead: distances whose routers are applied early. trace, timeline: recorders, or None.
+      lookahead: distances whose routers a trace is given. trace, timeline: recorders, or None.
       verify: called with a layer's ordinal before its experts run (debug), or None.
       machine: a `simulation.machine.Machine` where times are computed and not measured: it says what has landed and what time it is.
     """
@@ -168,7 +168,7 @@ class HybridForward(Forward):
             context = step.context
         span = step.span
         self._looks = self.planner.worth_looking(len(valid))
-        distance = self.lookahead if self.trace is not None or self._looks else 0
+        distance = self.lookahead if self.trace is not None else self.planner.gates(len(valid))
         positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
@@ -193,7 +193,7 @@ class HybridForward(Forward):
                 plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
             else:
                 before = machine.lanes()
-                machine.front(layer.ordinal, len(valid), context, self._looks)
+                machine.front(layer.ordinal, len(valid), context, self.planner.gates(len(valid)) > 0)
                 moved = self.land(layer.ordinal)
                 plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid), machine.now)
                 machine.run(plan, routing.loads, len(valid))
@@ -244,7 +244,8 @@ class HybridForward(Forward):
                 self.trace.landed(ordinal, transfer.layer, transfer.expert)
             moved += transfer.nbytes
             self._note(transfer)
-            victim = self.planner.landed(transfer.layer, transfer.expert)
+            measured = transfer.seconds if self.machine is None else None
+            victim = self.planner.landed(transfer.layer, transfer.expert, measured)
             if victim is not REFUSED:
                 self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
         return moved
@@ -255,16 +256,18 @@ class HybridForward(Forward):
 
     def wait_for(self, ordinal: int, fetch: Fetch):
         """The same for an expert that a prefetch is already moving: waits until it has landed."""
+        began = self.clock.now()
         transfer = self.link.wait(ordinal, fetch.expert)
+        if self.machine is None:
+            self.planner.waited(ordinal, fetch.expert, transfer.seconds, self.clock.now() - began)
         self._note(transfer)
         return self._place(ordinal, fetch, transfer.staged)
 
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not (self._looks and routing.ahead) or self.planner.rests(len(routing.valid)):
-            return  # predictions may be there for a trace alone
-        predictions = routing.predictions(self.model.config.num_experts_per_tok)
-        for wanted in self.planner.plan_prefetch(ordinal, predictions):
+        if not self._looks or self.planner.rests(len(routing.valid)):
+            return  # later routers may have been applied for a trace alone
+        for wanted in self.planner.plan_prefetch(ordinal, self.planner.predict(ordinal, routing.shown())):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
             if self.machine is not None:
                 self.machine.prefetch(wanted.layer, wanted.expert)

@@ -80,7 +80,11 @@ class EngineTrace:
             config.moe_width,
         )
         self.recorder = TraceRecorder(
-            facts, clock=engine.clock.name, system=engine.options.system, seed=engine.options.seed
+            facts,
+            clock=engine.clock.name,
+            system=engine.options.system,
+            seed=engine.options.seed,
+            lookahead="gate-input" if engine.options.predictor == "gate-input" else "gate-reuse",
         )
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)

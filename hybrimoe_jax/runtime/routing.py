@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.decide.prefetch import Prediction, predict
+from hybrimoe_jax.decide.prediction import Shown
 
 _FIRST_ROW = np.zeros(1, np.int64)
 
@@ -34,19 +34,12 @@ class HostRouting:
     ahead: list[np.ndarray]
     valid: np.ndarray
 
-    def predictions(self, top_k: int) -> list[Prediction]:
-        """Per lookahead distance, the loads and mean scores that gate reuse predicts for that layer."""
-        if len(self.ids) == 1:
-            return [predict(ahead[0], top_k) for ahead in self.ahead]
-        return [predict_many(ahead[self.valid], top_k) for ahead in self.ahead]
-
-
-def predict_many(scores: np.ndarray, top_k: int) -> Prediction:
-    """The same for many rows at once; the ids rise."""
-    chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
-    counts = np.bincount(chosen.ravel(), minlength=scores.shape[1])
-    loads = {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
-    return Prediction(loads, scores.mean(axis=0).tolist())
+    def shown(self) -> Shown:
+        """What a predictor may learn from: the real tokens' rows."""
+        if len(self.valid) == len(self.ids):
+            return Shown(self.ids, self.row_scores, self.ahead)
+        rows = self.valid
+        return Shown(self.ids[rows], self.row_scores[rows], [ahead[rows] for ahead in self.ahead])
 
 
 def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray) -> HostRouting:

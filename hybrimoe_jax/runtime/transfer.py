@@ -27,6 +27,7 @@ class Transfer:
     issued: float
     weights: ExpertWeights
     staged: tuple[jax.Array, jax.Array] | None = None
+    began: float | None = None
     landed: float | None = None
     error: BaseException | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -34,6 +35,11 @@ class Transfer:
     @property
     def nbytes(self) -> int:
         return self.weights.nbytes
+
+    @property
+    def seconds(self) -> float:
+        """How long it held the link, once it has landed: without the wait for transfers before it."""
+        return self.landed - self.began
 
 
 class Link:
@@ -88,6 +94,7 @@ class Link:
         return transfer
 
     def _serve(self, transfer: Transfer) -> None:
+        transfer.began = self.clock.now()
         try:
             parts: list[np.ndarray] = list(transfer.weights)
             if self._copies:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.costs import CostModel, Samples
 from hybrimoe_jax.decide.costs import fit as fit_costs
-from hybrimoe_jax.decide.prefetch import predict
+from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel

@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch import Prediction, predict
-from hybrimoe_jax.runtime.routing import predict_many
 from hybrimoe_jax.simulation.machine import Machine
-from hybrimoe_jax.simulation.workload import Asked, Step
+from hybrimoe_jax.simulation.workload import Step
 
 
 class StepResult(NamedTuple):
@@ -58,13 +56,13 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
         machine.step(tokens)
         for asked in step.layers:
             layer = asked.layer
-            machine.front(layer, tokens, step.context, looks)
+            machine.front(layer, tokens, step.context, planner.gates(tokens) > 0)
             for landed in machine.landed():
                 planner.landed(*landed)
             plan = planner.plan(layer, asked.loads, asked.scores, tokens, machine.now)
             machine.run(plan, asked.loads, tokens)
-            if prefetches and asked.ahead:
-                for wanted in planner.plan_prefetch(layer, predictions(asked, planner.top_k)):
+            if prefetches:
+                for wanted in planner.plan_prefetch(layer, planner.predict(layer, asked.shown)):
                     machine.prefetch(wanted.layer, wanted.expert)
         planner.finish_step()
         results.append(
@@ -73,10 +71,3 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
             )
         )
     return Result(results, counters, machine.now or 0.0, machine.cpu, machine.device, machine.link, machine.attention)
-
-
-def predictions(asked: Asked, top_k: int) -> list[Prediction]:
-    """What the recorded lookahead predicts, per distance."""
-    if len(asked.ahead[0]) == 1:
-        return [predict(ahead[0], top_k) for ahead in asked.ahead]
-    return [predict_many(ahead, top_k) for ahead in asked.ahead]

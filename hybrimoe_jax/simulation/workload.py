@@ -13,18 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax.decide.prediction import Shown
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.tokens import one_token_steps
 from hybrimoe_jax.record.trace import Trace
 
 
 class Asked(NamedTuple):
-    """One MoE layer of one step: tokens per expert, mean scores (or None), and per distance the recorded predictions [N, E]."""
+    """One MoE layer of one step: tokens per expert, mean scores (or None), and what a predictor may see, row by row."""
 
     layer: int
     loads: dict[int, int]
     scores: Sequence[float] | None
-    ahead: Sequence[np.ndarray]
+    shown: Shown
 
 
 class Step(NamedTuple):
@@ -57,10 +58,10 @@ def _asked(layer: int, ids: np.ndarray, scores, weights, ahead, experts: int) ->
     """What rows of tokens ask of a layer, as the live engine counts it."""
     if len(ids) == 1:
         loads = dict.fromkeys(ids[0].tolist(), 1)
-        return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), ahead)
+        return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), Shown(ids, scores, ahead))
     counts = np.bincount(ids.ravel(), minlength=experts)
     loads = {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
-    return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), ahead)
+    return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), Shown(ids, scores, ahead))
 
 
 def _mean_scores(ids: np.ndarray, scores, weights, experts: int) -> list[float] | None:
@@ -120,7 +121,8 @@ class TokenSteps:
 
     def _asked_row(self, row: int) -> Asked:
         tokens, ids = self._tokens, self._ids[row]
-        if self.has_scores and not np.isnan(tokens.scores[row, 0]):
+        known = self.has_scores and not np.isnan(tokens.scores[row, 0])
+        if known:
             scores = tokens.scores[row].tolist()
         elif self._weights is not None:
             scores = [0.0] * self.facts.experts
@@ -134,7 +136,9 @@ class TokenSteps:
             if np.isnan(predicted[0]):
                 break
             ahead.append(predicted[None])
-        return Asked(self._layer[row], dict.fromkeys(ids, 1), scores, ahead)
+        rows = slice(row, row + 1)
+        shown = Shown(tokens.ids[rows], tokens.scores[rows] if known else None, ahead)
+        return Asked(self._layer[row], dict.fromkeys(ids, 1), scores, shown)
 
     def prompts(self, sequences: Sequence[int], length: int, most: int) -> list[Step]:
         """Up to `most` windows of `length` consecutive tokens, spread evenly, each one step.

@@ -1,0 +1,86 @@
+"""Predictions of what coming layers will be asked for, and how often they come true.
+
+N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE layers after the one that looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Prediction(NamedTuple):
+    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None where unknown)."""
+
+    loads: Mapping[int, int]
+    scores: Sequence[float] | None = None
+
+
+class Shown(NamedTuple):
+    """What one layer shows of a step: chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and, by distance from 1, the
+    probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state (empty where they were not applied)."""
+
+    ids: np.ndarray
+    scores: np.ndarray | None = None
+    ahead: Sequence[np.ndarray] = ()
+
+
+def predict(scores: Sequence, top_k: int) -> Prediction:
+    """Predicted loads from predicted scores: the top k of each token.
+
+    Args:
+      scores: [tokens, experts] or one token's [experts]; lists or an array. One token's ties go to the lower id.
+    """
+    if isinstance(scores, np.ndarray) and scores.ndim == 2 and len(scores) > 1:
+        return _predict_many(scores, top_k)
+    rows = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not len(rows):
+        return Prediction({}, None)
+    if not isinstance(rows[0], (list, tuple)):
+        rows = [rows]
+    if len(rows) > 1:
+        return _predict_many(np.asarray(rows), top_k)
+    row = rows[0]
+    return Prediction(dict.fromkeys(sorted(range(len(row)), key=row.__getitem__, reverse=True)[:top_k], 1), row)
+
+
+def _predict_many(scores: np.ndarray, top_k: int) -> Prediction:
+    chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+    return Prediction(loads_of(chosen, scores.shape[1]), scores.mean(axis=0).tolist())
+
+
+def loads_of(ids: np.ndarray, experts: int) -> dict[int, int]:
+    """Tokens of each expert chosen in `ids` [N, k]."""
+    if len(ids) == 1:
+        return dict.fromkeys(ids[0].tolist(), 1)
+    counts = np.bincount(ids.ravel(), minlength=experts)
+    return {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
+
+
+class Accuracy:
+    """Per distance, the share of predicted experts that were activated; recent steps weigh more.
+
+    Starts from one success and one failure (probability a half) and forgets with `decay` per update. `predicted` and `came_true` are plain
+    totals by distance.
+    """
+
+    def __init__(self, lookahead: int, decay: float = 0.99):
+        self.decay = decay
+        self._hits = [0.0] * (lookahead + 1)
+        self._tries = [0.0] * (lookahead + 1)
+        self.predicted = [0] * (lookahead + 1)
+        self.came_true = [0] * (lookahead + 1)
+
+    def update(self, distance: int, predicted: Collection[int], activated: Collection[int]) -> None:
+        """Compares one layer's prediction, made `distance` layers before, with what was activated."""
+        hits = sum([1 for expert in predicted if expert in activated])
+        self._hits[distance] = self._hits[distance] * self.decay + hits
+        self._tries[distance] = self._tries[distance] * self.decay + len(predicted)
+        self.predicted[distance] += len(predicted)
+        self.came_true[distance] += hits
+
+    def probability(self, distance: int) -> float:
+        """The chance that an expert predicted at `distance` (from 1) will be activated."""
+        return (self._hits[distance] + 1.0) / (self._tries[distance] + 2.0)

@@ -1,0 +1,273 @@
+"""Predictors: what the coming layers will be asked for, from what the layers so far have shown. One contract, used live and in replay.
+
+  gate-reuse     the coming layers' own norms and routers on this layer's state (HybriMoE, arXiv 2504.05897, section 4.3), scores live or from a trace
+  gate-input     the same routers on this layer's normed router input, literally reused; differs from gate-reuse in what the runtime computes
+  corrected      gate reuse plus, per layer and distance, the mean difference between true and reused log-probabilities, fitted online: the image,
+                 under the nearly linear router, of the mean shift of the residual stream between the two layers
+  co-activation  needs no router: online tables of which experts follow which, across layers and from token to token
+  previous       what the coming layers chose in the step before
+  recorded:FILE  co-activation with tables counted beforehand on a recorded trace, and not learned any further
+  perfect        the future itself: the bound, in replay only
+
+A predictor sees every layer of every step that is looked at, in order: `predict(layer, shown, depth)`, then `finish_step()`.
+N tokens, E experts, k experts per token, D distances.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from hybrimoe_jax.decide.prediction import Prediction, Shown, loads_of, predict
+from hybrimoe_jax.errors import UserError
+
+ALIGNED_ROWS = 16
+"""Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a prompt."""
+
+
+class Predictor(abc.ABC):
+    """Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most."""
+
+    gates: ClassVar[bool] = False
+    """Whether it needs `Shown.ahead`."""
+
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, distances: int):
+        self.num_layers, self.num_experts, self.top_k, self.distances = num_layers, num_experts, top_k, distances
+
+    @abc.abstractmethod
+    def predict(self, layer: int, shown: Shown, depth: int) -> list[Prediction]:
+        """Learns from what `layer` shows, and predicts layers layer+1, ... layer+depth, as far as there are such."""
+
+    def finish_step(self) -> None:  # noqa: B027
+        """The step has ended, whole or broken off."""
+
+    def reach(self, layer: int, depth: int) -> int:
+        """How many of `depth` layers there are to predict."""
+        return min(depth, self.distances, self.num_layers - 1 - layer)
+
+
+class GateReuse(Predictor):
+    """The runtime's or the trace's scores as they are; no prediction at distances that have none."""
+
+    gates = True
+
+    def predict(self, layer, shown, depth):
+        return [predict(ahead, self.top_k) for ahead in shown.ahead[: self.reach(layer, depth)]]
+
+
+class Corrected(Predictor):
+    """Gate reuse with a mean shift of the log-probabilities by layer and distance: a running mean with weight 1/n, at least `rate`, on the newest step."""
+
+    gates = True
+
+    def __init__(self, *model, rate: float = 1 / 64):
+        super().__init__(*model)
+        self.rate = rate
+        self._shift = np.zeros((self.num_layers, self.distances, self.num_experts))
+        self._seen = np.zeros((self.num_layers, self.distances), np.int64)
+        self._reused: dict[int, list[np.ndarray]] = {}  # this step's mean log-probabilities by layer and distance
+
+    def predict(self, layer, shown, depth):
+        if shown.scores is not None:
+            truth = _log(shown.scores).mean(axis=0)
+            for distance in range(1, min(self.distances, layer) + 1):
+                reused = self._reused.get(layer - distance, ())
+                if len(reused) >= distance:
+                    self._fit(layer - distance, distance - 1, truth - reused[distance - 1])
+        logs = [_log(ahead) for ahead in shown.ahead[: self.reach(layer, depth)]]
+        self._reused[layer] = [log.mean(axis=0) for log in logs]
+        shifted = [np.exp(log + self._shift[layer, d]) for d, log in enumerate(logs)]
+        return [predict(scores / scores.sum(axis=1, keepdims=True), self.top_k) for scores in shifted]
+
+    def finish_step(self):
+        self._reused.clear()
+
+    def _fit(self, layer: int, d: int, difference: np.ndarray) -> None:
+        self._seen[layer, d] += 1
+        weight = max(1 / self._seen[layer, d], self.rate)
+        self._shift[layer, d] += weight * (difference - self._shift[layer, d])
+
+
+class CoActivation(Predictor):
+    """p(j) = prior(j) times the root of the product of the evidence's lifts p(j | i) / p(j), i being this token's experts in this layer and the token
+    before's in the coming one.
+
+    The root, where naive Bayes has the product itself, allows for evidence that is not independent (measured better on two real models).
+    Counts are smoothed towards the prior as by `smoothing` observations. Tables hold L * D * E^2 + L * E^2 float32 numbers.
+
+    Args: learn: whether the tables follow what is shown.
+    """
+
+    def __init__(self, *model, smoothing: float = 2.0, learn: bool = True):
+        super().__init__(*model)
+        layers, experts = self.num_layers, self.num_experts
+        self.smoothing, self.learn = smoothing, learn
+        self._across = np.zeros((layers, self.distances, experts, experts), np.float32)  # from layer l to l + 1 + d
+        self._after = np.zeros((layers, experts, experts), np.float32)  # from the token before
+        self._count = np.zeros((layers, experts))
+        self._tokens = np.zeros(layers)
+        self._step: dict[int, np.ndarray] = {}
+        self._before: dict[int, np.ndarray] = {}
+
+    def predict(self, layer, shown, depth):
+        ids = np.asarray(shown.ids)
+        if self.learn:
+            self._learn(layer, ids)
+        self._step[layer] = ids
+        reach = self.reach(layer, depth)
+        if not reach:
+            return []
+        later = slice(layer + 1, layer + 1 + reach)
+        prior = (self._count[later] + self.top_k / self.num_experts) / (self._tokens[later, None] + 1)  # [D, E]
+        across, count = self._across[layer, :reach], self._count[layer]
+        before = [self._before.get(layer + 1 + d) for d in range(reach)]
+        follows = len(ids) <= ALIGNED_ROWS and all([b is not None and len(b) == len(ids) for b in before])
+        if len(ids) > 1:
+            hot = _one_hot(ids, self.num_experts)
+            product = np.exp(hot @ np.log(self._lifts(across, count[:, None], prior)))  # [D, N, E]
+        else:
+            product = self._lifts(across[:, ids[0]], count[ids[0], None], prior).prod(axis=1)[:, None]
+        if follows:
+            targets, earlier = np.arange(layer + 1, layer + 1 + reach)[:, None], np.stack(before)  # [D, N, k]
+            for n in range(len(ids)):
+                one = earlier[:, n]
+                product[:, n] *= self._lifts(
+                    self._after[targets, one], self._count[targets, one][:, :, None], prior
+                ).prod(axis=1)
+        scores = prior[:, None] * np.sqrt(product)
+        scores /= scores.sum(axis=2, keepdims=True)
+        if len(ids) > 1:
+            return [predict(score, self.top_k) for score in scores]
+        chosen = np.argpartition(scores[:, 0], -self.top_k, axis=1)[:, -self.top_k :].tolist()
+        return [Prediction(dict.fromkeys(best, 1), row) for best, row in zip(chosen, scores[:, 0].tolist())]
+
+    def finish_step(self):
+        if self._step:
+            self._before, self._step = self._step, {}
+
+    def count(self, ids: np.ndarray, follows: np.ndarray) -> None:
+        """Adds recorded tokens to the tables: ids [T, L, k], -1 where unknown; follows [T - 1], whether each but the first is its predecessor's next."""
+        known = ids[:, :, 0] >= 0
+        hot = _one_hot(np.maximum(ids, 0), self.num_experts) * known[:, :, None]  # [T, L, E]
+        for layer in range(self.num_layers):
+            for d in range(self.reach(layer, self.distances)):
+                self._across[layer, d] += hot[:, layer].T @ hot[:, layer + 1 + d]
+            self._after[layer] += (hot[:-1, layer] * follows[:, None]).T @ hot[1:, layer]
+        self._count += hot.sum(axis=0)
+        self._tokens += known.sum(axis=0)
+
+    def _lifts(self, table: np.ndarray, count: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """p(j | expert) / p(j), [D, n, E], of a table's rows [D, n, E]; count [n, 1] or [D, n, 1], of the rows' experts; prior [D, E]."""
+        m = self.smoothing
+        return (table / prior[:, None] + m) / (count + m)
+
+    def _learn(self, layer: int, ids: np.ndarray) -> None:
+        reach = min(self.distances, layer)
+        sources = [self._step.get(layer - d) for d in range(1, reach + 1)]
+        before = self._before.get(layer)
+        if len(ids) == 1 and all([source is not None and len(source) == 1 for source in sources]):
+            chosen = ids[0]
+            if reach:
+                distance = np.arange(1, reach + 1)[:, None, None]
+                earlier = np.concatenate(sources)[:, :, None]  # [D, k, 1]
+                self._across[layer - distance, distance - 1, earlier, chosen] += 1
+            self._count[layer, chosen] += 1
+        else:
+            hot = _one_hot(ids, self.num_experts)
+            for d, source in enumerate(sources, 1):
+                if source is not None and len(source) == len(ids):
+                    self._across[layer - d, d - 1] += _one_hot(source, self.num_experts).T @ hot
+            self._count[layer] += hot.sum(axis=0)
+        if before is not None and len(before) == len(ids) <= ALIGNED_ROWS:
+            for one, other in zip(before, ids):
+                self._after[layer, one[:, None], other] += 1
+        self._tokens[layer] += len(ids)
+
+
+class Previous(Predictor):
+    """The experts of the step before. Where that had other rows, as after a prompt, its last row stands for the token before."""
+
+    def __init__(self, *model):
+        super().__init__(*model)
+        self._chosen: dict[int, Shown] = {}
+
+    def predict(self, layer, shown, depth):
+        self._chosen[layer] = shown
+        rows = len(shown.ids)
+        return [self._of(self._chosen.get(layer + d), rows) for d in range(1, self.reach(layer, depth) + 1)]
+
+    def _of(self, before: Shown | None, rows: int) -> Prediction:
+        if before is None:
+            return Prediction({}, None)
+        part = slice(None) if len(before.ids) == rows else slice(-1, None)
+        scores = None if before.scores is None else before.scores[part].mean(axis=0).tolist()
+        return Prediction(loads_of(before.ids[part], self.num_experts), scores)
+
+
+class Perfect(Predictor):
+    """The routing that is to come. Args: future: (step, layer) -> ids [N, k], steps counted from 0 as they are replayed."""
+
+    def __init__(self, *model, future: Mapping[tuple[int, int], np.ndarray]):
+        super().__init__(*model)
+        self.future, self._at = future, 0
+
+    def predict(self, layer, shown, depth):
+        coming = [self.future.get((self._at, layer + d)) for d in range(1, self.reach(layer, depth) + 1)]
+        return [Prediction({} if ids is None else loads_of(np.asarray(ids), self.num_experts), None) for ids in coming]
+
+    def finish_step(self):
+        self._at += 1
+
+
+PREDICTORS: dict[str, type[Predictor]] = {
+    "gate-reuse": GateReuse,
+    "gate-input": GateReuse,
+    "corrected": Corrected,
+    "co-activation": CoActivation,
+    "previous": Previous,
+}
+RECORDED = "recorded:"
+
+
+def check_predictor(name: str) -> None:
+    """UserError, listing the names, where there is no predictor of that name that can run live."""
+    if name == "perfect":
+        raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
+    if name not in PREDICTORS and not (name.startswith(RECORDED) and len(name) > len(RECORDED)):
+        raise UserError(f"predictor {name!r} is unknown (known: {', '.join(PREDICTORS)}, recorded:TRACE)")
+
+
+def build_predictor(name: str, num_layers: int, num_experts: int, top_k: int, distances: int) -> Predictor:
+    """The predictor called `name` for a model. UserError where the name, or the trace behind `recorded:`, does not fit."""
+    check_predictor(name)
+    model = (num_layers, num_experts, top_k, distances)
+    if not name.startswith(RECORDED):
+        return PREDICTORS[name](*model)
+    from hybrimoe_jax.record.importers import open_trace
+    from hybrimoe_jax.record.tokens import by_token
+
+    trace = open_trace(name[len(RECORDED) :])
+    facts = trace.facts
+    if (facts.layers, facts.experts, facts.top_k) != model[:3]:
+        raise UserError(
+            f"predictor {name}: its trace is of {facts.layers} layers, {facts.experts} experts, {facts.top_k} a token; "
+            f"this model has {num_layers}, {num_experts} and {top_k}"
+        )
+    predictor = CoActivation(*model, learn=False)
+    tokens = by_token(trace)
+    predictor.count(tokens.ids, (np.diff(tokens.sequence) == 0) & (np.diff(tokens.position) == 1))
+    return predictor
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(probabilities, 1e-9, dtype=np.float64))
+
+
+def _one_hot(ids: np.ndarray, experts: int) -> np.ndarray:
+    """[..., N, k] ids -> float32 [..., N, E]."""
+    hot = np.zeros((*ids.shape[:-1], experts), np.float32)
+    np.put_along_axis(hot, np.asarray(ids, np.int64), 1, axis=-1)
+    return hot

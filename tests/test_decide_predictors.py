@@ -1,0 +1,301 @@
+"""Predictors: one contract over all of them, oracles for what each computes, and what they are worth on real routing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from public_traces import shared
+from test_decide_planner import COSTS, prefetching
+
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.prediction import Prediction, Shown
+from hybrimoe_jax.decide.predictors import PREDICTORS, CoActivation, Perfect, build_predictor
+from hybrimoe_jax.decide.systems import get_system
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.importers import open_trace
+from hybrimoe_jax.record.tokens import by_token
+from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder, save_trace
+
+LAYERS, EXPERTS, TOP_K, DISTANCES = 4, 6, 2, 3
+MODEL = (LAYERS, EXPERTS, TOP_K, DISTANCES)
+
+
+def steps(rng, sizes, gates: bool = True, skew: float = 1.0):
+    """[step][layer] -> Shown of random tokens; what routers say early is the truth with noise."""
+    found = []
+    for tokens in sizes:
+        logits = rng.normal(size=(LAYERS, tokens, EXPERTS)) * skew
+        scores = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        noisy = np.exp(logits + rng.normal(size=logits.shape))
+        noisy /= noisy.sum(axis=-1, keepdims=True)
+        found.append(
+            [
+                Shown(
+                    np.argsort(-scores[layer], axis=1)[:, :TOP_K],
+                    scores[layer],
+                    [noisy[min(layer + d, LAYERS - 1)] for d in range(1, DISTANCES + 1)] if gates else (),
+                )
+                for layer in range(LAYERS)
+            ]
+        )
+    return found
+
+
+def recorded_file(folder, tokens=6):
+    rng = np.random.default_rng(5)
+    recorder = TraceRecorder(TraceFacts("toy", LAYERS, EXPERTS, TOP_K))
+    for position, step in enumerate(steps(rng, [1] * tokens)):
+        recorder.next_step()
+        for layer, shown in enumerate(step):
+            recorder.add(layer, "decode", sequence=[0], position=[position], ids=shown.ids)
+    save_trace(recorder.trace(), folder / "recorded.npz")
+    return folder / "recorded.npz"
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    return recorded_file(tmp_path_factory.mktemp("recorded"))
+
+
+NAMES = [*PREDICTORS, "recorded", "perfect"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 1, 2, 5, 20]), min_size=1, max_size=6),
+    depth=st.integers(0, DISTANCES + 1),
+    gates=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_prediction_is_a_possible_demand_of_the_layers_ahead(name, recording, sizes, depth, gates, seed):
+    run = steps(np.random.default_rng(seed), sizes, gates)
+    future = {(s, layer): shown.ids for s, step in enumerate(run) for layer, shown in enumerate(step)}
+    if name == "perfect":
+        predictor = Perfect(*MODEL, future=future)
+    else:
+        predictor = build_predictor(f"recorded:{recording}" if name == "recorded" else name, *MODEL)
+    for step in run:
+        for layer, shown in enumerate(step):
+            before = [shown.ids.copy(), shown.scores.copy()]
+            found = predictor.predict(layer, shown, depth)
+            assert np.array_equal(before[0], shown.ids) and np.array_equal(before[1], shown.scores)
+            reach = min(depth, DISTANCES, LAYERS - 1 - layer)
+            assert len(found) == (reach if gates or not predictor.gates else 0)
+            for loads, scores in found:
+                assert all(0 <= expert < EXPERTS and load >= 1 for expert, load in loads.items())
+                assert sum(loads.values()) in (0, TOP_K, TOP_K * len(shown.ids))
+                assert max(loads.values(), default=0) <= len(shown.ids)
+                if scores is not None:
+                    assert len(scores) == EXPERTS and sum(scores) == pytest.approx(1, abs=1e-3)
+                if scores is not None and len(shown.ids) == 1:  # the best ones are meant
+                    assert (
+                        min(scores[e] for e in loads) >= max([s for e, s in enumerate(scores) if e not in loads]) - 1e-9
+                    )
+        predictor.finish_step()
+
+
+def test_co_activation_is_the_formula_counted_by_hand():
+    """One token a step, tables as dictionaries, the smoothed lifts multiplied one by one."""
+    run = steps(np.random.default_rng(3), [1] * 30, gates=False)
+    predictor = CoActivation(*MODEL)
+    across, after, count, tokens, m = {}, {}, {}, [0] * LAYERS, predictor.smoothing
+    previous = None
+    for step in run:
+        ids = [shown.ids[0].tolist() for shown in step]
+        for layer, shown in enumerate(step):
+            found = predictor.predict(layer, shown, DISTANCES)
+            for d in range(1, min(DISTANCES, layer) + 1):
+                for i in ids[layer - d]:
+                    for j in ids[layer]:
+                        across[layer - d, d, i, j] = across.get((layer - d, d, i, j), 0) + 1
+            for j in ids[layer]:
+                count[layer, j] = count.get((layer, j), 0) + 1
+                for i in previous[layer] if previous else ():
+                    after[layer, i, j] = after.get((layer, i, j), 0) + 1
+            tokens[layer] += 1
+            for d, prediction in enumerate(found, 1):
+                to, scores = layer + d, []
+                for j in range(EXPERTS):
+                    prior = (count.get((to, j), 0) + TOP_K / EXPERTS) / (tokens[to] + 1)
+                    product = 1.0
+                    for i in ids[layer]:
+                        joint = (across.get((layer, d, i, j), 0) + m * prior) / (count[layer, i] + m)
+                        product *= joint / prior
+                    for i in previous[to] if previous else ():
+                        joint = (after.get((to, i, j), 0) + m * prior) / (count.get((to, i), 0) + m)
+                        product *= joint / prior
+                    scores.append(prior * product**0.5)
+                np.testing.assert_allclose(prediction.scores, np.array(scores) / sum(scores), rtol=1e-4)
+        predictor.finish_step()
+        previous = ids
+
+
+def test_one_token_alone_and_the_same_token_among_others_are_predicted_alike():
+    run = steps(np.random.default_rng(4), [20] * 8, gates=False, skew=3.0)
+    predictor = CoActivation(*MODEL)
+    for step in run:
+        for layer, shown in enumerate(step):
+            predictor.predict(layer, shown, DISTANCES)
+        predictor.finish_step()
+    predictor.learn = False
+    many = predictor.predict(0, run[0][0], DISTANCES)
+    alone = [predictor.predict(0, Shown(run[0][0].ids[n : n + 1]), DISTANCES) for n in range(20)]
+    for d in range(DISTANCES):
+        means = np.mean([one[d].scores for one in alone], axis=0)
+        np.testing.assert_allclose(many[d].scores, means, rtol=1e-4)
+        loads = {}
+        for one in alone:
+            for expert in one[d].loads:
+                loads[expert] = loads.get(expert, 0) + 1
+        assert dict(many[d].loads) == loads
+
+
+def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
+    online, recorded = CoActivation(*MODEL), build_predictor(f"recorded:{recording}", *MODEL)
+    for record in open_trace(recording).records():
+        online.predict(record.layer, Shown(record.ids), DISTANCES)
+        if record.layer == LAYERS - 1:
+            online.finish_step()
+    for table in ("_across", "_after", "_count", "_tokens"):
+        assert np.array_equal(getattr(online, table), getattr(recorded, table)), table
+    before = recorded._count.copy()
+    recorded.predict(0, Shown(np.array([[0, 1]])), DISTANCES)
+    assert np.array_equal(recorded._count, before), "it learns no further"
+
+
+def test_the_correction_finds_a_constant_shift():
+    rng = np.random.default_rng(0)
+    shift = rng.normal(size=(LAYERS, DISTANCES, EXPERTS)) * 2
+    plain, corrected = build_predictor("gate-reuse", *MODEL), build_predictor("corrected", *MODEL)
+    right = {"plain": 0, "corrected": 0}
+    for number in range(40):
+        logits = rng.normal(size=(LAYERS, EXPERTS))
+        scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        for layer in range(LAYERS):
+            ahead = []
+            for d in range(1, min(DISTANCES, LAYERS - 1 - layer) + 1):
+                seen = np.exp(logits[layer + d] - shift[layer, d - 1])
+                ahead.append((seen / seen.sum())[None])
+            shown = Shown(np.argsort(-scores[layer : layer + 1])[:, :TOP_K], scores[layer : layer + 1], ahead)
+            for name, predictor in (("plain", plain), ("corrected", corrected)):
+                for d, found in enumerate(predictor.predict(layer, shown, DISTANCES), 1):
+                    true = set(np.argsort(-scores[layer + d])[:TOP_K].tolist())
+                    if number:
+                        right[name] += len(true & set(found.loads))
+        corrected.finish_step()
+    assert right["corrected"] == 39 * 6 * TOP_K > right["plain"]
+
+
+def test_previous_repeats_the_step_before_and_a_prompts_last_token():
+    run = steps(np.random.default_rng(1), [5, 1, 1], gates=False)
+    predictor = build_predictor("previous", *MODEL)
+    for number, step in enumerate(run):
+        for layer, shown in enumerate(step):
+            found = predictor.predict(layer, shown, DISTANCES)
+            for d, prediction in enumerate(found, 1):
+                before = run[number - 1][layer + d].ids[-1].tolist() if number else []
+                assert sorted(prediction.loads) == sorted(before)
+        predictor.finish_step()
+
+
+def share_come_true(name: str, trace, tokens: int) -> list[float]:
+    """The share of experts foreseen at distance 1 and 3, over the second half of the tokens."""
+    facts = trace.facts
+    ids = by_token(trace).ids[:tokens]
+    predictor = build_predictor(name, facts.layers, facts.experts, facts.top_k, 3)
+    hits = {1: [], 3: []}
+    for number, token in enumerate(ids):
+        for layer in range(facts.layers):
+            found = predictor.predict(layer, Shown(token[layer : layer + 1]), 3)
+            for d in (1, 3) if number >= tokens // 2 else ():
+                if d <= len(found):
+                    hits[d].append(np.mean([e in found[d - 1].loads for e in token[layer + d].tolist()]))
+        predictor.finish_step()
+    return [float(np.mean(hits[d])) for d in (1, 3)]
+
+
+def test_on_real_routing_co_activation_foresees_half_of_the_experts_three_layers_ahead():
+    trace = open_trace(shared("trace-deepseek-v2-lite-esft/intent.npz"))
+    learned, repeated = (share_come_true(name, trace, 500) for name in ("co-activation", "previous"))
+    assert min(learned) > 0.5 > max(repeated) + 0.1
+
+
+def test_names_are_checked_before_anything_runs(recording, tmp_path):
+    with pytest.raises(UserError, match=r"predictor 'oracle' is unknown \(known: gate-reuse, .*recorded:TRACE\)"):
+        get_system("hybrimoe").override(predictor="oracle")
+    with pytest.raises(UserError, match="'perfect' knows the future"):
+        Planner("hybrimoe", *MODEL[:3], 2, COSTS, predictor="perfect")
+    with pytest.raises(UserError, match=r"none.npz: cannot be read"):
+        Planner("hybrimoe", *MODEL[:3], 2, COSTS, predictor=f"recorded:{tmp_path / 'none.npz'}")
+    with pytest.raises(UserError, match=r"4 layers, 6 experts, 2 a token; this model has 4, 8 and 2"):
+        Planner("hybrimoe", 4, 8, 2, 2, COSTS, predictor=f"recorded:{recording}")
+
+
+@pytest.mark.parametrize("transfer, depth", [(1.0, 1), (6.5, 1), (6.6, 2), (20.0, 4), (38.9, 6), (39.1, 0)])
+def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth):
+    """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest; six layers are the limit."""
+    costs = dataclasses.replace(COSTS, layer_base=1.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
+    planner = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
+    assert planner.depth(1) == planner.gates(1) == depth
+    fixed = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=6)
+    assert fixed.depth(1) == (6 if depth else 0)
+
+
+@pytest.mark.parametrize("name", ["co-activation", "previous"])
+def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(name):
+    planner = Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS, predictor=name)
+    assert planner.depth(1) == 3 and planner.gates(1) == 0
+    assert Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS).gates(1) == 3
+    for _ in range(6):
+        flying = []
+        for layer in range(LAYERS):
+            for prefetch in flying:
+                planner.landed(prefetch.layer, prefetch.expert)
+            ids = np.array([[4, 5]]) if layer % 2 else np.array([[2, 3]])
+            planner.plan(layer, {e: 1 for e in ids[0].tolist()}, None, 1)
+            flying = planner.plan_prefetch(layer, planner.predict(layer, Shown(ids)))
+        planner.finish_step()
+    counters = planner.counters
+    assert counters.prefetch_useful > 0 and planner.accuracy.came_true[1] > 0
+
+
+def in_flight():
+    """A planner with expert 6 on its way into layer 1; a transfer takes 2.5 s."""
+    p = prefetching()
+    p.plan(0, {0: 1}, None, 1)
+    assert len(p.plan_prefetch(0, [Prediction({6: 1})])) == 1
+    return p, p.counters
+
+
+def test_the_links_seconds_go_where_the_prefetch_goes():
+    p, counters = in_flight()
+    p.landed(1, 6)
+    p.plan(1, {6: 1}, None, 1)
+    assert counters.prefetch_useful_s == 2.5, "nobody measured: the cost model's"
+
+    p, counters = in_flight()
+    p.landed(1, 6, 0.125)
+    p.plan(1, {1: 1}, None, 1)
+    assert (counters.prefetch_useful_s, counters.prefetch_wasted_s) == (0, 0.125)
+
+    p, counters = in_flight()
+    p.plan(1, {6: 1}, None, 1, now=0.0)
+    assert (counters.prefetch_late_s, counters.prefetch_wait_s) == (2.5, 2.5)
+    p.waited(1, 6, 9.0, 0.25)
+    assert (counters.prefetch_late_s, counters.prefetch_wait_s) == (9.0, 0.25)
+
+    p, counters = in_flight()
+    p.plan(1, {1: 1}, None, 1)
+    p.finish_step()
+    assert counters.prefetch_wasted == 1 and counters.prefetch_wasted_s == 0, "it is still on the link"
+    p.landed(1, 6, 3.0)
+    assert counters.prefetch_wasted_s == 3.0
+
+    p, counters = in_flight()
+    p.abandon_step()
+    assert counters.prefetch_wasted_s == 2.5
