@@ -58,3 +58,8 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     from rich.progress import track
 
     yield from track(items, description=label, total=total, console=Console(stderr=True), transient=True)
+
+
+def lookahead(text: str) -> int | str:
+    """The value of a `--lookahead` flag: a number of layers, or "adaptive"."""
+    return text if text == "adaptive" else int(text)

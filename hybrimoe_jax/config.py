@@ -77,6 +77,8 @@ class EngineConfig:
             lookahead=self.lookahead,
             predictor=self.predictor,
         )
+        if self.predictor == "perfect":
+            raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
         if self.cache_ratio is not None and self.vram_budget is not None:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:

@@ -11,15 +11,10 @@ import json
 import os
 import sys
 
-from hybrimoe_jax.cli import Parser, run
+from hybrimoe_jax.cli import Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.profile import PROFILES
-
-
-def _lookahead(text: str) -> int | str:
-    return text if text == "adaptive" else int(text)
-
 
 ENGINE_FLAGS = {
     "system": dict(
@@ -38,7 +33,7 @@ ENGINE_FLAGS = {
         metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
     ),
     "prefetch": dict(metavar="MODE", help="replace its prefetcher: impact, next-layer, none"),
-    "lookahead": dict(type=_lookahead, metavar="N", help='layers predicted ahead, or "adaptive"'),
+    "lookahead": dict(type=lookahead, metavar="N", help='layers predicted ahead, or "adaptive"'),
     "predictor": dict(
         metavar="NAME",
         help="what predicts them: gate-reuse, gate-input, corrected, co-activation, previous, recorded:TRACE",

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from hybrimoe_jax.cli import Parser, progress, run
+from hybrimoe_jax.cli import Parser, lookahead, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.record.importers import open_trace
@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     parts.add_argument("--cache", metavar="NAME")
     parts.add_argument("--scheduler", metavar="NAME")
     parts.add_argument("--prefetch", metavar="MODE")
-    parts.add_argument("--lookahead", type=int, metavar="N")
+    parts.add_argument("--lookahead", type=lookahead, metavar="N", help='layers, or "adaptive"')
+    parts.add_argument("--predictor", metavar="NAME", help="as of generate; perfect, too, knows what is to come")
     return top
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from public_traces import shared
 from test_decide_planner import COSTS, prefetching
 
+from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import Prediction, Shown
-from hybrimoe_jax.decide.predictors import PREDICTORS, CoActivation, Perfect, build_predictor
+from hybrimoe_jax.decide.predictors import PREDICTORS, CoActivation, build_predictor
 from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
@@ -61,7 +62,7 @@ def recording(tmp_path_factory):
     return recorded_file(tmp_path_factory.mktemp("recorded"))
 
 
-NAMES = [*PREDICTORS, "recorded", "perfect"]
+NAMES = [*PREDICTORS, "recorded"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,18 +75,19 @@ NAMES = [*PREDICTORS, "recorded", "perfect"]
 )
 def test_a_prediction_is_a_possible_demand_of_the_layers_ahead(name, recording, sizes, depth, gates, seed):
     run = steps(np.random.default_rng(seed), sizes, gates)
-    future = {(s, layer): shown.ids for s, step in enumerate(run) for layer, shown in enumerate(step)}
-    if name == "perfect":
-        predictor = Perfect(*MODEL, future=future)
-    else:
-        predictor = build_predictor(f"recorded:{recording}" if name == "recorded" else name, *MODEL)
+    predictor = build_predictor(f"recorded:{recording}" if name == "recorded" else name, *MODEL)
     for step in run:
+        if name == "perfect":
+            predictor.foresee({layer: shown.ids for layer, shown in enumerate(step)})
         for layer, shown in enumerate(step):
             before = [shown.ids.copy(), shown.scores.copy()]
             found = predictor.predict(layer, shown, depth)
             assert np.array_equal(before[0], shown.ids) and np.array_equal(before[1], shown.scores)
             reach = min(depth, DISTANCES, LAYERS - 1 - layer)
             assert len(found) == (reach if gates or not predictor.gates else 0)
+            if name == "perfect":
+                wanted = [sorted(later.ids.ravel().tolist()) for later in step[layer + 1 : layer + 1 + reach]]
+                assert [sorted(e for e, n in p.loads.items() for _ in range(n)) for p in found] == wanted
             for loads, scores in found:
                 assert all(0 <= expert < EXPERTS and load >= 1 for expert, load in loads.items())
                 assert sum(loads.values()) in (0, TOP_K, TOP_K * len(shown.ids))
@@ -229,7 +231,7 @@ def test_names_are_checked_before_anything_runs(recording, tmp_path):
     with pytest.raises(UserError, match=r"predictor 'oracle' is unknown \(known: gate-reuse, .*recorded:TRACE\)"):
         get_system("hybrimoe").override(predictor="oracle")
     with pytest.raises(UserError, match="'perfect' knows the future"):
-        Planner("hybrimoe", *MODEL[:3], 2, COSTS, predictor="perfect")
+        EngineConfig(predictor="perfect")
     with pytest.raises(UserError, match=r"none.npz: cannot be read"):
         Planner("hybrimoe", *MODEL[:3], 2, COSTS, predictor=f"recorded:{tmp_path / 'none.npz'}")
     with pytest.raises(UserError, match=r"4 layers, 6 experts, 2 a token; this model has 4, 8 and 2"):

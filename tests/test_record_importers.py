@@ -11,6 +11,7 @@ import pytest
 from public_traces import ESFT, GPT_OSS, esft_folder, fingerprint, fingerprint_json, route_csv, routing, shared
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.facts import MODELS
 from hybrimoe_jax.record.importers import join_traces, open_trace
 from hybrimoe_jax.record.trace import save_trace
 
@@ -95,6 +96,28 @@ def test_the_shared_traces_read_as_their_readmes_say():
     edge = open_trace(shared("trace-edge-routes/qwen3-30b-a3b.route.csv.gz"))
     assert edge.ids.size == 44766 and edge.step.max() + 1 == 28 + 128 and edge.facts.top_k == 6
     assert edge.facts.expert_bytes["bf16"] == 3 * 2048 * 768 * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("DeepSeek-V2-Lite", "deepseek-ai--DeepSeek-V2-Lite"),
+        ("gpt-oss-20b", "openai--gpt-oss-20b"),
+        ("gpt-oss-120b", "openai--gpt-oss-120b"),
+        ("Qwen3-30B-A3B", "Qwen--Qwen3-30B-A3B"),
+    ],
+)
+def test_model_facts_are_those_of_their_config_files(model, file):
+    config, facts = json.loads(shared(f"hf-configs/{file}.json").read_text()), MODELS[model]
+    experts = next(config[k] for k in ("n_routed_experts", "num_experts", "num_local_experts") if k in config)
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    assert facts.layers == config["num_hidden_layers"] - config.get("first_k_dense_replace", 0)
+    assert (facts.model_type, facts.experts, facts.top_k) == (
+        config["model_type"],
+        experts,
+        config["num_experts_per_tok"],
+    )
+    assert facts.expert_bytes["bf16"] == 6 * config["hidden_size"] * width
 
 
 def test_joining_renumbers_steps_and_sequences(tmp_path):

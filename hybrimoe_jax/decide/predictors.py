@@ -208,18 +208,22 @@ class Previous(Predictor):
 
 
 class Perfect(Predictor):
-    """The routing that is to come. Args: future: (step, layer) -> ids [N, k], steps counted from 0 as they are replayed."""
+    """The routing that is to come. Whoever replays a trace tells it, step by step, by `foresee`; live nobody can."""
 
-    def __init__(self, *model, future: Mapping[tuple[int, int], np.ndarray]):
+    def __init__(self, *model):
         super().__init__(*model)
-        self.future, self._at = future, 0
+        self._coming: Mapping[int, np.ndarray] = {}
+
+    def foresee(self, coming: Mapping[int, np.ndarray]) -> None:
+        """The ids [N, k] of every layer of the step that begins."""
+        self._coming = coming
 
     def predict(self, layer, shown, depth):
-        coming = [self.future.get((self._at, layer + d)) for d in range(1, self.reach(layer, depth) + 1)]
-        return [Prediction({} if ids is None else loads_of(np.asarray(ids), self.num_experts), None) for ids in coming]
+        coming = [self._coming.get(layer + d, ()) for d in range(1, self.reach(layer, depth) + 1)]
+        return [Prediction(loads_of(ids, self.num_experts) if len(ids) else {}, None) for ids in coming]
 
     def finish_step(self):
-        self._at += 1
+        self._coming = {}
 
 
 PREDICTORS: dict[str, type[Predictor]] = {
@@ -228,14 +232,13 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "corrected": Corrected,
     "co-activation": CoActivation,
     "previous": Previous,
+    "perfect": Perfect,
 }
 RECORDED = "recorded:"
 
 
 def check_predictor(name: str) -> None:
-    """UserError, listing the names, where there is no predictor of that name that can run live."""
-    if name == "perfect":
-        raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
+    """UserError, listing the names, where there is no predictor of that name."""
     if name not in PREDICTORS and not (name.startswith(RECORDED) and len(name) > len(RECORDED)):
         raise UserError(f"predictor {name!r} is unknown (known: {', '.join(PREDICTORS)}, recorded:TRACE)")
 

@@ -30,7 +30,7 @@ from hybrimoe_jax.simulation.workload import TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
-OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.predictors import Perfect
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.workload import Step
 
@@ -53,6 +54,8 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
         tokens = step.tokens
         looks = planner.worth_looking(tokens)
         prefetches = looks and not planner.rests(tokens)
+        if isinstance(planner.predictor, Perfect):
+            planner.predictor.foresee({asked.layer: asked.shown.ids for asked in step.layers})
         machine.step(tokens)
         for asked in step.layers:
             layer = asked.layer
