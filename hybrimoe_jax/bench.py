@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine`: measured comparisons. A table for people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|cache`: measured comparisons. A table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--new", type=int, default=32, metavar="N", help="tokens per decode run (default 32)")
     engine.add_argument("--no-baseline", action="store_true", help="leave transformers out")
     engine.add_argument("--workdir", metavar="DIR", help="keep the random model here for the next run")
+    _cache_arguments(commands.add_parser("cache", help="cache policies on recorded routing: hits, misses, bound"))
     args = top.parse_args(argv)
+    if args.command == "cache":
+        return _cache(args)
     for name in ("threads", "rounds", "new"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -42,6 +45,40 @@ def main(argv: list[str] | None = None) -> int:
     record = benchmark.run(args.models.split(","), options, workdir, note)
     note("")
     print(json.dumps(record))
+    return 0
+
+
+def _cache_arguments(cache) -> None:
+    cache.add_argument("--trace", required=True, nargs="+", metavar="FILE", help="traces of any layout `trace` reads")
+    cache.add_argument("--ratios", default="0.125,0.25,0.5,0.75", metavar="R,..", help="slots over experts of a layer")
+    cache.add_argument(
+        "--policies",
+        nargs="+",
+        metavar="NAME",
+        help="default: all; also with parameters (mrs:alpha=0.3), belady, or a class of yours (package.module:Class)",
+    )
+    cache.add_argument("--sequences", default="all", choices=("all", "even", "odd"), help="every second one only")
+    cache.add_argument("--layers", type=int, metavar="N", help="the first N layers only")
+    cache.add_argument("--pooled", action="store_true", help="all layers share their slots")
+    cache.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default 1)")
+
+
+def _cache(args) -> int:
+    from hybrimoe_jax.benchmarks import cache as benchmark
+    from hybrimoe_jax.cli import progress
+
+    for name in ("layers", "jobs"):
+        if (getattr(args, name) or 1) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    try:
+        ratios = tuple(float(part) for part in args.ratios.split(","))
+    except ValueError:
+        raise UserError(f'--ratios {args.ratios!r}: write numbers separated by commas, e.g. "0.25,0.5"') from None
+    if not all(0 < ratio <= 1 for ratio in ratios):
+        raise UserError(f"--ratios {args.ratios}: a ratio is above 0 and at most 1")
+    policies = tuple(args.policies or benchmark.DEFAULT)
+    options = benchmark.Options(ratios, policies, args.sequences, args.layers, args.pooled)
+    print(json.dumps(benchmark.run(args.trace, options, args.jobs, progress)))
     return 0
 
 

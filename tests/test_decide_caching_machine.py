@@ -36,8 +36,7 @@ class Cache(RuleBasedStateMachine):
             assert victim == again, "asking changes nothing"
             assert victim is None or victim in self.resident - protected
             assert victim is not None or self.policy.fixed or not self.resident - protected
-            if victim is None or (ask and not self.policy.admits(wanted, victim)):
-                assert victim is None or self.bypass, "without bypass every miss is kept"
+            if victim is None or (ask and self.bypass and not self.policy.admits(wanted, victim)):
                 return
             self.resident.remove(victim)
         self.resident.add(wanted)

@@ -45,8 +45,9 @@ class Residency:
         resident = self.resident[layer]
         victim = None
         if len(resident) >= self.slots[layer]:
-            victim = self.policies[layer].victim(resident, self.needed[layer]) if resident else None
-            if victim is None or not self.policies[layer].admits(expert, victim):
+            policy = self.policies[layer]
+            victim = policy.victim(resident, self.needed[layer]) if resident else None
+            if victim is None or (policy.bypass and not policy.admits(expert, victim)):
                 return Fetch(expert, None, True)
         self.move(layer, expert, victim)
         return Fetch(expert, victim, False)

@@ -18,6 +18,8 @@ class Belady(CachePolicy):
       moment: when in a step the layer runs, 0..1; orders layers that share slots.
     """
 
+    sees = "routing"
+
     def __init__(
         self, num_experts, capacity, top_k, *, future: Sequence[Collection[int]], moment: float = 0.0, **common
     ):

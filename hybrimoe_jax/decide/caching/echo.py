@@ -128,6 +128,8 @@ class Echo(CachePolicy):
       window: steps remembered, where no memory is given.
     """
 
+    sees = "capacity"
+
     def __init__(self, num_experts, capacity, top_k, *, memory=None, layer: int = 0, window: int = WINDOW, **common):
         super().__init__(num_experts, capacity, top_k, **common)
         self.discounts = discounts(capacity, top_k)

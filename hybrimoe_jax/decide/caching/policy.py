@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from hybrimoe_jax.errors import UserError
 
@@ -24,13 +24,16 @@ class CachePolicy(ABC):
       capacity: slots of the layer, 0..num_experts.
       top_k: experts per token.
       frequencies: activation counts per expert from other sequences, where there are any; the warm start.
-      bypass: keep out a miss that is colder than the expert it would replace; else every miss that is fetched is kept.
+      bypass: leave it to `admits` whether a fetched miss is kept; else every one is.
 
     Attributes:
+      sees: what the values depend on beside the routing: "routing" (nothing), "capacity" or "residents". A replay lets caches of several sizes
+        share one object where it can.
       fixed: nothing is ever evicted, so the slots are filled at the start, a cold one too.
       comparable: values of different layers mean the same, so that layers can share their slots (`pooled`).
     """
 
+    sees: Literal["routing", "capacity", "residents"] = "residents"
     fixed = False
     comparable = True
 
@@ -110,8 +113,8 @@ class CachePolicy(ABC):
         return best
 
     def admits(self, expert: int, victim: int) -> bool:
-        """Whether a fetched miss is kept in `victim`'s place; otherwise it is used once and dropped (bypass)."""
-        return not self.bypass or self.value(expert) >= self.value(victim)
+        """Whether a fetched miss deserves `victim`'s place; otherwise it is used once and dropped. Asked under `bypass` only."""
+        return self.value(expert) >= self.value(victim)
 
     def value(self, expert: int) -> float:
         """How much `expert` is worth keeping; larger is hotter. Comparable within one policy only."""

@@ -1,7 +1,7 @@
 """Replays recorded routing through cache policies, one token a step, event-atomic: what a step needs is never evicted in it.
 
-Every miss is fetched; whether it is kept is the policy's `admits` (always, unless it was built with `bypass`). The cache starts cold, but
-for a fixed placement.
+Every miss is fetched; whether it is kept is left to the policy (`admits`) in a cache with `bypass`, and always so in others. Caches start
+cold, but for a fixed placement.
 """
 
 from __future__ import annotations
@@ -34,42 +34,43 @@ def slots_for(ratio: float, num_experts: int, top_k: int) -> int:
     return max(top_k, round(ratio * num_experts))
 
 
-def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], slots: int, *, pooled: bool = False) -> Outcome:
-    """Runs `visits`, in order, through the policies of all layers.
+def replay(
+    policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Sequence[PerLayer | Pooled]
+) -> list[Outcome]:
+    """Runs `visits`, in order, through the policies of all layers, and every cache by what they say.
 
-    Args:
-      slots: of each layer; where `pooled`, the layers share len(policies) * slots.
-
-    UserError where a pool is asked of policies whose layers cannot be compared.
+    Several caches over the same policies need policies that do not see residents (`CachePolicy.sees`): each decides as if alone.
     """
-    cache = Pooled(policies, slots * len(policies)) if pooled else PerLayer(policies, slots)
-    hits = misses = bypassed = 0
+    if len(caches) > 1 and any(policy.sees == "residents" for policy in policies):
+        raise ValueError("a policy that sees residents serves one cache")
+    hits, misses, bypassed = ([0] * len(caches) for _ in range(3))
     for layer, experts, scores in visits:
         loads = dict.fromkeys(experts, 1)
         policies[layer].observe(scores, loads)
-        resident = cache.resident[layer]
-        for expert in experts:
-            if expert in resident:
-                hits += 1
-            else:
-                misses += 1
-                bypassed += not cache.admit(layer, expert, loads)
-    return Outcome(hits, misses, bypassed)
+        for i, cache in enumerate(caches):
+            resident = cache.resident[layer]
+            for expert in experts:
+                if expert in resident:
+                    hits[i] += 1
+                else:
+                    misses[i] += 1
+                    bypassed[i] += not cache.admit(layer, expert, loads)
+    return [Outcome(*counts) for counts in zip(hits, misses, bypassed)]
 
 
 class PerLayer:
-    """Each layer has slots of its own. `resident`: the experts of each layer in its slots."""
+    """Each layer has `slots` of its own. `resident`: the experts of each layer in its slots."""
 
-    def __init__(self, policies: Sequence[CachePolicy], slots: int):
-        self.policies, self.slots = policies, slots
-        self.resident: list[set[int]] = [set(p.initial()) if p.fixed else set() for p in policies]
+    def __init__(self, policies: Sequence[CachePolicy], slots: int, *, bypass: bool = False):
+        self.policies, self.slots, self.bypass = policies, slots, bypass
+        self.resident: list[set[int]] = [set(p.initial()[:slots]) if p.fixed else set() for p in policies]
 
     def admit(self, layer: int, expert: int, needed: Collection[int]) -> bool:
         """Finds a slot for a missed expert; False where it is not kept."""
         policy, resident, victim = self.policies[layer], self.resident[layer], None
         if len(resident) >= self.slots:
             victim = policy.victim(resident, needed)
-            if victim is None or not policy.admits(expert, victim):
+            if victim is None or (self.bypass and not policy.admits(expert, victim)):
                 return False
             resident.remove(victim)
         resident.add(expert)
@@ -78,22 +79,22 @@ class PerLayer:
 
 
 class Pooled:
-    """All layers share the slots: the victim is the least valuable of the layers' own victims, the earliest layer's among equals.
+    """All layers share `slots`: the victim is the least valuable of the layers' own victims, the earliest layer's among equals.
 
     The current step's needs in layers yet to come are unknown, so only the layer that runs is protected.
     """
 
-    def __init__(self, policies: Sequence[CachePolicy], slots: int):
+    def __init__(self, policies: Sequence[CachePolicy], slots: int, *, bypass: bool = False):
         for policy in policies:
             if not policy.comparable:
                 raise UserError(
                     f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
                 )
-        self.policies, self.slots, self.used = policies, slots, 0
+        self.policies, self.slots, self.bypass, self.used = policies, slots, bypass, 0
         self.resident: list[set[int]] = [set() for _ in policies]
         self._offers: list[tuple[int, float, int] | None] = [None] * len(
             policies
-        )  # each layer's step, its victim's value, the victim
+        )  # (step, value, victim) of each layer
         if all(policy.fixed for policy in policies):
             self._fill()
 
@@ -104,7 +105,7 @@ class Pooled:
             if not offers:
                 return False
             value, owner, victim = min(offers)
-            if self.policies[layer].bypass and self.policies[layer].value(expert) < value:
+            if self.bypass and self.policies[layer].value(expert) < value:
                 return False
             self.resident[owner].remove(victim)
             self._offers[owner] = None
@@ -123,9 +124,8 @@ class Pooled:
         policy, known = self.policies[layer], self._offers[layer]
         if layer != running and known is not None and known[0] == policy.step:
             return [known[1:]]
-        victim = (
-            policy.victim(self.resident[layer], needed if layer == running else ()) if self.resident[layer] else None
-        )
+        resident = self.resident[layer]
+        victim = policy.victim(resident, needed if layer == running else ()) if resident else None
         if victim is None:
             return []
         offer = (policy.value(victim), victim)

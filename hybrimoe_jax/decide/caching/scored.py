@@ -16,6 +16,8 @@ from hybrimoe_jax.errors import UserError
 class LRU(CachePolicy):
     """Least recently used."""
 
+    sees = "routing"
+
     def update(self, scores, loads):
         for expert in loads:
             self.heat[expert] = self.step
@@ -26,6 +28,8 @@ class LRU(CachePolicy):
 
 class LFU(CachePolicy):
     """Least frequently used: steps that needed the expert. `decay` per step below 1 forgets old ones."""
+
+    sees = "routing"
 
     def __init__(self, num_experts, capacity, top_k, *, decay: float = 1.0, **common):
         super().__init__(num_experts, capacity, top_k, **common)
@@ -46,6 +50,8 @@ class LFU(CachePolicy):
 class LFRU(CachePolicy):
     """Least frequently and recently used: uses so far over steps since the last one, as expert caches of vLLM and others have it."""
 
+    sees = "routing"
+
     def __init__(self, num_experts, capacity, top_k, **common):
         super().__init__(num_experts, capacity, top_k, **common)
         self.uses = [0] * num_experts
@@ -65,6 +71,8 @@ class MRS(CachePolicy):
 
     Where a step brings no scores, the shares of its loads stand in, which makes p effectively the number of activated experts.
     """
+
+    sees = "routing"
 
     def __init__(self, num_experts, capacity, top_k, *, alpha: float = 0.5, p: int | None = None, **common):
         super().__init__(num_experts, capacity, top_k, **common)
@@ -93,6 +101,7 @@ class MRS(CachePolicy):
 class Static(CachePolicy):
     """A fixed placement: the most frequent experts stay for good, and nothing is ever evicted."""
 
+    sees = "routing"
     fixed = True
 
     def __init__(self, num_experts, capacity, top_k, **common):
@@ -112,6 +121,8 @@ class Static(CachePolicy):
 
 class Random(CachePolicy):
     """Evicts at random: every step gives every expert a new random heat. The floor that a policy has to rise above."""
+
+    sees = "routing"
 
     def __init__(self, num_experts, capacity, top_k, *, seed: int = 0, **common):
         super().__init__(num_experts, capacity, top_k, **common)

@@ -1,0 +1,208 @@
+"""`bench cache`: hits and misses of cache policies on recorded routing, replayed token by token from a cold start.
+
+Rules: event-atomic; every miss is kept (and, apart, only those that the policy admits: bypass); slots = max(top-k, round(ratio * experts)) a
+layer; one token a step, in the order of the trace; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
+misses between MRS and Belady's rule that a policy saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+
+from hybrimoe_jax.decide.caching import Belady, Static, parse_policy
+from hybrimoe_jax.decide.caching.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.importers import open_trace
+from hybrimoe_jax.record.tokens import by_token, token_of_row
+
+# MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
+DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
+PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """policies: names for `caching.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for all."""
+
+    ratios: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
+    policies: tuple[str, ...] = tuple(DEFAULT)
+    part: str = "all"
+    layers: int | None = None
+    pooled: bool = False
+
+
+class Routing:
+    """What a trace asks for: ids [T, L, k], and the router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
+
+    def __init__(self, path: str, part: str, layers: int | None):
+        trace = open_trace(path)
+        self.num_experts, self.top_k = trace.facts.experts, trace.facts.top_k
+        tokens = by_token(trace)
+        if not len(tokens.ids):
+            raise UserError(f"trace {path}: holds no tokens")
+        if (tokens.ids < 0).any():
+            token, layer = np.argwhere(tokens.ids[:, :, 0] < 0)[0]
+            raise UserError(
+                f"trace {path}: layer {layer} of step {tokens.step[token]} was not recorded; a replay needs every layer"
+            )
+        names = np.unique(tokens.sequence)
+        chosen = np.isin(tokens.sequence, names[PARTS[part]])
+        if not chosen.any():
+            raise UserError(f"trace {path}: has one sequence only, none in --sequences {part}")
+        self.ids = tokens.ids[chosen][:, :layers]
+        self.weights = None if tokens.weights is None else tokens.weights[chosen][:, :layers]
+        self.scores = None
+        if trace.scores is not None and not np.isnan(trace.scores[:, 0]).any():
+            self.scores = np.empty((*tokens.ids.shape[:2], self.num_experts), np.float32)
+            self.scores[token_of_row(trace)[0], trace.layer] = trace.scores
+            self.scores = self.scores[chosen][:, :layers]
+        sequence = tokens.sequence[chosen]
+        self.fold = np.isin(sequence, np.unique(sequence)[::2])  # the tokens of every second sequence
+
+    def visits(self, keep: np.ndarray | None = None) -> Iterator[Visit]:
+        """Every (token, layer) in order; of the tokens in the mask `keep` only."""
+        num_experts = self.num_experts
+        for token in range(len(self.ids)) if keep is None else np.flatnonzero(keep).tolist():
+            ids = self.ids[token].tolist()
+            if self.scores is not None:
+                yield from map(Visit, range(len(ids)), ids, self.scores[token].tolist())
+            elif self.weights is None:
+                yield from map(Visit, range(len(ids)), ids)
+            else:
+                for layer, (experts, weights) in enumerate(zip(ids, self.weights[token].tolist())):
+                    scores = [0.0] * num_experts
+                    for expert, weight in zip(experts, weights):
+                        scores[expert] = weight
+                    yield Visit(layer, experts, scores)
+
+    def frequencies(self, keep: np.ndarray) -> list[list[int]]:
+        """[L][E] uses by the tokens in the mask."""
+        layers = self.ids[keep].swapaxes(0, 1)
+        return [np.bincount(layer.ravel(), minlength=self.num_experts).tolist() for layer in layers]
+
+
+@functools.lru_cache(maxsize=1)
+def routing(path: str, part: str, layers: int | None) -> Routing:
+    """One trace at a time is kept: tasks of one trace follow one another."""
+    return Routing(path, part, layers)
+
+
+def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
+    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured (a static
+    placement has no other sequence to be counted on; layers of the policy cannot share slots)."""
+    trace = routing(path, options.part, options.layers)
+    num_layers = trace.ids.shape[1]
+    policy, parameters = (Belady, {}) if spec == "belady" else parse_policy(spec)
+    if options.pooled and not policy.comparable:
+        return None
+    slots = {ratio: slots_for(ratio, trace.num_experts, trace.top_k) for ratio in options.ratios}
+    cells = [(ratio, bypass) for ratio in options.ratios for bypass in (False, True)]
+
+    def run(cells: Sequence[tuple[float, bool]], keep: np.ndarray | None = None, **known) -> list[Outcome]:
+        """All cells by the same policies."""
+        most = max(slots[ratio] for ratio, _ in cells)
+        policies = policy.for_layers(trace.num_experts, [most] * num_layers, trace.top_k, **parameters, **known)
+        caches = [
+            Pooled(policies, slots[ratio] * num_layers, bypass=bypass)
+            if options.pooled
+            else PerLayer(policies, slots[ratio], bypass=bypass)
+            for ratio, bypass in cells
+        ]
+        return replay(policies, trace.visits(keep), caches)
+
+    if policy is Static:
+        folds = [fold for fold in (trace.fold, ~trace.fold) if fold.any()]
+        if len(folds) < 2:
+            return None
+        halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in folds]
+        found = [Outcome(*map(sum, zip(*pair))) for pair in zip(*halves)]
+    elif policy is Belady:
+        found = run(cells, future=trace.ids.swapaxes(0, 1).tolist())
+    elif policy.sees == "routing":
+        found = run(cells)
+    elif policy.sees == "capacity":
+        found = [outcome for ratio in options.ratios for outcome in run([(ratio, False), (ratio, True)])]
+    else:
+        found = [outcome for cell in cells for outcome in run([cell])]
+    return {ratio: tuple(found[2 * i : 2 * i + 2]) for i, ratio in enumerate(options.ratios)}
+
+
+def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda items, total, label: items) -> dict:
+    """{trace: {ratio: {policy: {"hits", "misses", "gap_closed", "bypass": {"hits", "misses", "bypassed"}}}}}; prints a table of each trace.
+
+    A policy's key is its name as given, without the parameters where that leaves no two alike; those are then under "parameters".
+    """
+    for spec in options.policies:  # refused before anything runs
+        if spec != "belady":
+            parse_policy(spec)
+    for path in paths:
+        routing(path, options.part, options.layers)
+    tasks = [(path, spec) for path in paths for spec in options.policies]
+    if jobs == 1:
+        results = (measure(path, spec, options) for path, spec in tasks)
+        found = dict(zip(tasks, progress(results, len(tasks), "policies")))
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            waiting = pool.map(measure, *zip(*tasks), [options] * len(tasks))
+            found = dict(zip(tasks, progress(waiting, len(tasks), "policies")))
+    record = {}
+    for path in paths:
+        outcomes = {spec: found[path, spec] for spec in options.policies if found[path, spec] is not None}
+        record[path] = {f"{ratio:g}": _row(ratio, outcomes) for ratio in options.ratios}
+        trace = routing(path, options.part, options.layers)
+        print(
+            f"\n{path}: {len(trace.ids)} tokens, {trace.ids.shape[1]} layers, sequences: {options.part}{_missing(trace)}"
+        )
+        print(table(record[path]))
+    return record
+
+
+def _row(ratio: float, outcomes: dict[str, dict]) -> dict[str, dict]:
+    names = [spec.partition(":")[0] for spec in outcomes]
+    mrs = next((found[ratio][0] for spec, found in outcomes.items() if spec.partition(":")[0] == "mrs"), None)
+    best = outcomes["belady"][ratio][0] if "belady" in outcomes else None
+    gap = mrs.misses - best.misses if mrs and best else 0
+    row = {}
+    for spec, found in outcomes.items():
+        kept, bypass = found[ratio]
+        name, _, parameters = spec.partition(":")
+        short = names.count(name) == 1 and "=" in parameters
+        row[name if short else spec] = {
+            "hits": kept.hits,
+            "misses": kept.misses,
+            "gap_closed": round((mrs.misses - kept.misses) / gap, 4) if gap > 0 else None,
+            "bypass": {"hits": bypass.hits, "misses": bypass.misses, "bypassed": bypass.bypassed},
+            **({"parameters": parameters} if short else {}),
+        }
+    return row
+
+
+def _missing(trace: Routing) -> str:
+    if trace.scores is not None:
+        return ""
+    return "; no scores of experts not selected, so MRS has p = k" + (
+        "" if trace.weights is not None else " and no weights"
+    )
+
+
+def table(rows: dict[str, dict[str, dict]]) -> str:
+    """Hit rates in per cent by ratio; in brackets the share of the gap between MRS and Belady that is closed; behind a bar, with bypass."""
+    names = list(next(iter(rows.values())))
+    width = max(map(len, names))
+    lines = ["hit rate % (per cent of the gap MRS-Belady closed) | with bypass"]
+    lines.append(" " * width + "".join(f"  {'at ' + ratio:>22}" for ratio in rows))
+    for name in names:
+        cells = []
+        for row in rows.values():
+            entry = row[name]
+            total = entry["hits"] + entry["misses"]
+            gap = "" if entry["gap_closed"] is None else f"({100 * entry['gap_closed']:.0f})"
+            cells.append(f"{100 * entry['hits'] / total:.1f} {gap:>7} | {100 * entry['bypass']['hits'] / total:.1f}")
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>22}" for cell in cells))
+    return "\n".join(lines)
