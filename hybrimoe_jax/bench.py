@@ -68,7 +68,8 @@ def _cache(args) -> int:
     from hybrimoe_jax.cli import progress
 
     for name in ("layers", "jobs"):
-        if (getattr(args, name) or 1) < 1:
+        value = getattr(args, name)
+        if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1")
     try:
         ratios = tuple(float(part) for part in args.ratios.split(","))

@@ -38,7 +38,7 @@ class Options:
 
 
 class Routing:
-    """What a trace asks for: ids [T, L, k], and the router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
+    """What a trace asks for: ids [T, L, k] (-1: a layer of a token that was not recorded; it is passed over), and the router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
 
     def __init__(self, path: str, part: str, layers: int | None):
         trace = open_trace(path)
@@ -46,11 +46,6 @@ class Routing:
         tokens = by_token(trace)
         if not len(tokens.ids):
             raise UserError(f"trace {path}: holds no tokens")
-        if (tokens.ids < 0).any():
-            token, layer = np.argwhere(tokens.ids[:, :, 0] < 0)[0]
-            raise UserError(
-                f"trace {path}: layer {layer} of step {tokens.step[token]} was not recorded; a replay needs every layer"
-            )
         names = np.unique(tokens.sequence)
         chosen = np.isin(tokens.sequence, names[PARTS[part]])
         if not chosen.any():
@@ -70,21 +65,23 @@ class Routing:
         num_experts = self.num_experts
         for token in range(len(self.ids)) if keep is None else np.flatnonzero(keep).tolist():
             ids = self.ids[token].tolist()
-            if self.scores is not None:
-                yield from map(Visit, range(len(ids)), ids, self.scores[token].tolist())
-            elif self.weights is None:
-                yield from map(Visit, range(len(ids)), ids)
-            else:
-                for layer, (experts, weights) in enumerate(zip(ids, self.weights[token].tolist())):
-                    scores = [0.0] * num_experts
-                    for expert, weight in zip(experts, weights):
-                        scores[expert] = weight
-                    yield Visit(layer, experts, scores)
+            scores = None if self.scores is None else self.scores[token].tolist()
+            weights = None if self.weights is None else self.weights[token].tolist()
+            for layer, experts in enumerate(ids):
+                if experts[0] < 0:
+                    continue
+                if scores is not None or weights is None:
+                    yield Visit(layer, experts, scores and scores[layer])
+                    continue
+                selected = [0.0] * num_experts
+                for expert, weight in zip(experts, weights[layer]):
+                    selected[expert] = weight
+                yield Visit(layer, experts, selected)
 
     def frequencies(self, keep: np.ndarray) -> list[list[int]]:
         """[L][E] uses by the tokens in the mask."""
         layers = self.ids[keep].swapaxes(0, 1)
-        return [np.bincount(layer.ravel(), minlength=self.num_experts).tolist() for layer in layers]
+        return [np.bincount(layer[layer >= 0], minlength=self.num_experts).tolist() for layer in layers]
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,7 +120,8 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in folds]
         found = [Outcome(*map(sum, zip(*pair))) for pair in zip(*halves)]
     elif policy is Belady:
-        found = run(cells, future=trace.ids.swapaxes(0, 1).tolist())
+        future = [layer[layer[:, 0] >= 0].tolist() for layer in trace.ids.swapaxes(0, 1)]
+        found = run(cells, future=future)
     elif policy.sees == "routing":
         found = run(cells)
     elif policy.sees == "capacity":
