@@ -1,6 +1,6 @@
 """Any trace file as a `Trace`: our own format, or one of the public layouts of `record.layouts`, told apart by their contents.
 
-What a layout does not hold stays absent (`Trace.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
+What a layout does not hold stays absent (`trace_info.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
 is unknown is refused.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record import layouts
+from hybrimoe_jax.record.route_csv import route_csv
 from hybrimoe_jax.record.trace import Trace, check_trace, read_arrays, trace_of
 
 READS = (
@@ -50,7 +51,7 @@ def open_trace(path: str | os.PathLike) -> Trace:
     if head[:1] in (b"{", b"["):
         return _checked(layouts.fingerprint_json(_text(path, where), path, where), where)
     if head[:1] == b"#" or head.startswith(b"turn,"):
-        return _checked(layouts.route_csv(_text(path, where), path, where), where)
+        return _checked(route_csv(_text(path, where), path, where), where)
     if path.name.startswith("expert_weights_"):
         raise UserError(f"{where}: one layer of an ESFT trace; give the folder that holds all its layers")
     raise UserError(f"{where}: not a trace; this program reads {READS}")
@@ -59,7 +60,7 @@ def open_trace(path: str | os.PathLike) -> Trace:
 def join_traces(traces: Sequence[Trace]) -> Trace:
     """Traces of one model behind one another, steps and sequences renumbered; UserError where the models differ.
 
-    What only some of them hold is NaN in the others' rows, as in any trace.
+    What only some of them hold is NaN in the others' rows, as in any trace; additions of other programs (`extra`) are left out.
     """
     first = traces[0]
     if len(traces) == 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.record.tokens import Tokens, by_token
+from hybrimoe_jax.record.tokens import Tokens, by_token, token_of_row
 from hybrimoe_jax.record.trace import PHASES, Trace
 
 
@@ -133,8 +133,6 @@ def _reuse(tokens: Tokens, facts) -> dict[str, float] | None:
 
 def _hit_share(trace: Trace, tokens: Tokens, distance: int) -> float | None:
     """The share of the experts that gate reuse predicted at `distance` which that layer then chose."""
-    from hybrimoe_jax.record.tokens import token_of_row
-
     ahead, k = trace.lookahead[distance], trace.facts.top_k
     rows = np.flatnonzero(~np.isnan(ahead[:, 0]))
     target = tokens.ids[token_of_row(trace)[0][rows], trace.layer[rows] + distance]

@@ -1,0 +1,106 @@
+"""The route_trace layout (Helldez/BigMoeOnEdge, `*.route.csv`): `#` lines with the model's facts and each layer's expert bytes, then a row per selected expert,
+`turn,phase,step,layer,slot,expert,weight,residency,expert_bytes`.
+
+Prompt tokens are steps of their own, written layer by layer; the last layer is written for the last of them only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.facts import MODELS, TraceFacts
+from hybrimoe_jax.record.layouts import PREFILL, whole_lines
+from hybrimoe_jax.record.trace import Trace
+
+ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
+
+
+def route_csv(text: str, path: Path, where: str) -> Trace:
+    """A route_trace. `extra` keeps the engine's own `residency` [R, k] (1 was a hit) and `layer_bytes` [L]."""
+    header, sizes, rows, begun = {}, {}, [], False
+    for number, line in enumerate(whole_lines(text, where), 1):
+        try:
+            if line.startswith("#"):
+                pairs = dict(part.split("=", 1) for part in line[1:].split() if "=" in part)
+                if "layer" in pairs:
+                    sizes[int(pairs["layer"])] = int(pairs["expert_bytes"])
+                header |= pairs
+            elif not begun:
+                if line.strip() != ROUTE_COLUMNS:
+                    raise ValueError(f"the columns must be {ROUTE_COLUMNS}")
+                begun = True
+            elif line.strip():
+                *integers, weight, residency, size = line.split(",")
+                rows.append((number, *map(int, integers), float(weight), int(residency), int(size)))
+                if len(rows[-1]) != 10:
+                    raise ValueError("9 values are needed")
+        except (ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"{where}: line {number}: {error}") from None
+    try:
+        layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
+    except (KeyError, ValueError):
+        raise UserError(f"{where}: its # lines lack n_layer, n_expert and n_expert_used as numbers") from None
+    if not begun or not rows:
+        raise UserError(f"{where}: no rows; it is truncated")
+    named = next((n for n, f in MODELS.items() if (f.layers, f.experts) == (layers, experts)), None)
+    known = dict(MODELS[named].expert_bytes) if named else {}
+    if sorted(sizes) == list(range(layers)):
+        known["as-stored"] = round(sum(sizes.values()) / layers)
+    facts = TraceFacts(header.get("arch", "unknown"), layers, experts, top_k, known)
+    about = {"source": "route_trace", "model": header.get("model", "").rpartition("/")[2], "file": path.name}
+    trace = _route_rows(rows, facts, where)
+    if "as-stored" in known:
+        trace.extra["layer_bytes"] = np.array([sizes[layer] for layer in range(layers)])
+    return dataclasses.replace(trace, about=about)
+
+
+def _route_rows(rows: list[tuple], facts: TraceFacts, where: str) -> Trace:
+    """A record for every k rows; refused where they are not the k slots of one layer, or a step is not whole."""
+    k = facts.top_k
+    records = []
+    for first in range(0, len(rows), k):
+        group = rows[first : first + k]
+        if len(group) < k or [row[5] for row in group] != list(range(k)) or len({row[1:5] for row in group}) > 1:
+            raise UserError(f"{where}: line {group[0][0]}: not {k} rows, slots 0 to {k - 1}, of one layer")
+        line, turn, phase, at, layer = group[0][:5]
+        records.append((turn, at, layer, phase, line, group))
+    records.sort(key=lambda record: record[:3])  # prompt tokens are logged layer by layer
+    turn, at, layer, phase, line = (np.array([record[i] for record in records]) for i in range(5))
+    step = np.cumsum(np.append(0, (np.diff(turn) != 0) | (np.diff(at) != 0)))
+    _whole_steps(step, layer, phase, line, facts, where)
+    first_of_turn = at[np.searchsorted(turn, turn)]
+
+    def table(index: int, dtype) -> np.ndarray:
+        return np.array([[row[index] for row in record[5]] for record in records], dtype)
+
+    return Trace(
+        facts,
+        step=step.astype(np.int32),
+        layer=layer.astype(np.int32),
+        phase=phase,
+        sequence=turn.astype(np.int32),
+        position=(at - first_of_turn).astype(np.int32),
+        ids=table(6, np.int64),
+        weights=table(7, np.float32),
+        extra={"residency": table(8, np.int8)},
+    )
+
+
+def _whole_steps(step, layer, phase, line, facts: TraceFacts, where: str) -> None:
+    """Every layer of every step is there, but for the last one at prompt tokens, which that engine leaves out."""
+    full = list(range(facts.layers))
+    ends = np.append(np.flatnonzero(np.diff(step)) + 1, len(step)).tolist()
+    for begin, end in itertools.pairwise([0, *ends]):
+        got = layer[begin:end].tolist()
+        if got != full and not (phase[begin] == PREFILL and got == full[:-1]):
+            odd = next((i for i, (g, f) in enumerate(zip(got, full)) if g != f), min(len(got), len(full)))
+            said = "more than once" if len(got) > len(full) or len(set(got)) < len(got) else "not whole"
+            raise UserError(
+                f"{where}: line {line[min(begin + odd, end - 1)]}: a layer of this step is {said}: "
+                f"{len(got)} layers of {facts.layers}; the file is truncated or edited"
+            )
