@@ -1,12 +1,13 @@
-"""`python -m hybrimoe_jax.bench engine|cache`: measured comparisons. A table for people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|cache|schedule`: measured comparisons. A table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-from hybrimoe_jax.cli import Parser, run
+from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
 
 
@@ -26,9 +27,26 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--no-baseline", action="store_true", help="leave transformers out")
     engine.add_argument("--workdir", metavar="DIR", help="keep the random model here for the next run")
     _cache_arguments(commands.add_parser("cache", help="cache policies on recorded routing: hits, misses, bound"))
+    schedule = commands.add_parser("schedule", help="each rule's gap to the least makespan, and what a decision costs")
+    schedule.add_argument(
+        "--instances", type=int, default=1000, metavar="N", help="problems of each kind (default 1000)"
+    )
+    schedule.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (default 0)")
     args = top.parse_args(argv)
-    if args.command == "cache":
-        return _cache(args)
+    return {"engine": _engine, "cache": _cache, "schedule": _schedule}[args.command](args)
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    if args.instances < 1:
+        raise UserError("--instances must be at least 1")
+
+    from hybrimoe_jax.benchmarks import schedule
+
+    print(json.dumps(schedule.run(args.instances, args.seed, progress)))
+    return 0
+
+
+def _engine(args: argparse.Namespace) -> int:
     for name in ("threads", "rounds", "new"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -63,9 +81,8 @@ def _cache_arguments(cache) -> None:
     cache.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default 1)")
 
 
-def _cache(args) -> int:
+def _cache(args: argparse.Namespace) -> int:
     from hybrimoe_jax.benchmarks import cache as benchmark
-    from hybrimoe_jax.cli import progress
 
     for name in ("layers", "jobs"):
         value = getattr(args, name)

@@ -14,7 +14,7 @@ def random_view(generator: random.Random, problem: Problem) -> Problem:
     """The problem with fills and a next layer of equal loads."""
     fill = {e: generator.uniform(-1, 2) for e in problem.loads}
     here, absent = generator.randint(0, 4), generator.randint(0, 4)
-    coming = Coming([1] * here, [1] * absent, 1, generator.uniform(0, 4))
+    coming = Coming([1] * here, [1] * absent, 1, generator.uniform(0, 4), generator.randint(0, 4), generator.random())
     return dataclasses.replace(problem, fill=fill, coming=generator.choice((coming, coming, None)))
 
 
@@ -28,13 +28,14 @@ def beyond(problem: Problem, schedule) -> float:
     beside, alone = problem.costs.transfer(True), problem.costs.transfer(False)
     landed = landings(problem.link_start, schedule.cpu_seconds, count, beside, alone)[len(schedule.fetch) :]
     moved = sum(t <= schedule.makespan + coming.gap for t in landed) if problem.allow_fetch else 0
+    moved = min(moved, coming.room)
     least = []
     for ahead in range(moved + 1):
         loads = dict(enumerate([*coming.resident, *sorted(coming.absent, reverse=True)]))
         flags = {name: getattr(problem, name) for name in ("allow_cpu", "allow_fetch", "allow_steal")}
         layer = Problem(loads, set(range(len(coming.resident) + ahead)), problem.costs, coming.tokens, **flags)
         least.append(get_scheduler("optimal").schedule(layer).makespan)
-    return min(least) - saved
+    return least[0] + coming.chance * (min(least) - least[0]) - saved
 
 
 def least_objective(problem: Problem) -> float:
@@ -43,6 +44,7 @@ def least_objective(problem: Problem) -> float:
         cpu = [e for e, lane in zip(problem.loads, lanes) if lane == 0]
         device = [e for e, lane in zip(problem.loads, lanes) if lane == 1]
         fetch = [e for e in device if e not in problem.resident and e not in problem.in_flight]
+        fetch.sort(key=lambda e: -problem.costs.device(problem.loads[e]))
         if (cpu and not problem.allow_cpu) or (fetch and not problem.allow_fetch):
             continue
         if not problem.allow_steal and problem.resident.intersection(cpu):
@@ -97,5 +99,10 @@ def test_a_fill_is_worth_a_longer_layer_and_the_next_layer_may_want_the_link_mor
     # Fetching pays here (2.5 against 3), but then the next layer's miss comes too late for it.
     slow = dataclasses.replace(model, cpu_expert=3.0)
     layer = Problem({0: 1}, set(), slow)
-    assert rule.schedule(dataclasses.replace(layer, coming=Coming([], [], 1, 0.0))).fetch == (0,)
-    assert rule.schedule(dataclasses.replace(layer, coming=Coming([], [1], 1, 0.0))).cpu == (0,)
+    assert rule.schedule(dataclasses.replace(layer, coming=Coming([], [], 1, 0.0, 1))).fetch == (0,)
+    assert rule.schedule(dataclasses.replace(layer, coming=Coming([], [1], 1, 0.0, 1))).cpu == (0,)
+    for doubtful in (
+        Coming([], [1], 1, 0.0, 0),
+        Coming([], [1], 1, 0.0, 1, chance=0.1),
+    ):  # no room; an unlikely prediction
+        assert rule.schedule(dataclasses.replace(layer, coming=doubtful)).fetch == (0,)

@@ -20,14 +20,18 @@ def test_rates_are_shares_of_recent_tokens_and_old_ones_fade():
     assert fills.rate(0, 3) == pytest.approx(1.0) and fills.rate(0, 1) == pytest.approx(0.0)
 
 
-def test_a_stay_is_slots_over_turnover_and_a_fill_the_rates_difference_over_it():
+def test_a_stay_is_slots_over_turnover_and_a_fill_counts_one_reuse():
     fills = Fills([4, 4], decay=0.9)
     assert fills.stay(0) == pytest.approx(10.0)  # nothing was evicted yet: as long as is believed in
     for _ in range(5):
         fills.observe(0, {1: 1}, tokens=1, admitted=2)
     assert fills.stay(0) == pytest.approx(2.0)
-    assert fills.fills(0, [1, 5], victim=7, saving=3.0) == pytest.approx({1: 6.0, 5: 0.0})
-    assert fills.fills(0, [5], victim=1, saving=3.0) == pytest.approx({5: -6.0})
+    fills.observe(0, {6: 1}, tokens=2, admitted=2)
+    rate = fills.rate(0, 6)
+    assert 0 < rate < 0.5
+    found = fills.fills(0, [6, 5], victim=None, saving=3.0)
+    assert found == pytest.approx({6: 3.0 * (1 - (1 - rate) ** 2), 5: 0.0})  # asked for at least once in two steps
+    assert fills.fills(0, [5], victim=6, saving=3.0) == pytest.approx({5: -found[6]})
     assert fills.rate(1, 1) == 0.0
 
 
@@ -59,3 +63,4 @@ def test_the_planner_shows_the_newest_prediction_and_fills_of_misses():
     assert set(first.fill) == {2} and first.fill[2] < 0  # it would push out an expert that every step asks for
     assert second.fill is None  # no miss
     assert len(second.coming.resident) + len(second.coming.absent) == 2 and second.coming.gap == model.layer(1)
+    assert second.coming.chance == planner.accuracy.probability(2) and second.coming.room <= 2

@@ -113,7 +113,9 @@ class Planner:
         self._looked = False
         self._ledger = Ledger(num_layers, self.counters)
         self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold)
-        self._view = View(self._residency, self._forecast, top_k) if self.scheduler.looks_ahead else None
+        self._view = None
+        if self.scheduler.looks_ahead:
+            self._view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight)
         self._clock = self._next_clock = self._link_free = 0.0
         self._planned: tuple[Schedule, int] | None = None
 

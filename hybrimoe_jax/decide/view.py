@@ -1,17 +1,18 @@
 """What a scheduler that looks ahead is shown beyond its layer: the next layer as predicted, and what filling a slot is worth.
 
-A demand load's expert saves, in each later step that asks for it while it stays, what one more resident expert shortens the layer by. So
+When the expert is asked for again while it stays, the layer is shorter by what one more resident expert saves. Only the first time counts:
+had it not been there, that step could have fetched it in its turn. So
 
-  fill = saving x (how often it is asked for - how often its victim is) x steps until it is itself evicted
+  fill = saving x (chance that it is asked for during a stay - the same of its victim), chance = 1 - (1 - rate) ^ steps of a stay
 
-with the rates counted over the last steps (exponentially decayed, per layer) and the stay taken from the measured turnover of the slots.
+with rates counted over the last steps (exponentially decayed, per layer) and the stay taken from the measured turnover of the slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hybrimoe_jax.decide.prefetch import Forecast
+from hybrimoe_jax.decide.prefetch import Accuracy, Forecast
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Coming, Problem
 
@@ -59,18 +60,22 @@ class Fills:
         admitted = self._admitted[layer]
         return min(longest, self.slots[layer] * self._steps[layer] / admitted) if admitted else longest
 
+    def chance(self, layer: int, expert: int) -> float:
+        """The probability that the expert is asked for during a stay, steps being independent."""
+        return 1.0 - (1.0 - min(1.0, self.rate(layer, expert))) ** self.stay(layer)
+
     def fills(self, layer: int, misses: Iterable[int], victim: int | None, saving: float) -> dict[int, float]:
         """Seconds by expert. `victim` would make room (None: a slot is free); `saving` is what a hit is worth, in seconds."""
-        stay = saving * self.stay(layer)
-        floor = self.rate(layer, victim) if victim is not None else 0.0
-        return {expert: stay * (self.rate(layer, expert) - floor) for expert in misses}
+        floor = self.chance(layer, victim) if victim is not None else 0.0
+        return {expert: saving * (self.chance(layer, expert) - floor) for expert in misses}
 
 
 class View:
-    """Shows problems what lies beyond them. `residency`, `forecast` and `top_k` are the planner's."""
+    """Shows problems what lies beyond them. The arguments are the planner's; at most `max_in_flight` prefetches are under way at once."""
 
-    def __init__(self, residency: Residency, forecast: Forecast, top_k: int):
-        self.residency, self.forecast, self.top_k = residency, forecast, top_k
+    def __init__(self, residency: Residency, forecast: Forecast, accuracy: Accuracy, top_k: int, max_in_flight: int):
+        self.residency, self.forecast, self.accuracy = residency, forecast, accuracy
+        self.top_k, self.max_in_flight = top_k, max_in_flight
         self.fills = Fills(residency.slots)
 
     def show(self, problem: Problem, layer: int, misses: Sequence[int]) -> None:
@@ -93,8 +98,10 @@ class View:
         return self.fills.fills(layer, misses, victim, max(0.0, slower - faster))
 
     def _coming(self, layer: int, problem: Problem) -> Coming:
-        loads = self.residency.predictions[layer][-1][1].loads
+        distance, prediction = self.residency.predictions[layer][-1]
+        loads, room = prediction.loads, self.max_in_flight - self.residency.ledger.num_flying
         present = self.residency.resident[layer] | self.residency.ledger.flying[layer].keys()
         here = [load for expert, load in loads.items() if expert in present]
         absent = [load for expert, load in loads.items() if expert not in present]
-        return Coming(here, absent, problem.tokens, problem.costs.layer(problem.tokens))
+        gap, chance = problem.costs.layer(problem.tokens), self.accuracy.probability(distance)
+        return Coming(here, absent, problem.tokens, gap, max(0, room), chance)

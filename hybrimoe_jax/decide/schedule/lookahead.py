@@ -3,9 +3,10 @@
 The paper's objective ends with the layer (HybriMoE, equation 2). But a demand load also fills a slot, which saves time when its expert is
 asked for again (`Problem.fill`), and holds the link, which could be moving what the next layer will miss (`Problem.coming`):
 
-  makespan + the next layer's least makespan, after the transfers that the link has time for until it starts - the fills of the experts fetched
+  makespan + the next layer's least makespan, after the transfers that the link has time for until then - the fills of the experts fetched
 
-Transfers for the next layer queue behind the demand loads, highest load first, and count where they land before its MoE block starts.
+Transfers for the next layer queue behind the demand loads, highest load first, and count where they land before its MoE block starts, by
+the probability that its prediction comes true.
 """
 
 from __future__ import annotations
@@ -82,11 +83,12 @@ class _Beyond:
         if self.coming is None:
             return 0.0
         landing, start = self.instance.landing, makespan + self.coming.gap
-        most = len(self.coming.absent) if self.problem.allow_fetch else 0
+        most = min(self.coming.room, len(self.coming.absent)) if self.problem.allow_fetch else 0
         moved = 0
         while moved < most and landing(fetched + moved + 1, cpu) <= start:
             moved += 1
-        return self._least(moved)
+        unaided = self._least(0)
+        return unaided - self.coming.chance * (unaided - self._least(moved))
 
     def _least(self, moved: int) -> float:
         """The next layer's least makespan once the heaviest of its absent experts, `moved` at most, are there."""

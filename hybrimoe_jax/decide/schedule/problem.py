@@ -18,13 +18,16 @@ from hybrimoe_jax.errors import UserError
 class Coming(NamedTuple):
     """The next layer as it is predicted: loads of its activated experts that are resident or in flight, and of those that are neither.
 
-    `tokens` in its step; `gap` is what lies between this layer's MoE block and its own, in seconds.
+    `tokens` in its step; `gap` is what lies between this layer's MoE block and its own, in seconds. At most `room` experts can be moved
+    ahead, and the time that they save is saved with probability `chance`.
     """
 
     resident: Sequence[int]
     absent: Sequence[int]
     tokens: int
     gap: float
+    room: int
+    chance: float = 1.0
 
 
 @dataclasses.dataclass(slots=True)

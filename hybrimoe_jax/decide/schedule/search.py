@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 
-FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 4, 6
+FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 2, 6
 """Weights tried: the first of them and one more for so many experts. Few experts are sooner enumerated than bounded well."""
 _HERE, _FLYING, _ABSENT = range(3)
 _CLOSE = 1.0 - 1e-12

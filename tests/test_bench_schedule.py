@@ -1,0 +1,50 @@
+"""`bench schedule` as a user runs it, and the problems it draws."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from hybrimoe_jax.benchmarks import schedule as bench
+from hybrimoe_jax.decide.schedule import SCHEDULERS
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hybrimoe_jax.bench", "schedule", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_last_line_is_the_record():
+    done = command("--instances", "12", "--seed", "3")
+    assert done.returncode == 0 and done.stderr == ""
+    record = json.loads(done.stdout.splitlines()[-1])
+    rules = {name for name in SCHEDULERS if not SCHEDULERS[name].looks_ahead}
+    assert set(record["gap"]) == {workload.name for workload in bench.WORKLOADS}
+    for name, gaps in record["gap"].items():
+        assert set(gaps) == rules
+        for gap in gaps.values():
+            assert 0 <= gap["mean"] <= gap["worst"] and gap["p99"] <= gap["worst"] and 0 <= gap["optimal"] <= 1
+        if "by load" not in name:
+            assert gaps["optimal"]["worst"] < 1e-9
+    assert all(set(times) >= set(SCHEDULERS) and min(times.values()) > 0 for times in record["cpu_us"].values())
+
+
+def test_bad_numbers_are_refused():
+    done = command("--instances", "0")
+    assert (done.returncode, done.stdout) == (2, "") and "--instances must be at least 1" in done.stderr
+
+
+@pytest.mark.parametrize("workload", bench.WORKLOADS, ids=lambda workload: workload.name)
+def test_problems_are_what_they_are_called(workload):
+    generator = random.Random(1)
+    problems = [bench.draw_problem(generator, workload) for _ in range(30)]
+    for problem in problems:
+        assert sum(problem.loads.values()) == workload.tokens * bench.TOP_K
+        assert max(problem.loads.values()) <= workload.tokens
+        assert not problem.in_flight.keys() & problem.resident and problem.in_flight.keys() <= problem.loads.keys()
+        assert (problem.costs.transfer(True) == problem.costs.transfer(False)) == workload.one_speed
+    assert any(problem.costs.device_token > 0 for problem in problems) == workload.by_load
+    assert any(problem.in_flight for problem in problems) == (workload.in_flight > 0)
