@@ -6,7 +6,8 @@
 * **gpt-oss fingerprints** (AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, `data/<dataset>/<subject>/*_examples.json`): one generated reply;
   `router_data` is a list of `{"token_<position>": {"layer_<l>": {"selected_experts", "selected_probs"}}}`. As `.npz`: `expert_ids`, `probs`
   [T, L, k], `seq_lens`; a `meta.jsonl` beside it, where there is one, tells how long the prompts were.
-Each function returns a `Trace` whose rows are still to be checked. `where` begins every error.
+
+The third layout is in `route_csv`. Each function returns a `Trace` whose rows are still to be checked. `where` begins every error.
 """
 
 from __future__ import annotations
