@@ -24,8 +24,9 @@ struct Isa {
     const char* name;
     bool (*supported)();
     // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` rows of `depth` weights and n tokens.
+    // `next`: the weights that will be wanted next, as many; they are prefetched meanwhile (any address will do).
     void (*product[FORMATS])(const void* weights, int64_t rows, int64_t depth, const float* const* x, int64_t n, float* c,
-                             int64_t stride);
+                             int64_t stride, const void* next);
     // out[i] = silu(gate[i]) * up[i]
     void (*silu_times)(const float* gate, const float* up, float* out, int64_t count);
 };
