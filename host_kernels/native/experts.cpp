@@ -23,7 +23,10 @@ constexpr int64_t LINE = 16;           // floats of a cache line
 constexpr int64_t COPIED = 16;         // rows of x in an item
 // A thread more for every so many multiply-adds, where a weight read counts as READ of them: some 20 us of one core
 // (measured: waking a helper costs 5 to 50 us).
-constexpr int64_t GRAIN = 1 << 20, READ = 8;
+#if !defined(EXPERTS_GRAIN)
+#define EXPERTS_GRAIN (1 << 20)
+#endif
+constexpr int64_t GRAIN = EXPERTS_GRAIN, READ = 8;
 
 const Isa* const ISAS[] = {
 #if defined(__x86_64__)
@@ -150,14 +153,14 @@ struct Call {
     const float* mix;
     float* out;
 
-    int64_t start(int64_t i) const { return rows ? starts[i] : i; }
+    int64_t start(int64_t i) const { return starts ? starts[i] : i; }
     int64_t load(int64_t i) const { return start(i + 1) - start(i); }
 };
 
 int check(const Call& call) {
     for (int64_t i = 0; i < call.m; ++i)
         if (call.records[i]->width != call.D || call.records[i]->format < 0 || call.records[i]->format >= FORMATS) return 1;
-    for (int64_t j = 0; call.rows && j < call.starts[call.m]; ++j)
+    for (int64_t j = 0; call.starts && j < call.starts[call.m]; ++j)
         if (call.rows[j] < 0 || call.rows[j] >= call.N) return 2;
     return 0;
 }
@@ -174,7 +177,7 @@ int64_t next_wave(const Call& call, Scratch& scratch, const float* x, int64_t st
         const int64_t room = std::max<int64_t>((SCRATCH_FLOATS - floats) / step, scratch.shares.empty());
         const int64_t take = std::min(left, room), at = call.start(i) + done, first = scratch.inputs.size();
         if (take == 0) break;
-        const int64_t* rows = call.rows ? call.rows + at : nullptr;
+        const int64_t* rows = call.starts ? call.rows + at : nullptr;
         scratch.shares.push_back({call.records[i], rows, call.mix + at, take, first, items});
         for (int64_t t = 0; t < take; ++t) scratch.inputs.push_back(x + (rows ? rows[t] * stride : 0));
         items += panels(call.records[i]->hidden);

@@ -11,10 +11,13 @@ the short lists of a call are packed into bytes, which ctypes passes without cop
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import operator
 import struct
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,8 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.native.library import isas, library
 
 FORMATS = {F32: 0, BF16: 1}
+I64 = np.dtype(np.int64)
+_byref, _char, _given = ctypes.byref, ctypes.c_char.from_buffer, partial(operator.is_not, None)
 _ERRORS = {
     1: ValueError("experts of another width than x's"),
     2: IndexError("a row that x does not have"),
@@ -82,63 +87,68 @@ class NativeKernel(HostKernel):
         threads: int = 1,
     ) -> np.ndarray:
         total, width = x.shape
-        if x.dtype != F32 or not x.flags.c_contiguous:
-            x = np.ascontiguousarray(x, F32)
+        if out.shape != x.shape or out.dtype != F32:
+            raise ValueError(f"out is {out.dtype} {out.shape}; float32 {x.shape} is needed")
         if total == 1:
-            chosen = [i for i, rows in enumerate(tokens) if rows is None or len(rows)]
-            count = len(chosen)
+            if 0 in map(len, filter(_given, tokens)):
+                chosen = [i for i, rows in enumerate(tokens) if rows is None or len(rows)]
+                handles, weights = [handles[i] for i in chosen], [weights[i] for i in chosen]
             failed = self._library.experts_run_one(
                 self._number,
-                count,
-                _addresses(count)(*[handles[i].address for i in chosen]),
+                len(handles),
+                _integers(len(handles))(*[handle.address for handle in handles]),
+                width,
+                x.tobytes()
+                if x.dtype == F32
+                else x.astype(F32).tobytes(),  # copying it is quicker than asking for its address
+                _joined(weights, F32, len(handles)),
+                _byref(_char(out)),
+                threads,
+            )
+        elif len(handles):
+            if x.dtype != F32 or not x.flags.c_contiguous:
+                x = np.ascontiguousarray(x, F32)
+            tokens = [np.arange(total) if rows is None else rows for rows in tokens]
+            starts = [0, *itertools.accumulate(map(len, tokens))]
+            failed = self._library.experts_run(
+                self._number,
+                len(handles),
+                _integers(len(handles))(*[handle.address for handle in handles]),
+                total,
                 width,
                 x.ctypes.data,
-                _floats(count)(*[weights[i][0] for i in chosen]),
-                out.ctypes.data,
+                _integers(len(starts))(*starts),
+                _joined(tokens, I64, starts[-1]),
+                _joined(weights, F32, starts[-1]),
+                _byref(_char(out)),
                 threads,
             )
         else:
-            failed = self._run_many(handles, x, tokens, weights, out, threads)
+            return out
         if failed:
             raise _ERRORS[failed]
         return out
-
-    def _run_many(self, handles, x, tokens, weights, out, threads) -> int:
-        total, width = x.shape
-        if not handles:
-            return 0
-        tokens = [np.arange(total) if rows is None else rows for rows in tokens]
-        starts = [0, *itertools.accumulate(map(len, tokens))]
-        rows = np.concatenate(tokens, dtype=np.int64, casting="unsafe")
-        mix = np.concatenate(weights, dtype=np.float32, casting="unsafe")
-        if len(rows) != len(mix):
-            raise ValueError(f"{len(rows)} rows but {len(mix)} routing weights")
-        return self._library.experts_run(
-            self._number,
-            len(handles),
-            _addresses(len(handles))(*[handle.address for handle in handles]),
-            total,
-            width,
-            x.ctypes.data,
-            _addresses(len(starts))(*starts),
-            rows.ctypes.data,
-            mix.ctypes.data,
-            out.ctypes.data,
-            threads,
-        )
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "isa": self.isa}
 
 
+def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype, count: int) -> bytes:
+    """The arrays behind one another; ValueError unless they hold `count` values in all."""
+    try:
+        if [array.dtype for array in arrays].count(dtype) != len(arrays):
+            raise BufferError
+        joined = b"".join(arrays)
+    except (BufferError, TypeError, ValueError):  # another type, or strided
+        joined = np.concatenate(arrays, dtype=dtype, casting="unsafe").tobytes()
+    if len(joined) != count * dtype.itemsize:
+        raise ValueError(f"{len(joined) // dtype.itemsize} rows or routing weights where {count} are needed")
+    return joined
+
+
 @functools.cache
-def _addresses(count: int):
+def _integers(count: int):
     return struct.Struct(f"={count}q").pack
-
-
-@functools.cache
-def _floats(count: int):
-    return struct.Struct(f"={count}f").pack
 
 
 @functools.lru_cache(64)
