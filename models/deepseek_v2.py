@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import NEG_INF, Linear, RMSNorm, SwiGLU, cache_write, einsum, rotate_pairs, visible
+from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, einsum, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.rope import yarn_mscale
 
@@ -130,7 +131,8 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(self.heads * self.value, width, bias=bias, rngs=rngs)
 
     def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, ...]]:
-        return {"latent": (batch, capacity, self.latent), "rope": (batch, capacity, self.rotary)}
+        """Shapes of a cache for positions 0..capacity-1, with one place more as in `Attention.cache_shapes`."""
+        return {"latent": (batch, capacity + 1, self.latent), "rope": (batch, capacity + 1, self.rotary)}
 
     def absorbs(self, tokens: int, capacity: int) -> bool:
         """Whether scoring latents directly takes fewer multiply-adds per head than expanding the cache first."""

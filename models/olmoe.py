@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import Attention
 from hybrimoe_jax.models.moe import MoEBlock
 
 

@@ -13,9 +13,10 @@ import jax
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig, on_sparse_step
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import Attention, Linear, SwiGLU
+from hybrimoe_jax.models.layers import Linear, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
 
 

@@ -52,7 +52,7 @@ def empty_cache(attention, batch, capacity):
 
 def test_the_cache_holds_latents_only():
     """r + R numbers per token and layer, nothing per head."""
-    assert LatentAttention(config(), nnx.Rngs(0)).cache_shapes(2, 7) == {"latent": (2, 7, 10), "rope": (2, 7, 4)}
+    assert LatentAttention(config(), nnx.Rngs(0)).cache_shapes(2, 7) == {"latent": (2, 8, 10), "rope": (2, 8, 4)}
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 9])

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,16 +9,11 @@ from flax import nnx
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.layers import (
-    Attention,
     Linear,
     RMSNorm,
     SwiGLU,
-    cache_write,
-    cache_write_heads,
-    grouped_attention,
     rotate_half,
     rotate_pairs,
-    visible,
 )
 from hybrimoe_jax.models.rope import make_rope
 
@@ -114,79 +108,3 @@ def test_incomplete_rotary_scaling_is_refused():
         make_rope(32, 10000.0, dict(rope_type="yarn"), 512)
     with pytest.raises(UserError, match="odd"):
         make_rope(31, 10000.0, None)
-
-
-def test_cache_write_drops_padding():
-    cache = jnp.zeros((2, 4, 1))
-    new = jnp.arange(1.0, 7.0).reshape(2, 3, 1)
-    out = cache_write(cache, new, jnp.array([[1, 2, 4], [0, 4, 9]]))
-    assert out[..., 0].tolist() == [[0, 1, 2, 0], [4, 0, 0, 0]]
-    heads = cache_write_heads(
-        jnp.zeros((2, 3, 4, 1)), jnp.repeat(new[:, :, None], 3, 2), jnp.array([[1, 2, 4], [0, 4, 9]])
-    )
-    for head in range(3):
-        assert heads[:, head].tolist() == out.tolist()
-
-
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_visible_keys(window):
-    positions, capacity = np.array([[0, 3, 5]]), 6
-    mask = np.asarray(visible(jnp.asarray(positions), capacity, window))
-    for t, p in enumerate(positions[0]):
-        first = 0 if window is None else max(0, p - window + 1)
-        assert np.flatnonzero(mask[0, t]).tolist() == list(range(first, p + 1))
-
-
-def test_grouped_attention_against_a_loop():
-    q, k, v = normal(0, 1, 3, 4, 8), normal(1, 1, 2, 5, 8), normal(2, 1, 2, 5, 8)
-    mask = np.asarray(visible(jnp.array([[2, 3, 4]]), 5, None))
-    out = grouped_attention(*map(jnp.asarray, (q, k, v, mask)), 0.3)
-    for t in range(3):
-        for head in range(4):
-            logits = np.where(mask[0, t], k[0, head // 2].astype(np.float64) @ q[0, t, head] * 0.3, -np.inf)
-            probs = np.exp(logits - logits.max())
-            np.testing.assert_allclose(out[0, t, head], probs / probs.sum() @ v[0, head // 2], rtol=2e-5, atol=1e-6)
-
-
-OPTIONS = [
-    {},
-    dict(window=3),
-    dict(qk_norm="head"),
-    dict(qk_norm="full", clip=0.05),
-    dict(qkv_bias=True, out_bias=True),
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_attention_in_pieces_equals_attention_at_once(options):
-    """Chunks, single tokens and right padding give what one whole call gives; padding leaves no trace in the cache."""
-    attention = Attention(16, 4, 2, 8, rope=make_rope(8, 10000.0, None), rngs=nnx.Rngs(0), **options)
-    x, capacity = jnp.asarray(normal(3, 1, 7, 16)), 8
-
-    def empty():
-        return {name: jnp.zeros(shape) for name, shape in attention.cache_shapes(1, capacity).items()}
-
-    whole, whole_cache = attention(x, empty(), jnp.arange(7)[None])
-    cache, parts = empty(), []
-    for places in ([0, 1, 2], [3, 4, capacity], [5], [6]):
-        real = [p for p in places if p < capacity]
-        piece = jnp.pad(x[:, real[0] : real[-1] + 1], ((0, 0), (0, len(places) - len(real)), (0, 0)), constant_values=9)
-        out, cache = attention(piece, cache, jnp.array([places]))
-        parts.append(out[:, : len(real)])
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-7)
-    for name in cache:
-        np.testing.assert_allclose(cache[name], whole_cache[name], rtol=1e-5, atol=1e-7)
-
-
-def test_attention_options_change_the_answer():
-    """Every option matters on this input, so the parity above is not vacuous."""
-    x, positions = jnp.asarray(normal(3, 1, 7, 16)), jnp.arange(7)[None]
-    answers = []
-    for options in [{}, dict(window=3), dict(qk_norm="head"), dict(qk_norm="full"), dict(clip=0.02)]:
-        attention = Attention(16, 4, 2, 8, rope=make_rope(8, 10000.0, None), rngs=nnx.Rngs(0), **options)
-        attention = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim == 2 else leaf, attention)
-        cache = {name: jnp.zeros(shape) for name, shape in attention.cache_shapes(1, 7).items()}
-        answers.append(np.asarray(attention(x, cache, positions)[0]))
-    for i, a in enumerate(answers):
-        for b in answers[:i]:
-            assert np.abs(a - b).max() > 1e-3 * np.abs(b).max()
