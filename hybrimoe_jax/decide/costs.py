@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 _KIND = "hybrimoe-jax cost model"
 
 BITS_PER_WEIGHT = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
@@ -58,7 +58,8 @@ class CostModel:
     `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for the device, the shared
     experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
     `fetch_host` is how long issuing a demand load keeps the CPU lane from computing (0 where other threads compute), and `look` what
-    predicting the coming layers costs in each layer.
+    predicting the coming layers costs in each layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine
+    whose device has none of its own (all 0: it has).
     """
 
     cpu_expert: float
@@ -77,6 +78,9 @@ class CostModel:
     source: str = "unstated"
     fetch_host: float = 0.0
     look: float = 0.0
+    alone_expert: float = 0.0
+    alone_token: float = 0.0
+    alone_first: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -102,6 +106,15 @@ class CostModel:
         """One expert on the CPU; `first` where nothing ran on it yet in this step."""
         seconds = self.cpu_expert + self.cpu_token * load
         return seconds + self.cpu_first if first else seconds
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether the device works on the CPU's cores, so that the CPU may get them all."""
+        return self.alone_expert > 0 or self.alone_token > 0
+
+    def alone(self, load: int) -> float:
+        """One expert on the CPU with the device's cores too."""
+        return self.alone_expert + self.alone_token * load
 
     def device(self, load: int) -> float:
         """One resident expert on the device."""
@@ -132,6 +145,9 @@ class CostModel:
             cpu_expert=self.cpu_expert * cpu,
             cpu_token=self.cpu_token * cpu,
             cpu_first=self.cpu_first * cpu,
+            alone_expert=self.alone_expert * cpu,
+            alone_token=self.alone_token * cpu,
+            alone_first=self.alone_first * cpu,
             device_expert=self.device_expert * device,
             device_token=self.device_token * device,
             shared_base=self.shared_base * shared,
@@ -193,12 +209,15 @@ class Samples:
     """What a warm-up measured: (load, seconds) points per kind of work, and (bytes, seconds) for transfers.
 
     `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens in the step.
+    `alone` are experts on the CPU with the device's cores too, (load, seconds), and `alone_first` those that opened a run.
     `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host` and `look` are seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
     """
 
     expert_bytes: int
     cpu: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     cpu_first: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    alone: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    alone_first: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     device: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     shared: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     layer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
@@ -218,7 +237,7 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
         if not getattr(samples, name):
             raise UserError(f"warm-up: no {name} time was measured, so no cost model can be fitted")
     cpu_expert, cpu_token = _line("cpu", samples.cpu)
-    extra = [seconds - (cpu_expert + cpu_token * load) for load, seconds in _medians("cpu_first", samples.cpu_first)]
+    alone_expert, alone_token = _line("alone", samples.alone)
     device_expert, device_token = _line("device", samples.device)
     shared_base, shared_token = _line("shared", samples.shared)
     layer_base, layer_token = _line("layer", samples.layer)
@@ -231,7 +250,7 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
     return CostModel(
         cpu_expert=cpu_expert,
         cpu_token=cpu_token,
-        cpu_first=max(0.0, statistics.median(extra)) if extra else 0.0,
+        cpu_first=_first("cpu_first", samples.cpu_first, cpu_expert, cpu_token),
         device_expert=device_expert,
         device_token=device_token,
         shared_base=shared_base,
@@ -245,7 +264,16 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
         source=source,
         fetch_host=samples.fetch_host,
         look=samples.look,
+        alone_expert=alone_expert,
+        alone_token=alone_token,
+        alone_first=_first("alone_first", samples.alone_first, alone_expert, alone_token),
     )
+
+
+def _first(name: str, points: Points, base: float, per_token: float) -> float:
+    """How much longer the first expert of a run takes than the line says."""
+    extra = [seconds - (base + per_token * load) for load, seconds in _medians(name, points)]
+    return max(0.0, statistics.median(extra)) if extra else 0.0
 
 
 def _medians(name: str, points: Points) -> list[tuple[float, float]]:

@@ -25,6 +25,7 @@ from hybrimoe_jax.decide.predictors import Predictor, build_predictor
 from hybrimoe_jax.decide.prefetch import Forecast, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
+from hybrimoe_jax.decide.schedule.alone import with_shared_cores
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System, get_system
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
@@ -95,7 +96,8 @@ class Planner:
             raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
-        self.scheduler = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
+        rule = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
+        self.scheduler = with_shared_cores(rule, costs)
         policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
         parameters = {**parameters, **(cache_params or {})}
         self.policies: list[CachePolicy] = policy.for_layers(

@@ -21,8 +21,6 @@ from hybrimoe_jax.runtime.routing import HostRouting
 
 INLINE_WAKES = 4
 """Host experts shorter than this many wake-ups of a thread are not handed to one."""
-LONE = 1.5
-"""From this ratio of predicted CPU to device time on, prefill gives the host the device's cores too."""
 
 
 class OverlappedForward(HybridForward):
@@ -57,8 +55,7 @@ class OverlappedForward(HybridForward):
         acc = self._dispatch(acc, x, plan.device, routing, ordinal)
         pending = None
         if plan.cpu:
-            predicted = sum(self.planner.costs.cpu(routing.loads[e], i == 0) for i, e in enumerate(plan.cpu))
-            inline = predicted < self.inline_s * len(plan.cpu)
+            inline = plan.schedule.cpu_seconds < self.inline_s * len(plan.cpu)
             work = HostWork(
                 ordinal,
                 list(plan.cpu),
@@ -66,8 +63,7 @@ class OverlappedForward(HybridForward):
                 [routing.rows[e] for e in plan.cpu],
                 [routing.weights[e] for e in plan.cpu],
             )
-            lone = plan.schedule.cpu_seconds > LONE * plan.schedule.device_seconds
-            pending = self.host.submit(work, inline, wide=lone and x.shape[0] > programs.DENSE_ROWS)
+            pending = self.host.submit(work, inline, wide=plan.schedule.alone)
         moved = None
         link_start = self._working()
         for fetch in plan.fetch:

@@ -56,7 +56,7 @@ def measure(
     count = max(4, ROTATION_BYTES // pool.expert_bytes)
     experts = list(itertools.islice(every, count))
     samples = Samples(expert_bytes=pool.expert_bytes)
-    _host_samples(samples, host, experts, config.hidden_size)
+    _host_samples(samples, host, experts, config.hidden_size, link.device.platform == "cpu")
     inline = statistics.median(seconds for load, seconds in samples.cpu if load == 1) < inline_s
     _device_samples(samples, model, pool.some(count), host.clock, capacity, inline)
     _transfer_samples(samples, pool, link, host, experts, weights)
@@ -76,8 +76,9 @@ def _timed(clock: WallClock, run) -> float:
     return statistics.median(times)
 
 
-def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1):
-    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if several)."""
+def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1, wide: bool = False):
+    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if several); `wide`:
+    as in a step, on all workers."""
     tokens = 1 if load == 1 else 2 * load
     x = np.random.default_rng(0).standard_normal((tokens, width), np.float32)
     rows, mix = np.arange(0, tokens, 2), np.ones(load, np.float32)
@@ -86,12 +87,13 @@ def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 
         picks = list(itertools.islice(rotation, count))
         layer = picks[0][0]
         chosen = [expert for at, expert in picks if at == layer]
-        host.submit(HostWork(layer, chosen, x, [rows] * len(chosen), [mix] * len(chosen)), inline=True).result()
+        work = HostWork(layer, chosen, x, [rows] * len(chosen), [mix] * len(chosen))
+        host.submit(work, inline=not wide, wide=wide).result()
 
     return run
 
 
-def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> None:
+def _host_samples(samples: Samples, host: HostExecutor, experts, width: int, shared_cores: bool) -> None:
     for (
         layer,
         expert,
@@ -103,6 +105,12 @@ def _host_samples(samples: Samples, host: HostExecutor, experts, width: int) -> 
         several = _timed(host.clock, _host_run(host, rotation, load, width, 4))
         samples.cpu_first.append((load, alone))
         samples.cpu.append((load, min(alone, (several - alone) / 3) if several > alone else several / 4))
+        if shared_cores:
+            few = _timed(host.clock, _host_run(host, rotation, load, width, 2, wide=True))
+            many = _timed(host.clock, _host_run(host, rotation, load, width, 8, wide=True))
+            each = (many - few) / 6 if many > few else many / 8
+            samples.alone.append((load, each))
+            samples.alone_first.append((load, max(each, few - each)))
 
 
 def _device_samples(

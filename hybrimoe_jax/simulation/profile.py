@@ -78,6 +78,8 @@ class MachineProfile:
 class MachineCosts:
     """One model on one machine; has the methods of `CostModel`, all in seconds."""
 
+    shares_cores = False
+
     fetch_host = 0.0
 
     def __init__(self, profile: MachineProfile, shape: ModelShape, fmt: str):

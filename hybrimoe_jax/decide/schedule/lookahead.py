@@ -30,6 +30,7 @@ class LookaheadOptimalScheduler(Scheduler):
 
     name = "lookahead-optimal"
     looks_ahead = True
+    steals = True
 
     def __init__(self):
         self._optimal = OptimalScheduler()

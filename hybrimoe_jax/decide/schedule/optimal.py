@@ -36,6 +36,7 @@ class OptimalScheduler(Scheduler):
     """
 
     name = "optimal"
+    steals = True
 
     def __init__(self, nodes: int = NODES):
         self.nodes = nodes

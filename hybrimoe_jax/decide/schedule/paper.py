@@ -20,6 +20,7 @@ class PaperScheduler(Scheduler):
     """
 
     name = "paper"
+    steals = True
 
     def schedule(self, problem: Problem) -> Schedule:
         loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
@@ -106,6 +107,7 @@ class ReleasedScheduler(Scheduler):
     """
 
     name = "released"
+    steals = True
 
     def schedule(self, problem: Problem) -> Schedule:
         loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight

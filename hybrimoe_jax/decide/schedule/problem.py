@@ -76,6 +76,7 @@ class Schedule(NamedTuple):
     flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
     `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device. `bound` is a lower bound on the makespan of
     every schedule, where the rule knows one (0: it does not). `later` is what a rule that looks ahead expects beyond the layer, in seconds.
+    `alone`: the CPU has the device's cores too (see `alone`).
     """
 
     cpu: tuple[int, ...]
@@ -88,6 +89,7 @@ class Schedule(NamedTuple):
     link_seconds: float
     bound: float = 0.0
     later: float = 0.0
+    alone: bool = False
 
     @property
     def gap(self) -> float:
@@ -98,13 +100,15 @@ class Schedule(NamedTuple):
 class Scheduler(ABC):
     """A rule from problems to schedules.
 
-    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `looks_ahead` whether it wants `Problem.fill` and `coming`.
+    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones, `looks_ahead`
+    whether it wants `Problem.fill` and `coming`.
     """
 
     name: str
     looks_ahead = False
     uses_cpu = True
     uses_link = True
+    steals = False
 
     @abstractmethod
     def schedule(self, problem: Problem) -> Schedule:
