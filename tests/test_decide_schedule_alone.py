@@ -1,0 +1,80 @@
+"""Cores that device and CPU share: all experts on the CPU where that is sooner, and nowhere else."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrimoe_jax.decide.costs import CostModel, Samples, fit
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+
+COSTS = CostModel(
+    cpu_expert=4.0, cpu_token=1.0, cpu_first=1.0, device_expert=5.0, device_token=0.5, shared_base=2.0, shared_token=0.0,
+    layer_base=0.0, layer_token=0.0, transfer_latency=0.0, bandwidth=1.0, bandwidth_cpu_busy=1.0, expert_bytes=3,
+)  # fmt: skip
+SHARED = dataclasses.replace(COSTS, alone_expert=2.0, alone_token=0.5, alone_first=0.5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(SCHEDULERS)),
+    st.dictionaries(st.integers(0, 9), st.integers(1, 40), min_size=1),
+    st.sets(st.integers(0, 9)),
+    st.floats(0.1, 20.0),
+    st.booleans(),
+)
+def test_every_expert_once_and_alone_only_where_it_is_sooner(name, loads, resident, per_expert, allow_steal):
+    rule, costs = get_scheduler(name), dataclasses.replace(SHARED, alone_expert=per_expert)
+    problem = Problem(loads, resident, costs, allow_steal=allow_steal)
+    plain, shared = rule.schedule(problem), with_shared_cores(rule, costs).schedule(problem)
+    assert sorted(shared.cpu + shared.device) == sorted(loads)
+    alone = costs.shared(1) + costs.alone_first + sum(costs.alone(load) for load in loads.values())
+    if not shared.alone:
+        assert shared == plain
+        return
+    assert shared.cpu and not shared.device and not shared.fetch and shared.makespan == pytest.approx(alone)
+    work = plain.device_seconds + costs.alone_first + sum(costs.alone(loads[e]) for e in plain.cpu)
+    assert alone < max(plain.makespan, work)
+    assert rule.uses_cpu and (not plain.device or (rule.steals and allow_steal))
+
+
+def test_a_fast_cpu_gets_everything_and_a_slow_one_does_not():
+    rule, loads = get_scheduler("paper"), {e: 8 for e in range(8)}
+    for alone, expected in ((1.0, True), (100.0, False)):
+        costs = dataclasses.replace(SHARED, alone_expert=alone)
+        schedule = with_shared_cores(rule, costs).schedule(Problem(loads, {0, 1}, costs))
+        assert schedule.alone is expected
+
+
+def test_residents_stay_on_the_device_where_the_rule_keeps_them_there():
+    rule = with_shared_cores(get_scheduler("cpu-misses"), SHARED)
+    assert not rule.schedule(Problem({0: 8, 1: 8}, {0}, SHARED)).alone
+    assert rule.schedule(Problem({0: 8, 1: 8}, (), SHARED)).alone
+
+
+def test_a_machine_with_a_device_of_its_own_is_planned_as_before():
+    assert not COSTS.shares_cores and SHARED.shares_cores
+    rule = get_scheduler("paper")
+    assert with_shared_cores(rule, COSTS) is rule
+    idle = get_scheduler("fetch-misses")
+    assert with_shared_cores(idle, SHARED) is idle
+
+
+def test_the_planner_uses_it_and_a_profile_keeps_it(tmp_path):
+    SHARED.save(tmp_path / "p.json")
+    costs = CostModel.load(tmp_path / "p.json")
+    assert costs == SHARED
+    planner = Planner("cpu-only", 1, 8, 2, 0, costs)
+    plan = planner.plan(0, {1: 8, 2: 8}, None, 8)
+    assert plan.schedule.alone and plan.makespan == pytest.approx(2.0 + 0.5 + 2 * (2.0 + 4.0))
+
+
+def test_the_fit_finds_the_line():
+    points = [(load, 2.0 + 0.5 * load) for load in (1, 16, 64)]
+    samples = Samples(3, cpu=points, device=points, transfer=[(1, 1.0), (3, 3.0)], alone=points)
+    samples.alone_first = [(load, seconds + 0.25) for load, seconds in points]
+    costs = fit(samples)
+    assert (costs.alone_expert, costs.alone_token, costs.alone_first) == pytest.approx((2.0, 0.5, 0.25))
