@@ -1,12 +1,12 @@
 """Branch and bound for the least makespan where device time depends on the load: anytime, and it says how far off it may be.
 
-The number q of demand loads is fixed first, so that the link's end depends on the CPU's alone. For each q, with m = |CPU's experts among absent| etc.,
+The number q of demand loads is fixed first, so that the link's end depends on the CPU's alone. For each q
 
   makespan >= CPU end,  >= shared + device work,  >= landing of the last demand load + the least device time,
 
 and for any weight w in 0..1 also >= w CPU end + (1 - w) device end, whose minimum is a sum of independent choices once the q best absent
-experts are found by sorting (Lagrangian relaxation; w is bisected for the greatest bound). Depth first per q, the most promising q first;
-identical experts are told apart by nothing, so of them the device takes the first ones.
+experts are found by sorting (Lagrangian relaxation; w is bisected for the greatest bound, and each w tried gives a choice too). Then depth
+first per q, the most promising q first. Identical experts are interchangeable: of them the device takes the first ones.
 """
 
 from __future__ import annotations
