@@ -11,6 +11,8 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from itertools import repeat
 from multiprocessing import get_context
 
 import numpy as np
@@ -141,23 +143,17 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
             parse_policy(spec)
     for path in paths:
         routing(path, options.part, options.layers)
-    tasks = [(path, spec) for path in paths for spec in options.policies]
-    if jobs == 1:
-        results = (measure(path, spec, options) for path, spec in tasks)
-        found = dict(zip(tasks, progress(results, len(tasks), "policies")))
-    else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            waiting = pool.map(measure, *zip(*tasks), [options] * len(tasks))
-            found = dict(zip(tasks, progress(waiting, len(tasks), "policies")))
-    record = {}
-    for path in paths:
-        outcomes = {spec: found[path, spec] for spec in options.policies if found[path, spec] is not None}
-        record[path] = {f"{ratio:g}": _row(ratio, outcomes) for ratio in options.ratios}
-        trace = routing(path, options.part, options.layers)
-        print(
-            f"\n{path}: {len(trace.ids)} tokens, {trace.ids.shape[1]} layers, sequences: {options.part}{_missing(trace)}"
-        )
-        print(table(record[path]))
+    with ExitStack() as stack:
+        pool = jobs > 1 and stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
+        record = {}
+        for path in paths:
+            results = (pool.map if pool else map)(measure, repeat(path), options.policies, repeat(options))
+            found = dict(zip(options.policies, progress(results, len(options.policies), path)))
+            outcomes = {spec: outcome for spec, outcome in found.items() if outcome is not None}
+            record[path] = {f"{ratio:g}": _row(ratio, outcomes) for ratio in options.ratios}
+            shape, missing = routing(path, options.part, options.layers).ids.shape, _missing(path, options)
+            print(f"\n{path}: {shape[0]} tokens, {shape[1]} layers, sequences: {options.part}{missing}")
+            print(table(record[path]), flush=True)
     return record
 
 
@@ -181,11 +177,12 @@ def _row(ratio: float, outcomes: dict[str, dict]) -> dict[str, dict]:
     return row
 
 
-def _missing(trace: Routing) -> str:
+def _missing(path: str, options: Options) -> str:
+    trace = routing(path, options.part, options.layers)
     if trace.scores is not None:
         return ""
     return "; no scores of experts not selected, so MRS has p = k" + (
-        "" if trace.weights is not None else " and no weights"
+        "" if trace.weights is not None else ", no weights"
     )
 
 
