@@ -13,13 +13,12 @@ import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.profile import PROFILES
 
 ENGINE_FLAGS = {
-    "system": dict(
-        metavar="NAME", help="policies: hybrimoe, ktransformers, adapmoe, llamacpp, on-demand, cpu-only, device-only"
-    ),
+    "system": dict(metavar="NAME", help=f"policies: {', '.join(SYSTEMS)}"),
     "cache_ratio": dict(
         type=float, metavar="R", help="fraction of each layer's experts kept on the device (default 0.25)"
     ),

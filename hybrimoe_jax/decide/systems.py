@@ -4,6 +4,10 @@
   ktransformers  static placement by frequency, the CPU computes what is not resident
   adapmoe        device only: LRU cache, misses are fetched, the next layer's predicted misses are prefetched
   llamacpp       whole layers are resident (the last ones, as `--n-gpu-layers` has it), the CPU computes the others
+  fiddler        the most popular experts of all layers together stay; a miss goes where it alone is done first, CPU or link and device
+  powerinfer     the same placement, the CPU computes what is not resident (PowerInfer's hot and cold, by expert instead of by neuron)
+  freetoken      LRU cache, misses shared between link and CPU by bandwidth, no prefetch (its slots are pooled over layers and its prefill
+                 streams whole layers; here slots are a layer's own and a prompt is scheduled like a token)
   on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its speculation)
   device-only    device only, no cache management: a static resident set, everything else is streamed each time and not kept (layer
                  offloading as in Accelerate or DeepSpeed inference, expert by expert)
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from hybrimoe_jax.decide.caching import policy_class
@@ -38,7 +43,8 @@ class System:
       cache, scheduler: a name for `caching.parse_policy`, one in `schedule.SCHEDULERS`.
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
       lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a transfer, at most MAX_DEPTH.
-      placement: how slots are shared out: "uniform" (the same number in each layer), "whole-layers" or "none".
+      placement: how slots are shared out: "uniform" (the same number in each layer), "popular" (to the most frequent experts of
+        all layers together; uniform where frequencies are unknown), "whole-layers" or "none".
       guard: which residents a prefetch may not evict because they are hotter: those whose value is "expected" to be larger than the
         candidate's once the predicted step has come, those whose "value" is larger already now (strict: where every miss is fetched, all
         residents are hotter than all candidates, and next to nothing is prefetched), or "none".
@@ -50,7 +56,7 @@ class System:
     scheduler: str
     prefetch: Literal["none", "next-layer", "impact"] = "none"
     lookahead: int | Literal["adaptive"] = 0
-    placement: Literal["uniform", "whole-layers", "none"] = "uniform"
+    placement: Literal["uniform", "popular", "whole-layers", "none"] = "uniform"
     guard: Literal["value", "expected", "none"] = "expected"
     predictor: str = "gate-reuse"
 
@@ -84,15 +90,25 @@ class System:
         """Whether experts ever cross the link after the start."""
         return get_scheduler(self.scheduler).uses_link or self.reach > 0
 
-    def slots_per_layer(self, cache_ratio: float, num_layers: int, num_experts: int) -> list[int]:
+    def slots_per_layer(
+        self,
+        cache_ratio: float,
+        num_layers: int,
+        num_experts: int,
+        frequencies: Sequence[Sequence[float]] | None = None,
+    ) -> list[int]:
         """Slots of each MoE layer: floor(ratio * experts), or whole layers within ratio * layers, the last ones first."""
         if not 0 <= cache_ratio <= 1:
             raise UserError(f"cache ratio {cache_ratio} is outside 0..1")
         if self.placement == "whole-layers":
             return self.slots_for_total(_floor(cache_ratio * num_layers) * num_experts, num_layers, num_experts)
-        return self.slots_for_total(_floor(cache_ratio * num_experts) * num_layers, num_layers, num_experts)
+        return self.slots_for_total(
+            _floor(cache_ratio * num_experts) * num_layers, num_layers, num_experts, frequencies
+        )
 
-    def slots_for_total(self, total: int, num_layers: int, num_experts: int) -> list[int]:
+    def slots_for_total(
+        self, total: int, num_layers: int, num_experts: int, frequencies: Sequence[Sequence[float]] | None = None
+    ) -> list[int]:
         """The same for a number of slots in all, for example what a byte budget leaves room for."""
         if total < 0:
             raise UserError(f"{total} slots: the number must be at least 0")
@@ -101,6 +117,18 @@ class System:
         if self.placement == "whole-layers":
             whole = min(total // num_experts, num_layers)
             return [0] * (num_layers - whole) + [num_experts] * whole
+        if self.placement == "popular" and frequencies is not None:
+            order = sorted(
+                (
+                    (-count, layer, expert)
+                    for layer, counts in enumerate(frequencies)
+                    for expert, count in enumerate(counts)
+                )
+            )
+            slots = [0] * num_layers
+            for _, layer, _ in order[:total]:
+                slots[layer] += 1
+            return slots
         return [min(total // num_layers, num_experts)] * num_layers
 
     def override(
@@ -131,6 +159,9 @@ SYSTEMS: dict[str, System] = {
         System("ktransformers", "static", "cpu-misses"),
         System("adapmoe", "lru", "device-only", prefetch="next-layer", lookahead=1, guard="none"),
         System("llamacpp", "static", "cpu-misses", placement="whole-layers"),
+        System("fiddler", "static", "cheaper", placement="popular"),
+        System("powerinfer", "static", "cpu-misses", placement="popular"),
+        System("freetoken", "lru", "bandwidth-split"),
         System("on-demand", "lru", "device-only"),
         System("device-only", "static", "device-only"),
         System("cpu-only", "static", "cpu-misses", placement="none"),

@@ -138,7 +138,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
             config, options.max_batch, min(options.prefill_chunk, max_context), max_context, lookahead, 16
         ),
     )
-    slots = _slots(system, options, fixed, expert_bytes, num_layers, config.num_experts)
+    slots = _slots(system, options, fixed, expert_bytes, num_layers, config.num_experts, frequencies)
     pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING)
     link = Link(device, clock)
     threads.limit_blas(1)
@@ -186,13 +186,13 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     )
 
 
-def _slots(system, options, fixed, expert_bytes, num_layers, num_experts) -> list[int]:
+def _slots(system, options, fixed, expert_bytes, num_layers, num_experts, frequencies) -> list[int]:
     if options.budget_bytes is None:
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
     else:
         total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, num_layers * num_experts)
-        return system.slots_for_total(total, num_layers, num_experts)
-    return system.slots_per_layer(ratio, num_layers, num_experts)
+        return system.slots_for_total(total, num_layers, num_experts, frequencies)
+    return system.slots_per_layer(ratio, num_layers, num_experts, frequencies)
 
 
 def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: int) -> CostModel:

@@ -16,17 +16,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax.decide.caching import Belady
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.predictors import Perfect
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.simulation.bound import least_seconds
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_costs
 from hybrimoe_jax.simulation.records import measures, versions
 from hybrimoe_jax.simulation.replay import Result, replay
 from hybrimoe_jax.simulation.shapes import ModelShape, find_shape, get_shape
-from hybrimoe_jax.simulation.workload import TokenSteps
+from hybrimoe_jax.simulation.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
@@ -61,10 +65,31 @@ class Case:
     steps: int | None = None
 
 
+ORACLE = "oracle"
+"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,
+their sum need not be."""
+
+
 @functools.lru_cache(maxsize=4)
 def tokens_of(path: str) -> TokenSteps:
-    """A trace, token by token."""
+    """A trace, token by token; "synthetic:" and a model's name stand for made-up routing."""
+    if path.startswith(PREFIX):
+        name = path.removeprefix(PREFIX)
+        if name not in KNOBS:
+            raise UserError(f"trace {path}: there is synthetic routing of {', '.join(KNOBS)} only")
+        return TokenSteps(synthetic_trace(name))
     return TokenSteps(open_trace(path))
+
+
+def system_of(case: Case, tokens: TokenSteps) -> System:
+    """The case's system, parts replaced. Where a trace has no gates' predictions the co-activation table predicts."""
+    if case.system == ORACLE:
+        return System(ORACLE, "lru", "optimal", prefetch="impact", lookahead=3)
+    system = get_system(case.system).override(**dict(case.parts))
+    asked = dict(case.parts).get("predictor")
+    if system.lookahead and asked is None and not tokens.has_lookahead:
+        return system.override(predictor="co-activation")
+    return system
 
 
 def shape_for(tokens: TokenSteps, case: Case) -> ModelShape:
@@ -95,23 +120,33 @@ def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
     """(trace, system, costs); UserError where they do not fit together."""
     if case.start not in STARTS:
         raise UserError(f"start {case.start!r} is unknown (known: {', '.join(STARTS)})")
-    system = get_system(case.system).override(**dict(case.parts))
     tokens = tokens_of(case.trace)
+    system = system_of(case, tokens)
     return tokens, system, load_costs(case.profile, shape_for(tokens, case), case.fmt)
 
 
-def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, sequences) -> Planner:
-    """A fresh planner of a case."""
-    facts = tokens.facts
+def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, steps) -> Planner:
+    """A fresh planner of a case; `steps` are those to come, which only the oracle looks at."""
+    facts, cache, predictor, parameters = tokens.facts, None, None, dict(case.cache_params)
+    if case.system == ORACLE:
+        needed, coming = [[] for _ in range(facts.layers)], {}
+        for number, step in enumerate(steps):
+            for asked in step.layers:
+                needed[asked.layer].append(list(asked.loads))
+                coming[number, asked.layer] = asked.shown.ids
+        cache, parameters = Belady, {"future": needed}
+        predictor = Perfect(facts.layers, facts.experts, facts.top_k, system.reach, future=coming)
     return Planner(
         system,
         facts.layers,
         facts.experts,
         facts.top_k,
-        system.slots_per_layer(case.ratio, facts.layers, facts.experts),
+        system.slots_per_layer(case.ratio, facts.layers, facts.experts, frequencies),
         costs,
         frequencies=frequencies,
-        cache_params=dict(case.cache_params),
+        cache=cache,
+        cache_params=parameters,
+        predictor=predictor,
         cold=case.start == "cold",
     )
 
@@ -119,19 +154,24 @@ def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, freq
 def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     """Runs one case: its record, see `simulate`. `timeline` gets the events of the first half."""
     tokens, system, costs = prepared(case)
-    began, result, notes = time.process_time(), None, []
+    began, result, bound, notes = time.process_time(), None, 0.0, []
     for sequences, frequencies in halves(tokens):
         if frequencies is None and case.start == "warm":
             notes.append("one sequence: static placement and warm start take the lowest ids, not frequencies")
-        for part in _runs(case, system, costs, tokens, sequences, frequencies, timeline):
+        for part, least in _runs(case, system, costs, tokens, sequences, frequencies, timeline):
             result = part if result is None else result + part
+            bound += least
         timeline = None
     if result is None:
         raise UserError(f"trace {case.trace}: {len(tokens)} tokens do not hold a prompt of {case.prompt}")
     if not tokens.has_scores and system.cache == "mrs":
         notes.append("the trace has no full scores: MRS with p = k")
     if system.lookahead and not result.counters.prefetch_issued:
-        notes.append("no prefetch was issued" + ("" if tokens.has_lookahead else ": the trace has no predictions"))
+        notes.append("no prefetch was issued: none was found worth its while, or nothing was predicted")
+    if system.predictor == "co-activation" and not dict(case.parts).get("predictor"):
+        notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
+    if case.trace.startswith(PREFIX):
+        notes.append("synthetic routing, see hybrimoe_jax/simulation/synthetic.py")
     facts, slots = tokens.facts, system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts)
     return {
         "kind": KIND,
@@ -150,6 +190,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "prompt_tokens": case.prompt,
         **measures(result, costs.expert_bytes, sum(slots) * costs.expert_bytes),
         "slots": sum(slots),
+        "bound_seconds_per_step": bound / len(result.steps),
         "choices": {**dataclasses.asdict(system), "cache_params": dict(case.cache_params), "steps_limit": case.steps},
         "notes": notes,
         "costs": costs.describe(),
@@ -158,18 +199,21 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     }
 
 
-def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iterator[Result]:
-    def fresh() -> tuple[Planner, Machine]:
-        return planner_for(case, system, costs, tokens, frequencies, sequences), Machine(costs, timeline)
+def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iterator[tuple[Result, float]]:
+    def run(steps: Iterable[Step]) -> Result:
+        if case.system == ORACLE:
+            steps = list(steps)
+        planner = planner_for(case, system, costs, tokens, frequencies, steps)
+        return replay(planner, Machine(costs, timeline), steps)
 
     if case.prompt is None:
-        yield replay(*fresh(), tokens.steps(sequences, case.steps))
-    else:
-        for number, step in enumerate(tokens.prompts(sequences, case.prompt, case.prompts)):
-            yield replay(
-                *fresh(), [step._replace(sequence=number if sequences[0] == tokens.sequences[0] else -1 - number)]
-            )
-            timeline = None
+        yield run(tokens.steps(sequences, case.steps)), least_seconds(tokens.steps(sequences, case.steps), costs)
+        return
+    first = sequences[0] == tokens.sequences[0]
+    for number, step in enumerate(tokens.prompts(sequences, case.prompt, case.prompts)):
+        step = step._replace(sequence=number if first else -1 - number)
+        yield run([step]), least_seconds([step], costs)
+        timeline = None
 
 
 def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:

@@ -56,6 +56,7 @@ def measures(result: Result, expert_bytes: int, slots_bytes: int) -> dict:
             "useful": c.prefetch_useful,
             "late": c.prefetch_late,
             "wasted": c.prefetch_wasted,
+            **{f"{name}_s": getattr(c, f"prefetch_{name}_s") for name in ("useful", "late", "wasted", "wait")},
         },
         "occupancy": {
             "cpu": result.cpu / total,

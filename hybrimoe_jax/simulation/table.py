@@ -34,7 +34,14 @@ def _block(key: tuple, records: list[dict]) -> str:
         "  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
         for line in lines
     ]
-    notes = list(dict.fromkeys(f"{record['system']}: {note}" for record in records for note in record["notes"]))
+    least = 1e3 * first["bound_seconds_per_step"]
+    text.append(f"no system takes less than {least:.4g} ms (all experts on the device, work cut at will)")
+    who: dict[str, dict[str, None]] = {}
+    for record in records:
+        for note in record["notes"]:
+            who.setdefault(note, {})[record["system"]] = None
+    everyone = {record["system"] for record in records}
+    notes = [note if len(names) == len(everyone) else f"{', '.join(names)}: {note}" for note, names in who.items()]
     return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in notes)])
 
 

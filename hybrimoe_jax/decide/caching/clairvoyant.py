@@ -32,10 +32,18 @@ class Belady(CachePolicy):
         self.heat = [self._next(expert) for expert in range(num_experts)]
 
     @classmethod
-    def for_layers(cls, num_experts, capacities, top_k, *, future, **parameters):
+    def for_layers(cls, num_experts, capacities, top_k, *, future, frequencies=None, **parameters):
         """`future`: [layer][step] experts."""
         return [
-            cls(num_experts, slots, top_k, future=future[layer], moment=layer / len(capacities), **parameters)
+            cls(
+                num_experts,
+                slots,
+                top_k,
+                future=future[layer],
+                moment=layer / len(capacities),
+                frequencies=None if frequencies is None else frequencies[layer],
+                **parameters,
+            )
             for layer, slots in enumerate(capacities)
         ]
 

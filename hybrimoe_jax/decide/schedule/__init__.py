@@ -10,6 +10,7 @@ device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE
   fetch-misses       every miss crosses the link, highest load first; the CPU stays idle
   device-only        the same without a scheduler: misses cross the link in the order of their ids
   bandwidth-split    link and CPU share the misses as they share the host's bandwidth (FreeToken)
+  cheaper            each miss where it alone is done first (Fiddler)
   optimal            the least makespan, or how near to it
   lookahead-optimal  the same with the next layer and the value of filling a slot in the objective
 """
@@ -20,6 +21,7 @@ from hybrimoe_jax.decide.schedule.paper import PaperScheduler, ReleasedScheduler
 from hybrimoe_jax.decide.schedule.problem import Coming, Problem, Schedule, Scheduler, landings, replay
 from hybrimoe_jax.decide.schedule.splits import (
     BandwidthSplitScheduler,
+    CheaperScheduler,
     CpuMissesScheduler,
     DeviceOnlyScheduler,
     FetchMissesScheduler,
@@ -37,6 +39,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         FetchMissesScheduler,
         DeviceOnlyScheduler,
         BandwidthSplitScheduler,
+        CheaperScheduler,
         OptimalScheduler,
         LookaheadOptimalScheduler,
     )

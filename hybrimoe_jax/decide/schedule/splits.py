@@ -41,6 +41,24 @@ class DeviceOnlyScheduler(Scheduler):
         return replay(problem, (), here + flying + absent, absent)
 
 
+class CheaperScheduler(Scheduler):
+    """Each miss where it alone would be done first: on the CPU, or over the link and on the device; it looks at no other (Fiddler's rule, arXiv
+    2402.07033). What is in flight is awaited."""
+
+    name = "cheaper"
+
+    def schedule(self, problem: Problem) -> Schedule:
+        costs, loads = problem.costs, problem.loads
+        here, flying, absent = split(problem)
+        require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
+        transfer = self.transfer_seconds(problem)
+        fetch = [e for e in absent if costs.cpu(loads[e]) > transfer + costs.device(loads[e])]
+        if not problem.allow_fetch or not problem.allow_cpu:
+            fetch = absent if problem.allow_fetch else []
+        cpu = [e for e in absent if e not in fetch]
+        return replay(problem, cpu[::-1], here + flying + fetch, fetch)
+
+
 class BandwidthSplitScheduler(Scheduler):
     """Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest (FreeToken's rule).
 

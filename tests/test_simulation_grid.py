@@ -1,0 +1,74 @@
+"""Systems beside the clairvoyant one and the bound; placements; synthetic routing has the statistics it states."""
+
+import pytest
+
+from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, Problem, get_scheduler, get_system
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.simulation.bound import least_makespan
+from hybrimoe_jax.simulation.grid import ORACLE, Case, run_case
+from hybrimoe_jax.simulation.profile import PROFILES, load_profile
+from hybrimoe_jax.simulation.shapes import get_shape
+from hybrimoe_jax.simulation.synthetic import KNOBS, statistics, synthetic_trace
+
+QWEN = "synthetic:qwen2-57b-a14b"
+
+
+@pytest.mark.parametrize("profile", ["a6000-paper", "h100-pcie5"])
+def test_no_system_is_below_the_bound_and_the_oracle_is_below_the_others(profile):
+    times = {}
+    for system in (*SYSTEMS, ORACLE):
+        record = run_case(Case(QWEN, profile, system, 0.25, steps=12))
+        times[system] = record["seconds_per_step"]["mean"]
+        assert record["bound_seconds_per_step"] <= times[system] * (1 + 1e-9)
+        assert any("synthetic" in note for note in record["notes"])
+    assert times[ORACLE] <= min(times.values()) * (1 + 1e-9)
+    assert times["hybrimoe"] < times["llamacpp"] < times["cpu-only"]
+
+
+@pytest.mark.parametrize("rule", SCHEDULERS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_no_schedule_is_below_the_bound_of_its_layer(rule, profile):
+    costs = load_profile(profile).costs(get_shape("deepseek-v2-lite"), "int4")
+    for loads in ({0: 1, 1: 1, 2: 1, 3: 1}, {0: 300, 1: 2, 2: 40, 3: 7, 4: 1}, {5: 9}):
+        for resident in (set(), {0, 2}, set(loads)):
+            problem = Problem(loads, resident, costs, 50)
+            assert get_scheduler(rule).schedule(problem).makespan >= least_makespan(loads, costs, 50) * (1 - 1e-9)
+
+
+def test_prompts_of_the_oracle_are_foreseen_too():
+    times = {
+        s: run_case(Case(QWEN, "a6000-paper", s, 0.25, prompt=64, prompts=1))["seconds_per_step"]["mean"]
+        for s in ("hybrimoe", ORACLE)
+    }
+    assert times[ORACLE] <= times["hybrimoe"] * 1.001
+
+
+def test_a_warm_start_knows_more_than_a_cold_one():
+    warm, cold = (
+        run_case(Case(QWEN, "a6000-paper", "on-demand", 0.5, start=start, steps=6)) for start in ("warm", "cold")
+    )
+    assert warm["hits"] > cold["hits"] and warm["bytes_h2d"] < cold["bytes_h2d"]
+
+
+def test_popular_slots_go_where_the_experts_are_asked_for():
+    system = get_system("fiddler")
+    frequencies = [[9, 8, 7, 0], [1, 1, 1, 1], [5, 0, 0, 2]]
+    assert system.slots_per_layer(0.5, 3, 4, frequencies) == [3, 1, 2]
+    assert system.slots_per_layer(0.5, 3, 4) == [2, 2, 2]
+    assert get_system("powerinfer").slots_for_total(4, 3, 4, frequencies) == [3, 0, 1]
+
+
+def test_fiddler_asks_of_each_miss_alone_where_it_would_be_done_first():
+    costs = load_profile("a6000-paper").costs(get_shape("deepseek-v2-lite"), "int4")
+    schedule = get_scheduler("cheaper").schedule(Problem({0: 1, 1: 500, 2: 3}, {0}, costs, 504))
+    for expert, load in ((1, 500), (2, 3)):
+        assert (expert in schedule.fetch) == (costs.cpu(load) > costs.transfer(True) + costs.device(load))
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_synthetic_routing_has_the_statistics_that_are_stated(name):
+    said = statistics(synthetic_trace(name, 3, 100))
+    assert said["overlap"] == pytest.approx(0.31, abs=0.04)
+    assert [said[f"recall_{d}"] for d in (1, 2, 3)] == pytest.approx([0.77, 0.735, 0.715], abs=0.03)
+    with pytest.raises(UserError, match="synthetic routing of"):
+        run_case(Case("synthetic:gpt-5", "a6000-paper", "hybrimoe", 0.25))
