@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
 FLAG = r"(?<![^\s`(])--[a-z][a-z-]+"
-COMMANDS = ("generate", "convert", "train", "simulate", "bench", "trace")
+COMMANDS = ("generate", "convert", "train", "simulate", "reproduce", "bench", "trace")
 OTHERS = {"--n-gpu-layers", "--slow"}
 """Flags of other programs that the documents mention."""
 needs_bundled = pytest.mark.skipif(

@@ -101,6 +101,37 @@ def test_what_cannot_be_is_one_clear_error(trace, flags, message, capsys):
         simulate.main(["--trace", trace, *flags])
 
 
+def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    from PIL import Image
+
+    flags = [
+        "--systems",
+        "hybrimoe,on-demand,oracle",
+        "--cache-ratios",
+        "0.25,0.5",
+        "--starts",
+        "cold",
+        "--prompt-lengths",
+        "8",
+    ]
+    simulate.main(["--trace", trace, *flags, "--prompts", "1", "--plots", str(tmp_path / "p")])
+    pictures = sorted(path.name.split("-")[0] for path in (tmp_path / "p").glob("*.png"))
+    assert pictures == ["hits", "lanes", "lanes", "prediction", "tbt", "ttft"]
+    for path in (tmp_path / "p").glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert pixels.shape[1] > 400 and pixels.std() > 10
+
+
+def test_without_matplotlib_plots_say_what_to_install(trace, monkeypatch):
+    from hybrimoe_jax.errors import UserError
+    from hybrimoe_jax.simulation import plots
+
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="install the extra"):
+        simulate.main(["--trace", trace, "--plots", "p"])
+
+
 def test_a_file_that_is_no_trace_is_exit_code_2(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"nothing")
     code, out, error = command("--trace", str(tmp_path / "x.npz"), "--out", str(tmp_path / "r.jsonl"))

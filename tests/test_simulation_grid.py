@@ -2,11 +2,10 @@
 
 import pytest
 
-from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, Problem, get_scheduler, get_system
+from hybrimoe_jax.decide import SYSTEMS, Problem, get_scheduler, get_system
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulation.bound import least_makespan
 from hybrimoe_jax.simulation.grid import ORACLE, Case, run_case
-from hybrimoe_jax.simulation.profile import PROFILES, load_profile
+from hybrimoe_jax.simulation.profile import load_profile
 from hybrimoe_jax.simulation.shapes import get_shape
 from hybrimoe_jax.simulation.synthetic import KNOBS, statistics, synthetic_trace
 
@@ -23,16 +22,6 @@ def test_no_system_is_below_the_bound_and_the_oracle_is_below_the_others(profile
         assert any("synthetic" in note for note in record["notes"])
     assert times[ORACLE] <= min(times.values()) * (1 + 1e-9)
     assert times["hybrimoe"] < times["llamacpp"] < times["cpu-only"]
-
-
-@pytest.mark.parametrize("rule", SCHEDULERS)
-@pytest.mark.parametrize("profile", PROFILES)
-def test_no_schedule_is_below_the_bound_of_its_layer(rule, profile):
-    costs = load_profile(profile).costs(get_shape("deepseek-v2-lite"), "int4")
-    for loads in ({0: 1, 1: 1, 2: 1, 3: 1}, {0: 300, 1: 2, 2: 40, 3: 7, 4: 1}, {5: 9}):
-        for resident in (set(), {0, 2}, set(loads)):
-            problem = Problem(loads, resident, costs, 50)
-            assert get_scheduler(rule).schedule(problem).makespan >= least_makespan(loads, costs, 50) * (1 - 1e-9)
 
 
 def test_prompts_of_the_oracle_are_foreseen_too():

@@ -142,7 +142,7 @@ class System:
         parts["predictor"] = predictor
         parts = {part: value for part, value in parts.items() if value is not None}
         mode = parts.get("prefetch", self.prefetch)
-        if mode != "none" and not self.lookahead and lookahead is None:
+        if prefetch is not None and mode != "none" and not self.lookahead and lookahead is None:
             parts["lookahead"] = 3 if mode == "impact" else 1
         return dataclasses.replace(self, **parts)
 

@@ -16,9 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.caching import Belady
+from hybrimoe_jax.decide.caching import Belady, policy_class
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.predictors import Perfect
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
@@ -70,6 +69,10 @@ ORACLE = "oracle"
 their sum need not be."""
 
 
+BELADY = "belady"
+"""Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
+
+
 @functools.lru_cache(maxsize=4)
 def tokens_of(path: str) -> TokenSteps:
     """A trace, token by token; "synthetic:" and a model's name stand for made-up routing."""
@@ -84,7 +87,9 @@ def tokens_of(path: str) -> TokenSteps:
 def system_of(case: Case, tokens: TokenSteps) -> System:
     """The case's system, parts replaced. Where a trace has no gates' predictions the co-activation table predicts."""
     if case.system == ORACLE:
-        return System(ORACLE, "lru", "optimal", prefetch="impact", lookahead=3)
+        return System(ORACLE, "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
+    if case.system == BELADY:
+        return System(BELADY, "lru", "device-only")
     system = get_system(case.system).override(**dict(case.parts))
     asked = dict(case.parts).get("predictor")
     if system.lookahead and asked is None and not tokens.has_lookahead:
@@ -127,15 +132,13 @@ def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
 
 def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, steps) -> Planner:
     """A fresh planner of a case; `steps` are those to come, which only the oracle looks at."""
-    facts, cache, predictor, parameters = tokens.facts, None, None, dict(case.cache_params)
-    if case.system == ORACLE:
-        needed, coming = [[] for _ in range(facts.layers)], {}
-        for number, step in enumerate(steps):
+    facts, cache, parameters = tokens.facts, None, dict(case.cache_params)
+    if case.system in (ORACLE, BELADY):
+        needed = [[] for _ in range(facts.layers)]
+        for step in steps:
             for asked in step.layers:
                 needed[asked.layer].append(list(asked.loads))
-                coming[number, asked.layer] = asked.shown.ids
         cache, parameters = Belady, {"future": needed}
-        predictor = Perfect(facts.layers, facts.experts, facts.top_k, system.reach, future=coming)
     return Planner(
         system,
         facts.layers,
@@ -146,7 +149,6 @@ def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, freq
         frequencies=frequencies,
         cache=cache,
         cache_params=parameters,
-        predictor=predictor,
         cold=case.start == "cold",
     )
 
@@ -201,18 +203,22 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
 
 def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iterator[tuple[Result, float]]:
     def run(steps: Iterable[Step]) -> Result:
-        if case.system == ORACLE:
+        if case.system in (ORACLE, BELADY):
             steps = list(steps)
         planner = planner_for(case, system, costs, tokens, frequencies, steps)
         return replay(planner, Machine(costs, timeline), steps)
 
+    def least(steps: Iterable[Step]) -> float:
+        slots = system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies)
+        return least_seconds(steps, slots, costs, cold=case.start == "cold" and not policy_class(system.cache).fixed)
+
     if case.prompt is None:
-        yield run(tokens.steps(sequences, case.steps)), least_seconds(tokens.steps(sequences, case.steps), costs)
+        yield run(tokens.steps(sequences, case.steps)), least(tokens.steps(sequences, case.steps))
         return
     first = sequences[0] == tokens.sequences[0]
     for number, step in enumerate(tokens.prompts(sequences, case.prompt, case.prompts)):
         step = step._replace(sequence=number if first else -1 - number)
-        yield run([step]), least_seconds([step], costs)
+        yield run([step]), least([step])
         timeline = None
 
 

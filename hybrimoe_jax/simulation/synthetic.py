@@ -32,7 +32,7 @@ KNOBS = {"mixtral-8x7b": Knobs(0.2, 0.15, 0.4), "qwen2-57b-a14b": Knobs(0.5, 0.2
 """Mixtral: a flatter popularity, as its public counts have it."""
 
 
-def synthetic_trace(name: str, sequences: int = 6, tokens: int = 128, distances: int = 3, seed: int = 0) -> Trace:
+def synthetic_trace(name: str, sequences: int = 6, tokens: int = 128, distances: int = 6, seed: int = 0) -> Trace:
     """A trace of `sequences` sequences of `tokens` tokens each for a shape in `KNOBS`, full scores and predictions included."""
     shape, knobs = get_shape(name), KNOBS[name]
     generator = np.random.default_rng(seed)

@@ -34,8 +34,8 @@ def _block(key: tuple, records: list[dict]) -> str:
         "  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
         for line in lines
     ]
-    least = 1e3 * first["bound_seconds_per_step"]
-    text.append(f"no system takes less than {least:.4g} ms (all experts on the device, work cut at will)")
+    least = 1e3 * min(record["bound_seconds_per_step"] for record in records)
+    text.append(f"none of them can take less than {least:.4g} ms, see simulation/bound.py")
     who: dict[str, dict[str, None]] = {}
     for record in records:
         for note in record["notes"]:

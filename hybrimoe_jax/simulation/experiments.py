@@ -1,0 +1,144 @@
+"""The runs behind docs/reproduction.md, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.simulation.grid import BELADY, ORACLE, Case, halves, tokens_of
+from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.profile import load_profile
+from hybrimoe_jax.simulation.replay import replay
+from hybrimoe_jax.simulation.shapes import get_shape
+
+SYNTHETIC = {model: f"synthetic:{model}" for model in ("mixtral-8x7b", "qwen2-57b-a14b")}
+PROFILES = ("a6000-paper", "a6000-engineered")
+RIVALS = ("ktransformers", "llamacpp", "adapmoe", "on-demand", "fiddler", "powerinfer", "freetoken")
+CONTROLS = {"hybrimoe with cpu-misses": "cpu-misses", "hybrimoe with fetch-misses": "fetch-misses"}
+LENGTHS = (32, 128, 512, 1024)
+QWEN = SYNTHETIC["qwen2-57b-a14b"]
+
+STATIC = (("cache", "static"), ("prefetch", "none"))
+VARIANTS: dict[str, tuple[str, tuple]] = {
+    "baseline": ("ktransformers", ()),
+    "+scheduling": ("hybrimoe", STATIC),
+    "+prefetching": ("hybrimoe", (("cache", "lru"), ("scheduler", "cpu-misses"))),
+    "+scheduling, LRU": ("hybrimoe", (("cache", "lru"), ("prefetch", "none"))),
+    "+scheduling, +caching": ("hybrimoe", (("prefetch", "none"),)),
+    "all": ("hybrimoe", ()),
+    "beyond: echo cache": ("hybrimoe", (("cache", "echo"),)),
+    "beyond: optimal": ("hybrimoe", (("scheduler", "optimal"),)),
+    "beyond: lookahead-optimal": ("hybrimoe", (("scheduler", "lookahead-optimal"),)),
+    "beyond: adaptive depth": ("hybrimoe", (("lookahead", "adaptive"),)),
+    "oracle": (ORACLE, ()),
+}
+"""Rows of Table III and ours; under cpu-misses nothing is ever fetched, so a cache policy alone changes nothing and has no row."""
+DEPTHS = (0, 1, 2, 3, 4, 5, 6)
+RULES = ("released", "paper", "optimal", "lookahead-optimal", "bandwidth-split")
+CACHES = ("lru", "lfu", "mrs", "echo")
+
+
+def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
+    """Every experiment's cases. `traces`: model -> file of the real ones at hand."""
+    sources = {**traces, **SYNTHETIC}
+    decode = [
+        Case(trace, profile, system, ratio, parts=parts, steps=steps)
+        for trace in sources.values()
+        for profile in PROFILES
+        for ratio in (0.25, 0.75)
+        for system, parts in [
+            ("hybrimoe", ()),
+            *((name, ()) for name in RIVALS),
+            *(("hybrimoe", (("scheduler", rule),)) for rule in CONTROLS.values()),
+            (ORACLE, ()),
+        ]
+    ]
+    prefill = [
+        Case(trace, "a6000-paper", system, 0.25, prompt=length, prompts=1)
+        for model, trace in sources.items()
+        for length in LENGTHS
+        if model not in SYNTHETIC or length <= 256
+        for system in ("hybrimoe", "ktransformers", "llamacpp", "adapmoe", "freetoken")
+    ]
+    ablation = [
+        Case(QWEN, profile, system, 0.25, parts=parts, prompt=prompt, prompts=2, steps=steps)
+        for profile in PROFILES
+        for prompt in (None, 256)
+        for system, parts in VARIANTS.values()
+    ]
+    hits = [
+        Case(trace, "a6000-paper", *system, start="cold", parts=parts, steps=2 * steps)
+        for trace in sources.values()
+        for ratio in (0.25, 0.75)
+        for system, parts in [*((("on-demand", ratio), (("cache", c),)) for c in CACHES), ((BELADY, ratio), ())]
+    ]
+    depth = [
+        Case(trace, profile, "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=steps)
+        for trace in (*traces.values(), QWEN)
+        for profile in ("a6000-paper", "h100-pcie5")
+        for d in DEPTHS
+    ]
+    rules = [
+        Case(
+            trace,
+            profile,
+            "hybrimoe",
+            0.25,
+            parts=(("scheduler", rule), ("prefetch", "none")),
+            prompt=prompt,
+            prompts=1,
+            steps=steps,
+        )
+        for trace in sources.values()
+        for profile in ("a6000-paper", "h100-pcie5")
+        for prompt in (None, 128)
+        for rule in RULES
+    ]
+    return {"decode": decode, "prefill": prefill, "ablation": ablation, "hits": hits, "depth": depth, "rules": rules}
+
+
+def link_beliefs(steps: int) -> list[tuple[str, str, float]]:
+    """(machine, what the planner believes of the link, seconds a token): a link that slows down beside the CPU, planned with and without knowing."""
+    rows = []
+    tokens = tokens_of(QWEN)
+    shape = get_shape("qwen2-57b-a14b")
+    for name in ("h100-pcie5", "rtx4090-pcie4"):
+        profile = load_profile(name)
+        f = profile.figures
+        truth = profile.costs(shape, "int4")
+        for belief, factors in [
+            ("both rates", {}),
+            ("always the rate alone", {"link_bandwidth_cpu_busy": f.link_bandwidth / f.link_bandwidth_cpu_busy}),
+            ("always the rate beside the CPU", {"link_bandwidth": f.link_bandwidth_cpu_busy / f.link_bandwidth}),
+        ]:
+            seconds = count = 0.0
+            for sequences, frequencies in halves(tokens):
+                planner = Planner("hybrimoe", shape.layers, shape.experts, shape.top_k, shape.experts // 4, profile.changed(**factors).costs(shape, "int4"), frequencies=frequencies)  # fmt: skip
+                result = replay(planner, Machine(truth), tokens.steps(sequences, steps))
+                seconds, count = seconds + result.seconds, count + len(result.steps)
+            rows.append((name, belief, seconds / count))
+    return rows
+
+
+def reuse_by_rank(traces: Mapping[str, str]) -> dict[str, list[float]]:
+    """Per model, the chance that the expert of each score rank (first the highest) is chosen by the next token too."""
+    shares = {}
+    for model, path in traces.items():
+        tokens = tokens_of(path)
+        facts = tokens.facts
+        hits, count, before, sequence = np.zeros(facts.top_k), 0, {}, None
+        for step in tokens.steps(tokens.sequences[:20]):
+            for asked in step.layers:
+                if step.sequence == sequence and asked.layer in before:
+                    hits += [expert in asked.loads for expert in before[asked.layer]]
+                    count += 1
+                before[asked.layer] = (
+                    sorted(asked.loads, key=asked.scores.__getitem__, reverse=True)
+                    if asked.scores
+                    else list(asked.loads)
+                )
+            sequence = step.sequence
+        shares[model] = (hits / count).tolist()
+    return shares

@@ -1,0 +1,214 @@
+"""Pictures of simulations: times, hits by capacity, lanes of one layer or step, prefetch by distance. Needs matplotlib (the extra `plots`).
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths fit a column of 3.4 inches. Every title says that times are simulated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.simulation import grid
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
+WIDTH = 3.4
+STYLE = {
+    "font.size": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
+CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
+POLICIES = ("lru", "lfu", "mrs", "echo")
+GANTT_STEPS, PROMPT = 6, 128
+
+
+def check() -> None:
+    """UserError where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UserError("--plots needs matplotlib: install the extra [plots]")
+
+
+def write_all(records: Sequence[dict], cases: Sequence[grid.Case], folder: str | Path) -> list[Path]:
+    """Writes what the records and their cases give: PNG files in `folder`, which is made."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure, name: str) -> None:
+        path = folder / f"{name}.png"
+        figure.savefig(path, bbox_inches="tight")
+        plt.close(figure)
+        written.append(path)
+
+    with plt.rc_context(STYLE):
+        for key in dict.fromkeys((r["trace"], r["rows"], r["start"], r["profile"]) for r in records):
+            chosen = [r for r in records if (r["trace"], r["rows"], r["start"], r["profile"]) == key]
+            save(times(plt, chosen), "-".join(["ttft" if chosen[0]["prompt_tokens"] else "tbt", *map(_word, key)]))
+        for trace in dict.fromkeys(case.trace for case in cases):
+            case = next(c for c in cases if c.trace == trace and c.prompt is None)
+            save(capacity(plt, case), f"hits-{_word(trace)}")
+            tokens = grid.tokens_of(trace)
+            prompt = min(PROMPT, *(tokens.count(sequences) for sequences, _ in grid.halves(tokens)))
+            for length, name in ((None, "decode"), (prompt, "prefill")):
+                save(gantt(plt, case, length), f"lanes-{name}-{_word(trace)}")
+            save(accuracy(plt, case), f"prediction-{_word(trace)}")
+    return written
+
+
+def times(plt, records: Sequence[dict]):
+    """Bars of the mean time a step, with intervals, grouped by cache ratio."""
+    systems = list(dict.fromkeys(r["system"] for r in records))
+    ratios = sorted({r["cache_ratio"] for r in records})
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.1))
+    width = 0.8 / len(systems)
+    for place, system in enumerate(systems):
+        rows = {r["cache_ratio"]: r["seconds_per_step"] for r in records if r["system"] == system}
+        heights = [1e3 * rows[ratio]["mean"] for ratio in ratios]
+        low_high = [rows[ratio]["ci95"] or [rows[ratio]["mean"]] * 2 for ratio in ratios]
+        errors = [
+            [max(0.0, h - 1e3 * lh[0]) for h, lh in zip(heights, low_high)],
+            [max(0.0, 1e3 * lh[1] - h) for h, lh in zip(heights, low_high)],
+        ]
+        at = [i + (place - (len(systems) - 1) / 2) * width for i in range(len(ratios))]
+        axes.bar(
+            at,
+            heights,
+            width * 0.95,
+            yerr=errors,
+            label=system,
+            color=COLOURS[place % len(COLOURS)],
+            hatch="//" if place >= len(COLOURS) else None,
+            error_kw={"lw": 0.6},
+        )
+    axes.axhline(1e3 * min(r["bound_seconds_per_step"] for r in records), color="0.4", lw=0.7, ls="--", label="bound")
+    axes.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
+    axes.set_xlabel("experts that the device holds")
+    axes.set_ylabel(("TTFT" if records[0]["prompt_tokens"] else "TBT") + " [ms], simulated")
+    axes.set_title(
+        f"{records[0]['model']}, {records[0]['profile']}, {records[0]['rows']}, {records[0]['start']}", fontsize=6
+    )
+    axes.legend(ncols=3, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    return figure
+
+
+def capacity(plt, case: grid.Case):
+    """Hit rate against capacity with every miss fetched and kept, under Belady's rule too."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
+    for place, policy in enumerate((*POLICIES, "belady")):
+        rates = []
+        for ratio in CAPACITIES:
+            parts = () if policy == "belady" else (("cache", policy),)
+            system = grid.BELADY if policy == "belady" else "on-demand"
+            one = grid.Case(
+                case.trace,
+                case.profile,
+                system,
+                ratio,
+                case.fmt,
+                parts=parts,
+                shape=case.shape,
+                steps=case.steps or 300,
+            )
+            rates.append(100 * grid.run_case(one)["hit_rate"]["mean"])
+        style = {"color": "0.2", "ls": "--"} if policy == "belady" else {"color": COLOURS[place]}
+        axes.plot(
+            [100 * ratio for ratio in CAPACITIES], rates, marker="osv^D"[place], ms=3, lw=1, label=policy, **style
+        )
+    axes.set_xlabel("slots [% of a layer's experts]")
+    axes.set_ylabel("hit rate [%]")
+    axes.set_title(f"{_word(case.trace)}: one token a step, every miss kept, warm start", fontsize=6)
+    axes.legend()
+    return figure
+
+
+def gantt(plt, case: grid.Case, prompt: int | None):
+    """Lanes of one step (a few layers of it) or of one layer of a prompt, for the first system of the case."""
+    timeline = Timeline()
+    grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS), timeline)
+    fronts = [event for event in timeline.events("device") if event[2].startswith("attention")]
+    layers = len({event[2] for event in fronts})
+    first = (GANTT_STEPS - 1) * layers + layers // 2 if prompt is None else layers // 2
+    first = min(first, len(fronts) - 5)
+    begin, end = fronts[first][0], fronts[first + (4 if prompt is None else 1)][0]
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.6))
+    for row, lane in enumerate(("link", "device", "cpu")):
+        for start, stop, name, args in timeline.events(lane):
+            if stop <= begin or start >= end:
+                continue
+            start, stop = max(start, begin), min(stop, end)
+            plain = name.startswith(("attention", "step", "shared"))
+            prefetch = args.get("kind") == "prefetch"
+            axes.barh(
+                row,
+                1e3 * (stop - start),
+                left=1e3 * (start - begin),
+                height=0.7,
+                color="0.8" if plain else LANE_COLOURS[lane],
+                edgecolor="white",
+                lw=0.4 if stop - start > 0.01 * (end - begin) else 0,
+                hatch="////" if prefetch else None,
+            )
+            label = name.split()[0][0] if plain else str(args.get("expert", ""))
+            if stop - start > 0.022 * (end - begin):
+                axes.text(
+                    1e3 * ((start + stop) / 2 - begin),
+                    row,
+                    label,
+                    ha="center",
+                    va="center",
+                    fontsize=4.5,
+                    color="white" if lane == "device" and not plain else "black",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6} if prefetch else None,
+                )
+    axes.set_yticks(range(3), ("link", "device", "CPU"))
+    axes.set_xlim(0, 1e3 * (end - begin))
+    axes.set_xlabel("simulated time [ms]")
+    what = "four layers of a decode step" if prompt is None else f"one layer of a prompt of {prompt} tokens"
+    axes.set_title(
+        f"{case.system}, {case.profile}: {what}\nexpert numbers; a attention, s shared; hatched: prefetch", fontsize=6
+    )
+    return figure
+
+
+def accuracy(plt, case: grid.Case):
+    """Share of predicted experts that were asked for, by distance, for each predictor that the trace allows."""
+    from hybrimoe_jax.simulation.accuracy import recall_by_distance
+
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.0))
+    tokens = grid.tokens_of(case.trace)
+    for place, (name, shares) in enumerate(recall_by_distance(tokens, steps=case.steps or 300).items()):
+        axes.plot(
+            range(1, len(shares) + 1),
+            [100 * share for share in shares],
+            marker="osv^D"[place],
+            ms=3,
+            lw=1,
+            label=name,
+            color=COLOURS[place],
+        )
+    axes.axhline(100 * tokens.facts.top_k / tokens.facts.experts, color="0.4", ls=":", lw=0.8, label="chance")
+    axes.set_xlabel("lookahead distance [layers]")
+    axes.set_ylabel("predicted experts\nthat were asked for [%]")
+    axes.set_ylim(0, 100)
+    axes.set_title(_word(case.trace), fontsize=6)
+    axes.legend(fontsize=5.5, ncols=2)
+    return figure
+
+
+def _word(text: str) -> str:
+    return "".join(
+        c if c.isalnum() or c in ".-" else "-" for c in "-".join(Path(str(text)).with_suffix("").parts[-2:])
+    )[:60]

@@ -1,0 +1,77 @@
+"""`python -m hybrimoe_jax.reproduce`: the document and the records it stands on."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrimoe_jax.simulation import document, experiments
+from hybrimoe_jax.simulation.records import versions
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_paper_s_figures_are_those_of_the_paper():
+    paper = document.PAPER
+    assert paper["headline_speedup_over_ktransformers"] == {"prefill": 1.33, "decode": 1.70}
+    assert paper["table_iii_qwen2_cache25_seconds"]["decode"]["all"] == 0.11
+
+
+def test_cases_are_in_the_order_that_the_document_reads_them():
+    cases = experiments.all_cases({}, 5)
+    block = [case.parts for case in cases["ablation"][: len(experiments.VARIANTS)]]
+    assert block == [parts for _, parts in experiments.VARIANTS.values()]
+    assert {case.prompt for case in cases["ablation"][: len(block)]} == {None}
+    assert all(case.trace.startswith("synthetic:") for rows in cases.values() for case in rows)
+
+
+def test_no_prefetch_at_depth_zero():
+    from hybrimoe_jax.simulation.grid import Case, run_case
+
+    counts = [
+        run_case(Case(experiments.QWEN, "a6000-paper", "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=4))
+        ["prefetch"]["issued"]
+        for d in (0, 3)
+    ]  # fmt: skip
+    assert counts[0] == 0 < counts[1]
+
+
+def test_the_committed_document_holds_every_section_and_marks_what_is_synthetic():
+    text = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    for heading in ("Decoding", "Reading prompts", "Table III", "Hit rates", "Characterisation", "open questions"):
+        assert re.search(rf"^## .*{heading}", text, re.MULTILINE)
+    rows = [line for line in text.splitlines() if line.startswith(("| mixtral", "| qwen2"))]
+    assert rows and all("(synthetic)" in row for row in rows)
+    assert "simulated" in text and "none is measured" in text
+
+
+@pytest.mark.slow
+def test_one_command_writes_document_and_records(tmp_path):
+    """About a minute: every experiment on synthetic routing alone."""
+    (tmp_path / "data").mkdir()
+    docs, results = tmp_path / "r.md", tmp_path / "results"
+    flags = ["--steps", "3", "--docs", str(docs), "--results", str(results)]
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrimoe_jax.reproduce", *flags],
+        capture_output=True, text=True, timeout=900, cwd=tmp_path, env={"HYBRIMOE_DATA": str(tmp_path / "data"), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["clock"] == "virtual" and "left out" in done.stderr
+    text = docs.read_text()
+    assert "## Table III" in text and "deepseek-v2-lite |" not in text.split("## Characterisation")[0]
+    for name in ("decode", "prefill", "ablation", "hits", "depth", "rules"):
+        records = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+        assert records and all(r["clock"] == "virtual" and r["versions"] == versions() for r in records)
+
+
+def test_a_folder_without_traces_is_one_clear_error(tmp_path):
+    from hybrimoe_jax import reproduce
+    from hybrimoe_jax.errors import UserError
+
+    with pytest.raises(UserError, match="holds none of"):
+        reproduce.main(["--data", str(tmp_path), "--docs", str(tmp_path / "r.md")])
+    with pytest.raises(UserError, match="there is no folder"):
+        reproduce.main(["--docs", str(tmp_path / "no" / "r.md")])
