@@ -21,7 +21,7 @@ $(VENV)/.run: $(BUILT) | $(BIN)/python
 # torch first and alone: its CPU build is all that the parity tests need, and a later resolution leaves it in place.
 $(VENV)/.test: $(BUILT) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --editable '.[onednn,test,baseline]'
+	$(BIN)/python -m pip install --quiet --editable '.[onednn,test,baseline,plots]'
 	touch $@ $(VENV)/.run
 
 venv: $(VENV)/.test

@@ -193,7 +193,12 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         **measures(result, costs.expert_bytes, sum(slots) * costs.expert_bytes),
         "slots": sum(slots),
         "bound_seconds_per_step": bound / len(result.steps),
-        "choices": {**dataclasses.asdict(system), "cache_params": dict(case.cache_params), "steps_limit": case.steps},
+        "choices": {
+            **dataclasses.asdict(system),
+            **({"cache": "belady"} if case.system in (ORACLE, BELADY) else {}),
+            "cache_params": dict(case.cache_params),
+            "steps_limit": case.steps,
+        },
         "notes": notes,
         "costs": costs.describe(),
         "versions": versions(),
