@@ -16,7 +16,7 @@
 namespace experts {
 namespace {
 
-constexpr int64_t PANEL = 32;    // rows of weights an item takes: two cache lines of output
+constexpr int64_t PANEL = MAX_ROWS;  // rows of weights an item takes: two cache lines of output
 constexpr int64_t TOKENS = 96;   // tokens between looks at the same panel, which stays in the second-level cache
 constexpr int64_t SCRATCH_FLOATS = 4 << 20;
 constexpr int64_t LINE = 16;           // floats of a cache line

@@ -19,11 +19,13 @@ struct Expert {
     int64_t format;
 };
 
+constexpr int64_t MAX_ROWS = 32;  // of weights that `product` takes at once
+
 // The code of one instruction set.
 struct Isa {
     const char* name;
     bool (*supported)();
-    // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` rows of `depth` weights and n tokens.
+    // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` <= MAX_ROWS rows of `depth` weights and n tokens.
     // `next`: the weights that will be wanted next, as many; they are prefetched meanwhile (any address will do).
     void (*product[FORMATS])(const void* weights, int64_t rows, int64_t depth, const float* const* x, int64_t n, float* c,
                              int64_t stride, const void* next);
