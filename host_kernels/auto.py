@@ -23,7 +23,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
-from hybrimoe_jax.host_kernels.kernel import HostKernel
+from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -32,7 +32,8 @@ SAMPLE_BYTES = 64 << 20  # of copies, so that weights come from memory where the
 SAMPLE_WIDTH, SAMPLE_HIDDEN = 2048, 1024  # larger experts are cropped: both are then bound by memory alike
 SECONDS_PER_LOAD = 0.06
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-BURST, BURST_LOADS = 4, 8  # decode runs several experts one after another; at larger loads one call is long enough
+BURST, BURST_LOADS = 4, 8  # a layer runs several experts; where load or expert is large, one is long enough
+BURST_BYTES = 32 << 20  # load times an expert's bytes
 CLEAR_WIN = 0.95  # a packed copy must beat the best other form by 5 % to be worth its memory
 
 
@@ -43,6 +44,29 @@ class AutoExpert:
 
     def __init__(self, weights: ExpertWeights, native: Any, onednn: Any):
         self.weights, self.native, self.onednn = weights, native, onednn
+
+    def of(self, form: str) -> Any:
+        return self.weights if form == REFERENCE else self.native if form == NATIVE else self.onednn
+
+
+class OneLayout(HostKernel):
+    """oneDNN on one layout of the weights, whatever an expert's calls have earned. Args: a OneDnnKernel, its layout's name."""
+
+    name = "onednn"
+
+    def __init__(self, onednn: Any, layout: str, max_load: int):
+        self._onednn, self._layout, self._max_load = onednn, layout, max_load
+
+    def prepare(self, weights: ExpertWeights) -> Any:
+        return self._onednn.prepare(weights)
+
+    def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            out = np.empty((len(x), handle.shape[0]), np.float32)
+        for start in range(0, len(x), self._max_load):
+            part = slice(start, start + self._max_load)
+            self._onednn.run(handle, self._layout, x[part], out[part])
+        return out
 
 
 class AutoKernel(HostKernel):
@@ -58,20 +82,21 @@ class AutoKernel(HostKernel):
     ):
         check_expert(sample, "sample expert")
         self._reference = ReferenceKernel()
+        self._forms: dict[str, HostKernel] = {REFERENCE: self._reference}
         self._onednn, self._native, self.pack_seconds, self.unavailable = None, None, 0.0, []
         self.measured: dict[int, dict[str, float]] = {}
         try:
             from hybrimoe_jax.host_kernels import onednn
 
             self._onednn = onednn.OneDnnKernel(threads, pack_limit, earns=self._earned)
-            self._kinds = {PLAIN: onednn.PLAIN, PACKED: onednn.PACKED}
-            self._max_load = onednn.MAX_LOAD
+            for form, layout in ((PLAIN, onednn.PLAIN), (PACKED, onednn.PACKED)):
+                self._forms[form] = OneLayout(self._onednn, layout, onednn.MAX_LOAD)
         except UserError as error:
             self.unavailable.append(str(error))
         try:
             from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 
-            self._native = NativeKernel(threads)
+            self._native = self._forms[NATIVE] = NativeKernel(threads)
         except UserError as error:
             self.unavailable.append(str(error))
         self.teams = self._native is not None
@@ -90,14 +115,7 @@ class AutoKernel(HostKernel):
 
     def expert(self, handle: AutoExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         form = self._form(handle, len(x))
-        if form == NATIVE:
-            return self._native.expert(handle.native, x, out)
-        if form == REFERENCE:
-            return self._reference.expert(handle.weights, x, out)
-        if out is None:
-            out = np.empty((len(x), handle.weights.width), np.float32)
-        self._run_chunks(handle.onednn, self._kinds[form], x, out)
-        return out
+        return self._forms[form].expert(handle.of(form), x, out)
 
     def run_experts(self, handles, x, tokens, weights, out, threads=1):
         if self._native is None:
@@ -171,40 +189,30 @@ class AutoKernel(HostKernel):
             else:
                 handles[PACKED] = packed
         self.pack_seconds = statistics.median(packing) if packing else 0.0
-        rng = np.random.default_rng(0)
         for load in loads:
-            x = rng.standard_normal((load, sample.width), np.float32)
-            self.measured[load] = self._race(handles, x)
+            self.measured[load] = self._race(handles, load)
         self._decide(loads)
 
-    def _race(self, handles: dict[str, list], x: np.ndarray) -> dict[str, float]:
-        """Median seconds of one call per form."""
-        out, times = np.empty_like(x), {form: [] for form in handles}
-        burst = BURST if len(x) <= BURST_LOADS else 1
-        ones = [np.ones(len(x), np.float32)] * burst
+    def _race(self, handles: dict[str, list], load: int) -> dict[str, float]:
+        """Median seconds of an expert per form, rows gathered and results added as in a step (every other row of x)."""
+        weights = handles[REFERENCE][0]
+        burst = BURST if load <= BURST_LOADS or load * weights.nbytes <= BURST_BYTES else 1
+        tokens = 1 if load == 1 else 2 * load
+        x = np.random.default_rng(0).standard_normal((tokens, weights.width), np.float32)
+        rows, ones = [np.arange(0, tokens, 2)] * burst, [np.ones(load, np.float32)] * burst
+        out, times = np.zeros_like(x), {form: [] for form in handles}
         deadline = None
         for turn in range(MAX_ROUNDS + 1):
             for place, (form, experts) in enumerate(handles.items()):
                 first = turn * burst + place * len(experts) // len(handles)
                 chosen = [experts[(first + i) % len(experts)] for i in range(burst)]
                 start = time.perf_counter()
-                if form == NATIVE:  # one call for all, as in a layer
-                    self._native.run_experts(chosen, x, [None] * burst, ones, out)
-                for handle in chosen if form != NATIVE else ():
-                    if form == REFERENCE:
-                        self._reference.expert(handle, x, out)
-                    else:
-                        self._run_chunks(handle, self._kinds[form], x, out)
+                run_experts(self._forms[form], chosen, x, rows, ones, out)
                 times[form].append((time.perf_counter() - start) / burst)
             deadline = deadline or time.perf_counter() + SECONDS_PER_LOAD  # the first turn only warms up
             if turn >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
         return {form: statistics.median(samples[1:]) for form, samples in times.items()}
-
-    def _run_chunks(self, handle: Any, kind: str, x: np.ndarray, out: np.ndarray) -> None:
-        for start in range(0, len(x), self._max_load):
-            part = slice(start, start + self._max_load)
-            self._onednn.run(handle, kind, x[part], out[part])
 
     def _decide(self, loads: tuple[int, ...]) -> None:
         """Tables by load, each load taking the measured load nearest in ratio."""
