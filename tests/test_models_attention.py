@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrimoe_jax.models.attention import Attention, blocked_attention, cache_write, grouped_attention, visible
+from hybrimoe_jax.models.attention import (
+    Attention,
+    blocked_attention,
+    cache_write,
+    causal_attention,
+    grouped_attention,
+    visible,
+)
 from hybrimoe_jax.models.rope import make_rope
 
 
@@ -65,6 +72,20 @@ def test_blocks_give_what_one_piece_gives(window, tokens, span, first):
     arguments = [jnp.asarray(a) for a in (q, k, v, positions)]
     whole = np.asarray(grouped_attention(*arguments[:3], visible(arguments[3], span, window), 0.3))
     blocks = np.asarray(blocked_attention(*arguments, window, 0.3))
+    np.testing.assert_allclose(blocks[0], whole[0], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(blocks[1, : tokens // 2], whole[1, : tokens // 2], rtol=2e-5, atol=2e-6)
+    assert np.isfinite(blocks).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 70, 300])
+@pytest.mark.parametrize("tokens", [128, 200, 512])
+def test_prompts_from_the_start_give_what_one_piece_gives(window, tokens):
+    q, k, v = normal(0, 2, tokens, 4, 8), normal(1, 2, 2, tokens, 8), normal(2, 2, 2, tokens, 8)
+    positions = np.arange(tokens)[None].repeat(2, 0)
+    positions[1, tokens // 2 :] = 4096  # padding
+    arguments = [jnp.asarray(a) for a in (q, k, v, positions)]
+    whole = np.asarray(grouped_attention(*arguments[:3], visible(arguments[3], tokens, window), 0.3))
+    blocks = np.asarray(causal_attention(*arguments, window, 0.3))
     np.testing.assert_allclose(blocks[0], whole[0], rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(blocks[1, : tokens // 2], whole[1, : tokens // 2], rtol=2e-5, atol=2e-6)
     assert np.isfinite(blocks).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -95,13 +96,8 @@ class DeviceModel:
         return np.dtype(np.float32) if self.device.platform == "cpu" else np.dtype(self.table.dtype)
 
     def init_cache(self, batch: int, capacity: int) -> list[dict[str, jax.Array]]:
-        return [
-            {
-                name: jax.device_put(jnp.zeros(shape, self.cache_dtype), self.device)
-                for name, shape in layer.cache_shapes(batch, capacity).items()
-            }
-            for layer in self.layers
-        ]
+        shapes = tuple(tuple(layer.cache_shapes(batch, capacity).items()) for layer in self.layers)
+        return _empty_caches(shapes, self.cache_dtype, self.device)
 
     def lookahead_routers(self, ordinal: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """(norm, gate) of the MoE layers ordinal+1 .. ordinal+distance. Past the end the last layer stands in, so that
@@ -117,3 +113,10 @@ class DeviceModel:
                 for layer in range(last + 1)
             ]
         return self._routers[distance][ordinal]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_caches(shapes, dtype, device) -> list[dict[str, jax.Array]]:
+    """Zeros in one call: an array at a time they took 6 ms of a short prompt's 30."""
+    zeros = [{name: jnp.zeros(shape, dtype) for name, shape in layer} for layer in shapes]
+    return jax.device_put(zeros, device)

@@ -54,8 +54,13 @@ class StepInput:
 
     @property
     def span(self) -> int:
-        """How much of the cache attention must read: a power of two, so that few executables serve all positions."""
-        return min(self.capacity, programs.bucket(self.context, SMALLEST_SPAN))
+        """How much of the cache attention must read: a power of two, so that few executables serve all positions. More than the
+        step's tokens unless all rows start at position 0 (see `Attention`)."""
+        span = programs.bucket(self.context, SMALLEST_SPAN)
+        first = self.positions[:, 0]
+        if span == self.positions.shape[1] and ((first > 0) & (first < self.capacity)).any():
+            span *= 2
+        return min(self.capacity, span)
 
 
 class Forward(abc.ABC):
