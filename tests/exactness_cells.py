@@ -63,7 +63,7 @@ def matrix(models) -> list[Cell]:
         (*SYSTEMS, *RULES),
         ("overlapped", "callback"),
         (0.0, 0.25, 0.5, 1.0),
-        ("reference", "onednn", "auto"),
+        ("reference", "onednn", "native", "auto"),
         TINY_LENGTHS,
     )
     return [Cell(*values) for values in itertools.product(*axes)]

@@ -19,6 +19,7 @@ from exactness_cells import BUNDLED, CLEAR, TOLERANCE, Cell
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.native import library as native
 from hybrimoe_jax.loading import bundled_model
 
 MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])
@@ -39,6 +40,8 @@ def missing(cell: Cell) -> str | None:
         return "no bundled model in hybrimoe_jax/assets"
     if cell.kernel == "onednn" and not ONEDNN:
         return "oneDNN is not installed (extra onednn)"
+    if cell.kernel == "native" and not native.available():
+        return "the package was installed without a C++ compiler"
     return None
 
 
