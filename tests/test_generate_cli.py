@@ -121,7 +121,7 @@ def test_the_timeline_is_trace_event_json_with_an_event_for_every_expert(first):
         ("--executor", "callback"),
         ("--executor", "dense"),
         ("--system", "on-demand", "--cache-ratio", "0.5", "--debug"),
-        ("--vram-budget", "24MiB", "--cache", "lru", "--scheduler", "released", "--lazy", "--verify", "--threads", "1"),
+        ("--vram-budget", "48MiB", "--cache", "lru", "--scheduler", "released", "--lazy", "--verify", "--threads", "1"),
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )

@@ -83,7 +83,7 @@ def test_lookahead_beats_chance_and_falls_with_distance(printed):
     text = next(text for text in printed.values() if "by chance" in text)
     chance = float(re.search(r"by chance ([\d.]+)", text)[1])
     recalls = [float(found) for found in re.findall(r"lookahead \d: ([\d.]+)", text)]
-    assert len(recalls) == 3 and recalls == sorted(recalls, reverse=True) and min(recalls) > chance
+    assert len(recalls) >= 3 and recalls == sorted(recalls, reverse=True) and min(recalls) > chance
 
 
 @pytest.mark.skipif(not PLOTTING, reason="matplotlib is not installed (extra notebooks)")

@@ -11,7 +11,8 @@ from hybrimoe_jax.errors import UserError
 
 class Belady(CachePolicy):
     """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs: the fewest misses of all
-    policies that keep every miss, and with `bypass` of all that fetch on a miss (tested against exhaustive search).
+    policies that keep every miss (tested against exhaustive search). With `bypass` it is near the fewest, not always there: whole steps
+    need sets of experts, and between equal next uses the uses after them decide.
 
     Args:
       future: the experts that the layer needs in each step, in the order in which `observe` will tell of them.

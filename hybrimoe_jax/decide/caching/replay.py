@@ -48,8 +48,12 @@ def replay(
         loads = dict.fromkeys(experts, 1)
         policies[layer].observe(scores, loads)
         for i, cache in enumerate(caches):
-            resident = cache.resident[layer]
-            for expert in experts:
+            resident, order = cache.resident[layer], experts
+            if (
+                cache.bypass
+            ):  # the hottest misses are offered a slot first: one that is never used again must not take the last
+                order = sorted(experts, key=policies[layer].value, reverse=True)
+            for expert in order:
                 if expert in resident:
                     hits[i] += 1
                 else:
