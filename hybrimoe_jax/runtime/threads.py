@@ -1,7 +1,7 @@
 """Dividing the cores: XLA's pool and the host experts' workers are sized on purpose, before jax starts.
 
-XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. On two cores one for each
-side hides host experts behind device work at decode, where two pools of two fight (measured; see docs/log.md).
+XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. It gets all cores,
+since prefill is bound by arithmetic; host experts use half of them, or all where the plan gives them the layer (docs/log.md).
 Importing this module imports no jax.
 """
 
