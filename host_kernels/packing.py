@@ -1,0 +1,319 @@
+"""Quantised matrices: the formats' names, what their numbers mean, and the one byte layout that every side reads.
+
+Shapes: a matrix is [R, K], R outputs by K inputs; G values along K share a scale (the last group may be shorter).
+
+A format is called `int8-g64`, `int4-g128`, `int4z-g64-s32-a8`:
+
+    int8    codes -127..127              w = scale * code
+    int4    codes 0..15                  w = scale * (code - 8)
+    int4z   codes 0..15, zero points     w = scale * (code - zero), zero 0..255 for each group
+    -gG     group size along the inputs: 32, 64 or 128
+    -s32    scales are float32 instead of float16
+    -a8     activations are quantised too, see `quantise_activations`; without it they stay float32
+
+**Layout.** One buffer of bytes holds codes, scales and zero points, each part beginning at a multiple of 64 bytes. It is the
+same in a checkpoint, in host memory, on the link and in a device slot, and depends on no instruction set. Rows go in panels
+of 8, the inputs in steps of 4: a dot-product instruction multiplies 4 neighbouring bytes of a row by 4 activations, so that 8
+rows fill 32 bytes, two steps 64. R is padded to a multiple of 8, K to a multiple of 32; padded rows have scale 0, and kernels
+take activations past K as 0, so that what the codes there mean does not matter.
+
+    int8 codes   [R/8][K/4][8 rows][4 inputs]               one byte each
+    int4 codes   [R/8][K/8][8 rows][4 inputs]               byte: input 8i + j in the low half, 8i + 4 + j in the high half
+    scales       [R/8][groups][8 rows]                      float16 or float32, little-endian
+    zero points  [R/8][groups][8 rows]                      uint8
+
+An expert's buffer is its gate, up and down matrices one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import ALIGNMENT, aligned_empty
+
+PANEL, STEP, PADDED = 8, 4, 32
+GROUPS = (32, 64, 128)
+TINY = np.float32(2.0**-100)
+"""Groups of activations whose largest magnitude is below this count as zeros."""
+_NAME = re.compile(r"int(8|4|4z)-g(32|64|128)(-s32)?(-a8)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A quantised format; `Format.parse(name)` and `str(format)` convert. `zeros`: zero points; `a8`: int8 activations."""
+
+    bits: int
+    group: int
+    zeros: bool = False
+    scale: str = "f16"
+    a8: bool = False
+
+    @staticmethod
+    @functools.cache
+    def parse(name: str) -> Format:
+        """Raises UserError for what is not a format's name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"format {name!r} is not known; say f32, bf16, or a quantised one like int8-g64, int4-g64, int4z-g128, "
+                "int4-g32-a8 (groups 32, 64 or 128; -s32: float32 scales; -a8: int8 activations)"
+            )
+        kind, group, scale, a8 = match.groups()
+        return Format(int(kind[0]), int(group), kind == "4z", "f32" if scale else "f16", bool(a8))
+
+    def __str__(self) -> str:
+        parts = (f"int{self.bits}{'z' * self.zeros}-g{self.group}", "-s32" * (self.scale == "f32"), "-a8" * self.a8)
+        return "".join(parts)
+
+    @property
+    def scale_dtype(self) -> np.dtype:
+        return np.dtype("<f2" if self.scale == "f16" else "<f4")
+
+    @property
+    def middle(self) -> int:
+        """The code that means zero where there are no zero points."""
+        return 8 if self.bits == 4 else 0
+
+
+def _padded(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLayout:
+    """Where the parts of a packed [rows, columns] matrix lie, in bytes from its start."""
+
+    format: Format
+    rows: int
+    columns: int
+
+    @property
+    def panels(self) -> int:
+        return _padded(self.rows, PANEL) // PANEL
+
+    @property
+    def depth(self) -> int:
+        """K, padded."""
+        return _padded(self.columns, PADDED)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.columns // self.format.group)
+
+    @property
+    def codes_nbytes(self) -> int:
+        return self.panels * PANEL * self.depth * self.format.bits // 8
+
+    @property
+    def scales_at(self) -> int:
+        return _padded(self.codes_nbytes, ALIGNMENT)
+
+    @property
+    def zeros_at(self) -> int:
+        return self.scales_at + _padded(self.panels * self.groups * PANEL * self.format.scale_dtype.itemsize, ALIGNMENT)
+
+    @property
+    def nbytes(self) -> int:
+        return self.zeros_at + (_padded(self.panels * self.groups * PANEL, ALIGNMENT) if self.format.zeros else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """`data` uint8 [layout.nbytes], numpy or jax; a pytree whose only leaf is `data` (see `models.packed`)."""
+
+    data: Any
+    layout: MatrixLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+    """Where an expert's three matrices lie. width D, hidden F: gate and up are [F, D], down is [D, F]."""
+
+    format: Format
+    width: int
+    hidden: int
+
+    @functools.cached_property
+    def inward(self) -> MatrixLayout:
+        return MatrixLayout(self.format, self.hidden, self.width)
+
+    @functools.cached_property
+    def outward(self) -> MatrixLayout:
+        return MatrixLayout(self.format, self.width, self.hidden)
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.inward.nbytes + self.outward.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedExpert:
+    """One routed expert: `data` uint8 [layout.nbytes]; a pytree whose only leaf is `data`."""
+
+    data: Any
+    layout: ExpertLayout
+
+    @property
+    def matrices(self) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix]:
+        """gate, up, down: views of `data`."""
+        size, inward = self.layout.inward.nbytes, self.layout.inward
+        return (
+            PackedMatrix(self.data[:size], inward),
+            PackedMatrix(self.data[size : 2 * size], inward),
+            PackedMatrix(self.data[2 * size :], self.layout.outward),
+        )
+
+    @property
+    def width(self) -> int:
+        return self.layout.width
+
+    @property
+    def hidden(self) -> int:
+        return self.layout.hidden
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+
+def pack(
+    format: Format,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+) -> PackedMatrix:
+    """Lays out codes [R, K] (int8, or uint8 0..15), scales [R, groups] and zero points [R, groups] (uint8) in one buffer.
+
+    `out`: a uint8 buffer of the layout's size to fill. Scales are rounded to the format's type here.
+    """
+    layout = MatrixLayout(format, *codes.shape)
+    if scales.shape != (layout.rows, layout.groups) or (zeros is None) == format.zeros:
+        raise ValueError(f"{format}: scales {scales.shape} and zero points do not fit codes {codes.shape}")
+    data = aligned_empty(layout.nbytes, np.uint8) if out is None else out
+    data[:] = 0
+    rows, depth = layout.panels * PANEL, layout.depth
+    full = np.full((rows, depth), format.middle, np.uint8)
+    if zeros is not None:  # padding of a row's last group decodes to zero as well, where a code can
+        full[: layout.rows] = np.minimum(zeros[:, -1:], 15)
+        full[layout.rows :] = 0
+    full[: layout.rows, : layout.columns] = codes.view(np.uint8)
+    steps = full.reshape(layout.panels, PANEL, depth // STEP, STEP).transpose(0, 2, 1, 3)
+    if format.bits == 4:
+        steps = steps[:, 0::2] | (steps[:, 1::2] << 4)
+    data[: layout.codes_nbytes] = steps.reshape(-1)
+    by_panel = _by_panel(layout, scales.astype(format.scale_dtype))
+    data[layout.scales_at :][: by_panel.nbytes] = by_panel.reshape(-1).view(np.uint8)
+    if zeros is not None:
+        data[layout.zeros_at :][: rows * layout.groups] = _by_panel(layout, zeros).reshape(-1)
+    return PackedMatrix(data, layout)
+
+
+def _by_panel(layout: MatrixLayout, values: np.ndarray) -> np.ndarray:
+    """[R, groups] -> [panels, groups, 8], zeros for padding."""
+    full = np.zeros((layout.panels * PANEL, layout.groups), values.dtype)
+    full[: layout.rows] = values
+    return np.ascontiguousarray(full.reshape(layout.panels, PANEL, layout.groups).transpose(0, 2, 1))
+
+
+def unpack(matrix: PackedMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What `pack` was given: codes [R, K], scales [R, groups] float32, zero points [R, groups] or None."""
+    layout, data = matrix.layout, np.asarray(matrix.data)
+    format = layout.format
+    steps = data[: layout.codes_nbytes].reshape(layout.panels, -1, PANEL, STEP)
+    if format.bits == 4:
+        steps = np.stack([steps & 15, steps >> 4], axis=2).reshape(layout.panels, -1, PANEL, STEP)
+    full = steps.transpose(0, 2, 1, 3).reshape(layout.panels * PANEL, layout.depth)
+    codes = np.ascontiguousarray(full[: layout.rows, : layout.columns])
+    count = layout.panels * layout.groups * PANEL
+
+    def rows_of(start: int, dtype: np.dtype) -> np.ndarray:
+        values = data[start : start + count * dtype.itemsize].view(dtype)
+        return (
+            values.reshape(layout.panels, layout.groups, PANEL)
+            .transpose(0, 2, 1)
+            .reshape(-1, layout.groups)[: layout.rows]
+        )
+
+    scales = rows_of(layout.scales_at, format.scale_dtype).astype(np.float32)
+    zeros = rows_of(layout.zeros_at, np.dtype(np.uint8)).copy() if format.zeros else None
+    return codes if format.bits == 4 else codes.view(np.int8), scales, zeros
+
+
+def dequantise(matrix: PackedMatrix) -> np.ndarray:
+    """The float32 matrix [R, K] that the codes stand for (float32 products of scale and code)."""
+    codes, scales, zeros = unpack(matrix)
+    format, columns = matrix.layout.format, matrix.layout.columns
+    group = np.arange(columns) // format.group
+    offset = np.float32(format.middle) if zeros is None else zeros.astype(np.float32)[:, group]
+    return (codes.astype(np.float32) - offset) * scales[:, group]
+
+
+def quantise_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `-a8` rule: x [N, K] float32 -> codes [N, K] int8 in -127..127, scales [N, groups] float32.
+
+    In every group m is the largest magnitude, in float32: code = x * (127 / m) rounded to the nearest, ties to even; scale = m / 127.
+    A group with m < 2^-100 is all zeros.
+    """
+    rows, columns = x.shape
+    groups = -(-columns // group)
+    full = np.zeros((rows, groups * group), np.float32)
+    full[:, :columns] = x
+    full = full.reshape(rows, groups, group)
+    most = np.abs(full).max(axis=2, keepdims=True)
+    alive = most >= TINY
+    factor = np.divide(np.float32(127), most, out=np.zeros_like(most), where=alive)
+    codes = np.rint(full * factor).astype(np.int8).reshape(rows, -1)[:, :columns]
+    return codes, np.where(alive, most / np.float32(127), np.float32(0))[:, :, 0]
+
+
+def quantise(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Round to nearest: float32 [R, K] -> what `pack` takes. Scales are rounded to the format's type before codes are chosen.
+
+    int8: the largest magnitude of a group becomes 127. int4: the value of largest magnitude becomes code 0 (that is -8 times
+    the scale, which may be negative). int4z: the group's range, widened to include 0, becomes 0..15.
+    """
+    rows, columns = weights.shape
+    size = format.group
+    groups = -(-columns // size)
+    full = np.zeros((rows, groups * size), np.float32)
+    full[:, :columns] = weights
+    full = full.reshape(rows, groups, size)
+    zeros = None
+    if format.zeros:
+        low, high = np.minimum(full.min(axis=2), 0), np.maximum(full.max(axis=2), 0)
+        scales = _rounded((high - low) / 15, format)
+        zeros = np.clip(np.rint(-low * _inverse(scales)), 0, 15).astype(np.uint8)
+        codes = np.rint(full * _inverse(scales)[:, :, None]) + zeros[:, :, None]
+        codes = np.clip(codes, 0, 15).astype(np.uint8)
+    elif format.bits == 4:
+        extreme = np.take_along_axis(full, np.abs(full).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+        scales = _rounded(extreme / -8, format)
+        codes = np.clip(np.rint(full * _inverse(scales)[:, :, None]) + 8, 0, 15).astype(np.uint8)
+    else:
+        scales = _rounded(np.abs(full).max(axis=2) / 127, format)
+        codes = np.clip(np.rint(full * _inverse(scales)[:, :, None]), -127, 127).astype(np.int8)
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns]), scales, zeros
+
+
+def _rounded(scales: np.ndarray, format: Format) -> np.ndarray:
+    return scales.astype(format.scale_dtype).astype(np.float32)
+
+
+def _inverse(scales: np.ndarray) -> np.ndarray:
+    return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, format: Format) -> PackedExpert:
+    """Rounds an expert (gate, up [F, D], down [D, F], float32) to the format."""
+    layout = ExpertLayout(format, down.shape[0], down.shape[1])
+    expert = PackedExpert(aligned_empty(layout.nbytes, np.uint8), layout)
+    for weights, place in zip((gate, up, down), expert.matrices, strict=True):
+        pack(format, *quantise(weights, format), out=place.data)
+    return expert
