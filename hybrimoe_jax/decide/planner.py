@@ -25,7 +25,7 @@ from hybrimoe_jax.decide.predictors import Predictor, build_predictor
 from hybrimoe_jax.decide.prefetch import Forecast, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler, with_shared_cores
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System, get_system
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
@@ -120,6 +120,10 @@ class Planner:
             self._view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight)
         self._clock = self._next_clock = self._link_free = 0.0
         self._planned: tuple[Schedule, int] | None = None
+        self.foregone = isinstance(self.scheduler, SharedCoresScheduler) and (
+            not self.depth(1) and self.scheduler.foregone(costs, top_k, max(slots, default=0), **self._flags)
+        )
+        """Whether a step of one token gives every expert to the CPU whatever the routing, so that nothing needs to be decided within it."""
 
     # What an engine asks for.
 
@@ -169,7 +173,8 @@ class Planner:
         )
         if self._view is not None:
             self._view.show(problem, layer, misses)
-        schedule = self.scheduler.schedule(problem)
+        alone = self.foregone and tokens == 1 and not in_flight
+        schedule = self.scheduler.alone(problem) if alone else self.scheduler.schedule(problem)
         device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
         for distance, prediction in residency.predictions[layer]:
             self.accuracy.update(distance, prediction.loads, loads)
