@@ -55,6 +55,11 @@ EXPORTED int experts_run(int64_t isa, int64_t m, const experts::Expert* const* r
 EXPORTED int experts_run_one(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t D, const float* x, const float* mix,
                     float* out, int64_t threads);
 
+// A router's decision in one call: out [N, D] = for each token the sum of its k experts, ids and mix [N, k], looked up in table [E].
+// Returns what experts_run does, 2 also for an id that the table does not hold.
+EXPORTED int experts_run_routed(int64_t isa, int64_t E, const experts::Expert* const* table, int64_t N, int64_t D, int64_t k,
+                                const float* x, const int32_t* ids, const float* mix, float* out, int64_t threads);
+
 // The name of instruction set `isa` (best first), "" where this processor lacks it, or null past the last.
 EXPORTED const char* experts_isa(int64_t isa);
 

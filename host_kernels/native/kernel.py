@@ -63,11 +63,14 @@ class NativeKernel(HostKernel):
         self.isa = next(iter(known)) if isa is None else isa
         if self.isa not in known:
             raise UserError(f"host kernel 'native': no {isa!r} on this processor (there are: {', '.join(known)})")
-        self._number, self.threads = known[self.isa], threads
+        self.number, self.threads = known[self.isa], threads
 
     def prepare(self, weights: ExpertWeights) -> NativeExpert:
         check_expert(weights)
         return NativeExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
+
+    def record(self, handle: NativeExpert) -> tuple[int, int]:
+        return self.number, handle.address
 
     def expert(self, handle: NativeExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         load = len(x)
@@ -94,7 +97,7 @@ class NativeKernel(HostKernel):
                 chosen = [i for i, rows in enumerate(tokens) if rows is None or len(rows)]
                 handles, weights = [handles[i] for i in chosen], [weights[i] for i in chosen]
             failed = self._library.experts_run_one(
-                self._number,
+                self.number,
                 len(handles),
                 _integers(len(handles))(*[handle.address for handle in handles]),
                 width,
@@ -111,7 +114,7 @@ class NativeKernel(HostKernel):
             tokens = [np.arange(total) if rows is None else rows for rows in tokens]
             starts = [0, *itertools.accumulate(map(len, tokens))]
             failed = self._library.experts_run(
-                self._number,
+                self.number,
                 len(handles),
                 _integers(len(handles))(*[handle.address for handle in handles]),
                 total,

@@ -26,6 +26,7 @@ from hybrimoe_jax.runtime.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.runtime.routing import HostRouting, read_routing
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
+from hybrimoe_jax.runtime.whole import WholeStep
 
 SMALLEST_SPAN = 256
 
@@ -119,6 +120,8 @@ class HybridForward(Forward):
         self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self.machine = machine
+        self.whole: WholeStep | None = None
+        """Runs the steps that are foregone, where the executor has it."""
         self._zeros: dict[int, jax.Array] = {}
         self._torn = self._looks = False
 
@@ -163,7 +166,14 @@ class HybridForward(Forward):
             for expert in sorted(self.planner.resident(layer)):
                 self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
 
+    def _runs_whole(self, step: StepInput) -> bool:
+        """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
+        watched = self.trace is not None or self.timeline is not None
+        return step.ids.size == 1 and step.last is not None and not watched and not self.link.busy
+
     def _step(self, step, caches):
+        if self.whole is not None and self._runs_whole(step):
+            return self.whole.step(step, caches, self.planner, self.clock)
         model, machine = self.model, self.machine
         now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds
