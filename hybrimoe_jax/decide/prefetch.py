@@ -44,14 +44,19 @@ class Forecast:
     def outlook(self, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         """The layer with these loads on resident and absent experts (any order), the link free at its start."""
         key = (tuple(sorted(resident)), tuple(sorted(absent)), tokens)
-        known = self._memo.get(key)
-        if known is None:
-            loads = dict(enumerate(key[0] + key[1]))
-            schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
-            known = Outlook(schedule.makespan, schedule.link_seconds)
-            if len(self._memo) >= _MEMO_LIMIT:
-                self._memo.clear()
-            self._memo[key] = known
+        return self._memo.get(key) or self._simulate(key, *key)
+
+    def equal(self, resident: int, absent: int, load: int, tokens: int) -> Outlook:
+        """The same for so many experts of equal load."""
+        key = (resident, absent, load, tokens)
+        return self._memo.get(key) or self._simulate(key, (load,) * resident, (load,) * absent, tokens)
+
+    def _simulate(self, key: tuple, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
+        loads = dict(enumerate((*resident, *absent)))
+        schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
+        if len(self._memo) >= _MEMO_LIMIT:
+            self._memo.clear()
+        known = self._memo[key] = Outlook(schedule.makespan, schedule.link_seconds)
         return known
 
 

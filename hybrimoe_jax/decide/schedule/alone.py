@@ -23,9 +23,13 @@ class SharedCoresScheduler(Scheduler):
         self.rule, self.name = rule, rule.name
         self.uses_cpu, self.uses_link = rule.uses_cpu, rule.uses_link
         self.steals, self.looks_ahead = rule.steals, rule.looks_ahead
+        self.by_numbers, self.by_id = rule.by_numbers, rule.by_id
 
     def forecaster(self) -> Scheduler:
         return SharedCoresScheduler(self.rule.forecaster())
+
+    def link_idle_from(self, problem: Problem) -> float:
+        return self.rule.link_idle_from(problem)
 
     def schedule(self, problem: Problem) -> Schedule:
         found = self.rule.schedule(problem)
