@@ -185,8 +185,9 @@ class Planner:
 
         predictions = residency.predictions[layer]
         if predictions:
+            asked = loads.keys()
             for distance, prediction in predictions:
-                self.accuracy.update(distance, prediction.loads, loads)
+                self.accuracy.update(distance, prediction.loads.keys(), asked)
             predictions.clear()
         useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
         residency.needed[layer] = set(loads)
