@@ -260,7 +260,7 @@ def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(nam
                 planner.landed(prefetch.layer, prefetch.expert)
             ids = np.array([[4, 5]]) if layer % 2 else np.array([[2, 3]])
             planner.plan(layer, {e: 1 for e in ids[0].tolist()}, None, 1)
-            flying = planner.plan_prefetch(layer, planner.predict(layer, Shown(ids)))
+            flying = planner.prefetch(layer, Shown(ids))
         planner.finish_step()
     counters = planner.counters
     assert counters.prefetch_useful > 0 and planner.accuracy.came_true[1] > 0

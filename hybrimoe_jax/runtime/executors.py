@@ -282,7 +282,7 @@ class HybridForward(Forward):
         """Starts the transfers that the planner wants for coming layers."""
         if not self._looks or self.planner.rests(len(routing.valid)):
             return  # later routers may have been applied for a trace alone
-        for wanted in self.planner.plan_prefetch(ordinal, self.planner.predict(ordinal, routing.shown())):
+        for wanted in self.planner.prefetch(ordinal, routing.shown()):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
             if self.machine is not None:
                 self.machine.prefetch(wanted.layer, wanted.expert)

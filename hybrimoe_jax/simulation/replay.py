@@ -65,7 +65,7 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
             plan = planner.plan(layer, asked.loads, asked.scores, tokens, machine.now)
             machine.run(plan, asked.loads, tokens)
             if prefetches:
-                for wanted in planner.plan_prefetch(layer, planner.predict(layer, asked.shown)):
+                for wanted in planner.prefetch(layer, asked.shown):
                     machine.prefetch(wanted.layer, wanted.expert)
         planner.finish_step()
         results.append(

@@ -26,9 +26,13 @@ class SharedCoresScheduler(Scheduler):
         self.rule, self.name = rule, rule.name
         self.uses_cpu, self.uses_link = rule.uses_cpu, rule.uses_link
         self.steals, self.looks_ahead = rule.steals, rule.looks_ahead
+        self.by_numbers, self.by_id = rule.by_numbers, rule.by_id
 
     def forecaster(self) -> Scheduler:
         return SharedCoresScheduler(self.rule.forecaster())
+
+    def link_idle_from(self, problem: Problem) -> float:
+        return self.rule.link_idle_from(problem)
 
     def schedule(self, problem: Problem) -> Schedule:
         found = self.rule.schedule(problem)
@@ -60,20 +64,21 @@ class SharedCoresScheduler(Scheduler):
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
-    def foregone(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> bool:
-        """Whether a step of one token is the CPU's in every layer: however many of its experts are resident, the rule's own schedule
-        saves less than leaving the device's program for it takes (`costs.handover`)."""
+    def foregone(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> Schedule | None:
+        """The schedule of every layer of a step of one token (its experts called 0 .. top_k-1), where that is the CPU's whatever the routing:
+        however many experts are resident, the rule's own schedule saves less than leaving the device's program for it takes
+        (`costs.handover`). None where the routing matters."""
         if not costs.handover:
-            return False
+            return None
         loads = dict.fromkeys(range(top_k), 1)
         for hits in range(min(top_k, most_resident) + 1):
             problem = Problem(loads, range(hits), costs, **flags)
             found = self.rule.schedule(problem)
             if not self.may_take_all(problem, found):
-                return False
+                return None
             if self.alone(problem).makespan - self.charged(problem, found) > costs.handover:
-                return False
-        return True
+                return None
+        return self.alone(problem)
 
 
 def with_shared_cores(rule: Scheduler, costs: Any) -> Scheduler:
