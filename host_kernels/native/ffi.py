@@ -2,8 +2,8 @@
 
 Shapes: N rows, D model width, F expert width, m experts; a matrix is [R, K], as all weights here.
 
-Beside each function stands its `_reference` in jax.numpy, which says what it computes, runs on any backend, and is what it is
-tested against. The calls themselves can be jitted and donated to, but neither differentiated nor vmapped (jax says so).
+What they compute is said in jax.numpy by `models.products.product_reference` and `models.moe.add_experts_reference`, which run on any
+backend and which they are tested against. Calls can be jitted, but neither differentiated nor vmapped (jax says so).
 
 XLA's buffers are read where they lie. A call uses up to `threads()` threads, the one that XLA runs it on and the kernels'
 helpers; XLA's own pool is idle meanwhile, for the programs here are chains in which each operation waits for the one before.
@@ -16,13 +16,15 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
+from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
 
 EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
 HANDLERS = {EXPERTS: "ffi_experts", MATMUL: "ffi_matmul"}
-PRECISION = jax.lax.Precision.HIGHEST
 
 
 @functools.cache
@@ -50,42 +52,40 @@ def threads() -> int:
     return int(os.environ.get("NPROC") or cores)
 
 
-@functools.cache
-def _isa() -> int:
-    return next(iter(library.isas().values()))
-
-
-def _call(name: str, results, *operands):
+def _call(name: str, results, *operands, **attributes: int):
     if not available():
         raise UserError(
-            f"{name}: no native kernels for jitted programs here (see hybrimoe_jax.host_kernels.native.ffi.available)"
+            f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
         )
-    call = jax.ffi.ffi_call(name, results)
-    return call(*operands, isa=_isa(), threads=threads())
+    numbers = {**attributes, "isa": library.library().experts_best_isa(), "threads": threads()}
+    return jax.ffi.ffi_call(name, results)(*operands, **{key: np.int64(number) for key, number in numbers.items()})
 
 
-def matmul(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """x [..., K] float32 times each of the float32 matrices [R, K], transposed -> a tuple of [..., R]. One call for all of them."""
-    rows = x.reshape(-1, x.shape[-1])
-    results = [jax.ShapeDtypeStruct((rows.shape[0], w.shape[0]), jnp.float32) for w in weights]
-    made = _call(MATMUL, results, rows, *weights)
-    return tuple(y.reshape(*x.shape[:-1], -1) for y in made)
+def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix) -> jax.Array:
+    """x [..., K] float32 times the transpose of a matrix [R, K], float32, bfloat16 or packed -> float32 [..., R]."""
+    if isinstance(matrix, PackedMatrix):
+        data, shape, code = matrix.data, (matrix.layout.rows, matrix.layout.columns), format_code(matrix.layout.format)
+    else:
+        data, shape, code = matrix, matrix.shape, PLAIN[matrix.dtype.name]
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x is {x.shape}, the matrix {shape}: their last axes differ")
+    rows = x.reshape(-1, shape[1])
+    made = _call(MATMUL, [jax.ShapeDtypeStruct((rows.shape[0], shape[0]), jnp.float32)], rows, data, format=code)
+    return made[0].reshape(*x.shape[:-1], shape[0])
 
 
-def matmul_reference(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jnp.einsum("...i,oi->...o", x, w, precision=PRECISION) for w in weights)
-
-
-def experts(acc: jax.Array, x: jax.Array, weights: jax.Array, *slots: jax.Array) -> jax.Array:
+def experts(
+    acc: jax.Array, x: jax.Array, weights: jax.Array, *slots: tuple[jax.Array, jax.Array] | PackedExpert
+) -> jax.Array:
     """acc [N, D] plus m experts of x [N, D], expert i weighted by weights[i] ([m, N]); where that is zero the row is skipped.
 
-    `slots`: gate_up [2F, D] (gate rows first) and down [D, F] of each expert, all float32.
+    `slots`: the experts, all of one kind: gate_up [2F, D] (gate rows first) and down [D, F], or a PackedExpert.
     """
-    return _call(EXPERTS, jax.ShapeDtypeStruct(acc.shape, jnp.float32), acc, x, weights, *slots)
-
-
-def experts_reference(acc: jax.Array, x: jax.Array, weights: jax.Array, *slots: jax.Array) -> jax.Array:
-    for mix, gate_up, down in zip(weights, slots[::2], slots[1::2], strict=True):
-        gate, up = jnp.split(matmul_reference(x, gate_up)[0], 2, axis=-1)
-        acc = acc + mix[:, None] * matmul_reference(jax.nn.silu(gate) * up, down)[0]
-    return acc
+    if isinstance(slots[0], PackedExpert):
+        hidden, code = slots[0].hidden, format_code(slots[0].layout.format)
+        arrays = [slot.data for slot in slots]
+    else:
+        hidden, code = slots[0][1].shape[1], PLAIN[slots[0][1].dtype.name]
+        arrays = [array for slot in slots for array in slot]
+    result = jax.ShapeDtypeStruct(acc.shape, jnp.float32)
+    return _call(EXPERTS, result, acc, x, weights, *arrays, format=code, hidden=hidden)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.host_kernels.native.routed import routed, table
-from hybrimoe_jax.models.layers import einsum, rms_norm
+from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
+from hybrimoe_jax.models.products import product
 from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
 from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
@@ -124,6 +125,6 @@ def whole_program(layers: tuple, eps: float, isa: int):
             h = h + (y if shared is None else y + shared).reshape(h.shape)
             parts = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, seconds[None]]
             packed.append(jnp.concatenate(parts, axis=-1))
-        return einsum("bd,vd->bv", rms_norm(h[:, -1], norm, eps), head), kept, jnp.concatenate(packed)
+        return product(rms_norm(h[:, -1], norm, eps), head), kept, jnp.concatenate(packed)
 
     return _program(run, donate_argnums=4, static_argnums=7)
