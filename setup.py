@@ -3,20 +3,40 @@ all the same and says so. Everything else about the package is in pyproject.toml
 
 Each file of an instruction set is compiled with its own flags, and the library chooses among them at run time, so that
 what is built on one machine runs on another: never -march=native.
+
+The handlers for jitted programs (ffi*.cpp) need XLA's headers, which come with jaxlib; without them they are left out.
 """
 
+import importlib.util
 import os
 import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
-SOURCES = ["experts.cpp", "team.cpp", "isa_portable.cpp", "isa_avx2.cpp", "isa_avx512.cpp"]
-HEADERS = ["experts.h", "team.h", "kernels.inc"]
+SOURCES = [
+    "experts.cpp",
+    "matrices.cpp",
+    "routed.cpp",
+    "team.cpp",
+    "isa_portable.cpp",
+    "isa_avx2.cpp",
+    "isa_avx512.cpp",
+]
+HEADERS = ["experts.h", "matrices.h", "team.h", "kernels.inc"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
+HANDLERS = ["ffi.cpp", "ffi_routed.cpp"]
 ISA_FLAGS = {"isa_avx2.cpp": ["-mavx2", "-mfma"], "isa_avx512.cpp": ["-mavx512f", "-mfma"]}
+
+
+def xla_headers():
+    """The folder of XLA's headers, asked without importing jaxlib (which would load all of XLA); None where there is none."""
+    found = importlib.util.find_spec("jaxlib")
+    places = [] if found is None else [Path(place) / "include" for place in found.submodule_search_locations]
+    return next((str(place) for place in places if place.is_dir()), None)
 
 
 class BuildNative(build_ext):
@@ -32,8 +52,22 @@ class BuildNative(build_ext):
         for source in ext.sources:
             own = ISA_FLAGS.get(Path(source).name, []) if x86 else []
             objects += self.compiler.compile([source], self.build_temp, depends=ext.depends, extra_postargs=FLAGS + own)
+        objects += self.handlers(ext)
         file = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, file, extra_postargs=["-pthread"], target_lang="c++")
+
+    def handlers(self, ext):
+        """The objects of the handlers, or none where the headers are absent or not for this compiler."""
+        headers = xla_headers()
+        if headers is None:
+            self.warn("no jaxlib to build with: jitted programs will not call the native kernels")
+            return []
+        try:
+            sources, flags = [str(FOLDER / name) for name in HANDLERS], [*FLAGS, "-isystem", headers]
+            return self.compiler.compile(sources, self.build_temp, depends=ext.depends, extra_postargs=flags)
+        except CompileError as error:
+            self.warn(f"the FFI handlers do not compile ({error}): jitted programs will not call the native kernels")
+            return []
 
 
 setup(
@@ -41,7 +75,7 @@ setup(
         Extension(
             "hybrimoe_jax.host_kernels.native.libexperts",
             sources=[str(FOLDER / name) for name in SOURCES],
-            depends=[str(FOLDER / name) for name in HEADERS],
+            depends=[str(FOLDER / name) for name in [*HEADERS, *HANDLERS]],
             language="c++",
             optional=True,
         )

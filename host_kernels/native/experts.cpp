@@ -225,6 +225,9 @@ int run_checked(int64_t isa, const Call& call, int64_t threads) {
 }
 
 }  // namespace
+
+const Isa& isa_at(int64_t number) { return *ISAS[number]; }
+
 }  // namespace experts
 
 using namespace experts;

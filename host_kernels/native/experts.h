@@ -35,6 +35,8 @@ struct Isa {
 
 extern const Isa avx512, avx2, portable;
 
+const Isa& isa_at(int64_t number);  // in the order of experts_isa
+
 }  // namespace experts
 
 #define EXPORTED __attribute__((visibility("default")))

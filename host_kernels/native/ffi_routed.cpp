@@ -1,4 +1,5 @@
 // The XLA FFI handler of `experts_run_routed`: a jitted CPU program runs a layer's routed experts with no Python in between.
+#if __has_include("xla/ffi/api/ffi.h")
 
 #include <chrono>
 
@@ -34,3 +35,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(experts_ffi_routed, routed,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("isa"));
+
+#endif
