@@ -17,19 +17,21 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
-SOURCES = [
-    "experts.cpp",
-    "matrices.cpp",
-    "routed.cpp",
-    "team.cpp",
-    "isa_portable.cpp",
-    "isa_avx2.cpp",
-    "isa_avx512.cpp",
-]
-HEADERS = ["experts.h", "matrices.h", "team.h", "kernels.inc"]
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
+ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vnni"]
+SOURCES = ["experts.cpp", "layout.cpp", "routed.cpp", "team.cpp", *(f"isa_{name}.cpp" for name in ISAS)]
+HEADERS = ["experts.h", "layout.h", "team.h", "kernels.inc", "packed.inc"]
 HANDLERS = ["ffi.cpp", "ffi_routed.cpp"]
-ISA_FLAGS = {"isa_avx2.cpp": ["-mavx2", "-mfma"], "isa_avx512.cpp": ["-mavx512f", "-mfma"]}
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
+# gcc 12 takes the undefined operands inside its own AVX-512 headers for a mistake.
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-function"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f"]
+ISA_FLAGS = {
+    "isa_avx2.cpp": AVX2,
+    "isa_avxvnni.cpp": [*AVX2, "-mavxvnni"],
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512vnni.cpp": [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+}
 
 
 def xla_headers():
@@ -46,12 +48,21 @@ class BuildNative(build_ext):
     def get_export_symbols(self, ext):
         return []
 
+    def compile(self, ext, source, flags):
+        return self.compiler.compile([source], self.build_temp, depends=ext.depends, extra_postargs=flags)
+
     def build_extension(self, ext):
         objects = []
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for source in ext.sources:
             own = ISA_FLAGS.get(Path(source).name, []) if x86 else []
-            objects += self.compiler.compile([source], self.build_temp, depends=ext.depends, extra_postargs=FLAGS + own)
+            try:
+                objects += self.compile(ext, source, FLAGS + own)
+            except CompileError:
+                if not own:
+                    raise
+                print(f"{source}: this compiler does not know {' '.join(own)}; the library goes without")
+                objects += self.compile(ext, source, FLAGS)
         objects += self.handlers(ext)
         file = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, file, extra_postargs=["-pthread"], target_lang="c++")

@@ -1,6 +1,6 @@
 """Host kernels: how an expert is computed on the CPU.
 
-`formats` says how an expert lies in memory, `kernel` what a kernel must do, `reference` (NumPy) and `onednn` are two, and
+`formats` says how a plain expert lies in memory and `packing` a quantised one, `kernel` what a kernel must do, `reference` (NumPy) and `onednn` are two, and
 `auto` picks between them per load by a quick measurement. Nothing here imports jax.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, refuse_packed
 
 __all__ = ["KERNELS", "ExpertWeights", "HostKernel", "aligned_empty", "get_kernel", "run_experts"]
 
@@ -16,14 +17,18 @@ KERNELS = ("auto", "reference", "onednn", "native")
 
 
 def get_kernel(
-    name: str, sample: ExpertWeights | None = None, threads: int = 1, pack_limit: int | None = None
+    name: str, sample: HostExpert | None = None, threads: int = 1, pack_limit: int | None = None
 ) -> HostKernel:
     """The kernel called `name`: `reference`, `onednn`, or `auto`, which measures on `sample`, an expert of the model.
 
     `threads` is what one call may use where the library takes it per calling thread (oneDNN; NumPy's BLAS is limited for
     the whole process with threadpoolctl, before this is called). `pack_limit` bounds oneDNN's packed copies, in bytes.
-    Raises UserError for an unknown name, and for `onednn` where its library is not installed.
+    Raises UserError for an unknown name, for `onednn` where its library is not installed, and for a kernel that does not compute `sample`'s format.
     """
+    if sample is not None and name in ("onednn", "native"):
+        refuse_packed(sample, name)
+    if name == "auto" and isinstance(sample, PackedExpert):
+        name = "reference"
     if name == "reference":
         from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 

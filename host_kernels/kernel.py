@@ -2,7 +2,8 @@
 
 Shapes: N tokens of the step, n the load of one expert (its tokens), D model width, F expert width, m experts.
 
-A kernel computes `down(silu(gate x) * (up x))` in float32. Worker threads call it side by side, so it keeps no state but
+A kernel computes `down(silu(gate x) * (up x))` in float32, for plain weights (`formats.ExpertWeights`) and, unless it refuses them, for
+quantised ones (`packing.PackedExpert`; with an `-a8` format on rounded activations, as `packing` defines). Worker threads call it side by side, so it keeps no state but
 what belongs to a handle or to the calling thread, and spends its time in calls that release the interpreter lock (BLAS,
 ctypes). Temporaries come from a scratch buffer per thread that only grows: fresh megabytes from malloc are page-faulted
 on every call, which can cost more than the arithmetic.
@@ -21,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
+from hybrimoe_jax.host_kernels.formats import aligned_empty
+from hybrimoe_jax.host_kernels.packing import HostExpert
 
 
 class Scratch(threading.local):
@@ -58,8 +60,9 @@ class HostKernel(abc.ABC):
     """Whether one call of `run_experts` computes several experts at once, on `threads` threads of its own."""
 
     @abc.abstractmethod
-    def prepare(self, weights: ExpertWeights) -> Any:
-        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive. UserError on malformed weights."""
+    def prepare(self, weights: HostExpert) -> Any:
+        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive. UserError on malformed weights, and on quantised
+        ones where the kernel computes none."""
 
     @abc.abstractmethod
     def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ One layout serves every load: with AVX-512 the one the library picks at load 32,
 A primitive is compiled per exact load up to 16; above, loads are padded to a bucket at most a quarter larger, and past
 256 they are split, so that the number of primitives stays bounded. Compiling takes under a millisecond.
 
-bfloat16 weights run through the NumPy kernel until they are packed (as float32).
+bfloat16 weights run through the NumPy kernel until they are packed (as float32); quantised ones are refused.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hybrimoe_jax.host_kernels import onednn_api
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_empty, check_expert, to_f32
 from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.onednn_api import ARG_SCRATCHPAD, ARG_SECOND_POST_OP_SRC, Argument
+from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 MAX_LOAD = 256
@@ -108,7 +109,8 @@ class OneDnnKernel(HostKernel):
         self.pack_limit = available_memory() // 2 if pack_limit is None else pack_limit
         self.earns = earns
 
-    def prepare(self, weights: ExpertWeights) -> OneDnnExpert:
+    def prepare(self, weights: HostExpert) -> OneDnnExpert:
+        refuse_packed(weights, self.name)
         check_expert(weights)
         handle = OneDnnExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
         if handle.weights.down.dtype == F32:

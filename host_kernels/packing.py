@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import ALIGNMENT, aligned_empty
+from hybrimoe_jax.host_kernels.formats import ALIGNMENT, F32, ExpertWeights, aligned_empty
 
 PANEL, STEP, PADDED = 8, 4, 32
 GROUPS = (32, 64, 128)
@@ -79,6 +79,11 @@ class Format:
     def middle(self) -> int:
         """The code that means zero where there are no zero points."""
         return 8 if self.bits == 4 else 0
+
+
+def is_format(name: str) -> bool:
+    """Whether this is the name of a quantised format."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _padded(n: int, to: int) -> int:
@@ -317,3 +322,40 @@ def pack_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, format: Form
     for weights, place in zip((gate, up, down), expert.matrices, strict=True):
         pack(format, *quantise(weights, format), out=place.data)
     return expert
+
+
+HostExpert = ExpertWeights | PackedExpert
+"""A routed expert in host memory, of whichever kind its checkpoint stores."""
+
+
+def dequantise_expert(expert: PackedExpert) -> ExpertWeights:
+    """The float32 expert that the codes stand for."""
+    width, hidden = expert.width, expert.hidden
+    weights = ExpertWeights(aligned_empty((2 * hidden, width)), aligned_empty((width, hidden)))
+    gate, up, down = expert.matrices
+    weights.gate_up[:hidden], weights.gate_up[hidden:] = dequantise(gate), dequantise(up)
+    weights.down[:] = dequantise(down)
+    return weights
+
+
+def format_of(expert: HostExpert) -> str:
+    """The name of an expert's weight format: `f32`, `bf16`, or that of a quantised one."""
+    if isinstance(expert, PackedExpert):
+        return str(expert.layout.format)
+    return "f32" if expert.down.dtype == F32 else "bf16"
+
+
+def check_packed(expert: PackedExpert, where: str = "expert") -> None:
+    """Raises UserError where the buffer is not the one that its layout describes."""
+    data, size = expert.data, expert.layout.nbytes
+    if data.dtype != np.uint8 or data.shape != (size,) or not data.flags.c_contiguous:
+        raise UserError(f"{where}: {expert.layout.format} data is {data.dtype} {data.shape}; uint8 [{size}] is needed")
+
+
+def refuse_packed(expert: HostExpert, kernel: str) -> None:
+    """Raises UserError for a quantised expert, in the name of a kernel that computes none."""
+    if isinstance(expert, PackedExpert):
+        raise UserError(
+            f"host kernel {kernel!r} computes float32 and bfloat16 experts, and these are {expert.layout.format}; "
+            "use auto, native or reference"
+        )

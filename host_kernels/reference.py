@@ -14,14 +14,18 @@ microseconds; a GEMM call for few columns runs far below memory bandwidth):
 
 So: a GEMV at load 1, blocked GEMVs at loads 2 to 5 of large matrices (the block stays in the cache for the next token),
 otherwise `W @ x.T`, which leaves gate and up as two contiguous halves.
+
+Quantised experts are computed by `dequantised`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import BF16, ExpertWeights, check_expert, to_f32
+from hybrimoe_jax.host_kernels.dequantised import packed_expert
+from hybrimoe_jax.host_kernels.formats import BF16, check_expert, to_f32
 from hybrimoe_jax.host_kernels.kernel import HostKernel, Scratch
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed
 
 GEMV_LOADS = range(2, 6)
 GEMV_BYTES = 512 * 1024  # smaller matrices are cached whole
@@ -46,20 +50,22 @@ def silu_times(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 class ReferenceKernel(HostKernel):
-    """NumPy float32; the handle is the `ExpertWeights` itself."""
+    """NumPy float32; the handle is the expert itself, plain or packed."""
 
     name = "reference"
 
-    def prepare(self, weights: ExpertWeights) -> ExpertWeights:
-        check_expert(weights)
+    def prepare(self, weights: HostExpert) -> HostExpert:
+        (check_packed if isinstance(weights, PackedExpert) else check_expert)(weights)
         return weights
 
-    def expert(self, handle: ExpertWeights, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        gate_up, down = handle
-        width, hidden = down.shape
+    def expert(self, handle: HostExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         load = x.shape[0]
         if out is None:
-            out = np.empty((load, width), np.float32)
+            out = np.empty((load, handle.width), np.float32)
+        if isinstance(handle, PackedExpert):
+            return packed_expert(handle, x, out, silu_times)
+        gate_up, down = handle
+        width, hidden = down.shape
         if gate_up.dtype == BF16:
             return _widened_expert(gate_up, down, x, out)
         if load == 1:

@@ -3,6 +3,8 @@
 The work is done in `DST.partial` and renamed at the end, so `DST` is complete or absent. Each piece (see
 `models/weights.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
 the last piece whose stored bytes still match their record. Memory stays a few row blocks above the process's base.
+With `--format int4-g64` and the like the routed experts are rounded to that format (`host_kernels.packing`) and dense tensors keep
+their type. With `--random` SRC is only a configuration, and the weights are made up (`models.random_weights`).
 With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
 """
 
@@ -24,10 +26,24 @@ import numpy as np
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import ExpertWeights
+from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, dequantise_expert
 from hybrimoe_jax.models.checkpoint import TEXT_FILES, expert_names, from_arrays, open_hf
-from hybrimoe_jax.models.pieces import DTYPES, LAYOUT, VERSION, digest, piece_is_whole, stored_dtype, write_piece
+from hybrimoe_jax.models.pieces import (
+    DTYPES,
+    FORMATS,
+    LAYOUT,
+    PLAIN_VERSION,
+    VERSION,
+    ExpertForm,
+    digest,
+    piece_is_whole,
+    stored_dtype,
+    write_piece,
+)
+from hybrimoe_jax.models.random_weights import random_weights
 from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
-from hybrimoe_jax.models.weights import Weights
+from hybrimoe_jax.models.weights import PackedExperts, Weights
 from hybrimoe_jax.runtime.store import Checkpoint, open_checkpoint
 
 Progress = Callable[[Iterable, int, str], Iterable]
@@ -43,7 +59,8 @@ def convert(
     """Converts the Hugging Face folder `src` to a new checkpoint folder `dst`.
 
     Args:
-      fmt: "f32" or "bf16" for every tensor; None keeps each tensor's own type (float16 widens to float32).
+      fmt: "f32" or "bf16" for every tensor, or a quantised format (`packing.Format`) for the routed experts; None keeps each
+        tensor's own type (float16 widens to float32).
       progress: wraps the pieces as `progress(pieces, total, label)`.
 
     Returns the checkpoint's path. Raises UserError for anything wrong with `src` (see `models.checkpoint.open_hf`), a `dst` that
@@ -52,6 +69,22 @@ def convert(
     check_format(fmt)
     check_absent(Path(dst))
     return write_checkpoint(open_hf(src), dst, fmt=fmt, progress=progress)
+
+
+def convert_random(
+    config: str | os.PathLike,
+    dst: str | os.PathLike,
+    fmt: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Path:
+    """Writes a checkpoint of random weights for the model that `config` (a `config.json`, or its folder) describes, at its real size.
+
+    Other arguments, result and errors as of `convert`; the same seed gives the same weights.
+    """
+    check_format(fmt)
+    check_absent(Path(dst))
+    return write_checkpoint(random_weights(config, fmt, seed), dst, fmt=fmt, progress=progress)
 
 
 def save(
@@ -82,10 +115,18 @@ def write_checkpoint(
     """Writes `models.checkpoint.Weights` to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
     dst, config = Path(os.path.abspath(dst)), weights.config
     config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
-    expert_dtype = stored_dtype(weights.expert_dtype, fmt)
-    plan = {"version": VERSION, "format": fmt, "config": digest(config_text.encode()), "files": weights.files}
-    check_space(dst, weights, fmt, expert_dtype)
-    with workplace(dst, plan if weights.files else None) as work:
+    form = ExpertForm.of(fmt or weights.expert_format, config.hidden_size, config.moe_width)
+    dense_fmt = fmt if fmt in FORMATS else None
+    check_source_format(weights, form)
+    plan = {
+        "version": VERSION,
+        "format": fmt,
+        "config": digest(config_text.encode()),
+        "files": weights.files,
+        "seed": weights.seed,
+    }
+    check_space(dst, weights, dense_fmt, form)
+    with workplace(dst, plan if weights.files or weights.seed is not None else None) as work:
         out, done = work / "out", work / "done"
         records = {}
         for path in done.glob("*.json"):
@@ -94,8 +135,7 @@ def write_checkpoint(
         for piece in progress(weights.pieces, len(weights.pieces), "converting"):
             folder, record = out / "pieces" / piece.name, records.get(piece.name)
             if record is None or not piece_is_whole(folder, record):
-                size = config.moe_width * config.hidden_size
-                records[piece.name] = write_piece(folder, piece, fmt, expert_dtype, size)
+                records[piece.name] = write_piece(folder, piece, dense_fmt, form)
                 write_text(done / f"{piece.name}.json", json.dumps(records[piece.name]))
         for stray in (out / "pieces").iterdir():
             if stray.name not in records:  # what a killed writer left
@@ -107,9 +147,13 @@ def write_checkpoint(
                 shutil.copyfile(origin / name, out / name)
         manifest = {
             "layout": LAYOUT,
-            "version": VERSION,
-            "format": "bf16" if expert_dtype.name == "bfloat16" else "f32",
-            "source": {"folder": weights.folder.resolve().name if weights.folder else None, "files": weights.files},
+            "version": VERSION if form.layout else PLAIN_VERSION,
+            "format": form.format,
+            "source": {
+                "folder": weights.folder.resolve().name if weights.folder else None,
+                "files": weights.files,
+                **({} if weights.seed is None else {"random_seed": weights.seed}),
+            },
             "config": plan["config"],
             "model_type": config.model_type,
             "pieces": [records[piece.name] for piece in weights.pieces],
@@ -156,8 +200,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_format(fmt: str | None) -> None:
-    if fmt not in (None, "f32", "bf16"):
-        raise UserError(f"format {fmt!r} is not known (f32, bf16)")
+    """Raises UserError for what is neither a plain format nor a quantised one."""
+    if fmt is not None and fmt not in FORMATS:
+        Format.parse(fmt)
+
+
+def check_source_format(weights: Weights, form: ExpertForm) -> None:
+    """Raises UserError where experts that are quantised already would be rounded a second time."""
+    quantised = any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces)
+    if quantised and form.layout and form.format != weights.expert_format:
+        raise UserError(
+            f"{weights.folder or 'the model'}: its experts are {weights.expert_format}; rounding them again to {form.format} would lose "
+            f"accuracy twice (give --format {weights.expert_format}, f32 or bf16)"
+        )
 
 
 def check_absent(dst: Path) -> None:
@@ -167,14 +222,13 @@ def check_absent(dst: Path) -> None:
         raise UserError(f"{dst}: already exists; remove it or give another destination")
 
 
-def check_space(dst: Path, weights: Weights, fmt: str | None, expert_dtype: np.dtype) -> None:
+def check_space(dst: Path, weights: Weights, dense_fmt: str | None, form: ExpertForm) -> None:
     """Raises UserError where the disk has less room than the checkpoint needs beyond what is already written."""
     dst.parent.mkdir(parents=True, exist_ok=True)
     config = weights.config
-    experts = 3 * len(config.moe_layers) * config.num_experts * config.moe_width * config.hidden_size
-    need = experts * expert_dtype.itemsize
+    need = len(config.moe_layers) * config.num_experts * form.nbytes
     for piece in weights.pieces:
-        need += sum(int(np.prod(t.shape)) * stored_dtype(t.dtype, fmt).itemsize for t in piece.dense.values())
+        need += sum(int(np.prod(t.shape)) * stored_dtype(t.dtype, dense_fmt).itemsize for t in piece.dense.values())
     written = sum(p.stat().st_size for p in dst.with_name(dst.name + ".partial").rglob("*") if p.is_file())
     free = shutil.disk_usage(dst.parent).free
     if need - written > free:
@@ -183,20 +237,29 @@ def check_space(dst: Path, weights: Weights, fmt: str | None, expert_dtype: np.d
         )
 
 
-def export_hf(src: str | os.PathLike, dst: str | os.PathLike, progress: Progress = silent) -> Path:
+def export_hf(
+    src: str | os.PathLike, dst: str | os.PathLike, progress: Progress = silent, fmt: str | None = None
+) -> Path:
     """Writes a converted checkpoint back as a Hugging Face folder (safetensors, config, tokenizer) that transformers loads.
 
-    Values are exactly those of the checkpoint. Raises UserError where `src` is not a checkpoint or `dst` exists.
+    Values are exactly those of the checkpoint. Quantised experts are written as the numbers that they stand for, in float32, or rounded to
+    bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where `src` is not a checkpoint or `dst` exists.
     """
     checkpoint, dst = open_checkpoint(src), Path(os.path.abspath(dst))
     check_absent(dst)
+    if fmt is not None and (checkpoint.format in FORMATS or fmt not in FORMATS):
+        raise UserError(
+            f"--format {fmt} does not go with --export-hf: {src} holds {checkpoint.format}, and values are exported as they are stored "
+            "(quantised experts as f32, or with --format bf16 rounded to that)"
+        )
+    plain = checkpoint.format if checkpoint.format in FORMATS else fmt or "f32"
     with workplace(dst, None) as work:
-        tensors = list(outgoing(checkpoint))
+        tensors = list(outgoing(checkpoint, FORMATS[plain]))
         write_folder(work / "out", progress(tensors, len(tensors), "exporting"))
         os.rmdir(work / "out" / "pieces")
         raw = dict(checkpoint.raw_config)
         raw.pop("torch_dtype", None)
-        raw["dtype"] = "bfloat16" if checkpoint.manifest["format"] == "bf16" else "float32"
+        raw["dtype"] = "bfloat16" if plain == "bf16" else "float32"
         write_text(work / "out" / "config.json", json.dumps(raw, indent=2))
         for name in TEXT_FILES:
             if (checkpoint.path / name).is_file():
@@ -205,13 +268,17 @@ def export_hf(src: str | os.PathLike, dst: str | os.PathLike, progress: Progress
     return dst
 
 
-def outgoing(checkpoint: Checkpoint) -> Iterator[Outgoing]:
+def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoing]:
     """Every tensor of a checkpoint under its Hugging Face name, read when it is written."""
     config, ordinal = checkpoint.config, 0
     hidden, width = config.moe_width, config.hidden_size
-    read = functools.lru_cache(maxsize=1)(
-        checkpoint.experts(keep=False).get
-    )  # an expert's three tensors follow each other
+    store = checkpoint.experts(keep=False)
+
+    @functools.lru_cache(maxsize=1)  # an expert's three tensors follow each other
+    def read(ordinal: int, expert: int) -> ExpertWeights:
+        weights = store.get(ordinal, expert)
+        return dequantise_expert(weights) if isinstance(weights, PackedExpert) else weights
+
     for piece in checkpoint.manifest["pieces"]:
         for name, entry in piece["dense"].items():
 
@@ -226,10 +293,11 @@ def outgoing(checkpoint: Checkpoint) -> Iterator[Outgoing]:
 
                 def blocks(ordinal=ordinal, expert=expert, part=part):
                     weights = read(ordinal, expert)
-                    return [weights.gate_up[:hidden], weights.gate_up[hidden:], weights.down][part : part + 1]
+                    matrix = (weights.gate_up[:hidden], weights.gate_up[hidden:], weights.down)[part]
+                    return [matrix.astype(expert_dtype, copy=False)]
 
                 shape = (width, hidden) if part == 2 else (hidden, width)
-                yield Outgoing(name, shape, DTYPES[piece["experts"]["dtype"]], blocks)
+                yield Outgoing(name, shape, expert_dtype, blocks)
         ordinal += 1
 
 
@@ -249,22 +317,39 @@ def return_freed_memory() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument("src", metavar="SRC", help="Hugging Face folder (with --export-hf: a converted checkpoint)")
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        help="Hugging Face folder (with --export-hf: a converted checkpoint; with --random: a config.json or its folder)",
+    )
     parser.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     parser.add_argument(
-        "--format", choices=("f32", "bf16"), help="type of every tensor (default: the checkpoint's own)"
+        "--format",
+        metavar="F",
+        help="f32 or bf16 for every tensor, or a quantised format for the routed experts: int8-g64, int4-g64, int4z-g128, ... (default: "
+        "the checkpoint's own)",
     )
     parser.add_argument(
-        "--export-hf", action="store_true", help="write SRC, a converted checkpoint, as a Hugging Face folder"
+        "--random", action="store_true", help="write random weights for SRC, a configuration, at the model's real size"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --random (default 0)")
+    parser.add_argument(
+        "--export-hf",
+        action="store_true",
+        help="write SRC, a converted checkpoint, as a Hugging Face folder; quantised experts as float32 (with --format bf16 rounded)",
     )
     args = parser.parse_args(argv)
-    if args.export_hf and args.format:
-        parser.error("--format does not go with --export-hf: values are exported as they are stored")
+    if args.export_hf and args.random:
+        parser.error("--random does not go with --export-hf")
+    if args.seed is not None and (not args.random or args.seed < 0):
+        parser.error("--seed is a number of at least 0 and goes with --random")
     return_freed_memory()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
     try:
         if args.export_hf:
-            path = export_hf(args.src, args.dst, cli.progress)
+            path = export_hf(args.src, args.dst, cli.progress, args.format)
+        elif args.random:
+            path = convert_random(args.src, args.dst, args.format, args.seed or 0, cli.progress)
         else:
             path = convert(args.src, args.dst, args.format, cli.progress)
     except KeyboardInterrupt:

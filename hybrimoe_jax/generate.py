@@ -129,7 +129,8 @@ def stats_text(stats) -> str:
             f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= {lanes['link_s']:.3f} s",
         ]
     lines.append(
-        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB"
+        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB "
+        f"({record['expert_format']})"
     )
     return "\n".join(lines)
 

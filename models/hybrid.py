@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybrimoe_jax.models.moe import MoEBlock, expert_forward
+from hybrimoe_jax.models.moe import DeviceExpert, MoEBlock, expert_forward
 
 _HOSTS: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
@@ -48,7 +48,7 @@ class HybridMoE(nnx.Module):
         acc: jax.Array | None,
         x: jax.Array,
         slot_weights: jax.Array,
-        slots: tuple[jax.Array, ...],
+        slots: tuple[DeviceExpert, ...],
         host: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
     ) -> jax.Array:
         """x [N, D] -> routed and shared output [N, D].
@@ -56,15 +56,15 @@ class HybridMoE(nnx.Module):
         Args:
           acc: [N, D] from an earlier call on the same x (which then already holds the shared experts), or None.
           slot_weights: [n, N], an expert's routing weight for each row, zero where it was not chosen.
-          slots: gate_up, down of each of the n experts, flattened.
+          slots: the n experts.
           host: (engine handle, layer, ids [N, k], weights [N, k]), or None where the host has nothing to do.
         """
         y = acc
         if y is None:
             shared = self.block.shared(x)
             y = jnp.zeros_like(x) if shared is None else shared
-        for i in range(0, len(slots), 2):
-            y = y + slot_weights[i // 2][:, None] * expert_forward(slots[i], slots[i + 1], x)
+        for expert, column in zip(slots, slot_weights, strict=True):
+            y = y + column[:, None] * expert_forward(expert, x)
         if host is not None:
             handle, layer, ids, weights = host
             result = jax.ShapeDtypeStruct(x.shape, jnp.float32)

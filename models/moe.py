@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.models.layers import Linear, einsum
+from hybrimoe_jax.models.packed import PackedExpert, packed_forward
 
 
 class Routing(NamedTuple):
@@ -61,8 +62,15 @@ class MoEBlock(nnx.Module):
         return y if shared is None else y + shared
 
 
-def expert_forward(gate_up: jax.Array, down: jax.Array, x: jax.Array) -> jax.Array:
-    """One packed expert: gate_up [2F, D] (gate rows first), down [D, F], x [N, D] -> [N, D]."""
+DeviceExpert = tuple[jax.Array, jax.Array] | PackedExpert
+"""A routed expert as programs take it: gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a quantised one."""
+
+
+def expert_forward(expert: DeviceExpert, x: jax.Array) -> jax.Array:
+    """One expert, plain or quantised: x [N, D] -> [N, D]."""
+    if isinstance(expert, PackedExpert):
+        return packed_forward(expert, x)
+    gate_up, down = expert
     gate, up = jnp.split(einsum("nd,fd->nf", x, gate_up), 2, axis=-1)
     return einsum("nf,df->nd", jax.nn.silu(gate) * up, down)
 
@@ -77,19 +85,20 @@ class DenseExperts:
     """The oracle: every expert is computed for every token and weighted by zero where it was not chosen.
 
     Args:
-      weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).
+      weights: per decoder layer, None or its experts behind one another: (gate_up [E, 2F, D], down [E, D, F]), or a PackedExpert
+        whose data is [E, nbytes]. They are taken one at a time, so that only one is ever dequantised.
     """
 
     def __init__(self, weights):
         self.weights = weights
 
     def __call__(self, layer: int, x: jax.Array, routing: Routing) -> jax.Array:
-        gate_up, down = self.weights[layer]
-        mix = combine_weights(routing, gate_up.shape[0])
+        experts = self.weights[layer]
+        mix = combine_weights(routing, jax.tree.leaves(experts)[0].shape[0])
 
-        def add(y, packed):
-            w_in, w_out, column = packed
-            return y + column[:, None] * expert_forward(w_in, w_out, x), None
+        def add(y, one):
+            expert, column = one
+            return y + column[:, None] * expert_forward(expert, x), None
 
-        y, _ = jax.lax.scan(add, jnp.zeros_like(x), (gate_up, down, mix.T))
+        y, _ = jax.lax.scan(add, jnp.zeros_like(x), (experts, mix.T))
         return y

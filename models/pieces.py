@@ -1,13 +1,15 @@
 """How one piece of a converted checkpoint lies on disk: an Orbax item, and a record of what it holds with its hashes.
 
-The item has a leaf for each dense tensor under its checkpoint name and, in an MoE layer, one leaf `experts` [E, 3, F*D]:
-row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major. Rows 0 and 1 together are the host kernels'
-`gate_up` [2F, D], so an expert is one contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16
-bytes long: one for each dense tensor and one for each expert.
+The item has a leaf for each dense tensor under its checkpoint name and, in an MoE layer, one leaf `experts`, [E, 3, F*D] or, where they
+are quantised, uint8 [E, bytes of an expert]. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major; rows 0
+and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `host_kernels.packing`. Either way an expert is one
+contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16 bytes long: one for each dense tensor and one for
+each expert.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, pack_expert
 from hybrimoe_jax.models.checkpoint import row_block
 from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
 from hybrimoe_jax.models.safetensors_file import BF16
-from hybrimoe_jax.models.weights import Piece, Tensor
+from hybrimoe_jax.models.weights import Experts, PackedExperts, Piece, Tensor
 
-LAYOUT, VERSION = "hybrimoe-jax checkpoint", 1  # raise VERSION when the meaning of the files changes
+LAYOUT = "hybrimoe-jax checkpoint"
+PLAIN_VERSION, VERSION = 1, 2
+"""Of the files' meaning. 2 brought quantised experts; a checkpoint without any is still written, and read, as 1."""
 EXPERTS = "experts"
 F32 = np.dtype(np.float32)
 FORMATS = {"f32": F32, "bf16": BF16}
@@ -46,6 +51,29 @@ def stored_dtype(dtype: np.dtype, fmt: str | None) -> np.dtype:
     return BF16 if dtype == BF16 else F32
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertForm:
+    """How experts are stored: one is an array `row` of `dtype`. `layout` where they are quantised."""
+
+    format: str
+    row: tuple[int, ...]
+    dtype: np.dtype
+    layout: ExpertLayout | None = None
+
+    @staticmethod
+    def of(format: str, width: int, hidden: int) -> ExpertForm:
+        """Of a format's name; width D, hidden F. UserError for an unknown one."""
+        if format in FORMATS:
+            return ExpertForm(format, (3, hidden * width), FORMATS[format])
+        layout = ExpertLayout(Format.parse(format), width, hidden)
+        return ExpertForm(format, (layout.nbytes,), np.dtype(np.uint8), layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one expert."""
+        return int(np.prod(self.row)) * self.dtype.itemsize
+
+
 class HashedLeaf:
     """Reads a tensor's rows once and in order, converting and hashing on the way."""
 
@@ -62,36 +90,44 @@ class HashedLeaf:
         return Leaf(shape, row_block(shape, self.dtype), self.read)
 
 
-class PackedExperts:
-    """Reads a layer's experts one by one as [1, 3, F*D], hashing each."""
+class ExpertRows:
+    """Reads a layer's experts one by one as they are stored, [1, *row], rounding and hashing each."""
 
-    def __init__(self, experts, shape: tuple[int, ...], dtype: np.dtype):
-        self.experts, self.shape, self.dtype, self.hashes = experts, shape, dtype, []
+    def __init__(self, experts: Experts, form: ExpertForm):
+        self.experts, self.form, self.hashes = experts, form, []
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        out = np.empty((stop - start, *self.form.row), self.form.dtype)
         for row, expert in zip(out, range(start, stop), strict=True):
-            for part, matrix in zip(row, self.experts.read(expert), strict=True):
-                part[:] = matrix.reshape(-1)
+            self._fill(row, expert)
             self.hashes.append(digest(row))
         return out
 
+    def _fill(self, row: np.ndarray, expert: int) -> None:
+        layout = self.form.layout
+        if layout is None:
+            for part, matrix in zip(row, self.experts.read(expert), strict=True):
+                part[:] = matrix.reshape(-1)
+        elif isinstance(self.experts, PackedExperts):
+            row[:] = self.experts.packed(expert).data
+        else:
+            gate, up, down = (np.asarray(matrix, np.float32) for matrix in self.experts.read(expert))
+            row[:] = pack_expert(gate, up, down, layout.format).data
 
-def write_piece(
-    folder: Path, piece: Piece, fmt: str | None, expert_dtype: np.dtype, expert_size: int
-) -> dict[str, Any]:
+
+def write_piece(folder: Path, piece: Piece, fmt: str | None, form: ExpertForm) -> dict[str, Any]:
     """Writes `folder` (anything there is replaced) and returns the piece's record; memory is a few row blocks.
 
-    `expert_size` is F*D, the elements of one matrix of one expert.
+    `fmt` is the dense tensors' (see `stored_dtype`), `form` the experts'.
     """
     if folder.exists():
         shutil.rmtree(folder)
     dense = {name: HashedLeaf(t, stored_dtype(t.dtype, fmt)) for name, t in piece.dense.items()}
     leaves = {name: leaf.leaf() for name, leaf in dense.items()}
-    packed = None
+    rows = shape = None
     if piece.experts is not None:
-        packed = PackedExperts(piece.experts, (piece.experts.count, 3, expert_size), expert_dtype)
-        leaves[EXPERTS] = Leaf(packed.shape, 1, packed.read)
+        rows, shape = ExpertRows(piece.experts, form), (piece.experts.count, *form.row)
+        leaves[EXPERTS] = Leaf(shape, 1, rows.read)
     save_item(folder, leaves)
     return {
         "name": piece.name,
@@ -100,7 +136,7 @@ def write_piece(
             name: {"shape": list(leaf.tensor.shape), "dtype": leaf.dtype.name, "hash": leaf.hash.hexdigest()}
             for name, leaf in dense.items()
         },
-        "experts": packed and {"shape": list(packed.shape), "dtype": packed.dtype.name, "hashes": packed.hashes},
+        "experts": rows and {"shape": list(shape), "dtype": form.dtype.name, "hashes": rows.hashes},
     }
 
 

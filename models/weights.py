@@ -9,11 +9,13 @@ Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D]
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, PackedExpert, dequantise
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.safetensors_file import BF16
 
@@ -89,24 +91,58 @@ class ListedExperts:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedExperts:
+    """A layer's routed experts that are quantised already: `packed(e)` gives one."""
+
+    count: int
+    layout: ExpertLayout
+    packed: Callable[[int], PackedExpert]
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return (np.dtype(np.float32),)
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> what the codes stand for: gate [F, D], up [F, D], down [D, F], float32."""
+        gate, up, down = map(dequantise, self.packed(expert).matrices)
+        return gate, up, down
+
+
+Experts = StackedExperts | ListedExperts | PackedExperts
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
 
     name: str
     layer: int | None
     dense: dict[str, Tensor]
-    experts: StackedExperts | ListedExperts | None
+    experts: Experts | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time)."""
+    """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time).
+
+    `seed` is that of random weights, None for others.
+    """
 
     config: ModelConfig
     raw_config: dict[str, Any]
     pieces: tuple[Piece, ...]
     folder: Path | None = None
     files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+
+    @property
+    def expert_format(self) -> str:
+        """The format that keeps the routed experts as they are: a quantised one's name, `bf16` where all are stored so, else `f32`."""
+        formats = {str(p.experts.layout.format) for p in self.pieces if isinstance(p.experts, PackedExperts)}
+        if formats:
+            (format,) = formats
+            return format
+        return "bf16" if self.expert_dtype == BF16 else "f32"
 
     @property
     def expert_dtype(self) -> np.dtype:

@@ -167,11 +167,11 @@ def measure_slots(sizes, repeats) -> dict[str, float]:
 
     @jax.jit
     def separate(x, slots):
-        return sum(expert_forward(gate_up, down, x) for gate_up, down in slots)
+        return sum(expert_forward(slot, x) for slot in slots)
 
     @jax.jit
     def indexed(x, stack, ids):
-        return sum(expert_forward(stack[0][ids[i]], stack[1][ids[i]], x) for i in range(4))
+        return sum(expert_forward((stack[0][ids[i]], stack[1][ids[i]]), x) for i in range(4))
 
     def set_row(stack, new, index):
         return tuple(jax.lax.dynamic_update_index_in_dim(s, n, index, 0) for s, n in zip(stack, new))

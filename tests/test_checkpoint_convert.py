@@ -259,14 +259,14 @@ KILL_IN_A_LAYER = """
 import os, signal, sys
 from hybrimoe_jax.models import pieces
 from hybrimoe_jax.convert import convert
-reads, read = 0, pieces.PackedExperts.read
+reads, read = 0, pieces.ExpertRows.read
 def deadly(self, start, stop):
     global reads
     reads += 1
     if reads == 7:  # the third expert of the second layer
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, start, stop)
-pieces.PackedExperts.read = deadly
+pieces.ExpertRows.read = deadly
 convert(sys.argv[1], sys.argv[2])
 """
 

@@ -77,7 +77,7 @@ def measure(family: str, rows: int, split: str) -> dict:
     ids = np.where(np.isin(routing.ids, held), -1, routing.ids).astype(np.int32)
     host = Host(gate_up, down)
     operands = (np.int32(register_host(host)), np.int32(7), ids, routing.weights) if (ids >= 0).any() else None
-    slots = tuple(part for expert in held for part in (gate_up[expert], down[expert]))
+    slots = tuple((gate_up[expert], down[expert]) for expert in held)
     jitted = jax.jit(lambda params, *args: merge(graphdef, params)(*args))
     answers = [np.asarray(jitted(params, None, x, slot_weights, slots, operands)) for _ in range(3)]
     partial = jitted(params, None, x, slot_weights, slots, None)

@@ -85,7 +85,7 @@ def test_dense_experts_against_a_loop():
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     mix = np.asarray(combine_weights(routing, 6))
     assert ((mix > 0).sum(-1) == 3).all()
-    one = expert_forward(gate_up[2], down[2], x)
+    one = expert_forward((gate_up[2], down[2]), x)
     only = DenseExperts([(gate_up, down)])(0, x, routing._replace(ids=jnp.full((4, 1), 2), weights=jnp.ones((4, 1))))
     np.testing.assert_allclose(only, one, rtol=1e-5)
 

@@ -1,16 +1,14 @@
 // XLA FFI handlers: jitted CPU programs call the kernels with no Python in between. The headers come with jaxlib; where the
 // build does not find them this file is empty, and ffi.py does without.
 //
-// Buffers are XLA's own and read where they lie. Handlers allocate nothing per call: what they need is of the calling thread,
-// only grows, and is used again.
+// Buffers are XLA's own and read where they lie. Handlers allocate nothing per call: what they need belongs to the calling
+// thread, only grows, and is used again.
 #if __has_include("xla/ffi/api/ffi.h")
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
 #include "experts.h"
-#include "matrices.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace experts {
@@ -21,29 +19,39 @@ using Floats = ffi::Buffer<ffi::F32>;
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
+// The bytes of a weight matrix or expert as its format wants them, or null for a buffer of another type or size.
+const void* weights_of(const ffi::AnyBuffer& buffer, int64_t format, int64_t bytes) {
+    const ffi::DataType type = format == F32 ? ffi::F32 : format == BF16 ? ffi::BF16 : ffi::U8;
+    return buffer.element_type() == type && static_cast<int64_t>(buffer.size_bytes()) == bytes ? buffer.untyped_data() : nullptr;
+}
+
 // acc [N, D] + the experts' outputs of x [N, D], each weighted by its row of mix [m, N]; a weight of zero skips the row.
-ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slots, ffi::Result<Floats> out, int64_t isa,
-                       int64_t threads) {
+// Plain experts of `hidden` width are two arrays each, gate_up and down; packed ones are one.
+ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slots, ffi::Result<Floats> out, int64_t format,
+                       int64_t hidden, int64_t isa, int64_t threads) {
     static thread_local std::vector<Expert> records;
     static thread_local std::vector<const Expert*> pointers;
     static thread_local std::vector<int64_t> starts, rows;
     static thread_local std::vector<float> weights;
     const auto shape = x.dimensions(), mixed = mix.dimensions();
-    if (shape.size() != 2 || mixed.size() != 2 || mixed[1] != shape[0] || slots.size() != 2 * static_cast<size_t>(mixed[0]))
-        return wrong("experts: x [N, D], mix [m, N] and two arrays an expert are needed");
+    const int64_t arrays = format < PLAIN ? 2 : 1;
+    if (shape.size() != 2 || mixed.size() != 2 || mixed[1] != shape[0] || acc.element_count() != x.element_count() ||
+        static_cast<int64_t>(slots.size()) != arrays * mixed[0])
+        return wrong("experts: acc and x [N, D], mix [m, N] and m experts are needed");
     const int64_t N = shape[0], D = shape[1], m = mixed[0];
+    const int64_t inward = matrix_bytes(format, hidden, D), outward = matrix_bytes(format, D, hidden);
     records.clear();
     pointers.clear();
     rows.clear();
     weights.clear();
     starts.assign(1, 0);
     for (int64_t i = 0; i < m; ++i) {
-        const auto gate_up = slots.get<Floats>(2 * i), down = slots.get<Floats>(2 * i + 1);
-        if (!gate_up || !down) return wrong("experts: float32 weights are needed");
-        const auto in = gate_up->dimensions(), back = down->dimensions();
-        if (in.size() != 2 || back.size() != 2 || in[1] != D || back[0] != D || in[0] != 2 * back[1])
-            return wrong("experts: gate_up [2F, D] and down [D, F] are needed");
-        records.push_back({gate_up->typed_data(), down->typed_data(), D, back[1], F32});
+        const auto first = slots.get<ffi::AnyBuffer>(i * arrays), second = slots.get<ffi::AnyBuffer>(i * arrays + arrays - 1);
+        if (!first || !second) return wrong("experts: a slot is no array");
+        const void* data = weights_of(*first, format, 2 * inward + (arrays == 1 ? outward : 0));
+        const void* down = arrays == 1 ? data : weights_of(*second, format, outward);
+        if (!data || !down) return wrong("experts: a slot has not the type or size of its format");
+        records.push_back({data, down, D, hidden, format});
         const float* of = mix.typed_data() + i * N;
         for (int64_t row = 0; row < N; ++row) {
             if (of[row] == 0) continue;
@@ -60,25 +68,21 @@ ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slot
     return ffi::Error::Success();
 }
 
-// For each matrix [R, K] one result [N, R]: x [N, K] times its transpose.
-ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t isa, int64_t threads) {
-    static thread_local std::vector<Product> products;
+// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose.
+ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, int64_t isa,
+                      int64_t threads) {
     const auto shape = x.dimensions();
     if (shape.size() != 2 || matrices.size() != results.size()) return wrong("matmul: x [N, K] and a result a matrix are needed");
-    products.clear();
     for (size_t i = 0; i < matrices.size(); ++i) {
-        const auto matrix = matrices.get<Floats>(i);
+        const auto matrix = matrices.get<ffi::AnyBuffer>(i);
         auto result = results.get<Floats>(i);
-        if (!matrix || !result) return wrong("matmul: float32 matrices are needed");
-        const auto size = matrix->dimensions(), made = (*result)->dimensions();
-        if (size.size() != 2 || made.size() != 2 || size[1] != shape[1] || made[0] != shape[0] || made[1] != size[0])
-            return wrong("matmul: x [N, K], matrices [R, K] and results [N, R] are needed");
-        products.push_back({matrix->typed_data(), size[0], (*result)->typed_data(), F32});
-    }
-    try {
-        run_products(isa_at(isa), products.data(), products.size(), shape[0], shape[1], x.typed_data(), threads);
-    } catch (const std::bad_alloc&) {
-        return ffi::Error::Internal("matmul: scratch does not fit into memory");
+        if (!matrix || !result) return wrong("matmul: a matrix or result is no array");
+        const auto made = (*result)->dimensions();
+        if (made.size() != 2 || made[0] != shape[0]) return wrong("matmul: results [N, R] are needed");
+        const void* data = weights_of(*matrix, format, matrix_bytes(format, made[1], shape[1]));
+        if (!data) return wrong("matmul: a matrix has not the type or size of its format");
+        if (matrix_run(isa, format, made[1], shape[1], data, shape[0], x.typed_data(), (*result)->typed_data(), threads))
+            return ffi::Error::Internal("matmul: scratch does not fit into memory");
     }
     return ffi::Error::Success();
 }
@@ -98,6 +102,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_experts, experts::run_experts,
                                   .Arg<experts::Floats>()
                                   .RemainingArgs()
                                   .Ret<experts::Floats>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("hidden")
                                   .Attr<int64_t>("isa")
                                   .Attr<int64_t>("threads"));
 
@@ -106,6 +112,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_matmul, experts::run_matmul,
                                   .Arg<experts::Floats>()
                                   .RemainingArgs()
                                   .RemainingRets()
+                                  .Attr<int64_t>("format")
                                   .Attr<int64_t>("isa")
                                   .Attr<int64_t>("threads"));
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, is_format
 
 PROFILE_VERSION = 3
 _KIND = "hybrimoe-jax cost model"
@@ -34,8 +35,11 @@ Points = Sequence[tuple[float, float]]
 def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
     """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`.
 
-    A format is a name of BITS_PER_WEIGHT, and for integers `-g<n>` behind it: a 16-bit scale for every n weights along the input dimension.
+    A quantised format of `host_kernels.packing` takes what its layout says, padding and zero points included. Besides, a format is a name of
+    BITS_PER_WEIGHT, and for integers `-g<n>` behind it: a 16-bit scale for every n weights along the input dimension.
     """
+    if is_format(fmt):
+        return ExpertLayout(Format.parse(fmt), hidden, moe_width).nbytes
     plain, grouped, group = fmt.partition("-g")
     fits = plain in BITS_PER_WEIGHT and (
         not grouped or (plain.startswith("int") and group.isdigit() and int(group) > 0)

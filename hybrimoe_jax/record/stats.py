@@ -108,6 +108,7 @@ class RunStats:
     cores: dict[str, int]
     costs: dict
     slots: list[int]
+    expert_format: str = ""
     steps: list[StepStats] = dataclasses.field(default_factory=list)
     prefetch: PrefetchStats = dataclasses.field(default_factory=PrefetchStats)
     peak_device_bytes: int = 0
@@ -169,6 +170,7 @@ class RunStats:
             "executor": self.executor,
             "cache_ratio": self.cache_ratio,
             "slots": self.slots,
+            "expert_format": self.expert_format,
             "host_kernel": self.host_kernel,
             "cores": self.cores,
             "clock": self.clock,

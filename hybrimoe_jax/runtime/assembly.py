@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.decide import costs as costs_of
 from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
@@ -27,7 +27,7 @@ from hybrimoe_jax.runtime.executors import DenseForward, Forward, HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
-from hybrimoe_jax.runtime.transfer import Link
+from hybrimoe_jax.runtime.transfer import Link, parts_of
 from hybrimoe_jax.runtime.whole import WholeStep
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_costs
@@ -56,6 +56,7 @@ class Parts:
     forward: Forward
     footprint: budget.Footprint
     cores: threads.CoreSplit
+    expert_format: str
     lookahead: int = 0
     slots: list[int] = dataclasses.field(default_factory=list)
     planner: Planner | None = None
@@ -93,6 +94,7 @@ class Parts:
             cores=dataclasses.asdict(self.cores),
             costs=self.costs.describe() if self.costs else {},
             slots=self.slots,
+            expert_format=self.expert_format,
         )
 
     def settle(self) -> None:
@@ -137,25 +139,33 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     lookahead = system.reach
     model.own_norm = system.predictor == "gate-input"
     num_layers = len(model.moe_layers)
-    dtype = jnp.float32 if device.platform == "cpu" else store.dtype
-    expert_bytes = 3 * config.hidden_size * config.moe_width * jnp.dtype(dtype).itemsize
+    expert_format, dtype = device_format(store, device)
+    expert_bytes = costs_of.expert_bytes(config.hidden_size, config.moe_width, expert_format)
     fixed = budget.Footprint(
         dense=model.nbytes,
         kv=model.cache_bytes(options.max_batch, max_context),
         staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0)),
         workspace=budget.workspace_bytes(
-            config, options.max_batch, min(options.prefill_chunk, max_context), max_context, lookahead, 16
+            config,
+            options.max_batch,
+            min(options.prefill_chunk, max_context),
+            max_context,
+            lookahead,
+            16,
+            store.layout is not None,
         ),
     )
     slots = _slots(system, options, fixed, expert_bytes, num_layers, config.num_experts, frequencies)
-    pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING)
+    pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout)
     link = Link(device, clock)
     threads.limit_blas(1)
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
     one_program = _can_be_one_program(options, device, host)
-    costs = _costs(options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead, one_program)
+    costs = _costs(
+        options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead, expert_format, one_program
+    )
     planner = Planner(
         system,
         num_layers=num_layers,
@@ -195,8 +205,29 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     forward.fill()
     footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
     return Parts(
-        options, system, device, model, forward, footprint, cores, lookahead, slots, planner, costs, pool, link, host
+        options,
+        system,
+        device,
+        model,
+        forward,
+        footprint,
+        cores,
+        expert_format,
+        lookahead,
+        slots,
+        planner,
+        costs,
+        pool,
+        link,
+        host,
     )
+
+
+def device_format(store, device: jax.Device) -> tuple[str, np.dtype]:
+    """The format, and its arrays' type, of experts on the device: as in host memory, but float32 for plain ones on the CPU backend."""
+    if store.layout is None and device.platform == "cpu":
+        return "f32", np.dtype(np.float32)
+    return store.format, store.dtype
 
 
 def _slots(system, options, fixed, expert_bytes, num_layers, num_experts, frequencies) -> list[int]:
@@ -222,13 +253,14 @@ def _whole_step(model: DeviceModel, host: HostExecutor, num_experts: int) -> Who
     return WholeStep(model, [[address for _, address in layer] for layer in records], records[0][0][0])
 
 
-def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: int, one_program: bool) -> CostModel:
+def _costs(
+    options, model, pool, link, host, store, inline_s: float, lookahead: int, expert_format: str, one_program: bool
+) -> CostModel:
     if options.profile is not None:
         if isinstance(options.profile, CostModel):
             costs = options.profile
         else:
-            fmt = {4: "f32", 2: "bf16"}[jnp.dtype(pool.dtype).itemsize]
-            costs = load_costs(options.profile, shape_of(model.config, model.config.model_type), fmt)
+            costs = load_costs(options.profile, shape_of(model.config, model.config.model_type), expert_format)
         if costs.expert_bytes != pool.expert_bytes:
             raise UserError(
                 f"profile {options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's have "
@@ -252,11 +284,12 @@ def _dense_parts(config, model, store, options, system, device, cores, max_conte
             weights.append(None)
             continue
         experts = [store.get(layer.ordinal, expert) for expert in range(config.num_experts)]
-        stacked = [np.stack([e[part] for e in experts]) for part in (0, 1)]
-        weights.append(tuple(jax.device_put(array, device) for array in stacked))
+        stacked = jax.tree.map(lambda *parts: np.stack(parts), *map(parts_of, experts))
+        weights.append(jax.device_put(stacked, device))
     forward = DenseForward(graphdef, {name: flat[name] for name in abstract}, weights, clock)
-    held = sum(a.nbytes for pair in weights if pair for a in pair)
-    work = budget.workspace_bytes(config, 1, min(options.prefill_chunk, max_context), max_context, 0, 16)
+    held = sum(a.nbytes for a in jax.tree.leaves(weights))
+    chunk = min(options.prefill_chunk, max_context)
+    work = budget.workspace_bytes(config, 1, chunk, max_context, 0, 16, store.layout is not None)
     footprint = budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held)
     slots = [config.num_experts] * len(model.moe_layers)
-    return Parts(options, system, device, model, forward, footprint, cores, 0, slots)
+    return Parts(options, system, device, model, forward, footprint, cores, device_format(store, device)[0], 0, slots)

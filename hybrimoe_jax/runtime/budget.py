@@ -49,13 +49,16 @@ def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: 
     return min(num_experts, room // expert_bytes)
 
 
-def workspace_bytes(config, batch: int, chunk: int, context: int, distances: int, logit_rows: int) -> int:
+def workspace_bytes(
+    config, batch: int, chunk: int, context: int, distances: int, logit_rows: int, quantised: bool = False
+) -> int:
     """Bound on one step's activations in float32: the widest moment of attention or of the routed part, and the logits.
 
     Args:
       config: a ModelConfig.
       batch, chunk: rows and tokens a row in one step. context: cache capacity. distances: lookahead depth.
       logit_rows: tokens whose logits are alive at once.
+      quantised: whether experts are, so that one exists in float32 while it is computed.
     """
     tokens = batch * chunk
     heads = config.num_attention_heads
@@ -63,7 +66,8 @@ def workspace_bytes(config, batch: int, chunk: int, context: int, distances: int
     stream = 8 * tokens * config.hidden_size
     routed = tokens * (2 * config.num_experts_per_tok + config.num_experts * (1 + distances) + 3 * config.moe_width)
     logits = 2 * max(batch, logit_rows) * config.vocab_size
-    return 4 * (attention + stream + routed + logits)
+    expert = 3 * config.hidden_size * config.moe_width if quantised else 0
+    return 4 * (attention + stream + routed + logits + expert)
 
 
 def _head_width(config) -> int:

@@ -108,11 +108,11 @@ class CallbackForward(HybridForward):
         slot_weights = np.zeros((count, rows), np.float32)
         for i, (expert, _) in enumerate(slots):
             slot_weights[i, routing.rows[expert]] = routing.weights[expert]
-        arrays = [a for _, slot in (slots + slots[:1] * (count - len(slots))) for a in slot]
+        given = tuple(slot for _, slot in slots + slots[:1] * (count - len(slots)))
         host = None
         if cpu:
             ids = np.full(routing.ids.shape, -1, np.int32)
             mine = np.isin(routing.ids[routing.valid], list(cpu))
             ids[routing.valid] = np.where(mine, routing.ids[routing.valid], -1)
             host = (self._handle, np.int32(layer.ordinal), ids, np.ascontiguousarray(routing.row_weights))
-        return moe_program(layer.graphdef)(layer.params, acc, x, slot_weights, tuple(arrays), host)
+        return moe_program(layer.graphdef)(layer.params, acc, x, slot_weights, given, host)

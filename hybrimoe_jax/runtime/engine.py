@@ -205,7 +205,9 @@ class Engine:
         stats = parts.new_stats()
         self._counters, self._predicted = parts.counters(), parts.predicted()
         chunk = min(self.options.prefill_chunk, self.max_context)
-        work = budget.workspace_bytes(self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS)
+        work = budget.workspace_bytes(
+            self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS, self.store.layout is not None
+        )
         footprint = dataclasses.replace(parts.footprint, kv=parts.cache_bytes(batch, capacity), workspace=work)
         stats.peak_device_bytes = footprint.total
         return stats

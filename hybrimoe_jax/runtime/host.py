@@ -45,7 +45,7 @@ class HostExecutor:
 
     Args:
       kernel: the host kernel.
-      weights: (layer, expert) -> ExpertWeights.
+      weights: (layer, expert) -> HostExpert.
       workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is `wide`.
       detailed: time every expert on its own (for the timeline) instead of every share.
     """

@@ -68,7 +68,8 @@ class OverlappedForward(HybridForward):
         link_start = self._working()
         for fetch in plan.fetch:
             issued = now()
-            slot = moved = self.load(ordinal, fetch)
+            slot = self.load(ordinal, fetch)
+            moved = jax.tree.leaves(slot)
             if timeline is not None:
                 timeline.watch(
                     "link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert

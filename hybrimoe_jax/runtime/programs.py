@@ -112,15 +112,15 @@ def _all_logits(norm, head, h, acc, host, eps):
 def _dense_rows(acc, x, weights, *slots):
     """acc [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
     with jax.named_scope("device_experts"):
-        for i in range(0, len(slots), 2):
-            acc = acc + weights[i // 2][:, None] * expert_forward(slots[i], slots[i + 1], x)
+        for i, slot in enumerate(slots):
+            acc = acc + weights[i][:, None] * expert_forward(slot, x)
         return acc
 
 
-def _gathered_rows(acc, x, rows, weights, gate_up, down):
+def _gathered_rows(acc, x, rows, weights, slot):
     """acc [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
     with jax.named_scope("device_experts"):
-        return acc.at[rows].add(weights[:, None] * expert_forward(gate_up, down, x[rows]))
+        return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows]))
 
 
 embed = _program(_embed)
@@ -139,7 +139,7 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
     """Adds device experts to acc [N, D], asynchronously.
 
     Args:
-      experts: list of (expert id, (gate_up, down)).
+      experts: list of (expert id, its slot: (gate_up, down) or a PackedExpert).
       rows_of, weights_of: per expert id, the rows [load] routed to it and their weights [load] (numpy).
     """
     rows_in_call = x.shape[0]
@@ -149,13 +149,13 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
             weights = np.zeros((len(part), rows_in_call), np.float32)
             for i, (expert, _) in enumerate(part):
                 weights[i, rows_of[expert]] = weights_of[expert]
-            acc = dense_rows(acc, x, weights, *[a for _, slot in part for a in slot])
+            acc = dense_rows(acc, x, weights, *[slot for _, slot in part])
         return acc
-    for expert, (gate_up, down) in experts:
+    for expert, slot in experts:
         load = len(rows_of[expert])
         size = min(bucket(load, 8), rows_in_call)
         rows = np.zeros(size, np.int32)
         weights = np.zeros(size, np.float32)
         rows[:load], weights[:load] = rows_of[expert], weights_of[expert]
-        acc = gathered_rows(acc, x, rows, weights, gate_up, down)
+        acc = gathered_rows(acc, x, rows, weights, slot)
     return acc

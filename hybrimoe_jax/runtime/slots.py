@@ -1,4 +1,4 @@
-"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert.
+"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert (two for a plain one).
 
 Measured on XLA:CPU: experts kept as separate arrays and passed as arguments run 3-10 times faster than experts indexed
 out of one stacked buffer, because nothing copies weights. Only the thread that owns the pool may call it.
@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import ExpertWeights
-
-DeviceExpert = tuple[jax.Array, jax.Array]
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, HostExpert, PackedExpert
+from hybrimoe_jax.models.moe import DeviceExpert
 
 
 def _overwrite(slot: DeviceExpert, new: DeviceExpert) -> DeviceExpert:
-    return tuple(jax.lax.dynamic_update_slice(old, part, (0, 0)) for old, part in zip(slot, new, strict=True))
+    return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, (0,) * old.ndim), slot, new)
 
 
 write_slot = jax.jit(_overwrite, donate_argnums=0)
@@ -28,15 +27,24 @@ class SlotPool:
 
     Args:
       slots: how many slots each layer has.
-      hidden, width: D and F; an expert is gate_up [2F, D] and down [D, F].
+      hidden, width: D and F; an expert is gate_up [2F, D] and down [D, F] of `dtype`,
+      layout: or, where this is given, the bytes of a quantised expert.
       staging: slots through which experts are streamed that find no place (at least two, so that one fills while one is read).
     """
 
-    def __init__(self, slots: list[int], hidden: int, width: int, dtype=jnp.float32, staging: int = 2):
+    def __init__(
+        self,
+        slots: list[int],
+        hidden: int,
+        width: int,
+        dtype=jnp.float32,
+        staging: int = 2,
+        layout: ExpertLayout | None = None,
+    ):
         self._shapes, self._slots, self._count = ((2 * width, hidden), (hidden, width)), list(slots), max(2, staging)
-        self.dtype = dtype
+        self.dtype, self.layout = dtype, layout
         self.clear()
-        self.expert_bytes = sum(a.nbytes for a in self._staging[0])
+        self.expert_bytes = sum(a.nbytes for a in jax.tree.leaves(self._staging[0]))
 
     def clear(self) -> None:
         """Starts anew with empty buffers."""
@@ -49,6 +57,8 @@ class SlotPool:
         self._free: list[list[int]] = [list(range(n))[::-1] for n in self._slots]
 
     def _empty(self) -> DeviceExpert:
+        if self.layout is not None:
+            return PackedExpert(jnp.zeros(self.layout.nbytes, jnp.uint8), self.layout)
         return tuple(jnp.zeros(shape, self.dtype) for shape in self._shapes)
 
     @property
@@ -85,7 +95,7 @@ class SlotPool:
     def verify(self, layer: int, expected) -> None:
         """Debug: every resident slot of the layer must equal `expected(expert)`; RuntimeError naming the first that does not."""
         for expert in self._where[layer]:
-            want: ExpertWeights = expected(expert)
-            for have, reference in zip(self.get(layer, expert), want, strict=True):
+            want: HostExpert = expected(expert)
+            for have, reference in zip(jax.tree.leaves(self.get(layer, expert)), jax.tree.leaves(want), strict=True):
                 if not np.array_equal(np.array(have, copy=True), np.asarray(reference, dtype=have.dtype)):
                     raise RuntimeError(f"slot of MoE layer {layer} does not hold expert {expert}")

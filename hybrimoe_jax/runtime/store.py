@@ -4,7 +4,8 @@
 read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
 read-only, since kernels and transfers hold them while others read.
 
-Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F].
+Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
+quantised one (`host_kernels.packing`), which are held as they are stored.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, to_f32
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
 from hybrimoe_jax.models.checkpoint import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
-from hybrimoe_jax.models.pieces import DTYPES, EXPERTS, LAYOUT, VERSION, digest
+from hybrimoe_jax.models.pieces import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.models.registry import parse_config
 
 FREQUENCIES = "expert_frequencies.json"
@@ -33,27 +35,32 @@ class ExpertStore:
     """The routed experts of one model in host memory, by MoE-layer ordinal (0 .. L-1) and expert (0 .. E-1).
 
     Args:
-      read: gives an expert's packed weights [3, F*D] (gate, up, down) or an ExpertWeights.
+      read: gives an expert's matrices [3, F*D] (gate, up, down) or an ExpertWeights; with `layout`, its bytes or a PackedExpert.
       shape: (L, E, F, D).
-      dtype: what the arrays handed out hold; the source's own type, or float32.
+      dtype: what the arrays handed out hold; the source's own type, or float32; uint8 with `layout`.
       keep: False hands out a fresh read each time (for a walk over a model larger than memory).
+      layout: of quantised experts; None for plain ones.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int], np.ndarray | ExpertWeights],
+        read: Callable[[int, int], np.ndarray | HostExpert],
         shape: tuple[int, int, int, int],
         dtype: np.dtype,
         keep: bool = True,
+        layout: ExpertLayout | None = None,
     ):
         self.num_layers, self.num_experts, self.hidden, self.width = shape
-        self.dtype, self._read, self._keep = np.dtype(dtype), read, keep
-        self._cells: list[list[ExpertWeights | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
+        self.dtype, self._read, self._keep, self.layout = np.dtype(dtype), read, keep, layout
+        self._cells: list[list[HostExpert | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
         self._locks = [threading.Lock() for _ in range(16)]
 
     @classmethod
-    def from_arrays(cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None) -> ExpertStore:
-        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied on first use."""
+    def from_arrays(
+        cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None, format: str | None = None
+    ) -> ExpertStore:
+        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied, or rounded to a quantised `format`, on
+        first use."""
         layers = [(np.asarray(g), np.asarray(d)) for g, d in layers]
         if not layers:
             raise UserError("ExpertStore: no MoE layers were given")
@@ -71,11 +78,27 @@ class ExpertStore:
             gate_up, down = layers[ordinal]
             return ExpertWeights(gate_up[expert], down[expert])
 
-        return cls(read, (len(layers), count, hidden, width), held_dtype(stored, dtype))
+        shape = (len(layers), count, hidden, width)
+        if format is None:
+            return cls(read, shape, held_dtype(stored, dtype))
+        layout = ExpertLayout(Format.parse(format), width, hidden)
+
+        def rounded(ordinal: int, expert: int) -> PackedExpert:
+            gate_up, down = map(to_f32, read(ordinal, expert))
+            return pack_expert(gate_up[:hidden], gate_up[hidden:], down, layout.format)
+
+        return cls(rounded, shape, np.uint8, layout=layout)
+
+    @property
+    def format(self) -> str:
+        """The weight format that is handed out: `f32`, `bf16`, or a quantised one's name."""
+        return str(self.layout.format) if self.layout else "f32" if self.dtype == F32 else "bf16"
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert as handed out."""
+        if self.layout is not None:
+            return self.layout.nbytes
         return 3 * self.hidden * self.width * self.dtype.itemsize
 
     @property
@@ -88,7 +111,7 @@ class ExpertStore:
         """How many experts have been read."""
         return sum(cell is not None for layer in self._cells for cell in layer)
 
-    def get(self, ordinal: int, expert: int) -> ExpertWeights:
+    def get(self, ordinal: int, expert: int) -> HostExpert:
         """One expert's weights, read now if they were not; safe from any thread, read once.
 
         Raises UserError where the checkpoint's files are damaged, IndexError for an ordinal or expert that does not exist.
@@ -107,8 +130,12 @@ class ExpertStore:
                 self._cells[ordinal][expert] = self._load(ordinal, expert)
             return self._cells[ordinal][expert]
 
-    def _load(self, ordinal: int, expert: int) -> ExpertWeights:
+    def _load(self, ordinal: int, expert: int) -> HostExpert:
         source = self._read(ordinal, expert)
+        if self.layout is not None:
+            data = source.data if isinstance(source, PackedExpert) else aligned_copy(source)
+            data.flags.writeable = False
+            return PackedExpert(data, self.layout)
         if not isinstance(source, ExpertWeights):
             gate_up = source[:2].reshape(2 * self.hidden, self.width)
             source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
@@ -143,6 +170,11 @@ class Checkpoint:
     raw_config: dict[str, Any]
     generation_config: dict[str, Any]
     manifest: dict[str, Any]
+
+    @property
+    def format(self) -> str:
+        """The experts' weight format: `f32`, `bf16`, or a quantised one's name."""
+        return self.manifest["format"]
 
     @property
     def pieces(self) -> dict[str, dict[str, Any]]:
@@ -196,15 +228,15 @@ class Checkpoint:
         """The routed experts.
 
         Args:
-          dtype: float32 widens bfloat16 exactly; None keeps the stored type.
+          dtype: float32 widens bfloat16 exactly; None keeps the stored type. Quantised experts stay as they are.
           lazy: read each expert on first use; False reads all now.
           verify: hash each expert when it is read; a difference raises UserError naming layer and expert.
         """
         records = [piece for piece in self.manifest["pieces"] if piece["experts"]]
         if not records:
             raise UserError(f"{self.path}: the model has no mixture-of-experts layer")
-        stored = {DTYPES[piece["experts"]["dtype"]] for piece in records}
-        held = held_dtype(stored.pop(), dtype)
+        form = ExpertForm.of(self.format, self.config.hidden_size, self.config.moe_width)
+        held = form.dtype if form.layout else held_dtype(form.dtype, dtype)
         opened: list[Any] = [None] * len(records)
         opening = threading.Lock()
 
@@ -223,7 +255,7 @@ class Checkpoint:
             return packed
 
         shape = (len(records), self.config.num_experts, self.config.moe_width, self.config.hidden_size)
-        store = ExpertStore(read, shape, held, keep)
+        store = ExpertStore(read, shape, held, keep, form.layout)
         if not lazy:
             store.load_all()
         return store
@@ -241,7 +273,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     manifest = read_json(path / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT:
         raise UserError(f"{path / 'manifest.json'}: not the manifest of a checkpoint made by hybrimoe_jax.convert")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (PLAIN_VERSION, VERSION):
         raise UserError(
             f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {VERSION}; convert the original again"
         )
@@ -268,7 +300,8 @@ def check_pieces(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
         names = [piece["name"] for piece in pieces]
     except (KeyError, TypeError):
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
-    expected = (config.num_experts, 3, config.moe_width * config.hidden_size, config.num_experts)
+    form = ExpertForm.of(str(manifest.get("format")), config.hidden_size, config.moe_width)
+    expected = (config.num_experts, *form.row, config.num_experts)
     if layers != config.moe_layers or stacks - {expected}:
         raise UserError(
             f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"

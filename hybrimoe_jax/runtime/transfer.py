@@ -3,6 +3,7 @@
 A demand load is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A prefetch
 is staged by the link's own thread and committed, at a layer boundary, only once it has landed. On the CPU backend an
 aligned `device_put` would alias the host array; there the staged copy is made explicitly, so that a fetch costs a real copy.
+A quantised expert is one buffer of bytes, the same on both sides: its fetch is one copy.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import dataclasses
 import threading
 
 import jax
-import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+from hybrimoe_jax.host_kernels.formats import aligned_copy
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert
+from hybrimoe_jax.models.moe import DeviceExpert
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.workers import Worker
 
@@ -25,8 +27,8 @@ class Transfer:
     layer: int
     expert: int
     issued: float
-    weights: ExpertWeights
-    staged: tuple[jax.Array, jax.Array] | None = None
+    weights: HostExpert
+    staged: DeviceExpert | None = None
     began: float | None = None
     landed: float | None = None
     error: BaseException | None = None
@@ -42,6 +44,11 @@ class Transfer:
         return self.landed - self.began
 
 
+def parts_of(weights: HostExpert):
+    """An expert's arrays in the form that a slot has: (gate_up, down), or a PackedExpert."""
+    return weights if isinstance(weights, PackedExpert) else tuple(weights)
+
+
 class Link:
     """Transfers from host memory to `device`. One worker thread, first come first served."""
 
@@ -51,12 +58,12 @@ class Link:
         self._in_flight: dict[tuple[int, int], Transfer] = {}
         self._worker = Worker(self._serve, "link")
 
-    def put(self, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
+    def put(self, weights: HostExpert) -> DeviceExpert:
         """Demand load: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is read-only;
         writing them into a slot is the copy."""
-        return tuple(jax.device_put(list(weights), self.device))
+        return jax.device_put(parts_of(weights), self.device)
 
-    def prefetch(self, layer: int, expert: int, weights: ExpertWeights) -> None:
+    def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
         self._in_flight[layer, expert] = transfer
         self._worker.put(transfer)
@@ -96,12 +103,10 @@ class Link:
     def _serve(self, transfer: Transfer) -> None:
         transfer.began = self.clock.now()
         try:
-            parts: list[np.ndarray] = list(transfer.weights)
+            parts = parts_of(transfer.weights)
             if self._copies:
-                parts = [aligned_copy(part) for part in parts]
-            staged = jax.device_put(parts, self.device)
-            jax.block_until_ready(staged)
-            transfer.staged = tuple(staged)
+                parts = jax.tree.map(aligned_copy, parts)
+            transfer.staged = jax.block_until_ready(jax.device_put(parts, self.device))
         except BaseException as error:  # handed to the thread that commits, which raises it
             transfer.error = error
         transfer.landed = self.clock.now()

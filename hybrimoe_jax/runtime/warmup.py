@@ -18,6 +18,7 @@ import numpy as np
 from hybrimoe_jax.decide.costs import CostModel, Samples
 from hybrimoe_jax.decide.costs import fit as fit_costs
 from hybrimoe_jax.decide.prediction import predict
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
@@ -48,7 +49,7 @@ def measure(
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
     Args:
-      weights: (MoE layer ordinal, expert) -> ExpertWeights.
+      weights: (MoE layer ordinal, expert) -> HostExpert.
       capacity: of the KV cache used for the front's timing.
       inline_s: host experts shorter than this are run by the thread that dispatches the device's.
       distances: lookahead depth, whose price is measured too.
@@ -191,9 +192,9 @@ def _transfer_samples(samples: Samples, pool: SlotPool, link: Link, host: HostEx
         jax.block_until_ready(pool.stream(link.put(weights(*next(rotation)))))
 
     def part():  # an explicit copy, since putting an aligned array on the CPU backend would alias it
-        jax.block_until_ready(jax.device_put(weights(*next(rotation)).down.copy(), link.device))
+        jax.block_until_ready(jax.device_put(_down(weights(*next(rotation))).copy(), link.device))
 
-    samples.transfer.append((weights(*experts[0]).down.nbytes, _timed(host.clock, part)))
+    samples.transfer.append((_down(weights(*experts[0])).nbytes, _timed(host.clock, part)))
     samples.transfer.append((pool.expert_bytes, _timed(host.clock, whole)))
 
     def beside_the_host():  # the way of a prefetch: staged by the link's thread, then written into a slot
@@ -203,6 +204,11 @@ def _transfer_samples(samples: Samples, pool: SlotPool, link: Link, host: HostEx
 
     with _beside(_host_run(host, itertools.cycle(experts), 1, weights(*experts[0]).width)):
         samples.transfer_cpu_busy.append((pool.expert_bytes, _timed(host.clock, beside_the_host)))
+
+
+def _down(weights: HostExpert) -> np.ndarray:
+    """A smaller array of an expert to transfer: its down matrix."""
+    return weights.matrices[2].data if isinstance(weights, PackedExpert) else weights.down
 
 
 def _issue(clock: WallClock, pool: SlotPool, link: Link, rotation, weights) -> float:
