@@ -129,6 +129,7 @@ class CoActivation(Predictor):
         self._before_rows: np.ndarray | None = (
             None  # [L, k] rows of the token before, where the last step was one whole token
         )
+        self._both = np.empty((distances, 2 * self.top_k), np.int64)
         self._refresh()
 
     def predict(self, layer, shown, depth):
@@ -181,11 +182,13 @@ class CoActivation(Predictor):
 
     def _predict_one(self, layer: int, chosen: np.ndarray, reach: int) -> list[Prediction]:
         later = slice(layer + 1, layer + 1 + reach)
-        rows = self._across_row[layer, :reach] + chosen
+        across = self._across_row[layer, :reach]
         if self._before_rows is not None:
-            rows = np.concatenate([rows, self._before_rows[later]], axis=1)
+            rows = self._both[:reach]
+            np.add(across, chosen, out=rows[:, : self.top_k])
+            rows[:, self.top_k :] = self._before_rows[later]
         else:
-            rows = self._with_ragged_before(rows, layer, reach)
+            rows = self._with_ragged_before(across + chosen, layer, reach)
         lifts = self._rows.take(rows, axis=0) * self._weight[later]  # [D, 2k, E]
         lifts += self._floor[later]
         scores = np.multiply.reduce(lifts, axis=1)

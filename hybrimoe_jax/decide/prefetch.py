@@ -96,19 +96,13 @@ class Target:
 class _State:
     """A target during the choice: the loads not yet prefetched, and what is left to evict. `equal`: the load of all, where it is the same."""
 
-    def __init__(self, target: Target, forecast: Forecast, tokens: int):
-        loads = target.prediction.loads
-        self.target, self.forecast, self.tokens = target, forecast, tokens
-        self.candidates = target.candidates()
-        self.equal = 0
-        if len(set(loads.values())) == 1:
-            (self.equal,) = set(loads.values())
+    def __init__(self, target: Target, forecast: Forecast, tokens: int, deadline: float, base: Outlook, equal: int):
+        self.target, self.forecast, self.tokens, self.deadline, self.base = target, forecast, tokens, deadline, base
+        self.candidates, self.equal, loads = target.candidates(), equal, target.prediction.loads
+        if equal:
             self.here = len(loads) - len(self.candidates)
-            self.base = forecast.equal(self.here, len(self.candidates), self.equal, tokens)
         else:
             self.here = [load for expert, load in loads.items() if expert in target.present]
-            self.base = forecast.outlook(self.here, [loads[expert] for expert in self.candidates], tokens)
-        self.deadline = 0.0
         self.openings: list[float] | None = None
         self.best: tuple[float, int] | None = None
 
@@ -183,20 +177,23 @@ def choose_by_impact(
     states: list[_State] = []
     start, quiet_until = until_next, float("inf")  # the link is expected to be idle until then
     for target in targets:
-        state = _State(target, forecast, tokens)
-        state.deadline = deadline = min(start, quiet_until)
-        worthwhile = state.candidates and link_free + transfer <= deadline
-        if not worthwhile and target is targets[-1]:
+        deadline = start if start < quiet_until else quiet_until
+        fits = link_free + transfer <= deadline
+        if not fits and target is targets[-1]:
             break
-        if worthwhile:
+        equal, base = _outlook_of(target, forecast, tokens)
+        if fits:
+            state = _State(target, forecast, tokens, deadline, base, equal)
             state.find_best(accuracy.probability(target.distance))
             if state.best is not None:
                 states.append(state)
-        if state.base.link > 0:
-            quiet_until = min(quiet_until, start)
-        start += state.base.makespan + rest
+        if base.link > 0 and start < quiet_until:
+            quiet_until = start
+        start += base.makespan + rest
         if link_free + transfer > quiet_until:
             break
+    if not states:
+        return []
 
     chosen: list[tuple[_State, int]] = []
     while states and len(chosen) < room:
@@ -210,6 +207,18 @@ def choose_by_impact(
             states.remove(state)
     chosen.sort(key=lambda pair: pair[0].target.distance)
     return [(state.target, expert) for state, expert in chosen]
+
+
+def _outlook_of(target: Target, forecast: Forecast, tokens: int) -> tuple[int, Outlook]:
+    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook without further prefetches."""
+    loads, present = target.prediction.loads, target.present
+    distinct = set(loads.values())
+    if len(distinct) == 1:
+        (load,) = distinct
+        here = sum([expert in present for expert in loads])
+        return load, forecast.equal(here, len(loads) - here, load, tokens)
+    here = [load for expert, load in loads.items() if expert in present]
+    return 0, forecast.outlook(here, [load for expert, load in loads.items() if expert not in present], tokens)
 
 
 def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, transfer: float) -> bool:

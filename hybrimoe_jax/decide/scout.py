@@ -38,22 +38,24 @@ class Scout:
         self.residency, self.costs, self.always = residency, costs, always
         self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
         self.active = bool(system.reach) and forecast.flags["allow_fetch"]
-        self._depths: dict[tuple[int, int], int] = {}
+        self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
         self._resting = self._issued_before = 0
         self._looked = False
 
     def depth(self, tokens: int) -> int:
         """See `Planner.depth`."""
-        if not self.active or not any(self.residency.slots):
-            return 0
-        if self.system.prefetch == "next-layer":
-            return 1
-        active = min(self.num_experts, tokens * self.top_k)
-        key = (active, -(-tokens * self.top_k // active))
-        if key not in self._depths:
-            self._depths[key] = self._depth(*key, tokens)
-        return self._depths[key]
+        depth = self._depths.get(tokens)
+        if depth is None:
+            if not self.active or not any(self.residency.slots):
+                depth = 0
+            elif self.system.prefetch == "next-layer":
+                depth = 1
+            else:
+                active = min(self.num_experts, tokens * self.top_k)
+                depth = self._depth(active, -(-tokens * self.top_k // active), tokens)
+            self._depths[tokens] = depth
+        return depth
 
     def rests(self, tokens: int) -> bool:
         """See `Planner.rests`."""
@@ -83,13 +85,15 @@ class Scout:
         """
         self._looked = True
         depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(tokens)
-        lookahead = lookahead[: min(depth, self.num_layers - 1 - layer)]
-        predictions = self.residency.predictions
+        depth = min(depth, self.num_layers - 1 - layer)
+        if len(lookahead) > depth:
+            lookahead = lookahead[:depth]
+        residency, targets = self.residency, []
         for distance, prediction in enumerate(lookahead, 1):
-            predictions[layer + distance].append((distance, prediction))
-        if room <= 0 or not lookahead:
+            residency.predictions[layer + distance].append((distance, prediction))
+            targets.append(residency.target(layer + distance, distance, prediction))
+        if room <= 0 or not targets:
             return []
-        targets = [self.residency.target(layer + d, d, p) for d, p in enumerate(lookahead, 1)]
         if self.system.prefetch == "next-layer":
             return choose_next_layer(targets[0], room)
         return choose_by_impact(

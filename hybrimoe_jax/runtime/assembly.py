@@ -97,12 +97,19 @@ class Parts:
             expert_format=self.expert_format,
         )
 
+    def settle(self) -> None:
+        """Plans what a step has left to be planned."""
+        if isinstance(self.forward, HybridForward):
+            self.forward.settle()
+
     def counters(self) -> Counters:
         """The planner's totals so far (all zero for the dense executor)."""
+        self.settle()
         return dataclasses.replace(self.planner.counters) if self.planner else Counters()
 
     def predicted(self) -> list[tuple[int, int]]:
         """By distance from 1: experts predicted so far, and how many of them were activated."""
+        self.settle()
         accuracy = self.planner.accuracy if self.planner else None
         return list(zip(accuracy.predicted, accuracy.came_true))[1:] if accuracy else []
 

@@ -153,6 +153,7 @@ class HybridForward(Forward):
 
     def repair(self) -> None:
         """After a step that was broken off (Ctrl-C in a notebook): refills the slots with what the planner believes in them."""
+        self.settle()
         self.link.drain()
         if self.machine is not None:
             self.machine.drain()
@@ -166,6 +167,11 @@ class HybridForward(Forward):
             for expert in sorted(self.planner.resident(layer)):
                 self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
 
+    def settle(self) -> None:
+        """Plans what the latest step has left to be planned; call it before asking the planner anything."""
+        if self.whole is not None:
+            self.whole.settle()
+
     def _runs_whole(self, step: StepInput) -> bool:
         """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
         watched = self.trace is not None or self.timeline is not None
@@ -174,6 +180,7 @@ class HybridForward(Forward):
     def _step(self, step, caches):
         if self.whole is not None and self._runs_whole(step):
             return self.whole.step(step, caches, self.planner, self.clock)
+        self.settle()
         model, machine = self.model, self.machine
         now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds

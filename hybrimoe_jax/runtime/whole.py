@@ -24,7 +24,7 @@ from hybrimoe_jax.host_kernels.native.routed import routed, table
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import product
-from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
+from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
 from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.programs import _program
@@ -43,6 +43,7 @@ class WholeStep:
         self._params = [layer.params for layer in model.layers]
         self._tables = [jax.device_put(table(layer), model.device) for layer in addresses]
         self.threads = jax.device_put(np.int32(1), model.device)
+        self._owed: Late | None = None
 
     def logits(self, ids, caches, positions, span: int) -> tuple[np.ndarray, list, np.ndarray]:
         """ids, positions [1, 1] -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last, the
@@ -52,7 +53,8 @@ class WholeStep:
         logits, caches, packed = self._program(
             self._params, outer, self._tables, ids, caches, positions, self.threads, span
         )
-        return np.array(logits, copy=True), caches, np.asarray(packed)
+        self.settle()  # the step before's, while this one runs
+        return np.array(logits, copy=True), caches, np.array(packed, copy=True)
 
     def calibrate(self, clock, capacity: int, most_threads: int) -> None:
         """Sets `threads`, of those that run a layer's experts: one or `most_threads`, whichever makes the step faster."""
@@ -68,39 +70,35 @@ class WholeStep:
         self.threads = jax.device_put(np.int32(min(best, key=best.__getitem__)), self.model.device)
 
     def step(self, step, caches, planner, clock) -> tuple[np.ndarray, list, StepStats]:
-        """Runs a decode step of one sequence, then plans its layers. Layers' times are shares: what the program took beside the
-        experts is divided among them."""
+        """Runs a decode step of one sequence. Its layers are planned while the next step's program runs, or when they are looked
+        at. Layers' times are shares: what the program took beside the experts is divided among them."""
         start, compiled = clock.now(), compile_clock().seconds
-        config = self.model.config
         logits, caches, packed = self.logits(step.ids, list(caches), step.positions, step.span)
+        compile_s = compile_clock().seconds - compiled
         ran = clock.now() - start
-        record = StepStats(step.phase, 1, 0.0, 0.0, [])
-        valid, experts_s = step.valid, packed[:, -1].tolist()
-        share = max(0.0, ran - (compile_clock().seconds - compiled) - sum(experts_s)) / len(experts_s)
-        for ordinal, seconds in enumerate(experts_s):
-            routing = read_routing(
-                packed[ordinal : ordinal + 1, :-1], config.num_experts_per_tok, config.num_experts, valid
-            )
+        self._owed = Late(functools.partial(self._plan, packed, ran - compile_s, step.valid, planner))
+        return logits, caches, StepStats(step.phase, 1, ran, compile_s, self._owed)
+
+    def settle(self) -> None:
+        """Plans what a step has left to be planned."""
+        if self._owed is not None:
+            owed, self._owed = self._owed, None
+            owed.settle()
+
+    def _plan(self, packed: np.ndarray, seconds: float, valid: np.ndarray, planner) -> list[LayerStats]:
+        config, layers = self.model.config, []
+        experts_s = packed[:, -1].tolist()
+        share = max(0.0, seconds - sum(experts_s)) / len(experts_s)
+        for ordinal, busy in enumerate(experts_s):
+            row = packed[ordinal : ordinal + 1, :-1]
+            routing = read_routing(row, config.num_experts_per_tok, config.num_experts, valid)
             plan = planner.plan(ordinal, routing.loads, routing.scores, 1)
             if len(plan.cpu) != len(routing.loads):
                 raise RuntimeError(f"MoE layer {ordinal}: the plan of a foregone step leaves experts to the device")
-            record.layers.append(
-                LayerStats(
-                    ordinal,
-                    routing.loads,
-                    len(plan.hits),
-                    len(plan.misses),
-                    plan.cpu,
-                    (),
-                    (),
-                    0,
-                    share + seconds,
-                    Lanes(seconds, share, 0.0),
-                )
-            )
+            hits, misses, lanes = len(plan.hits), len(plan.misses), Lanes(busy, share, 0.0)
+            layers.append(LayerStats(ordinal, routing.loads, hits, misses, plan.cpu, (), (), 0, share + busy, lanes))
         planner.finish_step()
-        record.seconds, record.compile_s = clock.now() - start, compile_clock().seconds - compiled
-        return logits, caches, record
+        return layers
 
 
 @functools.cache

@@ -61,23 +61,24 @@ def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, co
     """
     base, slopes, used, kept = 0.0, [], 0, 0
     gaps: list[list[tuple[int, int]]] = [[] for _ in slots]  # (end, begin) of each stay from one use to the next
-    last: dict[tuple[int, int], int] = {}
+    last: list[dict[int, int]] = [{} for _ in slots]
     known: dict[tuple, tuple[float, np.ndarray]] = {}
     for number, step in enumerate(steps):
         base += costs.step(step.tokens)
-        for asked in step.layers:
-            base += costs.layer(step.tokens, step.context)
-            used += len(asked.loads)
-            key = (step.tokens, tuple(sorted(asked.loads.values())))
-            if key not in known:
-                known[key] = _splits(key[1], step.tokens, costs)
-            base += known[key][0]
-            slopes.append(known[key][1])
-            for expert in asked.loads:
-                before = last.get((asked.layer, expert))
-                if before is not None:
-                    gaps[asked.layer].append((number, before))
-                last[asked.layer, expert] = number
+        tokens, rest = step.tokens, costs.layer(step.tokens, step.context)
+        for layer, loads, *_ in step.layers:
+            used += len(loads)
+            key = (tokens, len(loads) if tokens == 1 else tuple(sorted(loads.values())))
+            split = known.get(key)
+            if split is None:
+                split = known[key] = _splits(sorted(loads.values()), tokens, costs)
+            base += rest + split[0]
+            slopes.append(split[1])
+            seen, stays = last[layer], gaps[layer]
+            for expert in loads:
+                if expert in seen:
+                    stays.append((number, seen[expert]))
+                seen[expert] = number
     kept = sum(_most_kept(stays, room) for stays, room in zip(gaps, slots))
     computing = base + np.concatenate([[0.0], np.cumsum(np.sort(np.concatenate([np.zeros(0), *slopes])))])
     free = kept + (0 if cold else sum(slots))

@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
+from hybrimoe_jax.errors import UserError
 
 Pick = Callable[[Sequence[int]], tuple[int, ...]]
 _CAREFUL = 1e-9
@@ -45,13 +46,17 @@ class EqualLoads:
         self._known: dict[tuple[int, int, bool], tuple[float, Pattern, Pattern | None]] = {}
 
     def find(self, resident: int, absent: int, by_id: bool, link_busy: float) -> Pattern | None:
-        """The pattern for so many experts; None where it depends on how long exactly the link is busy.
+        """The pattern for so many experts; None where it depends on how long exactly the link is busy, or the rule refuses.
 
         `by_id`: the experts' order is that of their ids alone (no scores are known).
         """
         known = self._known.get((resident, absent, by_id))
         if known is None:
-            known = self._known[resident, absent, by_id] = self._ask(resident, absent, by_id)
+            try:
+                known = self._ask(resident, absent, by_id)
+            except UserError:  # to be said of the experts themselves
+                return None
+            self._known[resident, absent, by_id] = known
         idle_from, free, busy = known
         if link_busy <= 0.0:
             return free
