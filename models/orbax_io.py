@@ -32,7 +32,7 @@ class Leaf:
 
 
 def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Writes one Orbax item; memory is about three blocks of the largest leaf. `folder` must not exist."""
+    """Writes one Orbax item; memory is about four blocks of the largest leaf. `folder` must not exist."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     first = {name: np.ascontiguousarray(leaf.read(0, min(leaf.rows, leaf.shape[0]))) for name, leaf in leaves.items()}
@@ -53,10 +53,14 @@ def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
         if leaf.rows < leaf.shape[0]:
             store = open_leaf(folder, name, writable=True)
             store = store.resize(exclusive_max=list(leaf.shape), expand_only=True).result()
+            pending = None
             for start in range(leaf.rows, leaf.shape[0], leaf.rows):
                 stop = min(start + leaf.rows, leaf.shape[0])
-                block = leaf.read(start, stop)
-                store[start:stop].write(block, can_reference_source_data_indefinitely=True).result()
+                block = leaf.read(start, stop)  # while the block before is written
+                if pending is not None:
+                    pending.result()
+                pending = store[start:stop].write(block, can_reference_source_data_indefinitely=True)
+            pending.result()
 
 
 @functools.cache

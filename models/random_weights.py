@@ -128,7 +128,9 @@ def random_packed(layout: ExpertLayout, key: tuple[int, ...]) -> PackedExpert:
 def _fill(data: np.ndarray, layout: MatrixLayout, rng: np.random.Generator) -> None:
     format, size = layout.format, layout.codes_nbytes
     codes = data[:size]
-    codes[:] = np.frombuffer(rng.bytes(size), np.uint8)
+    codes.view(np.uint64)[:] = rng.integers(
+        0, 2**64, size // 8, np.uint64
+    )  # a row of codes is 16 bytes at least, a panel 128
     if format.bits == 8:  # -128 is no code
         np.maximum(codes.view(np.int8), -127, out=codes.view(np.int8))
     data[size:] = 0

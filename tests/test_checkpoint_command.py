@@ -164,7 +164,7 @@ def test_export_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(np.array_equal(weights[n], a) for n, a in load_file(tmp_path / "back" / "model.safetensors").items())
     done = run(ckpt, tmp_path / "back2", "--export-hf", "--format", "bf16")
-    assert done.returncode == 2 and "--format does not go with --export-hf" in done.stderr
+    assert done.returncode == 2 and "--format bf16 does not go with --export-hf" in done.stderr
 
 
 def sharded(tmp_path):

@@ -275,7 +275,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path / 'manifest.json'}: not the manifest of a checkpoint made by hybrimoe_jax.convert")
     if manifest.get("version") not in (PLAIN_VERSION, VERSION):
         raise UserError(
-            f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {VERSION}; convert the original again"
+            f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {PLAIN_VERSION} and {VERSION}; convert the original again"
         )
     raw = read_json(path / "config.json")
     if digest(json.dumps(raw, indent=2, sort_keys=True).encode()) != manifest.get("config"):
