@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
 ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vnni"]
-SOURCES = ["experts.cpp", "layout.cpp", "routed.cpp", "team.cpp", *(f"isa_{name}.cpp" for name in ISAS)]
+SOURCES = ["experts.cpp", "layout.cpp", "probe.cpp", "routed.cpp", "team.cpp", *(f"isa_{name}.cpp" for name in ISAS)]
 HEADERS = ["experts.h", "layout.h", "team.h", "kernels.inc", "packed.inc"]
 HANDLERS = ["ffi.cpp", "ffi_routed.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]

@@ -351,6 +351,8 @@ int run_checked(int64_t isa, const Call& call, int64_t threads) {
 
 }  // namespace
 
+const Isa& isa_number(int64_t isa) { return *ISAS[isa]; }
+
 }  // namespace experts
 
 using namespace experts;

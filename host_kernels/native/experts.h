@@ -45,10 +45,15 @@ struct Isa {
     void (*silu_times)(const float* gate, const float* up, float* out, int64_t count);
     PackedProduct packed[KINDS];  // with float activations
     const Quantised* quantised;
+    // For the probes below: a sum of floats, and a number of multiply-adds, which is returned.
+    float (*read_all)(const float* data, int64_t count);
+    int64_t (*multiply_adds)(int64_t rounds, float* result);
 };
 
 extern const Isa avx512vnni, avx512, avxvnni, avx2, portable;
 extern const Quantised quantised_avx2;
+
+const Isa& isa_number(int64_t isa);
 
 }  // namespace experts
 
@@ -89,6 +94,11 @@ EXPORTED const char* experts_isa(int64_t isa);
 EXPORTED int64_t experts_best_isa();
 
 EXPORTED void experts_silu_times(int64_t isa, const float* gate, const float* up, float* out, int64_t count);
+
+// What the machine can do at most: reads `bytes` of memory on `threads` threads; returns how many it read. Makes about `count`
+// floating-point operations in registers on each thread; returns how many in all.
+EXPORTED int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads);
+EXPORTED int64_t probe_arithmetic(int64_t isa, int64_t count, int64_t threads);
 
 // Ends and joins the helper threads; the next call starts new ones. No call may be under way.
 EXPORTED void experts_shutdown();

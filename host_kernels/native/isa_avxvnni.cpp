@@ -13,12 +13,12 @@ static bool has_avxvnni() {
     return avx2.supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 static const Quantised quantised = QUANTISED;
-const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised};
+const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
-const Isa avxvnni = {"avxvnni", never, {}, nullptr, {}, nullptr};
+const Isa avxvnni = {"avxvnni", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

@@ -6,5 +6,5 @@
 namespace experts {
 static bool always() { return true; }
 static const Quantised quantised = QUANTISED;
-const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised};
+const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
 }  // namespace experts
