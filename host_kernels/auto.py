@@ -199,11 +199,12 @@ class AutoKernel(HostKernel):
                 handles[PACKED] = packed
         self.pack_seconds = statistics.median(packing) if packing else 0.0
         for load in loads:
-            self.measured[load] = self._race(handles, sample, load)
+            self.measured[load] = self._race(handles, load)
         self._decide(loads)
 
-    def _race(self, handles: dict[str, list], sample: HostExpert, load: int) -> dict[str, float]:
+    def _race(self, handles: dict[str, list], load: int) -> dict[str, float]:
         """Median seconds of an expert per form, rows gathered and results added as in a step (every other row of x)."""
+        sample = handles[REFERENCE][0]  # as it is: NumPy prepares nothing
         burst = BURST if load <= BURST_LOADS or load * sample.nbytes <= BURST_BYTES else 1
         tokens = 1 if load == 1 else 2 * load
         x = np.random.default_rng(0).standard_normal((tokens, sample.width), np.float32)
