@@ -49,6 +49,19 @@ class ArrayTensor:
         return self.array[start:stop]
 
 
+class Experts(Protocol):
+    """A layer's routed experts wherever they lie."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]: ...
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> gate [F, D], up [F, D], down [D, F]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StackedExperts:
     """A layer's routed experts as two fused tensors: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""

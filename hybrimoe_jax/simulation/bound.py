@@ -21,34 +21,29 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.decide.caching import Belady
-from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulation.workload import Step
 
-CLAIRVOYANT = System(
-    "clairvoyant", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect"
-)  # its cache policy is Belady's rule, which needs the steps
+CLAIRVOYANT = System("oracle", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
+"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,
+their sum need not be."""
+
+BELADY = System("belady", "lru", "device-only")
+"""Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
 
 
-def clairvoyant_planner(
-    steps: Iterable[Step], num_layers: int, num_experts: int, top_k: int, slots: Sequence[int], costs: Any, **options
-) -> Planner:
-    """A planner that knows `steps`, to be replayed on exactly these. `options` go to `Planner`."""
+def knows_the_future(name: str) -> System | None:
+    """The system called `name` if it is one of these two, whose cache policy is Belady's rule and needs the steps; else None."""
+    return {system.name: system for system in (CLAIRVOYANT, BELADY)}.get(name)
+
+
+def foreknowledge(steps: Iterable[Step], num_layers: int) -> dict[str, Any]:
+    """Options that make a `Planner` know the steps to come; it must then be replayed on exactly these."""
     future: list[list[list[int]]] = [[] for _ in range(num_layers)]
     for step in steps:
         for asked in step.layers:
             future[asked.layer].append(list(asked.loads))
-    return Planner(
-        CLAIRVOYANT,
-        num_layers,
-        num_experts,
-        top_k,
-        slots,
-        costs,
-        cache=Belady,
-        cache_params={"future": future},
-        **options,
-    )
+    return {"cache": Belady, "cache_params": {"future": future}}
 
 
 def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, cold: bool = False) -> float:
