@@ -1,0 +1,182 @@
+"""The native kernels called from jitted programs: the same answers as the jax.numpy references, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrimoe_jax.host_kernels.native import ffi, library
+from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
+from hybrimoe_jax.models import products
+from hybrimoe_jax.models.layers import Linear, SwiGLU
+from hybrimoe_jax.models.moe import add_experts_reference
+
+needs_ffi = pytest.mark.skipif(not products.native_here(), reason="the package was installed without its FFI handlers")
+FORMATS = ("f32", "bf16", "int8-g32", "int8-g64-s32-a8", "int4-g64", "int4z-g32", "int4-g128-a8")
+RNG = np.random.default_rng
+
+
+def close(got, want, a8: bool = False) -> None:
+    """Float32 sums in another order; with int8 activations a value beside a rounding boundary may take the other step."""
+    scale = float(np.abs(want).max())
+    assert np.abs(np.asarray(got) - np.asarray(want)).max() <= (2e-2 if a8 else 5e-6) * scale
+
+
+def matrix(rows: int, columns: int, format: str, seed: int = 0):
+    weights = RNG(seed).standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
+    if format in ("f32", "bf16"):
+        return jnp.asarray(weights, jnp.float32 if format == "f32" else jnp.bfloat16)
+    format = Format.parse(format)
+    packed = pack(format, *quantise(weights, format))
+    return PackedMatrix(jnp.asarray(packed.data), packed.layout)
+
+
+def expert(width: int, hidden: int, format: str, seed: int):
+    if format in ("f32", "bf16"):
+        return matrix(2 * hidden, width, format, seed), matrix(width, hidden, format, seed + 1000)
+    parts = (RNG(seed + i).standard_normal(shape, np.float32) for i, shape in enumerate([(hidden, width)] * 2))
+    down = RNG(seed + 2).standard_normal((width, hidden), np.float32)
+    packed = pack_expert(
+        *(p / np.float32(width**0.5) for p in parts), down / np.float32(hidden**0.5), Format.parse(format)
+    )
+    return PackedExpert(jnp.asarray(packed.data), packed.layout)
+
+
+def tokens(rows: int, width: int, seed: int = 1) -> jax.Array:
+    return jnp.asarray(RNG(seed).standard_normal((rows, width), np.float32))
+
+
+@needs_ffi
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 130])
+def test_products_with_a_matrix_of_any_format_and_odd_sizes(format, rows):
+    weight, x = matrix(45, 77, format), tokens(rows, 77)
+    close(jax.jit(ffi.matmul)(x, weight), products.product_reference(x, weight), format.endswith("a8"))
+    close(ffi.matmul(x, weight), products.product_reference(x, weight), format.endswith("a8"))
+
+
+@needs_ffi
+def test_leading_axes_are_kept():
+    x, weight = tokens(6, 33).reshape(2, 3, 33), matrix(9, 33, "int8-g32")
+    got = jax.jit(ffi.matmul)(x, weight)
+    assert got.shape == (2, 3, 9)
+    close(got, products.product_reference(x, weight))
+
+
+@needs_ffi
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (1, 4), (2, 3), (7, 2), (64, 4), (130, 1)])
+def test_experts_add_up_and_rows_of_weight_zero_are_skipped(format, rows, count):
+    width, hidden = 77, 45
+    slots = [expert(width, hidden, format, seed) for seed in range(count)]
+    acc, x = tokens(rows, width, 2), tokens(rows, width)
+    weights = RNG(3).standard_normal((count, rows)).astype(np.float32)
+    weights[:, ::3] = 0
+    weights[-1] = 0
+    x_of_unused = x.at[0].set(jnp.nan)  # row 0 has weight zero everywhere: what it holds must not matter
+    got = jax.jit(ffi.experts)(acc, x_of_unused, weights, *slots)
+    close(got, add_experts_reference(acc, x, weights, *slots), format.endswith("a8"))
+    assert np.array_equal(got[0], acc[0])
+
+
+@needs_ffi
+def test_what_is_donated_is_used_up_and_others_are_left_alone():
+    slot, x, weights = expert(64, 32, "f32", 0), tokens(3, 64), np.ones((1, 3), np.float32)
+    acc = tokens(3, 64, 2)
+    kept, before = acc + 0, np.asarray(x).copy()
+    want = add_experts_reference(kept, x, weights, slot)
+    got = jax.jit(ffi.experts, donate_argnums=0)(acc, x, weights, slot)
+    close(got, want)
+    assert np.array_equal(x, before)
+    again = jax.jit(lambda a: ffi.experts(ffi.experts(a, x, weights, slot), x, weights, slot) + a)(kept)
+    close(again, 2 * want)
+
+
+@needs_ffi
+def test_a_result_does_not_depend_on_the_other_rows():
+    weight, x = matrix(70, 129, "int4-g64"), tokens(130, 129)
+    whole = np.asarray(ffi.matmul(x, weight))
+    for row in (0, 64, 129):
+        assert np.array_equal(ffi.matmul(x[row : row + 1], weight)[0], whole[row])
+
+
+@needs_ffi
+def test_what_cannot_be_computed_is_refused_clearly():
+    x, weight = tokens(4, 12), matrix(5, 12, "f32")
+    with pytest.raises(NotImplementedError, match="vmap"):
+        jax.vmap(ffi.matmul, in_axes=(0, None))(x[:, None], weight)
+    with pytest.raises(ValueError, match="differentiated"):
+        jax.grad(lambda x: ffi.matmul(x, weight).sum())(x)
+    with pytest.raises(ValueError, match="last axes differ"):
+        ffi.matmul(tokens(4, 13), weight)
+    packed = matrix(5, 12, "int8-g32")
+    short = PackedMatrix(packed.data[:-64], packed.layout)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="type or size"):
+        ffi.matmul(x, short)
+    slot = expert(12, 8, "f32", 0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="mix"):
+        ffi.experts(x, x, jnp.ones((2, 4)), slot)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="type or size"):
+        ffi.experts(x, x, jnp.ones((2, 4)), slot, expert(12, 9, "f32", 0))
+
+
+def custom_calls(function, *operands) -> int:
+    return jax.jit(function).lower(*operands).as_text().count("@hybrimoe_matmul")
+
+
+@needs_ffi
+def test_one_seam_decides_what_multiplies():
+    plain, packed = matrix(32, 64, "f32"), matrix(32, 64, "int4-g32")
+
+    def inside(x, weight):
+        with products.on_native_kernels():
+            return products.product(x, weight)
+
+    for weight, rows, native in ((plain, 1, 0), (plain, 8, 1), (plain, 128, 0), (packed, 1, 1), (packed, 128, 1)):
+        x = tokens(rows, 64)
+        assert custom_calls(inside, x, weight) == native
+        assert custom_calls(products.product, x, weight) == 0, "outside of the engine's programs it is jax.numpy"
+        close(jax.jit(inside)(x, weight), products.product_reference(x, weight))
+    assert not products.calls_native()
+
+
+@needs_ffi
+def test_modules_take_packed_weights():
+    from flax import nnx
+
+    module, x = SwiGLU(64, 48, rngs=nnx.Rngs(0)), tokens(5, 64)
+    format = Format.parse("int8-g32")
+    for part in (module.gate_proj, module.up_proj, module.down_proj):
+        assert isinstance(part, Linear)
+        packed = pack(format, *quantise(np.asarray(part.weight.get_value()), format))
+        part.weight.set_value(PackedMatrix(jnp.asarray(packed.data), packed.layout))
+    want = module(x)
+    with products.on_native_kernels():
+        close(module(x), want)
+
+
+def test_without_the_library_everything_else_works():
+    program = """
+import numpy as np, jax.numpy as jnp
+from hybrimoe_jax.host_kernels.native import ffi
+from hybrimoe_jax.models import products
+assert not ffi.available() and not products.native_here()
+with products.on_native_kernels():
+    print(products.product(jnp.ones((4, 8)), jnp.ones((3, 8)))[0, 0])
+from hybrimoe_jax.errors import UserError
+try:
+    ffi.matmul(jnp.ones((4, 8)), jnp.ones((3, 8)))
+except UserError as error:
+    print(error)
+"""
+    env = {**os.environ, library.VARIABLE: "/nowhere/lib.so"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "8.0" and "no native kernels for jitted programs" in said[1]
