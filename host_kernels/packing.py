@@ -135,6 +135,19 @@ class PackedMatrix:
     data: Any
     layout: MatrixLayout
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[R, K]."""
+        return self.layout.rows, self.layout.columns
+
+    @property
+    def size(self) -> int:
+        return self.layout.rows * self.layout.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertLayout:
