@@ -144,7 +144,7 @@ class AutoKernel(HostKernel):
         return table[load if load < len(table) else -1]
 
     def record(self, handle: AutoExpert) -> tuple[int, int] | None:
-        return self._native.record(handle.native) if self._native and self._form(handle, 1) == NATIVE else None
+        return self._native.record(handle.native) if self._native else None
 
     def pack(self, handle: AutoExpert) -> bool:
         """Packs now if a packed copy wins at some load; whether the expert is packed."""

@@ -90,7 +90,7 @@ class HostKernel(abc.ABC):
 
     def record(self, handle: Any) -> tuple[int, int] | None:
         """For jitted programs that call the native kernel themselves (`native.routed`): the number of its instruction set and the address of
-        this expert's record; None where another kernel computes it at load 1."""
+        this expert's record; None where there is none."""
         return None
 
     def set_threads(self, threads: int) -> None:

@@ -4,7 +4,9 @@ The work is done in `DST.partial` and renamed at the end, so `DST` is complete o
 `models/weights.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
 the last piece whose stored bytes still match their record. Memory stays a few row blocks above the process's base.
 With `--format int4-g64` and the like the routed experts are rounded to that format (`host_kernels.packing`) and dense tensors keep
-their type; `--dense-format` rounds the dense projections too (`models.dense_packing`). With `--random` SRC is only a configuration, and the weights are made up (`models.random_weights`).
+their type; `--dense-format` rounds the dense projections too (`models.dense_packing`). `--calibrate TEXT` rounds experts by what they do on a
+text (`models.calibrated`). Experts that SRC has quantised already (`models.quantised`) are taken over as they are. With `--random` SRC is only a
+configuration, and the weights are made up (`models.random_weights`).
 With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
 """
 
@@ -41,6 +43,7 @@ from hybrimoe_jax.models.pieces import (
     piece_is_whole,
     write_piece,
 )
+from hybrimoe_jax.models.quantised.experts import as_packed
 from hybrimoe_jax.models.random_weights import random_weights
 from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
 from hybrimoe_jax.models.weights import PackedExperts, Weights
@@ -58,6 +61,7 @@ def convert(
     dst: str | os.PathLike,
     fmt: str | None = None,
     progress: Progress = silent,
+    calibrate: str | os.PathLike | None = None,
     dense_format: str | None = None,
 ) -> Path:
     """Converts the Hugging Face folder `src` to a new checkpoint folder `dst`.
@@ -66,7 +70,10 @@ def convert(
       fmt: "f32" or "bf16" for every tensor, or a quantised format (`packing.Format`) for the routed experts; None keeps each
         tensor's own type (float16 widens to float32).
       progress: wraps the pieces as `progress(pieces, total, label)`.
+      calibrate: a text file; experts are rounded to `fmt` by what they do on it (`models.calibrated`).
       dense_format: a quantised format for the dense projections; None leaves them plain.
+
+    Experts that `src` has quantised already are taken over without rounding, or refused where no format holds them.
 
     Returns the checkpoint's path. Raises UserError for anything wrong with `src` (see `models.checkpoint.open_hf`), a `dst` that
     exists, another conversion at work on it, or a disk too full.
@@ -74,7 +81,25 @@ def convert(
     check_format(fmt)
     check_dense_format(dense_format)
     check_absent(Path(dst))
-    return write_checkpoint(open_hf(src), dst, fmt=fmt, progress=progress, dense_format=dense_format)
+    weights = as_packed(open_hf(src), fmt)
+    if calibrate is not None:
+        weights = calibrate_by(weights, fmt, Path(calibrate))
+    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
+
+
+def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
+    """`models.calibrated` with a text file through the model's own tokenizer; UserError for what it cannot work with."""
+    from hybrimoe_jax.models.calibrated import calibrated, windows  # jax takes a second to import
+    from hybrimoe_jax.text import Tokenizer
+
+    if fmt is None or fmt in FORMATS:
+        raise UserError(f"--calibrate goes with a quantised --format such as int4-g64, not with {fmt or 'none'}")
+    if any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces):
+        raise UserError(f"{weights.folder}: its experts are quantised already; leave out --calibrate")
+    if not text.is_file():
+        raise UserError(f"{text}: no such file; --calibrate takes a text file")
+    ids = Tokenizer(weights.folder).encode(text.read_text(encoding="utf-8", errors="replace"))
+    return calibrated(weights, Format.parse(fmt), windows(ids, weights.config.max_position_embeddings))
 
 
 def convert_random(
@@ -139,6 +164,7 @@ def write_checkpoint(
         "config": digest(config_text.encode()),
         "files": weights.files,
         "seed": weights.seed,
+        "calibration": weights.calibration,
     }
     check_space(dst, weights, dense_fmt, form, projections)
     with workplace(dst, plan if weights.files or weights.seed is not None else None) as work:
@@ -169,6 +195,7 @@ def write_checkpoint(
                 "folder": weights.folder.resolve().name if weights.folder else None,
                 "files": weights.files,
                 **({} if weights.seed is None else {"random_seed": weights.seed}),
+                **({} if weights.calibration is None else {"calibration": weights.calibration}),
             },
             "config": plan["config"],
             "model_type": config.model_type,
@@ -358,6 +385,11 @@ def main(argv: list[str] | None = None) -> int:
         "the checkpoint's own)",
     )
     parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="with a quantised --format: round by what the experts do on this text file (slower, smaller errors)",
+    )
+    parser.add_argument(
         "--dense-format",
         metavar="F",
         help="a quantised format for the dense projections too: attention, shared experts, dense layers, head (default: plain)",
@@ -376,6 +408,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--random does not go with --export-hf")
     if args.seed is not None and (not args.random or args.seed < 0):
         parser.error("--seed is a number of at least 0 and goes with --random")
+    if args.calibrate and (args.random or args.export_hf):
+        parser.error("--calibrate goes with converting a folder")
     if args.dense_format is not None and args.export_hf:
         parser.error("--dense-format does not go with --export-hf")
     return_freed_memory()
@@ -386,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.random:
             path = convert_random(args.src, args.dst, args.format, args.seed or 0, cli.progress, args.dense_format)
         else:
-            path = convert(args.src, args.dst, args.format, cli.progress, args.dense_format)
+            path = convert(args.src, args.dst, args.format, cli.progress, args.calibrate, args.dense_format)
     except KeyboardInterrupt:
         print(
             "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),

@@ -11,6 +11,7 @@ Shapes: D model width, F expert width; gate and up are [F, D], down [D, F].
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import aligned_empty
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, pack
 from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor, run_length
-from hybrimoe_jax.models.weights import Tensor, Weights
+from hybrimoe_jax.models.weights import PackedExperts, Piece, Tensor, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def fitted(codes: Codes, format: Format, where: str) -> tuple[np.ndarray, np.nda
     """What `packing.pack` takes for `format`; raises UserError where a number does not fit."""
 
     def refuse(what: str) -> UserError:
-        return UserError(f"{where}: {what}; --format f32 keeps its values, another --format rounds them again")
+        return UserError(f"{where}: {what}; give --format f32, which keeps its values")
 
     grouped = codes.grouped(format.group)
     if grouped is None:
@@ -131,7 +132,31 @@ def quantised_format(weights: Weights) -> Format | None:
     exact = exact_format(kinds)
     if isinstance(exact, str):
         raise UserError(
-            f"{weights.folder}: the quantised experts fit no packed format without rounding them again: {exact}; "
-            "--format f32 keeps their values, --format int4-g64 rounds them again"
+            f"{weights.folder}: its quantised experts fit no packed format without being rounded again: {exact}; "
+            "give --format f32, which keeps their values"
         )
     return exact
+
+
+def as_packed(weights: Weights, fmt: str | None) -> Weights:
+    """The model with quantised experts as the `PackedExperts` of `fmt` (None: the format that fits best); others pass unchanged.
+
+    Raises UserError where the experts are quantised but `fmt`, or any format, would have to round them again.
+    """
+    if fmt in ("f32", "bf16") or (exact := quantised_format(weights)) is None:
+        return weights
+    format = exact if fmt is None else Format.parse(fmt)
+    if not holds(format, exact):
+        raise UserError(
+            f"{weights.folder}: its experts are {exact}; rounding them again to {format} would lose accuracy twice "
+            f"(give --format {exact}, f32 or bf16)"
+        )
+    layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
+
+    def packed(piece: Piece) -> Piece:
+        if piece.experts is None:
+            return piece
+        one = functools.partial(piece.experts.packed, format=format)
+        return dataclasses.replace(piece, experts=PackedExperts(piece.experts.count, layout, one))
+
+    return dataclasses.replace(weights, pieces=tuple(map(packed, weights.pieces)))
