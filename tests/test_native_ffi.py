@@ -15,7 +15,8 @@ from hybrimoe_jax.host_kernels.native import ffi, library
 from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.layers import Linear, SwiGLU
-from hybrimoe_jax.models.moe import add_experts_reference
+from hybrimoe_jax.models.moe import add_experts_reference, native_for
+from hybrimoe_jax.runtime import programs
 
 needs_ffi = pytest.mark.skipif(not products.native_here(), reason="the package was installed without its FFI handlers")
 FORMATS = ("f32", "bf16", "int8-g32", "int8-g64-s32-a8", "int4-g64", "int4z-g32", "int4-g128-a8")
@@ -180,3 +181,26 @@ except UserError as error:
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "8.0" and "no native kernels for jitted programs" in said[1]
+
+
+@needs_ffi
+@pytest.mark.parametrize("format", ["f32", "int4-g64"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_engine_gives_device_experts_to_them(format, rows):
+    width, hidden = 256, 384
+    slots = [expert(width, hidden, format, seed) for seed in range(6)]
+    assert all(map(native_for, slots)) and not native_for(expert(32, 16, "f32", 0))
+    acc, x = tokens(rows, width, 2), tokens(rows, width)
+    chosen = {e: np.flatnonzero(RNG(e).random(rows) < 0.5) for e in range(6)}
+    shares = {e: RNG(9 + e).random(len(at)).astype(np.float32) for e, at in chosen.items()}
+    dense = np.zeros((6, rows), np.float32)
+    for e, at in chosen.items():
+        dense[e, at] = shares[e]
+    made = programs.dense_rows._cache_size()
+    got = programs.add_device_experts(acc, x, list(enumerate(slots)), chosen, shares)
+    close(got, add_experts_reference(acc, x, dense, *slots))
+    assert programs.add_device_experts(acc, x, [], {}, {}) is acc
+    few = rows <= programs.DENSE_ROWS
+    assert programs.dense_rows._cache_size() - made == (2 if few else 1), (
+        "above a few rows one executable serves any number"
+    )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.models.layers import rms_norm
-from hybrimoe_jax.models.moe import add_experts, expert_forward
+from hybrimoe_jax.models.moe import add_experts, expert_forward, native_for
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import native_here, on_native_kernels, product
 
@@ -149,7 +149,7 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
     """
     rows_in_call = x.shape[0]
     few = rows_in_call <= DENSE_ROWS
-    if few or native_here():
+    if few or (experts and native_here() and native_for(experts[0][1])):
         for start in range(0, len(experts), SLOTS_PER_CALL):
             part = experts[start : start + SLOTS_PER_CALL]
             slots = [slot for _, slot in part]
