@@ -9,7 +9,7 @@ from __future__ import annotations
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
-from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, refuse_packed
+from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
 
 __all__ = ["KERNELS", "ExpertWeights", "HostKernel", "aligned_empty", "get_kernel", "run_experts"]
 
@@ -25,10 +25,8 @@ def get_kernel(
     the whole process with threadpoolctl, before this is called). `pack_limit` bounds oneDNN's packed copies, in bytes.
     Raises UserError for an unknown name, for `onednn` where its library is not installed, and for a kernel that does not compute `sample`'s format.
     """
-    if sample is not None and name in ("onednn", "native"):
+    if sample is not None and name == "onednn":
         refuse_packed(sample, name)
-    if name == "auto" and isinstance(sample, PackedExpert):
-        name = "reference"
     if name == "reference":
         from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 

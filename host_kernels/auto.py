@@ -8,7 +8,7 @@ read into the cache.
 A packed copy costs time and memory, so an expert gets one when its own calls would have saved that time: both sides of this
 ski-rental rule are the measured figures. Until then, and past the memory limit, the best of the others runs.
 
-Forms that are not installed do not compete. BLAS threads are taken as they are: limit them first. All forms are measured on
+oneDNN computes no quantised experts, so for those NumPy and the native kernel compete. Forms that are not installed do not compete. BLAS threads are taken as they are: limit them first. All forms are measured on
 one thread; a call on several goes to the native kernel, the only one that spreads one expert over them.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -42,7 +43,7 @@ class AutoExpert:
 
     __slots__ = ("native", "onednn", "weights")
 
-    def __init__(self, weights: ExpertWeights, native: Any, onednn: Any):
+    def __init__(self, weights: HostExpert, native: Any, onednn: Any):
         self.weights, self.native, self.onednn = weights, native, onednn
 
     def of(self, form: str) -> Any:
@@ -78,21 +79,16 @@ class AutoKernel(HostKernel):
     name = "auto"
 
     def __init__(
-        self, sample: ExpertWeights, threads: int = 1, pack_limit: int | None = None, loads: Sequence[int] = LOADS
+        self, sample: HostExpert, threads: int = 1, pack_limit: int | None = None, loads: Sequence[int] = LOADS
     ):
-        check_expert(sample, "sample expert")
+        quantised = isinstance(sample, PackedExpert)
+        check_packed(sample, "sample expert") if quantised else check_expert(sample, "sample expert")
         self._reference = ReferenceKernel()
         self._forms: dict[str, HostKernel] = {REFERENCE: self._reference}
         self._onednn, self._native, self.pack_seconds, self.unavailable = None, None, 0.0, []
         self.measured: dict[int, dict[str, float]] = {}
-        try:
-            from hybrimoe_jax.host_kernels import onednn
-
-            self._onednn = onednn.OneDnnKernel(threads, pack_limit, earns=self._earned)
-            for form, layout in ((PLAIN, onednn.PLAIN), (PACKED, onednn.PACKED)):
-                self._forms[form] = OneLayout(self._onednn, layout, onednn.MAX_LOAD)
-        except UserError as error:
-            self.unavailable.append(str(error))
+        if not quantised:
+            self._add_onednn(threads, pack_limit)
         try:
             from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 
@@ -109,7 +105,17 @@ class AutoKernel(HostKernel):
             for state, table in (("unpacked", self._table[False]), ("packed", self._table[True]))
         }
 
-    def prepare(self, weights: ExpertWeights) -> AutoExpert:
+    def _add_onednn(self, threads: int, pack_limit: int | None) -> None:
+        try:
+            from hybrimoe_jax.host_kernels import onednn
+
+            self._onednn = onednn.OneDnnKernel(threads, pack_limit, earns=self._earned)
+            for form, layout in ((PLAIN, onednn.PLAIN), (PACKED, onednn.PACKED)):
+                self._forms[form] = OneLayout(self._onednn, layout, onednn.MAX_LOAD)
+        except UserError as error:
+            self.unavailable.append(str(error))
+
+    def prepare(self, weights: HostExpert) -> AutoExpert:
         kernels = (self._native, self._onednn)
         return AutoExpert(self._reference.prepare(weights), *(k and k.prepare(weights) for k in kernels))
 
@@ -136,6 +142,9 @@ class AutoKernel(HostKernel):
         packed = onednn is not None and (onednn.is_packed or self._onednn.settle(onednn, load))
         table = self._table[packed]
         return table[load if load < len(table) else -1]
+
+    def record(self, handle: AutoExpert) -> tuple[int, int] | None:
+        return self._native.record(handle.native) if self._native else None
 
     def pack(self, handle: AutoExpert) -> bool:
         """Packs now if a packed copy wins at some load; whether the expert is packed."""
@@ -170,11 +179,11 @@ class AutoKernel(HostKernel):
         """Share of a packing's time that a packed copy would have saved in one call at this load."""
         return self._gain[load if load < len(self._gain) else -1]
 
-    def _measure(self, sample: ExpertWeights, loads: tuple[int, ...]) -> None:
+    def _measure(self, sample: HostExpert, loads: tuple[int, ...]) -> None:
         count = max(2, min(16, SAMPLE_BYTES // sample.nbytes))
-        copies = [ExpertWeights(*(aligned_copy(w) for w in sample)) for _ in range(count)]
+        copies = [_copy(sample) for _ in range(count)]
         onednn, packing = self._onednn, []
-        handles: dict[str, list] = {REFERENCE: copies}
+        handles: dict[str, list] = {REFERENCE: [self._reference.prepare(w) for w in copies]}
         if self._native is not None:
             handles[NATIVE] = [self._native.prepare(w) for w in copies]
         if onednn is not None:
@@ -195,10 +204,10 @@ class AutoKernel(HostKernel):
 
     def _race(self, handles: dict[str, list], load: int) -> dict[str, float]:
         """Median seconds of an expert per form, rows gathered and results added as in a step (every other row of x)."""
-        weights = handles[REFERENCE][0]
-        burst = BURST if load <= BURST_LOADS or load * weights.nbytes <= BURST_BYTES else 1
+        sample = handles[REFERENCE][0]  # as it is: NumPy prepares nothing
+        burst = BURST if load <= BURST_LOADS or load * sample.nbytes <= BURST_BYTES else 1
         tokens = 1 if load == 1 else 2 * load
-        x = np.random.default_rng(0).standard_normal((tokens, weights.width), np.float32)
+        x = np.random.default_rng(0).standard_normal((tokens, sample.width), np.float32)
         rows, ones = [np.arange(0, tokens, 2)] * burst, [np.ones(load, np.float32)] * burst
         out, times = np.zeros_like(x), {form: [] for form in handles}
         deadline = None
@@ -226,8 +235,16 @@ class AutoKernel(HostKernel):
             self._gain.append((times[unpacked] - times[PACKED]) / self.pack_seconds if wins else 0.0)
 
 
-def _crop(sample: ExpertWeights) -> ExpertWeights:
-    """The sample, or its top left corner where it is large."""
+def _copy(sample: HostExpert) -> HostExpert:
+    if isinstance(sample, PackedExpert):
+        return PackedExpert(aligned_copy(sample.data), sample.layout)
+    return ExpertWeights(*(aligned_copy(w) for w in sample))
+
+
+def _crop(sample: HostExpert) -> HostExpert:
+    """The sample, or its top left corner where it is large and plain."""
+    if isinstance(sample, PackedExpert):
+        return sample
     width, hidden = min(sample.width, SAMPLE_WIDTH), min(sample.hidden, SAMPLE_HIDDEN)
     if (width, hidden) == (sample.width, sample.hidden):
         return sample

@@ -88,6 +88,11 @@ class HostKernel(abc.ABC):
         """Builds ahead what the first calls at these loads would have built (a no-op where nothing is)."""
         return None
 
+    def record(self, handle: Any) -> tuple[int, int] | None:
+        """For jitted programs that call the native kernel themselves (`native.routed`): the number of its instruction set and the address of
+        this expert's record; None where there is none."""
+        return None
+
     def set_threads(self, threads: int) -> None:
         """Threads that one call of `expert` from the calling thread may use, for libraries that take it per thread."""
         return None

@@ -135,6 +135,19 @@ class PackedMatrix:
     data: Any
     layout: MatrixLayout
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[R, K]."""
+        return self.layout.rows, self.layout.columns
+
+    @property
+    def size(self) -> int:
+        return self.layout.rows * self.layout.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertLayout:
@@ -294,16 +307,16 @@ def quantise(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarra
     if format.zeros:
         low, high = np.minimum(full.min(axis=2), 0), np.maximum(full.max(axis=2), 0)
         scales = _rounded((high - low) / 15, format)
-        zeros = np.clip(np.rint(-low * _inverse(scales)), 0, 15).astype(np.uint8)
-        codes = np.rint(full * _inverse(scales)[:, :, None]) + zeros[:, :, None]
+        zeros = np.clip(np.rint(-low * reciprocal(scales)), 0, 15).astype(np.uint8)
+        codes = np.rint(full * reciprocal(scales)[:, :, None]) + zeros[:, :, None]
         codes = np.clip(codes, 0, 15).astype(np.uint8)
     elif format.bits == 4:
         extreme = np.take_along_axis(full, np.abs(full).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
         scales = _rounded(extreme / -8, format)
-        codes = np.clip(np.rint(full * _inverse(scales)[:, :, None]) + 8, 0, 15).astype(np.uint8)
+        codes = np.clip(np.rint(full * reciprocal(scales)[:, :, None]) + 8, 0, 15).astype(np.uint8)
     else:
         scales = _rounded(np.abs(full).max(axis=2) / 127, format)
-        codes = np.clip(np.rint(full * _inverse(scales)[:, :, None]), -127, 127).astype(np.int8)
+        codes = np.clip(np.rint(full * reciprocal(scales)[:, :, None]), -127, 127).astype(np.int8)
     return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns]), scales, zeros
 
 
@@ -311,7 +324,8 @@ def _rounded(scales: np.ndarray, format: Format) -> np.ndarray:
     return scales.astype(format.scale_dtype).astype(np.float32)
 
 
-def _inverse(scales: np.ndarray) -> np.ndarray:
+def reciprocal(scales: np.ndarray) -> np.ndarray:
+    """1 / scales, 0 where a scale is 0."""
     return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
 
 

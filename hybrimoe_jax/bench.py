@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|cache|schedule`: measured comparisons. A table for people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|cache|schedule|kernels`: measured comparisons. A table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         "--instances", type=int, default=1000, metavar="N", help="problems of each kind (default 1000)"
     )
     schedule.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (default 0)")
+    _kernel_arguments(commands.add_parser("kernels", help="host expert kernels by format and load against peers"))
     args = top.parse_args(argv)
-    return {"engine": _engine, "cache": _cache, "schedule": _schedule}[args.command](args)
+    return {"engine": _engine, "cache": _cache, "schedule": _schedule, "kernels": _kernels}[args.command](args)
 
 
 def _schedule(args: argparse.Namespace) -> int:
@@ -98,6 +99,53 @@ def _cache(args: argparse.Namespace) -> int:
     options = benchmark.Options(ratios, policies, args.sequences, args.layers, args.pooled)
     print(json.dumps(benchmark.run(args.trace, options, args.jobs, progress)))
     return 0
+
+
+def _kernel_arguments(kernels) -> None:
+    kernels.add_argument(
+        "--peers",
+        default="",
+        metavar="NAME,..",
+        help="ggml (pip install llama-cpp-python: compiled on the spot, some 15 minutes), torch, onednn, numpy; default none",
+    )
+    kernels.add_argument("--formats", metavar="F,..", help="f32, bf16, or packed ones like int4-g64-a8")
+    kernels.add_argument(
+        "--shapes", metavar="S,..", help="mixtral, qwen2-57b, deepseek-v2-lite, or DxF; default all three"
+    )
+    kernels.add_argument("--loads", default="1,2,4,8,32,128", metavar="N,..")
+    kernels.add_argument("--threads", default="1,2", metavar="N,..")
+    kernels.add_argument(
+        "--seconds", type=float, default=1.5, metavar="S", help="for each shape, load and thread count (default 1.5)"
+    )
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from hybrimoe_jax.benchmarks import kernels as benchmark
+    from hybrimoe_jax.benchmarks.kernel_contenders import PEERS
+    from hybrimoe_jax.host_kernels.packing import Format
+
+    peers = tuple(filter(None, args.peers.split(",")))
+    for peer in peers:
+        if peer not in PEERS:
+            raise UserError(f"--peers {peer!r} is not known (known: {', '.join(PEERS)})")
+    formats = tuple(args.formats.split(",")) if args.formats else benchmark.FORMATS
+    for format in formats:
+        if format not in ("f32", "bf16"):
+            Format.parse(format)
+    shapes = benchmark.parse_shapes(args.shapes) if args.shapes else benchmark.SHAPES
+    loads, threads = _numbers("--loads", args.loads), _numbers("--threads", args.threads)
+    if args.seconds <= 0:
+        raise UserError("--seconds must be above 0")
+    options = benchmark.Options(peers, formats, shapes, loads, threads, args.seconds)
+    print(json.dumps(benchmark.run(options, lambda line: print(line, flush=True))))
+    return 0
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"{option} {text!r}: write numbers of at least 1 separated by commas")
+    return tuple(int(part) for part in parts)
 
 
 def _need_transformers() -> None:

@@ -4,7 +4,9 @@ The work is done in `DST.partial` and renamed at the end, so `DST` is complete o
 `models/weights.py`) leaves a record with its hashes when it is written; a conversion that was killed starts again after
 the last piece whose stored bytes still match their record. Memory stays a few row blocks above the process's base.
 With `--format int4-g64` and the like the routed experts are rounded to that format (`host_kernels.packing`) and dense tensors keep
-their type. With `--random` SRC is only a configuration, and the weights are made up (`models.random_weights`).
+their type; `--dense-format` rounds the dense projections too (`models.dense_packing`). `--calibrate TEXT` rounds experts by what they do on a
+text (`models.calibrated`). Experts that SRC has quantised already (`models.quantised`) are taken over as they are. With `--random` SRC is only a
+configuration, and the weights are made up (`models.random_weights`).
 With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
 """
 
@@ -27,7 +29,7 @@ import numpy as np
 from hybrimoe_jax import cli
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights
-from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, dequantise_expert
+from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, PackedMatrix, dequantise, dequantise_expert
 from hybrimoe_jax.models.checkpoint import TEXT_FILES, expert_names, from_arrays, open_hf
 from hybrimoe_jax.models.pieces import (
     DTYPES,
@@ -36,11 +38,12 @@ from hybrimoe_jax.models.pieces import (
     PLAIN_VERSION,
     VERSION,
     ExpertForm,
+    dense_leaf,
     digest,
     piece_is_whole,
-    stored_dtype,
     write_piece,
 )
+from hybrimoe_jax.models.quantised.experts import as_packed
 from hybrimoe_jax.models.random_weights import random_weights
 from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
 from hybrimoe_jax.models.weights import PackedExperts, Weights
@@ -54,7 +57,12 @@ def silent(items: Iterable, total: int, label: str) -> Iterable:
 
 
 def convert(
-    src: str | os.PathLike, dst: str | os.PathLike, fmt: str | None = None, progress: Progress = silent
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    fmt: str | None = None,
+    progress: Progress = silent,
+    calibrate: str | os.PathLike | None = None,
+    dense_format: str | None = None,
 ) -> Path:
     """Converts the Hugging Face folder `src` to a new checkpoint folder `dst`.
 
@@ -62,13 +70,36 @@ def convert(
       fmt: "f32" or "bf16" for every tensor, or a quantised format (`packing.Format`) for the routed experts; None keeps each
         tensor's own type (float16 widens to float32).
       progress: wraps the pieces as `progress(pieces, total, label)`.
+      calibrate: a text file; experts are rounded to `fmt` by what they do on it (`models.calibrated`).
+      dense_format: a quantised format for the dense projections; None leaves them plain.
+
+    Experts that `src` has quantised already are taken over without rounding, or refused where no format holds them.
 
     Returns the checkpoint's path. Raises UserError for anything wrong with `src` (see `models.checkpoint.open_hf`), a `dst` that
     exists, another conversion at work on it, or a disk too full.
     """
     check_format(fmt)
+    check_dense_format(dense_format)
     check_absent(Path(dst))
-    return write_checkpoint(open_hf(src), dst, fmt=fmt, progress=progress)
+    weights = as_packed(open_hf(src), fmt)
+    if calibrate is not None:
+        weights = calibrate_by(weights, fmt, Path(calibrate))
+    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
+
+
+def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
+    """`models.calibrated` with a text file through the model's own tokenizer; UserError for what it cannot work with."""
+    from hybrimoe_jax.models.calibrated import calibrated, windows  # jax takes a second to import
+    from hybrimoe_jax.text import Tokenizer
+
+    if fmt is None or fmt in FORMATS:
+        raise UserError(f"--calibrate goes with a quantised --format such as int4-g64, not with {fmt or 'none'}")
+    if any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces):
+        raise UserError(f"{weights.folder}: its experts are quantised already; leave out --calibrate")
+    if not text.is_file():
+        raise UserError(f"{text}: no such file; --calibrate takes a text file")
+    ids = Tokenizer(weights.folder).encode(text.read_text(encoding="utf-8", errors="replace"))
+    return calibrated(weights, Format.parse(fmt), windows(ids, weights.config.max_position_embeddings))
 
 
 def convert_random(
@@ -77,14 +108,17 @@ def convert_random(
     fmt: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    dense_format: str | None = None,
 ) -> Path:
     """Writes a checkpoint of random weights for the model that `config` (a `config.json`, or its folder) describes, at its real size.
 
     Other arguments, result and errors as of `convert`; the same seed gives the same weights.
     """
     check_format(fmt)
+    check_dense_format(dense_format)
     check_absent(Path(dst))
-    return write_checkpoint(random_weights(config, fmt, seed), dst, fmt=fmt, progress=progress)
+    weights = random_weights(config, fmt, seed)
+    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
 
 
 def save(
@@ -94,14 +128,17 @@ def save(
     experts: Iterable[tuple[np.ndarray, np.ndarray]],
     text_folder: str | os.PathLike | None = None,
     fmt: str | None = None,
+    dense_format: str | None = None,
 ) -> Path:
     """Writes a model held in memory as a checkpoint; arguments as for `models.checkpoint.from_arrays`.
 
     `text_folder` is where tokenizer, chat template and generation_config.json are copied from, where they exist.
     """
     check_format(fmt)
+    check_dense_format(dense_format)
     check_absent(Path(dst))
-    return write_checkpoint(from_arrays(raw_config, dense, experts), dst, fmt=fmt, text_folder=text_folder)
+    weights = from_arrays(raw_config, dense, experts)
+    return write_checkpoint(weights, dst, fmt=fmt, text_folder=text_folder, dense_format=dense_format)
 
 
 def write_checkpoint(
@@ -111,21 +148,25 @@ def write_checkpoint(
     fmt: str | None = None,
     progress: Progress = silent,
     text_folder: str | os.PathLike | None = None,
+    dense_format: str | None = None,
 ) -> Path:
     """Writes `models.checkpoint.Weights` to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
     dst, config = Path(os.path.abspath(dst)), weights.config
     config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
     form = ExpertForm.of(fmt or weights.expert_format, config.hidden_size, config.moe_width)
     dense_fmt = fmt if fmt in FORMATS else None
+    projections = Format.parse(dense_format) if dense_format else None
     check_source_format(weights, form)
     plan = {
         "version": VERSION,
         "format": fmt,
+        "dense_format": dense_format,
         "config": digest(config_text.encode()),
         "files": weights.files,
         "seed": weights.seed,
+        "calibration": weights.calibration,
     }
-    check_space(dst, weights, dense_fmt, form)
+    check_space(dst, weights, dense_fmt, form, projections)
     with workplace(dst, plan if weights.files or weights.seed is not None else None) as work:
         out, done = work / "out", work / "done"
         records = {}
@@ -135,7 +176,7 @@ def write_checkpoint(
         for piece in progress(weights.pieces, len(weights.pieces), "converting"):
             folder, record = out / "pieces" / piece.name, records.get(piece.name)
             if record is None or not piece_is_whole(folder, record):
-                records[piece.name] = write_piece(folder, piece, dense_fmt, form)
+                records[piece.name] = write_piece(folder, piece, dense_fmt, form, projections)
                 write_text(done / f"{piece.name}.json", json.dumps(records[piece.name]))
         for stray in (out / "pieces").iterdir():
             if stray.name not in records:  # what a killed writer left
@@ -147,12 +188,14 @@ def write_checkpoint(
                 shutil.copyfile(origin / name, out / name)
         manifest = {
             "layout": LAYOUT,
-            "version": VERSION if form.layout else PLAIN_VERSION,
+            "version": VERSION if form.layout or projections else PLAIN_VERSION,
             "format": form.format,
+            **({"dense_format": dense_format} if projections else {}),
             "source": {
                 "folder": weights.folder.resolve().name if weights.folder else None,
                 "files": weights.files,
                 **({} if weights.seed is None else {"random_seed": weights.seed}),
+                **({} if weights.calibration is None else {"calibration": weights.calibration}),
             },
             "config": plan["config"],
             "model_type": config.model_type,
@@ -205,6 +248,12 @@ def check_format(fmt: str | None) -> None:
         Format.parse(fmt)
 
 
+def check_dense_format(dense_format: str | None) -> None:
+    """Raises UserError for what is no quantised format (plain dense tensors follow `--format`)."""
+    if dense_format is not None:
+        Format.parse(dense_format)
+
+
 def check_source_format(weights: Weights, form: ExpertForm) -> None:
     """Raises UserError where experts that are quantised already would be rounded a second time."""
     quantised = any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces)
@@ -222,13 +271,16 @@ def check_absent(dst: Path) -> None:
         raise UserError(f"{dst}: already exists; remove it or give another destination")
 
 
-def check_space(dst: Path, weights: Weights, dense_fmt: str | None, form: ExpertForm) -> None:
+def check_space(
+    dst: Path, weights: Weights, dense_fmt: str | None, form: ExpertForm, projections: Format | None
+) -> None:
     """Raises UserError where the disk has less room than the checkpoint needs beyond what is already written."""
     dst.parent.mkdir(parents=True, exist_ok=True)
     config = weights.config
     need = len(config.moe_layers) * config.num_experts * form.nbytes
     for piece in weights.pieces:
-        need += sum(int(np.prod(t.shape)) * stored_dtype(t.dtype, dense_fmt).itemsize for t in piece.dense.values())
+        leaves = (dense_leaf(name, tensor, dense_fmt, projections) for name, tensor in piece.dense.items())
+        need += sum(int(np.prod(leaf.leaf().shape)) * leaf.dtype.itemsize for leaf in leaves)
     written = sum(p.stat().st_size for p in dst.with_name(dst.name + ".partial").rglob("*") if p.is_file())
     free = shutil.disk_usage(dst.parent).free
     if need - written > free:
@@ -283,9 +335,12 @@ def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoin
         for name, entry in piece["dense"].items():
 
             def blocks(name=name):
-                return [checkpoint.dense([name])[name]]
+                tensor = checkpoint.dense([name])[name]
+                return [dequantise(tensor).astype(expert_dtype) if isinstance(tensor, PackedMatrix) else tensor]
 
-            yield Outgoing(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], blocks)
+            packed = "format" in entry
+            shape, dtype = (entry["matrix"], expert_dtype) if packed else (entry["shape"], DTYPES[entry["dtype"]])
+            yield Outgoing(name, tuple(shape), dtype, blocks)
         if piece["experts"] is None:
             continue
         for expert in range(config.num_experts):
@@ -330,6 +385,16 @@ def main(argv: list[str] | None = None) -> int:
         "the checkpoint's own)",
     )
     parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="with a quantised --format: round by what the experts do on this text file (slower, smaller errors)",
+    )
+    parser.add_argument(
+        "--dense-format",
+        metavar="F",
+        help="a quantised format for the dense projections too: attention, shared experts, dense layers, head (default: plain)",
+    )
+    parser.add_argument(
         "--random", action="store_true", help="write random weights for SRC, a configuration, at the model's real size"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of --random (default 0)")
@@ -343,15 +408,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--random does not go with --export-hf")
     if args.seed is not None and (not args.random or args.seed < 0):
         parser.error("--seed is a number of at least 0 and goes with --random")
+    if args.calibrate and (args.random or args.export_hf):
+        parser.error("--calibrate goes with converting a folder")
+    if args.dense_format is not None and args.export_hf:
+        parser.error("--dense-format does not go with --export-hf")
     return_freed_memory()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
     try:
         if args.export_hf:
             path = export_hf(args.src, args.dst, cli.progress, args.format)
         elif args.random:
-            path = convert_random(args.src, args.dst, args.format, args.seed or 0, cli.progress)
+            path = convert_random(args.src, args.dst, args.format, args.seed or 0, cli.progress, args.dense_format)
         else:
-            path = convert(args.src, args.dst, args.format, cli.progress)
+            path = convert(args.src, args.dst, args.format, cli.progress, args.calibrate, args.dense_format)
     except KeyboardInterrupt:
         print(
             "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.layers import Linear, RMSNorm, einsum, rotate_half
+from hybrimoe_jax.models.layers import Linear, RMSNorm, rotate_half
+from hybrimoe_jax.models.precision import einsum
 
 NEG_INF = -1e30
 BLOCK = 128

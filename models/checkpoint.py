@@ -19,9 +19,12 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.quantised.codes import QuantisedTensor
+from hybrimoe_jax.models.quantised.experts import CodedExperts
+from hybrimoe_jax.models.quantised.folder import expand, method_of
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
 from hybrimoe_jax.models.safetensors_file import FileTensor, read_header
-from hybrimoe_jax.models.weights import ArrayTensor, ListedExperts, Piece, StackedExperts, Tensor, Weights
+from hybrimoe_jax.models.weights import ArrayTensor, Experts, ListedExperts, Piece, StackedExperts, Tensor, Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,6 +76,8 @@ def read_json(path: Path) -> Any:
 def open_hf(folder: str | Path) -> Weights:
     """Opens a folder saved by `save_pretrained` or downloaded from a hub; reads headers only.
 
+    Quantised tensors of the methods in `models.quantised` appear as the float32 tensors that they stand for.
+
     Raises UserError for a wrong folder, pickled weights, a truncated file, an unsupported model, and for tensors that are missing,
     extra or of a shape other than the configuration's (all of them named in one message).
     """
@@ -91,8 +96,13 @@ def open_hf(folder: str | Path) -> Weights:
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object")
+    settings = raw.pop("quantization_config", None)
+    if settings:
+        method_of(settings)
     config = parse_config(raw)
     tensors, paths = read_tensors(folder)
+    if settings:
+        tensors = expand(settings, tensors, dense_shapes(config))
     pieces = match_names(config, tensors, folder)
     return Weights(config, raw, pieces, folder, {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths})
 
@@ -179,19 +189,18 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     return tuple(pieces)
 
 
-def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> StackedExperts | ListedExperts:
+def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> Experts:
     """Removes a layer's routed experts from `left`: fused tensors where the checkpoint has them, else one by one."""
     width, hidden, count = config.hidden_size, config.moe_width, config.num_experts
     gate_up, down = family_of(config.model_type).fused_names(layer)
     if gate_up in left:
         return StackedExperts(take(gate_up, (count, 2 * hidden, width)), take(down, (count, width, hidden)))
     shapes = ((hidden, width), (hidden, width), (width, hidden))
-    return ListedExperts(
-        tuple(
-            tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes))
-            for e in range(count)
-        )
+    matrices = tuple(
+        tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes)) for e in range(count)
     )
+    quantised = any(isinstance(tensor, QuantisedTensor) for triple in matrices for tensor in triple)
+    return (CodedExperts if quantised else ListedExperts)(matrices)
 
 
 def refuse_extra_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, einsum
+from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm
 from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.products import product
 
 
 class DecoderLayer(nnx.Module):
@@ -79,7 +80,7 @@ class CausalLM(nnx.Module):
         """Final norm and logits [..., V] of the residual stream [..., D]."""
         h = self.model.norm(h)
         if self.lm_head is None:
-            return einsum("...d,vd->...v", h, self.model.embed_tokens.weight[...])
+            return product(h, self.model.embed_tokens.weight.get_value())
         return self.lm_head(h)
 
     def __call__(self, ids: jax.Array, cache: list[dict], positions: jax.Array, experts) -> tuple[jax.Array, list]:

@@ -25,8 +25,9 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, einsum, rotate_pairs
+from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.precision import einsum
 from hybrimoe_jax.models.rope import yarn_mscale
 
 LATENT_EPS = 1e-6  # the published model's latent norms keep their class's default, whatever `rms_norm_eps` says

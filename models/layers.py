@@ -10,24 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PRECISION = jax.lax.Precision.HIGHEST
-"""float32 products as float32: a GPU's default rounds the operands to TF32 (10 mantissa bits), which moves greedy tokens."""
-
-
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """`jnp.einsum` with float32 operands kept and results accumulated in float32."""
-    return jnp.einsum(spec, *operands, precision=PRECISION, preferred_element_type=jnp.float32)
+from hybrimoe_jax.models.products import product
 
 
 class Linear(nnx.Module):
-    """`y = x W^T + b` with `weight` [out, in]."""
+    """`y = x W^T + b` with `weight` [out, in], plain or a `PackedMatrix`."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs, std: float = 0.02):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = einsum("...i,oi->...o", x, self.weight[...])
+        y = product(x, self.weight.get_value())
         return y if self.bias is None else y + self.bias[...]
 
 

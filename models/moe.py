@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.layers import Linear, einsum
+from hybrimoe_jax.host_kernels.native import ffi
+from hybrimoe_jax.models.layers import Linear
 from hybrimoe_jax.models.packed import PackedExpert, packed_forward
+from hybrimoe_jax.models.precision import einsum
+from hybrimoe_jax.models.products import calls_native
 
 
 class Routing(NamedTuple):
@@ -73,6 +76,20 @@ def expert_forward(expert: DeviceExpert, x: jax.Array) -> jax.Array:
     gate_up, down = expert
     gate, up = jnp.split(einsum("nd,fd->nf", x, gate_up), 2, axis=-1)
     return einsum("nf,df->nd", jax.nn.silu(gate) * up, down)
+
+
+def add_experts(acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert) -> jax.Array:
+    """acc [N, D] plus the given experts of x [N, D], expert i weighted by weights[i] ([n, N]). Inside `on_native_kernels` one call of
+    theirs, which skips rows of weight zero."""
+    if calls_native():
+        return ffi.experts(acc, x, weights, *experts)
+    return add_experts_reference(acc, x, weights, *experts)
+
+
+def add_experts_reference(acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert) -> jax.Array:
+    for column, expert in zip(weights, experts, strict=True):
+        acc = acc + column[:, None] * expert_forward(expert, x)
+    return acc
 
 
 def combine_weights(routing: Routing, num_experts: int) -> jax.Array:

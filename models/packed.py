@@ -27,7 +27,7 @@ from hybrimoe_jax.host_kernels.packing import (
     PackedExpert,
     PackedMatrix,
 )
-from hybrimoe_jax.models.layers import einsum
+from hybrimoe_jax.models.precision import einsum
 
 jax.tree_util.register_dataclass(PackedMatrix, data_fields=["data"], meta_fields=["layout"])
 jax.tree_util.register_dataclass(PackedExpert, data_fields=["data"], meta_fields=["layout"])

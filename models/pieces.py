@@ -4,7 +4,7 @@ The item has a leaf for each dense tensor under its checkpoint name and, in an M
 are quantised, uint8 [E, bytes of an expert]. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major; rows 0
 and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `host_kernels.packing`. Either way an expert is one
 contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16 bytes long: one for each dense tensor and one for
-each expert.
+each expert. A quantised dense tensor is a leaf of bytes, and its record says the format and the matrix's shape.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, pack_expert
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, MatrixLayout, pack_expert
 from hybrimoe_jax.models.checkpoint import row_block
+from hybrimoe_jax.models.dense_packing import is_projection, pack_tensor
 from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
 from hybrimoe_jax.models.safetensors_file import BF16
 from hybrimoe_jax.models.weights import Experts, PackedExperts, Piece, Tensor
@@ -30,7 +31,7 @@ PLAIN_VERSION, VERSION = 1, 2
 EXPERTS = "experts"
 F32 = np.dtype(np.float32)
 FORMATS = {"f32": F32, "bf16": BF16}
-DTYPES = {"float32": F32, "bfloat16": BF16}
+DTYPES = {"float32": F32, "bfloat16": BF16, "uint8": np.dtype(np.uint8)}
 
 
 def digest(data: np.ndarray | bytes) -> str:
@@ -89,6 +90,43 @@ class HashedLeaf:
         shape = tuple(self.tensor.shape)
         return Leaf(shape, row_block(shape, self.dtype), self.read)
 
+    def record(self) -> dict[str, Any]:
+        return {"shape": list(self.tensor.shape), "dtype": self.dtype.name, "hash": self.hash.hexdigest()}
+
+
+class PackedLeaf:
+    """The bytes of a tensor rounded to a quantised format, which is done when the first are read."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, tensor: Tensor, format: Format):
+        self.tensor, self.layout = tensor, MatrixLayout(format, *tensor.shape)
+        self.hash, self._data = hashlib.blake2b(digest_size=16), None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if start == 0:
+            self._data = pack_tensor(self.tensor, self.layout.format).data
+        block = self._data[start:stop]
+        self.hash.update(as_bytes(block))
+        if stop == self.layout.nbytes:
+            self._data = None
+        return block
+
+    def leaf(self) -> Leaf:
+        shape = (self.layout.nbytes,)
+        return Leaf(shape, row_block(shape, self.dtype), self.read)
+
+    def record(self) -> dict[str, Any]:
+        made = {"shape": [self.layout.nbytes], "dtype": self.dtype.name, "hash": self.hash.hexdigest()}
+        return {**made, "format": str(self.layout.format), "matrix": list(self.tensor.shape)}
+
+
+def dense_leaf(name: str, tensor: Tensor, fmt: str | None, dense_format: Format | None) -> HashedLeaf | PackedLeaf:
+    """How a dense tensor is stored: `fmt` as in `stored_dtype`, `dense_format` that of the projections."""
+    if dense_format is not None and is_projection(name, tuple(tensor.shape)):
+        return PackedLeaf(tensor, dense_format)
+    return HashedLeaf(tensor, stored_dtype(tensor.dtype, fmt))
+
 
 class ExpertRows:
     """Reads a layer's experts one by one as they are stored, [1, *row], rounding and hashing each."""
@@ -115,14 +153,16 @@ class ExpertRows:
             row[:] = pack_expert(gate, up, down, layout.format).data
 
 
-def write_piece(folder: Path, piece: Piece, fmt: str | None, form: ExpertForm) -> dict[str, Any]:
+def write_piece(
+    folder: Path, piece: Piece, fmt: str | None, form: ExpertForm, dense_format: Format | None = None
+) -> dict[str, Any]:
     """Writes `folder` (anything there is replaced) and returns the piece's record; memory is a few row blocks.
 
-    `fmt` is the dense tensors' (see `stored_dtype`), `form` the experts'.
+    `fmt` and `dense_format` are the dense tensors' (see `dense_leaf`), `form` the experts'.
     """
     if folder.exists():
         shutil.rmtree(folder)
-    dense = {name: HashedLeaf(t, stored_dtype(t.dtype, fmt)) for name, t in piece.dense.items()}
+    dense = {name: dense_leaf(name, t, fmt, dense_format) for name, t in piece.dense.items()}
     leaves = {name: leaf.leaf() for name, leaf in dense.items()}
     rows = shape = None
     if piece.experts is not None:
@@ -132,10 +172,7 @@ def write_piece(folder: Path, piece: Piece, fmt: str | None, form: ExpertForm) -
     return {
         "name": piece.name,
         "layer": piece.layer,
-        "dense": {
-            name: {"shape": list(leaf.tensor.shape), "dtype": leaf.dtype.name, "hash": leaf.hash.hexdigest()}
-            for name, leaf in dense.items()
-        },
+        "dense": {name: leaf.record() for name, leaf in dense.items()},
         "experts": rows and {"shape": list(shape), "dtype": form.dtype.name, "hashes": rows.hashes},
     }
 

@@ -23,6 +23,7 @@ from hybrimoe_jax.errors import UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = {"F32": np.dtype(np.float32), "BF16": BF16, "F16": np.dtype(np.float16)}
+INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 WRITABLE = {dtype: name for name, dtype in READABLE.items()}
 BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F32": 32, "BF16": 16, "F16": 16}
@@ -51,11 +52,22 @@ class FileTensor:
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of the first axis (everything by default; a scalar is one row) as a fresh array."""
+        return self._rows(self.dtype, start, stop)
+
+    def integers(self) -> np.ndarray:
+        """The whole of a tensor of integers, such as packed codes; raises UserError where it is stored as something else."""
+        if self.kind not in INTEGERS:
+            raise UserError(
+                f"{self.path}: tensor {self.name} is stored as {self.kind}, not as integers; download it again"
+            )
+        return self._rows(INTEGERS[self.kind], 0, None)
+
+    def _rows(self, dtype: np.dtype, start: int, stop: int | None) -> np.ndarray:
         rows = self.shape[0] if self.shape else 1
         stop = rows if stop is None else stop
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        out = np.empty(shape, self.dtype)
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        out = np.empty(shape, dtype)
+        row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         with open(self.path, "rb") as file:
             file.seek(self.offset + start * row_bytes)
             got = file.readinto(memoryview(out.reshape(-1).view(np.uint8))) if out.nbytes else 0

@@ -49,6 +49,19 @@ class ArrayTensor:
         return self.array[start:stop]
 
 
+class Experts(Protocol):
+    """A layer's routed experts wherever they lie."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]: ...
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> gate [F, D], up [F, D], down [D, F]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StackedExperts:
     """A layer's routed experts as two fused tensors: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
@@ -108,9 +121,6 @@ class PackedExperts:
         return gate, up, down
 
 
-Experts = StackedExperts | ListedExperts | PackedExperts
-
-
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
@@ -125,7 +135,7 @@ class Piece:
 class Weights:
     """A whole model's weights, wherever they lie; `files` says what they were read from (name -> size, time).
 
-    `seed` is that of random weights, None for others.
+    `seed` is that of random weights, None for others; `calibration` identifies the text by which experts are rounded.
     """
 
     config: ModelConfig
@@ -134,6 +144,7 @@ class Weights:
     folder: Path | None = None
     files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     seed: int | None = None
+    calibration: str | None = None
 
     @property
     def expert_format(self) -> str:

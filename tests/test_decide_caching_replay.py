@@ -59,6 +59,19 @@ def test_belady_with_bypass_is_never_below_the_fewest(needs, slots):
         assert found.misses == 3
 
 
+def test_belady_with_bypass_is_a_heuristic_and_near():
+    needs = [{0}, {1, 2}, {0}, {1, 2}, {0, 2}]
+    assert fewest_misses(needs, 2, True) == 4
+    assert one_layer(Belady(EXPERTS, 2, 2, future=needs), needs, 2, True).misses == 5
+    rng, above, least = np.random.default_rng(0), 0, 0
+    for _ in range(150):
+        needs = [set(rng.choice(EXPERTS, 2, replace=False).tolist()) for _ in range(9)]
+        fewest = fewest_misses(needs, 3, True)
+        above += one_layer(Belady(EXPERTS, 3, 2, future=needs), needs, 3, True).misses - fewest
+        least += fewest
+    assert above / least < 0.01
+
+
 def random_routing(tokens: int, layers: int, experts: int, k: int, seed: int = 0):
     """[T][L] lists; skewed, with phrases that come back."""
     rng = np.random.default_rng(seed)

@@ -157,6 +157,51 @@ def test_one_token_alone_and_the_same_token_among_others_are_predicted_alike():
         assert dict(many[d].loads) == loads
 
 
+def test_what_is_not_asked_for_changes_no_later_prediction():
+    """A planner asks only where a transfer could start; the tables follow every step all the same."""
+    rng = np.random.default_rng(8)
+    for name in ("co-activation", "previous", "gate-reuse"):
+        always, sometimes = build_predictor(name, *MODEL), build_predictor(name, *MODEL)
+        for step in steps(rng, [1] * 20 + [5, 1, 1, 3, 3]):
+            for layer, shown in enumerate(step):
+                depth = int(rng.integers(0, DISTANCES + 1))
+                full, part = always.predict(layer, shown, DISTANCES), sometimes.predict(layer, shown, depth)
+                assert [p.loads for p in full[: len(part)]] == [p.loads for p in part]
+                for a, b in zip(full, part):
+                    np.testing.assert_allclose(a.scores or 0, b.scores or 0, rtol=1e-12)
+            always.finish_step(), sometimes.finish_step()
+
+
+def test_a_planner_predicts_only_where_a_transfer_could_start():
+    """A layer with two misses on the CPU takes 9.5 s. Four layers, two of lookahead."""
+    asked = []
+
+    class Spy(PREDICTORS["previous"]):
+        def predict(self, layer, shown, depth):
+            asked.append(depth)
+            return super().predict(layer, shown, depth)
+
+    def depths(max_in_flight, transfer):
+        asked.clear()
+        costs = dataclasses.replace(COSTS, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
+        planner = Planner(
+            "hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor=Spy(*MODEL),
+            lookahead=2, max_in_flight=max_in_flight,
+        )  # fmt: skip
+        for ids in ([4, 5], [2, 3]):
+            for layer in range(LAYERS):
+                planner.plan(layer, {e: 1 for e in ids}, None, 1)
+                planner.prefetch(layer, Shown(np.array([ids])))
+            planner.finish_step()
+        return list(asked)
+
+    assert depths(2, 2.5)[:LAYERS] == [2, 2, 1, 0]
+    assert depths(0, 2.5) == [0] * 2 * LAYERS, "no buffer is free"
+    slow = depths(2, 18.0)
+    assert slow[:LAYERS] == [2, 2, 0, 0], "it lands within two layers, not within one"
+    assert slow[LAYERS:] == [2, 0, 0, 0], "the link is taken by the one that layer 0 started"
+
+
 def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
     online, recorded = CoActivation(*MODEL), build_predictor(f"recorded:{recording}", *MODEL)
     for record in open_trace(recording).records():
@@ -260,7 +305,7 @@ def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(nam
                 planner.landed(prefetch.layer, prefetch.expert)
             ids = np.array([[4, 5]]) if layer % 2 else np.array([[2, 3]])
             planner.plan(layer, {e: 1 for e in ids[0].tolist()}, None, 1)
-            flying = planner.plan_prefetch(layer, planner.predict(layer, Shown(ids)))
+            flying = planner.prefetch(layer, Shown(ids))
         planner.finish_step()
     counters = planner.counters
     assert counters.prefetch_useful > 0 and planner.accuracy.came_true[1] > 0

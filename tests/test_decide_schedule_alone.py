@@ -78,3 +78,37 @@ def test_the_fit_finds_the_line():
     samples.alone_first = [(load, seconds + 0.25) for load, seconds in points]
     costs = fit(samples)
     assert (costs.alone_expert, costs.alone_token, costs.alone_first) == pytest.approx((2.0, 0.5, 0.25))
+
+
+def planner_for(costs, system="hybrimoe", slots=2):
+    return Planner(system, num_layers=2, num_experts=8, top_k=4, slots_per_layer=slots, costs=costs)
+
+
+def test_a_step_is_foregone_only_where_no_routing_is_worth_leaving_the_program():
+    """Residents would save more than the handover here: only a dearer handover makes the step foregone."""
+    costs = dataclasses.replace(SHARED, device_expert=0.1, device_token=0.0, look=1e9)
+    rule = with_shared_cores(get_scheduler("paper"), costs)
+    saved = max(
+        rule.alone(p).makespan - rule.charged(p, rule.rule.schedule(p))
+        for p in (Problem(dict.fromkeys(range(4), 1), range(hits), costs) for hits in range(3))
+    )
+    assert saved > 0
+    for handover, expected in ((0.0, False), (saved * 0.99, False), (saved * 1.01, True)):
+        planner = planner_for(dataclasses.replace(costs, handover=handover))
+        assert planner.foregone is expected
+        plan = planner.plan(0, {0: 1, 1: 1, 5: 1, 6: 1}, None, 1)
+        assert (sorted(plan.cpu) == [0, 1, 5, 6] and not plan.fetch) or not expected
+
+
+def test_residents_that_must_stay_on_the_device_leave_nothing_foregone():
+    costs = dataclasses.replace(SHARED, handover=1e9, look=1e9)
+    assert planner_for(costs).foregone and planner_for(costs, "cpu-only", 0).foregone
+    assert not planner_for(costs, "ktransformers").foregone and not planner_for(costs, "on-demand").foregone
+    assert not planner_for(dataclasses.replace(COSTS, handover=1e9)).foregone  # a device with cores of its own
+
+
+def test_a_step_of_several_tokens_is_planned_as_ever():
+    costs = dataclasses.replace(SHARED, alone_expert=100.0, handover=1e9, look=1e9)
+    planner = planner_for(costs)
+    assert planner.foregone
+    assert planner.plan(0, {0: 2, 5: 1}, None, 3).schedule.alone is False

@@ -63,7 +63,7 @@ def kernels() -> list:
     for name, earned in (("plain", 0.0), ("packed", 1.0)):
         make = lambda sample, earned=earned: OneDnnKernel(earns=lambda load: earned)  # noqa: E731
         forms.append(pytest.param(make, id=f"onednn-{name}", marks=needs_onednn))
-    for isa in ("portable", "avx2", "avx512"):
+    for isa in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni"):
         there = native_library.available() and isa in native_library.isas()
         needs = pytest.mark.skipif(not there, reason=f"no native library here, or no {isa} on this processor")
         make = lambda sample, isa=isa: NativeKernel(isa=isa)  # noqa: E731

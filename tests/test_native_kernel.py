@@ -28,15 +28,14 @@ from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "host_kernels" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+ISAS = ("avx512vnni", "avx512", "avxvnni", "avx2", "portable")
 HERE = library.isas() if library.available() else {}
 needs_native = pytest.mark.skipif(not HERE, reason="the package was installed without a C++ compiler")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 def every_isa(test):
-    marks = {
-        isa: pytest.mark.skipif(isa not in HERE, reason=f"no {isa} here") for isa in ("avx512", "avx2", "portable")
-    }
+    marks = {isa: pytest.mark.skipif(isa not in HERE, reason=f"no {isa} here") for isa in ISAS}
     return pytest.mark.parametrize("isa", [pytest.param(isa, marks=mark) for isa, mark in marks.items()])(test)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
 from hybrimoe_jax.decide.predictors import Shown
-from hybrimoe_jax.simulation.bound import _most_kept, clairvoyant_planner, least_seconds
+from hybrimoe_jax.simulation.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.replay import replay
 from hybrimoe_jax.simulation.workload import Asked, Step
@@ -57,7 +57,7 @@ def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
         bound = least_seconds(steps, slots, costs, cold=start_cold)
         assert taken(planner, costs, steps) >= bound * (1 - 1e-9), name
     slots = [round(ratio * EXPERTS)] * LAYERS
-    known = clairvoyant_planner(steps, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold)
+    known = Planner(CLAIRVOYANT, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold, **foreknowledge(steps, LAYERS))
     assert taken(known, costs, steps) >= least_seconds(steps, slots, costs, cold=cold) * (1 - 1e-9)
 
 
@@ -107,7 +107,8 @@ def test_the_clairvoyant_is_faster_than_the_systems():
     )  # fmt: skip
     steps = decode([[i % 3, 3 + i % 2] for i in range(40)])
     bound = least_seconds(steps, [3, 3], costs)
-    known = taken(clairvoyant_planner(steps, LAYERS, EXPERTS, TOP_K, [3, 3], costs), costs, steps)
+    planner = Planner(CLAIRVOYANT, LAYERS, EXPERTS, TOP_K, 3, costs, **foreknowledge(steps, LAYERS))
+    known = taken(planner, costs, steps)
     others = [
         taken(Planner(name, LAYERS, EXPERTS, TOP_K, 3, costs), costs, steps) for name in ("hybrimoe", "on-demand")
     ]

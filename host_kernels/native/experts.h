@@ -1,25 +1,37 @@
 // Host expert kernels in C++: the C interface, and what its parts share.
 //
 // Shapes: N rows of x, n load of one expert, D model width, F expert width, m experts.
-// An expert is down(silu(gate x) * (up x)), its matrices as in formats.py: gate_up [2F, D], gate rows first; down [D, F].
+// An expert is down(silu(gate x) * (up x)); gate and up are [F, D], down is [D, F]. Formats and layouts: layout.h.
 #pragma once
 
 #include <cstdint>
 
-namespace experts {
+#include "layout.h"
 
-enum Format : int64_t { F32 = 0, BF16 = 1, FORMATS = 2 };
+namespace experts {
 
 // One expert's record: what a handle of the Python side points at (NativeKernel.prepare writes the same five fields).
 struct Expert {
-    const void* gate_up;
-    const void* down;
-    int64_t width;   // D
-    int64_t hidden;  // F
+    const void* data;  // plain: gate and up [2F, D], gate rows first; packed: gate, up and down
+    const void* down;  // plain
+    int64_t width;     // D
+    int64_t hidden;    // F
     int64_t format;
 };
 
-constexpr int64_t MAX_ROWS = 32;  // of weights that `product` takes at once
+constexpr int64_t MAX_ROWS = 32;  // of plain weights that `product` takes at once
+
+// c[t * stride + r] for `rows` rows from row `from` on (a multiple of 8) and n tokens, each a row of floats, padded with
+// zeros to the matrix's depth, or a record; as many columns of c as the rows' panels have are written.
+using PackedProduct = void (*)(const Matrix&, int64_t from, int64_t rows, const void* const* x, int64_t n, float* c,
+                               int64_t stride);
+
+// The arithmetic on packed weights with quantised activations.
+struct Quantised {
+    // Writes x, `columns` of the matrix, as the record that `product` of the matrix's format takes.
+    void (*quantise)(const Matrix&, const float* x, void* record);
+    PackedProduct product[KINDS];
+};
 
 // The code of one instruction set.
 struct Isa {
@@ -27,13 +39,21 @@ struct Isa {
     bool (*supported)();
     // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` <= MAX_ROWS rows of `depth` weights and n tokens.
     // `next`: the weights that will be wanted next, as many; they are prefetched meanwhile (any address will do).
-    void (*product[FORMATS])(const void* weights, int64_t rows, int64_t depth, const float* const* x, int64_t n, float* c,
-                             int64_t stride, const void* next);
+    void (*product[PLAIN])(const void* weights, int64_t rows, int64_t depth, const void* const* x, int64_t n, float* c,
+                           int64_t stride, const void* next);
     // out[i] = silu(gate[i]) * up[i]
     void (*silu_times)(const float* gate, const float* up, float* out, int64_t count);
+    PackedProduct packed[KINDS];  // with float activations
+    const Quantised* quantised;
+    // For the probes below: a sum of floats, and a number of multiply-adds, which is returned.
+    float (*read_all)(const float* data, int64_t count);
+    int64_t (*multiply_adds)(int64_t rounds, float* result);
 };
 
-extern const Isa avx512, avx2, portable;
+extern const Isa avx512vnni, avx512, avxvnni, avx2, portable;
+extern const Quantised quantised_avx2;
+
+const Isa& isa_number(int64_t isa);
 
 }  // namespace experts
 
@@ -49,16 +69,36 @@ extern "C" {
 // Safe from several threads at once. The result does not depend on `threads`.
 // Returns 0; 1 for records that do not fit x; 2 for a row outside x; 3 where memory for scratch is short.
 EXPORTED int experts_run(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t N, int64_t D, const float* x,
-                const int64_t* starts, const int64_t* rows, const float* mix, float* out, int64_t threads);
+                         const int64_t* starts, const int64_t* rows, const float* mix, float* out, int64_t threads);
 
 // One token, each expert weighted by mix[i]: experts_run without row lists.
-EXPORTED int experts_run_one(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t D, const float* x, const float* mix,
-                    float* out, int64_t threads);
+EXPORTED int experts_run_one(int64_t isa, int64_t m, const experts::Expert* const* records, int64_t D, const float* x,
+                             const float* mix, float* out, int64_t threads);
+
+// out [N, rows] = x [N, columns] times the transpose of a matrix [rows, columns] of any format. Returns as experts_run.
+EXPORTED int matrix_run(int64_t isa, int64_t format, int64_t rows, int64_t columns, const void* data, int64_t N,
+                        const float* x, float* out, int64_t threads);
+
+// The bytes of a matrix, or -1 for a format that is none.
+EXPORTED int64_t matrix_bytes(int64_t format, int64_t rows, int64_t columns);
+
+// A router's decision in one call: out [N, D] = for each token the sum of its k experts, ids and mix [N, k], looked up in table [E].
+// Returns what experts_run does, 2 also for an id that the table does not hold.
+EXPORTED int experts_run_routed(int64_t isa, int64_t E, const experts::Expert* const* table, int64_t N, int64_t D, int64_t k,
+                                const float* x, const int32_t* ids, const float* mix, float* out, int64_t threads);
 
 // The name of instruction set `isa` (best first), "" where this processor lacks it, or null past the last.
 EXPORTED const char* experts_isa(int64_t isa);
 
+// The index of the best one.
+EXPORTED int64_t experts_best_isa();
+
 EXPORTED void experts_silu_times(int64_t isa, const float* gate, const float* up, float* out, int64_t count);
+
+// What the machine can do at most: reads `bytes` of memory on `threads` threads; returns how many it read. Makes about `count`
+// floating-point operations in registers on each thread; returns how many in all.
+EXPORTED int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads);
+EXPORTED int64_t probe_arithmetic(int64_t isa, int64_t count, int64_t threads);
 
 // Ends and joins the helper threads; the next call starts new ones. No call may be under way.
 EXPORTED void experts_shutdown();

@@ -1,16 +1,21 @@
-// x86 with AVX2 and FMA; compiled with those switched on, so nothing here may run before `supported` has said yes.
-#if defined(__AVX2__) && defined(__FMA__)
+// x86 with AVX2, FMA and F16C; compiled with those switched on, so nothing here may run before `supported` has said yes.
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LANES 8
 #include "kernels.inc"
+#include "packed.inc"
 
 namespace experts {
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times};
+static bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+const Quantised quantised_avx2 = QUANTISED;
+const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised_avx2, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
-const Isa avx2 = {"avx2", never, {}, nullptr};
+const Quantised quantised_avx2 = {};
+const Isa avx2 = {"avx2", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

@@ -1,8 +1,10 @@
 // Any processor: four lanes, which compilers map to SSE2 or NEON.
 #define LANES 4
 #include "kernels.inc"
+#include "packed.inc"
 
 namespace experts {
 static bool always() { return true; }
-const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times};
+static const Quantised quantised = QUANTISED;
+const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
 }  // namespace experts

@@ -1,6 +1,6 @@
 """The native kernel: one call computes a run of experts, with the interpreter lock released, on as many threads as asked.
 
-Shapes: N tokens, D model width, m experts. Weights are used where they lie, float32 or bfloat16; nothing is packed.
+Shapes: N tokens, D model width, m experts. Weights are used where they lie: float32, bfloat16, or packed (packing.py).
 
 A token's result does not depend on the other tokens, on which experts share its call, or on the number of threads: every
 dot product is summed in one fixed order. (Another instruction set has another order.)
@@ -12,6 +12,7 @@ the short lists of a call are packed into bytes, which ctypes passes without cop
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 import operator
@@ -23,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import BF16, F32, ExpertWeights, check_expert
+from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel
-from hybrimoe_jax.host_kernels.native.library import isas, library
+from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code, isas, library
+from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
 
-FORMATS = {F32: 0, BF16: 1}
 I64 = np.dtype(np.int64)
 _byref, _char, _given = ctypes.byref, ctypes.c_char.from_buffer, partial(operator.is_not, None)
 _ERRORS = {
@@ -42,10 +43,14 @@ class NativeExpert:
 
     __slots__ = ("address", "record", "weights")
 
-    def __init__(self, weights: ExpertWeights):
+    def __init__(self, weights: ExpertWeights | PackedExpert):
         self.weights = weights
-        fields = (weights.gate_up.ctypes.data, weights.down.ctypes.data, weights.width, weights.hidden)
-        self.record = np.array([*fields, FORMATS[weights.down.dtype]], np.uint64)
+        if isinstance(weights, PackedExpert):
+            pointers, code = (weights.data.ctypes.data, 0), format_code(weights.layout.format)
+        else:
+            pointers = (weights.gate_up.ctypes.data, weights.down.ctypes.data)
+            code = PLAIN[weights.down.dtype.name]
+        self.record = np.array([*pointers, weights.width, weights.hidden, code], np.uint64)
         self.address = self.record.ctypes.data
 
 
@@ -63,11 +68,16 @@ class NativeKernel(HostKernel):
         self.isa = next(iter(known)) if isa is None else isa
         if self.isa not in known:
             raise UserError(f"host kernel 'native': no {isa!r} on this processor (there are: {', '.join(known)})")
-        self._number, self.threads = known[self.isa], threads
+        self.number, self.threads = known[self.isa], threads
 
-    def prepare(self, weights: ExpertWeights) -> NativeExpert:
+    def prepare(self, weights: ExpertWeights | PackedExpert) -> NativeExpert:
+        if isinstance(weights, PackedExpert):
+            return NativeExpert(dataclasses.replace(weights, data=_bytes_of(weights)))
         check_expert(weights)
         return NativeExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
+
+    def record(self, handle: NativeExpert) -> tuple[int, int]:
+        return self.number, handle.address
 
     def expert(self, handle: NativeExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         load = len(x)
@@ -94,7 +104,7 @@ class NativeKernel(HostKernel):
                 chosen = [i for i, rows in enumerate(tokens) if rows is None or len(rows)]
                 handles, weights = [handles[i] for i in chosen], [weights[i] for i in chosen]
             failed = self._library.experts_run_one(
-                self._number,
+                self.number,
                 len(handles),
                 _integers(len(handles))(*[handle.address for handle in handles]),
                 width,
@@ -111,7 +121,7 @@ class NativeKernel(HostKernel):
             tokens = [np.arange(total) if rows is None else rows for rows in tokens]
             starts = [0, *itertools.accumulate(map(len, tokens))]
             failed = self._library.experts_run(
-                self._number,
+                self.number,
                 len(handles),
                 _integers(len(handles))(*[handle.address for handle in handles]),
                 total,
@@ -129,8 +139,45 @@ class NativeKernel(HostKernel):
             raise _ERRORS[failed]
         return out
 
+    def product(
+        self,
+        matrix: PackedMatrix | np.ndarray,
+        x: np.ndarray,
+        out: np.ndarray | None = None,
+        threads: int | None = None,
+    ) -> np.ndarray:
+        """x [N, K] float32 times the transpose of a matrix [R, K] (packed, float32 or bfloat16) -> [N, R] float32.
+
+        Written into `out` where given (C-contiguous). `threads`: instead of the kernel's own. UserError for other matrices.
+        """
+        if isinstance(matrix, PackedMatrix):
+            code, data = format_code(matrix.layout.format), _bytes_of(matrix)
+            rows, columns = matrix.layout.rows, matrix.layout.columns
+        else:
+            if matrix.ndim != 2 or matrix.dtype.name not in PLAIN:
+                raise UserError(f"a matrix of {matrix.dtype} {matrix.shape}; float32 or bfloat16 with rows and columns")
+            code, data, (rows, columns) = PLAIN[matrix.dtype.name], np.ascontiguousarray(matrix), matrix.shape
+        x = np.ascontiguousarray(x, F32)
+        if x.ndim != 2 or x.shape[1] != columns:
+            raise ValueError(f"x is {x.shape}; [N, {columns}] is needed")
+        out = np.empty((len(x), rows), F32) if out is None else out
+        if out.shape != (len(x), rows) or out.dtype != F32 or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}; float32 {(len(x), rows)} is needed")
+        pointers = (data.ctypes.data, len(x), x.ctypes.data, out.ctypes.data)
+        failed = self._library.matrix_run(self._number, code, rows, columns, *pointers, threads or self.threads)
+        if failed:
+            raise _ERRORS[failed]
+        return out
+
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "isa": self.isa}
+
+
+def _bytes_of(packed: PackedExpert | PackedMatrix) -> np.ndarray:
+    data, needed = np.ascontiguousarray(packed.data), packed.layout.nbytes
+    if data.dtype != np.uint8 or data.shape != (needed,):
+        raise UserError(f"{packed.layout}: {needed} bytes are needed; these are {data.dtype} {data.shape}")
+    return data
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype, count: int) -> bytes:

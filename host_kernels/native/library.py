@@ -13,9 +13,12 @@ import os
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import GROUPS, Format
 
 VARIABLE = "HYBRIMOE_NATIVE_LIBRARY"
 FILE = Path(__file__).with_name("libexperts.so")
+PLAIN = {"float32": 0, "bfloat16": 1}
+"""The library's numbers of unpacked formats, by the name of the dtype; `format_code` gives the others'."""
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -46,6 +49,12 @@ def library() -> ctypes.CDLL:
         found.experts_run_one.argtypes = [
             *(_INTEGER, _INTEGER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER)
         ]
+        found.matrix_run.argtypes = [*[_INTEGER] * 4, _POINTER, _INTEGER, _POINTER, _POINTER, _INTEGER]
+        found.matrix_bytes.argtypes, found.matrix_bytes.restype = [_INTEGER] * 3, _INTEGER
+        found.probe_read.argtypes = [_INTEGER, _POINTER, _INTEGER, _INTEGER]
+        found.probe_arithmetic.argtypes = [_INTEGER] * 3
+        found.probe_read.restype = found.probe_arithmetic.restype = _INTEGER
+        found.experts_best_isa.restype = _INTEGER
         found.experts_isa.argtypes, found.experts_isa.restype = [_INTEGER], ctypes.c_char_p
         found.experts_silu_times.argtypes = [_INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER]
         found.experts_silu_times.restype = found.experts_shutdown.restype = None
@@ -61,3 +70,9 @@ def isas() -> dict[str, int]:
     numbers = itertools.count()
     names = iter(lambda: library().experts_isa(next(numbers)), None)
     return {name.decode(): number for number, name in enumerate(names) if name}
+
+
+def format_code(format: Format) -> int:
+    """The library's number of a packed format; see layout.h."""
+    kind = 0 if format.bits == 8 else 2 if format.zeros else 1
+    return 16 + kind + 3 * ((format.scale == "f32") + 2 * (format.a8 + 2 * GROUPS.index(format.group)))

@@ -200,4 +200,8 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
             gap = "" if entry["gap_closed"] is None else f"({100 * entry['gap_closed']:.0f})"
             cells.append(f"{100 * entry['hits'] / total:.1f} {gap:>7} | {100 * entry['bypass']['hits'] / total:.1f}")
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>22}" for cell in cells))
+    if "belady" in names:
+        lines.append(
+            "belady: the fewest misses where every one is kept; with bypass a heuristic, near the fewest but not always there"
+        )
     return "\n".join(lines)

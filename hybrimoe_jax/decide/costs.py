@@ -21,7 +21,7 @@ from pathlib import Path
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, is_format
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 _KIND = "hybrimoe-jax cost model"
 
 BITS_PER_WEIGHT = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
@@ -63,7 +63,8 @@ class CostModel:
     experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
     `fetch_host` is how long issuing a demand load keeps the CPU lane from computing (0 where other threads compute), and `look` what
     predicting the coming layers costs in each layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine
-    whose device has none of its own (all 0: it has).
+    whose device has none of its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program
+    and come back to it so that the host can decide (0: a step cannot be one program).
     """
 
     cpu_expert: float
@@ -85,6 +86,7 @@ class CostModel:
     alone_expert: float = 0.0
     alone_token: float = 0.0
     alone_first: float = 0.0
+    handover: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -214,7 +216,7 @@ class Samples:
 
     `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens in the step.
     `alone` are experts on the CPU with the device's cores too, (load, seconds), and `alone_first` those that opened a run.
-    `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host` and `look` are seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
+    `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host`, `look` and `handover` are seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
     """
 
     expert_bytes: int
@@ -229,6 +231,7 @@ class Samples:
     transfer_cpu_busy: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     fetch_host: float = 0.0
     look: float = 0.0
+    handover: float = 0.0
 
 
 def fit(samples: Samples, source: str = "warm-up") -> CostModel:
@@ -271,6 +274,7 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
         alone_expert=alone_expert,
         alone_token=alone_token,
         alone_first=_first("alone_first", samples.alone_first, alone_expert, alone_token),
+        handover=samples.handover,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from hybrimoe_jax.decide.schedule import Schedule
@@ -93,3 +94,15 @@ class Counters:
     prefetch_late_s: float = 0.0
     prefetch_wasted_s: float = 0.0
     prefetch_wait_s: float = 0.0
+
+    def count(self, hits: int, misses: int, cpu: int, fetch: Sequence[Fetch]) -> None:
+        """Adds one layer of one step."""
+        self.steps += 1
+        self.activated += hits + misses
+        self.hits += hits
+        self.misses += misses
+        self.cpu += cpu
+        self.device += hits + misses - cpu
+        if fetch:
+            self.fetched += len(fetch)
+            self.streamed += sum([1 for f in fetch if f.stream])

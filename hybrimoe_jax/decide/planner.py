@@ -4,12 +4,13 @@ One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts)
 
     plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
     ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits ...
-    ahead = planner.predict(layer, shown)                    # where planner.depth(tokens) is not 0
-    for p in planner.plan_prefetch(layer, ahead): ...        # start the transfer of p.expert of p.layer
+    for p in planner.prefetch(layer, shown): ...             # where planner.depth(tokens) is not 0: start the transfer of p.expert of p.layer
     planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
     planner.finish_step()                                    # after the last layer
 
 A step is event-atomic: nothing that it needs is evicted in it. Times are the cost model's; an engine that has a clock may pass `now`.
+
+`plan` is on the critical path of every layer of every token: loads that are all 1 are answered from memory (`schedule.equal`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused
 from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
 from hybrimoe_jax.decide.predictors import Predictor, build_predictor
-from hybrimoe_jax.decide.prefetch import Forecast, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch import Forecast, Target
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import with_shared_cores
-from hybrimoe_jax.decide.systems import MAX_DEPTH, System, get_system
+from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler, with_shared_cores
+from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.scout import Scout
+from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
-REST_STEPS = 7
+_ONE = {1}
 
 
 class Planner:
@@ -108,20 +111,32 @@ class Planner:
         self.predictor = predictor if isinstance(predictor, Predictor) else build_predictor(system.predictor, *model)
         self.counters = Counters()
         self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
-        self._forecast = Forecast(self.scheduler, costs, **self._flags)
-        start_cold = cold and not policy.fixed
-        self._depths: dict[tuple[int, int], int] = {}
-        self._resting = self._issued_before = 0
-        self._looked = False
         self._ledger = Ledger(num_layers, self.counters)
-        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold)
+        self._residency = Residency(slots, self.policies, self._ledger, system.guard, cold and not policy.fixed)
+        self._forecast = Forecast(self.scheduler, costs, **self._flags)
         self._view = None
         if self.scheduler.looks_ahead:
             self._view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight)
+        self._scout = Scout(
+            system, self.predictor, self._forecast, self.accuracy, self._residency, costs, self._view is not None
+        )
+        self._equal = None
+        if self.scheduler.by_numbers:
+            self._equal = EqualLoads(self.scheduler, costs, **self._flags_for(1))
+        self._experts = frozenset(range(num_experts))
         self._clock = self._next_clock = self._link_free = 0.0
-        self._planned: tuple[Schedule, int] | None = None
+        self._until_next = 0.0  # from the start of the latest MoE block to the next one's
+        self._tokens = 0  # of the latest plan's step; 0: nothing is planned
+        self._foregone: Schedule | None = None
+        if isinstance(self.scheduler, SharedCoresScheduler) and not self.depth(1):
+            self._foregone = self.scheduler.foregone(costs, top_k, max(slots, default=0), **self._flags)
 
     # What an engine asks for.
+
+    @property
+    def foregone(self) -> bool:
+        """Whether a step of one token gives every expert to the CPU whatever the routing, so that nothing needs to be decided within it."""
+        return self._foregone is not None
 
     def initial_residents(self) -> list[list[int]]:
         """Experts to load into each layer's slots before the first step."""
@@ -147,66 +162,60 @@ class Planner:
           tokens: tokens in the step.
           now: seconds on the caller's clock; by default the predicted end of the previous layer.
         """
-        self._check(layer, loads, scores, tokens)
+        equal = self._check(layer, loads, scores, tokens)
         scores = _as_list(scores)
         self._clock = clock = self._next_clock if now is None else now
         self.policies[layer].observe(scores, loads)
-        residency = self._residency
-        resident, flying = residency.resident[layer], self._ledger.flying[layer]
+        residency, ledger = self._residency, self._ledger
+        resident, flying = residency.resident[layer], ledger.flying[layer]
         hits = tuple([e for e in loads if e in resident])
-        misses = tuple([e for e in loads if e not in resident])
+        misses = tuple([e for e in loads if e not in resident]) if len(hits) < len(loads) else ()
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
         link_busy = self._link_free - clock
-        problem = Problem(
-            loads,
-            resident,
-            self.costs,
-            tokens,
-            scores,
-            in_flight,
-            link_busy if link_busy > 0 else 0.0,
-            **self._flags_for(loads),
-        )
-        if self._view is not None:
-            self._view.show(problem, layer, misses)
-        schedule = self.scheduler.schedule(problem)
-        device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
-        for distance, prediction in residency.predictions[layer]:
-            self.accuracy.update(distance, prediction.loads, loads)
-        residency.predictions[layer].clear()
-        useful, late, wasted = self._ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
-        residency.needed[layer] = set(loads)
-        waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
-        fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
+        if link_busy < 0.0:
+            link_busy = 0.0
 
+        pattern = order = None
+        foregone = self._foregone is not None and tokens == 1 and not in_flight
+        if equal and not in_flight and self._equal is not None and not foregone:
+            order = _order(hits, misses, None if self._equal.by_id else scores)
+            if order is not None:
+                pattern = self._equal.find(len(hits), len(misses), self._equal.by_id or scores is None, link_busy)
+        if foregone:
+            schedule, device = self._foregone._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
+        elif pattern is not None:
+            schedule, device = apply(pattern, order, link_busy), pattern.resident(order)
+        else:
+            heaviest = 1 if equal else max(loads.values(), default=1)
+            flags = self._flags_for(heaviest)
+            problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
+            if self._view is not None:
+                self._view.show(problem, layer, misses)
+            schedule = self.scheduler.schedule(problem)
+            device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
+
+        predictions = residency.predictions[layer]
+        if predictions:
+            asked = loads.keys()
+            for distance, prediction in predictions:
+                self.accuracy.update(distance, prediction.loads.keys(), asked)
+            predictions.clear()
+        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
+        residency.needed[layer] = set(loads)
+        fetch = waits = ()
+        if schedule.waits:
+            waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
+        if schedule.fetch:
+            fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
+            self._link_free = clock + schedule.link_seconds
         if self._view is not None:
             self._view.fills.observe(layer, loads, tokens, sum([1 for f in waits + fetch if not f.stream]))
-        if fetch:
-            self._link_free = clock + schedule.link_seconds
-        self._next_clock = clock + schedule.makespan + self.costs.layer(tokens)
-        self._planned = (schedule, tokens)
-        counters = self.counters
-        counters.steps += 1
-        counters.activated += len(loads)
-        counters.hits += len(hits)
-        counters.misses += len(misses)
-        counters.cpu += len(schedule.cpu)
-        counters.device += len(schedule.device)
-        counters.fetched += len(fetch)
-        counters.streamed += sum([1 for f in fetch if f.stream])
+        makespan = schedule.makespan
+        self._until_next = until_next = makespan + self.costs.layer(tokens)
+        self._next_clock, self._tokens = clock + until_next, tokens
+        self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
-            layer,
-            hits,
-            misses,
-            device,
-            fetch,
-            waits,
-            schedule.cpu,
-            useful,
-            late,
-            wasted,
-            schedule.makespan,
-            schedule,
+            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule
         )
 
     def depth(self, tokens: int) -> int:
@@ -217,15 +226,7 @@ class Planner:
         adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
         as a transfer.
         """
-        if not self.system.reach or not self._flags["allow_fetch"] or not any(self.slots):
-            return 0
-        if self.system.prefetch == "next-layer":
-            return 1
-        active = min(self.num_experts, tokens * self.top_k)
-        key = (active, -(-tokens * self.top_k // active))
-        if key not in self._depths:
-            self._depths[key] = self._depth(*key, tokens)
-        return self._depths[key]
+        return self._scout.depth(tokens)
 
     def worth_looking(self, tokens: int) -> bool:
         """Whether any layer is to be predicted in a step of so many tokens."""
@@ -235,50 +236,38 @@ class Planner:
         """How many coming layers' routers the predictor wants applied in a step of so many tokens."""
         return self.depth(tokens) if self.predictor.gates else 0
 
-    def predict(self, layer: int, shown: Shown) -> list[Prediction]:
-        """What the coming layers will be asked for, nearest first, by what `layer` shows; for `plan_prefetch`."""
-        return self.predictor.predict(layer, shown, self.depth(len(shown.ids)))
-
     def rests(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth
-        its while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
-        return tokens > 1 and self._resting > 0
+        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
+        while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
+        return self._scout.rests(tokens)
+
+    def prefetch(self, layer: int, shown: Shown) -> tuple[Prefetch, ...]:
+        """The transfers to start behind `layer`'s demand loads, by what `layer` shows of the coming layers; call it right after `plan`, and in every
+        layer of a step or in none."""
+        if not self._tokens:
+            return ()
+        chosen = self._scout.look(
+            layer,
+            shown,
+            self._tokens,
+            self._until_next,
+            self._link_left(),
+            self.max_in_flight - self._ledger.num_flying,
+        )
+        return self._start(chosen) if chosen else ()
 
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
-        """The transfers to start behind `layer`'s demand loads; call it right after `plan`.
+        """The same by given predictions.
 
         Args:
           lookahead: predictions for layers layer+1, layer+2, ...; those beyond the last layer or the system's lookahead are not used.
         """
-        if not self.system.reach or not self._flags["allow_fetch"] or self._planned is None:
+        if not self._scout.active or not self._tokens:
             return ()
-        self._looked = True
-        depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(self._planned[1])
-        lookahead = lookahead[: min(depth, self.num_layers - 1 - layer)]
         lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
-        for distance, prediction in enumerate(lookahead, 1):
-            self._residency.predictions[layer + distance].append((distance, prediction))
         room = self.max_in_flight - self._ledger.num_flying
-        if room <= 0 or not lookahead:
-            return ()
-        targets = [self._residency.target(layer + d, d, p) for d, p in enumerate(lookahead, 1)]
-        if self.system.prefetch == "next-layer":
-            chosen = choose_next_layer(targets[0], room)
-        else:
-            schedule, tokens = self._planned
-            chosen = choose_by_impact(
-                targets,
-                self._forecast,
-                self.accuracy,
-                tokens=tokens,
-                until_next=schedule.makespan + self.costs.layer(tokens),
-                link_free=max(0.0, self._link_free - self._clock),
-                room=room,
-            )
-        for target, expert in chosen:
-            self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
-            self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
-        return tuple(Prefetch(target.layer, expert, target.distance) for target, expert in chosen)
+        chosen = self._scout.choose(layer, lookahead, self._tokens, self._until_next, self._link_left(), room)
+        return self._start(chosen)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> int | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
@@ -304,64 +293,67 @@ class Planner:
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
         self._ledger.finish_step()
-        if self._planned is not None and self._planned[1] > 1:
-            fruitless = self._looked and self.counters.prefetch_issued == self._issued_before
-            self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
-        self._looked, self._issued_before = False, self.counters.prefetch_issued
         self._residency.finish_step()
-        self.predictor.finish_step()
+        self._scout.finish_step(self._tokens, self.counters.prefetch_issued)
 
     def abandon_step(self) -> None:
         """Forgets a step that was broken off: its transfers under way count as wasted and will not be told of by `landed`."""
         self.finish_step()
         self._ledger.abandon()
-        self._planned = None
+        self._tokens = 0
         self._clear_link()
 
     # How it is done.
 
-    def _depth(self, active: int, load: int, tokens: int) -> int:
-        def makespan(resident: int) -> float:
-            return self._forecast.outlook([load] * resident, [load] * (active - resident), tokens).makespan
+    def _start(self, chosen: Sequence[tuple[Target, int]]) -> tuple[Prefetch, ...]:
+        for target, expert in chosen:
+            self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
+            self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
+        return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
 
-        most = min(active - 1, max(self.slots) - 1)
-        tried = sorted({most * i // 8 for i in range(9)})
-        price = self.costs.look if self.predictor.gates else 0.0
-        rest, transfer = self.costs.layer(tokens), self._forecast.transfer
-        in_time = transfer <= self.system.reach * (makespan(0) + rest)
-        if not in_time or not any(makespan(r) - makespan(r + 1) > price for r in tried):
-            return 0
-        if self.system.lookahead != "adaptive":
-            return self.system.reach
-        here = round(active * sum(self.slots) / (self.num_layers * self.num_experts))
-        layer = makespan(here) + rest
-        return next((d for d in range(1, MAX_DEPTH) if d * layer >= transfer), MAX_DEPTH)
-
-    def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> None:
+    def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:
+        """Whether this is one token with loads of 1; UserError for what cannot be."""
         if not 0 <= layer < self.num_layers:
             raise UserError(f"planner: layer {layer} is outside the model's {self.num_layers} MoE layers")
         if tokens < 1:
             raise UserError(f"planner: layer {layer} has {tokens} tokens; a step has at least 1")
-        if loads and not (0 <= min(loads) and max(loads) < self.num_experts and min(loads.values()) > 0):
+        if scores is not None and len(scores) != self.num_experts:
+            raise UserError(f"planner: layer {layer} got {len(scores)} scores for {self.num_experts} experts")
+        equal = tokens == 1 and set(loads.values()) == _ONE
+        if not loads.keys() <= self._experts or not (equal or min(loads.values(), default=1) > 0):
             raise UserError(
                 f"planner: layer {layer} got loads {dict(loads)}; experts are 0..{self.num_experts - 1}, loads above 0"
             )
-        if scores is not None and len(scores) != self.num_experts:
-            raise UserError(f"planner: layer {layer} got {len(scores)} scores for {self.num_experts} experts")
+        return equal
 
-    def _flags_for(self, loads: Mapping[int, int]) -> dict[str, bool]:
-        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the expert itself."""
+    def _flags_for(self, load: int) -> dict[str, bool]:
+        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
         costs = self.costs
-        if not costs.fetch_host or not loads or not self.scheduler.uses_cpu or not self._flags["allow_cpu"]:
+        if not costs.fetch_host or not self.scheduler.uses_cpu or not self._flags["allow_cpu"]:
             return self._flags
-        if costs.fetch_host < costs.cpu(max(loads.values())):
+        if costs.fetch_host < costs.cpu(load):
             return self._flags
         return self._flags | {"allow_fetch": False}
+
+    def _link_left(self) -> float:
+        """Seconds until the link is done with what is queued."""
+        left = self._link_free - self._clock
+        return left if left > 0.0 else 0.0
 
     def _clear_link(self) -> None:
         """With nothing under way the link is free, whatever the cost model had expected."""
         if not self._ledger.num_flying:
             self._link_free = min(self._link_free, self._clock)
+
+
+def _order(hits: Sequence[int], misses: Sequence[int], scores: Sequence[float] | None) -> list[int] | None:
+    """Hits, then misses, each by falling score, then rising id; None where scores are equal, which the rules settle each in its way."""
+    if scores is None:
+        return sorted(hits) + sorted(misses)
+    key = scores.__getitem__
+    if len(set(map(key, hits))) < len(hits) or len(set(map(key, misses))) < len(misses):
+        return None
+    return sorted(hits, key=key, reverse=True) + sorted(misses, key=key, reverse=True)
 
 
 def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:

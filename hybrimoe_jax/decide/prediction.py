@@ -5,7 +5,7 @@ N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -73,9 +73,9 @@ class Accuracy:
         self.predicted = [0] * (lookahead + 1)
         self.came_true = [0] * (lookahead + 1)
 
-    def update(self, distance: int, predicted: Collection[int], activated: Collection[int]) -> None:
-        """Compares one layer's prediction, made `distance` layers before, with what was activated."""
-        hits = sum([1 for expert in predicted if expert in activated])
+    def update(self, distance: int, predicted: Set[int], activated: Set[int]) -> None:
+        """Compares one layer's prediction, made `distance` layers before, with what was activated (sets, or the keys of loads)."""
+        hits = len(predicted & activated)
         self._hits[distance] = self._hits[distance] * self.decay + hits
         self._tries[distance] = self._tries[distance] * self.decay + len(predicted)
         self.predicted[distance] += len(predicted)

@@ -44,14 +44,19 @@ class Forecast:
     def outlook(self, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         """The layer with these loads on resident and absent experts (any order), the link free at its start."""
         key = (tuple(sorted(resident)), tuple(sorted(absent)), tokens)
-        known = self._memo.get(key)
-        if known is None:
-            loads = dict(enumerate(key[0] + key[1]))
-            schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
-            known = Outlook(schedule.makespan, schedule.link_seconds)
-            if len(self._memo) >= _MEMO_LIMIT:
-                self._memo.clear()
-            self._memo[key] = known
+        return self._memo.get(key) or self._simulate(key, *key)
+
+    def equal(self, resident: int, absent: int, load: int, tokens: int) -> Outlook:
+        """The same for so many experts of equal load."""
+        key = (resident, absent, load, tokens)
+        return self._memo.get(key) or self._simulate(key, (load,) * resident, (load,) * absent, tokens)
+
+    def _simulate(self, key: tuple, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
+        loads = dict(enumerate((*resident, *absent)))
+        schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
+        if len(self._memo) >= _MEMO_LIMIT:
+            self._memo.clear()
+        known = self._memo[key] = Outlook(schedule.makespan, schedule.link_seconds)
         return known
 
 
@@ -79,6 +84,8 @@ class Target:
         """Predicted experts that are not there: highest load, then highest score, then lowest id first."""
         loads, scores = self.prediction
         absent = [expert for expert in loads if expert not in self.present]
+        if len(absent) < 2:
+            return absent
         if scores is None:
             absent.sort(key=lambda e: (-loads[e], e))
         else:
@@ -87,46 +94,65 @@ class Target:
 
 
 class _State:
-    """A target during the choice: the loads not yet prefetched, and what is left to evict."""
+    """A target during the choice: the loads not yet prefetched, and what is left to evict. `equal`: the load of all, where it is the same."""
 
-    def __init__(self, target: Target, candidates: list[int], deadline: float, base: Outlook):
-        loads = target.prediction.loads
-        self.target, self.candidates, self.deadline, self.base = target, candidates, deadline, base
-        self.here = [load for expert, load in loads.items() if expert in target.present]
+    def __init__(self, target: Target, forecast: Forecast, tokens: int, deadline: float, base: Outlook, equal: int):
+        self.target, self.forecast, self.tokens, self.deadline, self.base = target, forecast, tokens, deadline, base
+        self.candidates, self.equal, loads = target.candidates(), equal, target.prediction.loads
+        if equal:
+            self.here = len(loads) - len(self.candidates)
+        else:
+            self.here = [load for expert, load in loads.items() if expert in target.present]
         self.openings: list[float] | None = None
         self.best: tuple[float, int] | None = None
 
-    def find_best(self, forecast: Forecast, probability: float, tokens: int) -> None:
+    def find_best(self, probability: float) -> None:
         """Sets `best` to (discounted impact, expert), or to None where nothing gains."""
         self.best = None
-        loads, target = self.target.prediction.loads, self.target
-        if self.openings is None:
-            self.openings = target.openings()
-        if not self.openings:
+        if self.equal:
+            impact = (self.base.makespan - self._with_one().makespan) * probability if self.candidates else 0.0
+            if impact > 0:
+                first = next((e for e in self.candidates if self._may_enter(e)), None)
+                self.best = None if first is None else (impact, first)
             return
+        loads = self.target.prediction.loads
         absent = [loads[expert] for expert in self.candidates]
         tried: set[int] = set()
         for i, expert in enumerate(self.candidates):
             load = loads[expert]
-            if load in tried or target.worth(expert) < self.openings[0]:
+            if load in tried or not self._may_enter(expert):
                 continue
             tried.add(load)
-            with_it = forecast.outlook([*self.here, load], absent[:i] + absent[i + 1 :], tokens)
+            with_it = self.forecast.outlook([*self.here, load], absent[:i] + absent[i + 1 :], self.tokens)
             impact = (self.base.makespan - with_it.makespan) * probability
             if impact > 0 and (self.best is None or impact > self.best[0]):
                 self.best = (impact, expert)
             if len(tried) == TRIALS:
                 return
 
-    def take(self, forecast: Forecast, tokens: int) -> int:
+    def take(self) -> int:
         """Counts the best candidate as resident from now on."""
         expert = self.best[1]
-        loads = self.target.prediction.loads
-        self.here.append(loads[expert])
-        self.candidates.remove(expert)
+        if self.equal:
+            self.base = self._with_one()
+            self.here += 1
+            self.candidates.remove(expert)
+        else:
+            loads = self.target.prediction.loads
+            self.here.append(loads[expert])
+            self.candidates.remove(expert)
+            self.base = self.forecast.outlook(self.here, [loads[e] for e in self.candidates], self.tokens)
         self.openings.pop(0)
-        self.base = forecast.outlook(self.here, [loads[e] for e in self.candidates], tokens)
         return expert
+
+    def _may_enter(self, expert: int) -> bool:
+        if self.openings is None:
+            self.openings = self.target.openings()
+        return bool(self.openings) and self.target.worth(expert) >= self.openings[0]
+
+    def _with_one(self) -> Outlook:
+        """The layer with one more of the equal candidates there."""
+        return self.forecast.equal(self.here + 1, len(self.candidates) - 1, self.equal, self.tokens)
 
 
 def choose_by_impact(
@@ -147,30 +173,27 @@ def choose_by_impact(
       until_next: seconds until the nearest target's MoE block starts.
       link_free: seconds until the link is done with the transfers already queued.
     """
-    costs = forecast.costs
-    transfer = forecast.transfer
+    transfer, rest = forecast.transfer, forecast.costs.layer(tokens)
     states: list[_State] = []
     start, quiet_until = until_next, float("inf")  # the link is expected to be idle until then
     for target in targets:
-        candidates = target.candidates()
-        last = target is targets[-1]
-        deadline = min(start, quiet_until)
+        deadline = start if start < quiet_until else quiet_until
         fits = link_free + transfer <= deadline
-        if last and not (candidates and fits):
+        if not fits and target is targets[-1]:
             break
-        loads = target.prediction.loads
-        here = [load for expert, load in loads.items() if expert in target.present]
-        base = forecast.outlook(here, [loads[expert] for expert in candidates], tokens)
-        if candidates and fits:
-            state = _State(target, candidates, deadline, base)
-            state.find_best(forecast, accuracy.probability(target.distance), tokens)
+        equal, base = _outlook_of(target, forecast, tokens)
+        if fits:
+            state = _State(target, forecast, tokens, deadline, base, equal)
+            state.find_best(accuracy.probability(target.distance))
             if state.best is not None:
                 states.append(state)
-        if base.link > 0:
-            quiet_until = min(quiet_until, start)
-        start += base.makespan + costs.layer(tokens)
+        if base.link > 0 and start < quiet_until:
+            quiet_until = start
+        start += base.makespan + rest
         if link_free + transfer > quiet_until:
             break
+    if not states:
+        return []
 
     chosen: list[tuple[_State, int]] = []
     while states and len(chosen) < room:
@@ -178,12 +201,24 @@ def choose_by_impact(
         if not _in_time(chosen, state, link_free, transfer):
             states.remove(state)
             continue
-        chosen.append((state, state.take(forecast, tokens)))
-        state.find_best(forecast, accuracy.probability(state.target.distance), tokens)
+        chosen.append((state, state.take()))
+        state.find_best(accuracy.probability(state.target.distance))
         if state.best is None:
             states.remove(state)
     chosen.sort(key=lambda pair: pair[0].target.distance)
     return [(state.target, expert) for state, expert in chosen]
+
+
+def _outlook_of(target: Target, forecast: Forecast, tokens: int) -> tuple[int, Outlook]:
+    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook without further prefetches."""
+    loads, present = target.prediction.loads, target.present
+    distinct = set(loads.values())
+    if len(distinct) == 1:
+        (load,) = distinct
+        here = sum([expert in present for expert in loads])
+        return load, forecast.equal(here, len(loads) - here, load, tokens)
+    here = [load for expert, load in loads.items() if expert in present]
+    return 0, forecast.outlook(here, [load for expert, load in loads.items() if expert not in present], tokens)
 
 
 def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, transfer: float) -> bool:

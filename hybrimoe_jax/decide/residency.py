@@ -7,6 +7,7 @@ coming step is predicted to need, what another prefetch brought for it, nor (the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
@@ -77,20 +78,26 @@ class Residency:
     def target(self, layer: int, distance: int, prediction: Prediction) -> Target:
         """A coming layer as the prefetcher sees it."""
         resident, flying = self.resident[layer], self.ledger.flying[layer]
-        worth = self._worth(layer, prediction)
+        present = resident | flying.keys() if flying else resident
+        openings, worth = partial(self._openings, layer, prediction), partial(self._value, layer, prediction)
+        return Target(layer, distance, prediction, present, openings, worth)
 
-        def openings() -> list[float]:
-            values: list[float] = [_FREE] * (self.slots[layer] - len(resident))
-            protected = self._protected(layer, prediction)
-            if resident and self.policies[layer].victim(resident, protected) is not None:
-                evictable = [e for e in resident if e not in protected]
-                if self.guard == "none":
-                    values += [_FREE] * len(evictable)
-                else:
-                    values += sorted([worth(e) for e in evictable])
-            return values[len(flying) :]
+    def _openings(self, layer: int, prediction: Prediction) -> list[float]:
+        """The value of what each further prefetch would evict, smallest first; minus infinity for a free slot."""
+        resident = self.resident[layer]
+        values: list[float] = [_FREE] * (self.slots[layer] - len(resident))
+        protected = self._protected(layer, prediction)
+        if resident and self.policies[layer].victim(resident, protected) is not None:
+            evictable = [e for e in resident if e not in protected]
+            if self.guard == "none":
+                values += [_FREE] * len(evictable)
+            else:
+                worth = self._worth(layer, prediction)
+                values += sorted([worth(e) for e in evictable])
+        return values[len(self.ledger.flying[layer]) :]
 
-        return Target(layer, distance, prediction, resident | flying.keys() if flying else resident, openings, worth)
+    def _value(self, layer: int, prediction: Prediction, expert: int) -> float:
+        return self._worth(layer, prediction)(expert)
 
     def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
         """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""

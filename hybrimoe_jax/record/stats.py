@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable, Sequence
 
 
 @dataclasses.dataclass
@@ -46,6 +47,25 @@ class LayerStats:
     prefetch_wasted: tuple[int, ...] = ()
 
 
+class Late(Sequence):
+    """A list that `make` makes when it is first looked at, or sooner (`settle`)."""
+
+    def __init__(self, make: Callable[[], list]):
+        self._make, self._made = make, None
+
+    def settle(self) -> list:
+        if self._make is not None:
+            make, self._make = self._make, None
+            self._made = make()
+        return self._made
+
+    def __getitem__(self, index):
+        return self.settle()[index]
+
+    def __len__(self) -> int:
+        return len(self.settle())
+
+
 @dataclasses.dataclass
 class StepStats:
     """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode")."""
@@ -54,7 +74,7 @@ class StepStats:
     tokens: int
     seconds: float
     compile_s: float
-    layers: list[LayerStats]
+    layers: Sequence[LayerStats]
 
     def total(self, name: str) -> float:
         return sum(getattr(layer, name) for layer in self.layers)

@@ -15,6 +15,7 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.record.stats import RunStats
@@ -27,6 +28,7 @@ from hybrimoe_jax.runtime.host import HostExecutor
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link, parts_of
+from hybrimoe_jax.runtime.whole import WholeStep
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_costs
 from hybrimoe_jax.simulation.shapes import shape_of
@@ -95,12 +97,19 @@ class Parts:
             expert_format=self.expert_format,
         )
 
+    def settle(self) -> None:
+        """Plans what a step has left to be planned."""
+        if isinstance(self.forward, HybridForward):
+            self.forward.settle()
+
     def counters(self) -> Counters:
         """The planner's totals so far (all zero for the dense executor)."""
+        self.settle()
         return dataclasses.replace(self.planner.counters) if self.planner else Counters()
 
     def predicted(self) -> list[tuple[int, int]]:
         """By distance from 1: experts predicted so far, and how many of them were activated."""
+        self.settle()
         accuracy = self.planner.accuracy if self.planner else None
         return list(zip(accuracy.predicted, accuracy.came_true))[1:] if accuracy else []
 
@@ -153,7 +162,10 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
-    costs = _costs(options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead, expert_format)
+    one_program = _can_be_one_program(options, device, host)
+    costs = _costs(
+        options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead, expert_format, one_program
+    )
     planner = Planner(
         system,
         num_layers=num_layers,
@@ -187,6 +199,9 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         polls = threads.available_cores() > 1 and costs.layer(1) < POLL_WAKES * wake_s
         spin_s = 2 * costs.layer(1) if polls else 0.0
         forward = OverlappedForward(**shared, host=host, wake_s=wake_s, spin_s=spin_s)
+        if one_program and planner.foregone:
+            forward.whole = _whole_step(model, host, config.num_experts)
+            forward.whole.calibrate(clock, WARMUP_CAPACITY, cores.total)
     forward.fill()
     footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
     return Parts(
@@ -224,7 +239,23 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts, freque
     return system.slots_per_layer(ratio, num_layers, num_experts, frequencies)
 
 
-def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: int, expert_format: str) -> CostModel:
+def _can_be_one_program(options: EngineConfig, device: jax.Device, host: HostExecutor) -> bool:
+    """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single tokens."""
+    plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
+    return plain and device.platform == "cpu" and ffi.available() and host.kernel.record(host.handle(0, 0)) is not None
+
+
+def _whole_step(model: DeviceModel, host: HostExecutor, num_experts: int) -> WholeStep:
+    records = [
+        [host.kernel.record(host.handle(layer, expert)) for expert in range(num_experts)]
+        for layer in range(len(model.moe_layers))
+    ]
+    return WholeStep(model, [[address for _, address in layer] for layer in records], records[0][0][0])
+
+
+def _costs(
+    options, model, pool, link, host, store, inline_s: float, lookahead: int, expert_format: str, one_program: bool
+) -> CostModel:
     if options.profile is not None:
         if isinstance(options.profile, CostModel):
             costs = options.profile
@@ -236,7 +267,7 @@ def _costs(options, model, pool, link, host, store, inline_s: float, lookahead: 
                 f"{pool.expert_bytes}; measure it again with this model"
             )
         return costs
-    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s, lookahead)
+    return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s, lookahead, one_program)
 
 
 def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:

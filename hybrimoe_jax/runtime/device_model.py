@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.host_kernels.formats import aligned_copy
+from hybrimoe_jax.host_kernels.packing import PackedMatrix
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.runtime.programs import LayerPrograms, layer_programs
@@ -29,9 +31,9 @@ class DeviceLayer:
 
 
 class DeviceModel:
-    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16).
+    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix).
 
-    On the CPU backend weights are float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured).
+    On the CPU backend plain weights are float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured).
     `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their own norms.
     """
 
@@ -42,8 +44,10 @@ class DeviceModel:
         model = build_model(config)
         self.eps = config.rms_norm_eps
 
-        def put(name: str) -> jax.Array:
+        def put(name: str) -> jax.Array | PackedMatrix:
             array = dense[name]
+            if isinstance(array, PackedMatrix):
+                return jax.device_put(dataclasses.replace(array, data=aligned_copy(array.data)), device)
             if device.platform == "cpu":
                 # A copy, so that no device array aliases (and keeps alive) the loader's memory.
                 array = np.array(array, dtype=np.float32, copy=True)

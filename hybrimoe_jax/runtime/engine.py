@@ -67,6 +67,7 @@ class Engine:
     @property
     def planner(self):
         """The Planner (None for the dense executor)."""
+        self._parts.settle()
         return self._parts.planner
 
     @property

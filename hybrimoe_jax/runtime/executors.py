@@ -26,6 +26,7 @@ from hybrimoe_jax.runtime.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.runtime.routing import HostRouting, read_routing
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
+from hybrimoe_jax.runtime.whole import WholeStep
 
 SMALLEST_SPAN = 256
 
@@ -119,6 +120,8 @@ class HybridForward(Forward):
         self.model, self.planner, self.pool, self.link, self.weights = model, planner, pool, link, weights
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self.machine = machine
+        self.whole: WholeStep | None = None
+        """Runs the steps that are foregone, where the executor has it."""
         self._zeros: dict[int, jax.Array] = {}
         self._torn = self._looks = False
 
@@ -150,6 +153,7 @@ class HybridForward(Forward):
 
     def repair(self) -> None:
         """After a step that was broken off (Ctrl-C in a notebook): refills the slots with what the planner believes in them."""
+        self.settle()
         self.link.drain()
         if self.machine is not None:
             self.machine.drain()
@@ -163,7 +167,20 @@ class HybridForward(Forward):
             for expert in sorted(self.planner.resident(layer)):
                 self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
 
+    def settle(self) -> None:
+        """Plans what the latest step has left to be planned; call it before asking the planner anything."""
+        if self.whole is not None:
+            self.whole.settle()
+
+    def _runs_whole(self, step: StepInput) -> bool:
+        """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
+        watched = self.trace is not None or self.timeline is not None
+        return step.ids.size == 1 and step.last is not None and not watched and not self.link.busy
+
     def _step(self, step, caches):
+        if self.whole is not None and self._runs_whole(step):
+            return self.whole.step(step, caches, self.planner, self.clock)
+        self.settle()
         model, machine = self.model, self.machine
         now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds
@@ -272,7 +289,7 @@ class HybridForward(Forward):
         """Starts the transfers that the planner wants for coming layers."""
         if not self._looks or self.planner.rests(len(routing.valid)):
             return  # later routers may have been applied for a trace alone
-        for wanted in self.planner.plan_prefetch(ordinal, self.planner.predict(ordinal, routing.shown())):
+        for wanted in self.planner.prefetch(ordinal, routing.shown()):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
             if self.machine is not None:
                 self.machine.prefetch(wanted.layer, wanted.expert)

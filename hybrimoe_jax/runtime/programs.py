@@ -14,20 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.models.layers import einsum, rms_norm
-from hybrimoe_jax.models.moe import expert_forward
+from hybrimoe_jax.models.layers import rms_norm
+from hybrimoe_jax.models.moe import add_experts, expert_forward
 from hybrimoe_jax.models.parameters import merge
+from hybrimoe_jax.models.products import native_here, on_native_kernels, product
 
 SLOTS_PER_CALL = 4
 DENSE_ROWS = 8
 """Up to this many rows an expert is computed for every row (weight zero where it was not chosen): decode is bound by
-reading the weights, and a gather would cost a call's worth of time."""
+reading the weights, and a gather would cost a call's worth of time. The native kernels, which skip such rows, take any number
+(1.1 to 3.8 times faster than a call an expert, prompts of 64 to 512 tokens)."""
 
 _PROGRAMS: list = []
 
 
 def _program(function, **options):
-    jitted = jax.jit(function, **options)
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with on_native_kernels():
+            return function(*args, **kwargs)
+
+    jitted = jax.jit(traced, **options)
     _PROGRAMS.append(jitted)
     return jitted
 
@@ -60,7 +67,7 @@ def _join(h, acc, host):
 def gate_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> jax.Array:
     """Gate reuse: a later layer's own norm and router applied to this residual stream [B, T, D] -> [N, E]."""
     x = rms_norm(h, norm, eps).reshape(-1, h.shape[-1])
-    return jax.nn.softmax(einsum("nd,ed->ne", x, gate), axis=-1)
+    return jax.nn.softmax(product(x, gate), axis=-1)
 
 
 @functools.cache
@@ -102,19 +109,17 @@ def _embed(table, ids):
 def _last_logits(norm, head, h, acc, host, last, eps):
     """Logits [B, V] of each row's token `last` [B]."""
     h = _join(h, acc, host)[jnp.arange(h.shape[0]), last]
-    return einsum("bd,vd->bv", rms_norm(h, norm, eps), head)
+    return product(rms_norm(h, norm, eps), head)
 
 
 def _all_logits(norm, head, h, acc, host, eps):
-    return einsum("btd,vd->btv", rms_norm(_join(h, acc, host), norm, eps), head)
+    return product(rms_norm(_join(h, acc, host), norm, eps), head)
 
 
 def _dense_rows(acc, x, weights, *slots):
     """acc [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
     with jax.named_scope("device_experts"):
-        for i, slot in enumerate(slots):
-            acc = acc + weights[i][:, None] * expert_forward(slot, x)
-        return acc
+        return add_experts(acc, x, weights, *slots)
 
 
 def _gathered_rows(acc, x, rows, weights, slot):
@@ -143,13 +148,17 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
       rows_of, weights_of: per expert id, the rows [load] routed to it and their weights [load] (numpy).
     """
     rows_in_call = x.shape[0]
-    if rows_in_call <= DENSE_ROWS:
+    few = rows_in_call <= DENSE_ROWS
+    if few or native_here():
         for start in range(0, len(experts), SLOTS_PER_CALL):
             part = experts[start : start + SLOTS_PER_CALL]
-            weights = np.zeros((len(part), rows_in_call), np.float32)
+            slots = [slot for _, slot in part]
+            if not few:  # one executable for any number of experts: the last one again, for no row
+                slots += slots[-1:] * (SLOTS_PER_CALL - len(slots))
+            weights = np.zeros((len(slots), rows_in_call), np.float32)
             for i, (expert, _) in enumerate(part):
                 weights[i, rows_of[expert]] = weights_of[expert]
-            acc = dense_rows(acc, x, weights, *[slot for _, slot in part])
+            acc = dense_rows(acc, x, weights, *slots)
         return acc
     for expert, slot in experts:
         load = len(rows_of[expert])

@@ -21,7 +21,15 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, to_f32
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
+from hybrimoe_jax.host_kernels.packing import (
+    ExpertLayout,
+    Format,
+    HostExpert,
+    MatrixLayout,
+    PackedExpert,
+    PackedMatrix,
+    pack_expert,
+)
 from hybrimoe_jax.models.checkpoint import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
@@ -207,8 +215,13 @@ class Checkpoint:
         known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         return Tokenizer(self.path) if any((self.path / name).is_file() for name in known) else None
 
-    def dense(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, np.ndarray]:
-        """Every tensor outside the routed experts (or just `names`) by checkpoint name, in the stored type.
+    @property
+    def dense_format(self) -> str | None:
+        """The format of quantised dense projections; None where all dense tensors are plain."""
+        return self.manifest.get("dense_format")
+
+    def dense(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, np.ndarray | PackedMatrix]:
+        """Every tensor outside the routed experts (or just `names`) by checkpoint name, as stored.
 
         Raises UserError where a file is damaged and, with `verify`, where a tensor's hash differs from the manifest's.
         """
@@ -222,7 +235,18 @@ class Checkpoint:
                     raise UserError(
                         f"{self.path}: tensor {tensor} is corrupted (its hash differs); convert the original again"
                     )
+            for tensor in chosen:
+                if "format" in piece["dense"][tensor]:
+                    out[tensor] = self._packed(tensor, piece["dense"][tensor], out[tensor])
         return out
+
+    def _packed(self, name: str, record: dict[str, Any], data: np.ndarray) -> PackedMatrix:
+        layout = MatrixLayout(Format.parse(record["format"]), *record["matrix"])
+        if data.shape != (layout.nbytes,):
+            raise UserError(
+                f"{self.path}: tensor {name} has {data.size} bytes where {record['format']} needs {layout.nbytes}; convert the original again"
+            )
+        return PackedMatrix(data, layout)
 
     def experts(self, dtype=None, lazy: bool = True, verify: bool = False, keep: bool = True) -> ExpertStore:
         """The routed experts.

@@ -23,6 +23,7 @@ from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.host import HostExecutor, HostWork
+from hybrimoe_jax.runtime.routing import read_routing
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link
 
@@ -43,6 +44,7 @@ def measure(
     capacity: int,
     inline_s: float,
     distances: int,
+    one_program: bool = False,
 ) -> CostModel:
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
@@ -51,6 +53,7 @@ def measure(
       capacity: of the KV cache used for the front's timing.
       inline_s: host experts shorter than this are run by the thread that dispatches the device's.
       distances: lookahead depth, whose price is measured too.
+      one_program: whether a decode step can be one program, so that leaving it has a price.
     """
     config = model.config
     every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
@@ -64,6 +67,8 @@ def measure(
     samples.look = distances * _look(model, host.clock)
     if inline:
         samples.fetch_host = _issue(host.clock, pool, link, itertools.cycle(experts), weights)
+    if one_program:
+        samples.handover = _handover(model, host.clock, capacity)
     return fit_costs(samples, source="warm-up on this machine")
 
 
@@ -137,7 +142,8 @@ def _device_samples(
         if layer.programs.shared is not None:
             samples.shared.append((load, _timed(clock, shared)))
         if load in FRONT_TOKENS:
-            samples.layer.append((load, _timed(clock, _front_run(model, layer, x, capacity))))
+            front = _front_run(model, layer, x, capacity)
+            samples.layer.append((load, _timed(clock, lambda front=front: jax.block_until_ready(front()))))
 
 
 def _dispatch(clock: WallClock, x: jax.Array, slot, rows, mix) -> float:
@@ -151,7 +157,22 @@ def _dispatch(clock: WallClock, x: jax.Array, slot, rows, mix) -> float:
     return statistics.median(times)
 
 
+def _handover(model: DeviceModel, clock: WallClock, capacity: int) -> float:
+    """Seconds that a layer's front takes longer when its routing is waited for and read than when nobody asks."""
+    config, repeats = model.config, 4 * REPEATS
+    run = _front_run(model, model.moe_layers[0], jnp.ones((1, config.hidden_size), jnp.float32), capacity)
+    row = np.zeros(1, np.int64)
+
+    def read():
+        read_routing(np.asarray(run()), config.num_experts_per_tok, config.num_experts, row)
+
+    apart = _timed(clock, read)
+    queued = _timed(clock, lambda: jax.block_until_ready([run() for _ in range(repeats)])) / repeats
+    return max(0.0, apart - queued)
+
+
 def _front_run(model: DeviceModel, layer, x: jax.Array, capacity: int):
+    """-> a function that dispatches the front of one decode step and returns the packed routing."""
     positions = jnp.arange(x.shape[0], dtype=jnp.int32)[None]
     nothing, h = jnp.zeros_like(x), x[None]
     cache = {name: jnp.zeros(shape, model.cache_dtype) for name, shape in layer.cache_shapes(1, capacity).items()}
@@ -159,7 +180,7 @@ def _front_run(model: DeviceModel, layer, x: jax.Array, capacity: int):
     def run():
         nonlocal cache
         *_, cache, packed = layer.programs.front(layer.params, (), h, nothing, nothing, cache, positions, capacity)
-        jax.block_until_ready(packed)
+        return packed
 
     return run
 

@@ -21,34 +21,29 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.decide.caching import Belady
-from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulation.workload import Step
 
-CLAIRVOYANT = System(
-    "clairvoyant", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect"
-)  # its cache policy is Belady's rule, which needs the steps
+CLAIRVOYANT = System("oracle", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
+"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,
+their sum need not be."""
+
+BELADY = System("belady", "lru", "device-only")
+"""Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
 
 
-def clairvoyant_planner(
-    steps: Iterable[Step], num_layers: int, num_experts: int, top_k: int, slots: Sequence[int], costs: Any, **options
-) -> Planner:
-    """A planner that knows `steps`, to be replayed on exactly these. `options` go to `Planner`."""
+def knows_the_future(name: str) -> System | None:
+    """The system called `name` if it is one of these two, whose cache policy is Belady's rule and needs the steps; else None."""
+    return {system.name: system for system in (CLAIRVOYANT, BELADY)}.get(name)
+
+
+def foreknowledge(steps: Iterable[Step], num_layers: int) -> dict[str, Any]:
+    """Options that make a `Planner` know the steps to come; it must then be replayed on exactly these."""
     future: list[list[list[int]]] = [[] for _ in range(num_layers)]
     for step in steps:
         for asked in step.layers:
             future[asked.layer].append(list(asked.loads))
-    return Planner(
-        CLAIRVOYANT,
-        num_layers,
-        num_experts,
-        top_k,
-        slots,
-        costs,
-        cache=Belady,
-        cache_params={"future": future},
-        **options,
-    )
+    return {"cache": Belady, "cache_params": {"future": future}}
 
 
 def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, cold: bool = False) -> float:
@@ -61,23 +56,24 @@ def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, co
     """
     base, slopes, used, kept = 0.0, [], 0, 0
     gaps: list[list[tuple[int, int]]] = [[] for _ in slots]  # (end, begin) of each stay from one use to the next
-    last: dict[tuple[int, int], int] = {}
+    last: list[dict[int, int]] = [{} for _ in slots]
     known: dict[tuple, tuple[float, np.ndarray]] = {}
     for number, step in enumerate(steps):
         base += costs.step(step.tokens)
-        for asked in step.layers:
-            base += costs.layer(step.tokens, step.context)
-            used += len(asked.loads)
-            key = (step.tokens, tuple(sorted(asked.loads.values())))
-            if key not in known:
-                known[key] = _splits(key[1], step.tokens, costs)
-            base += known[key][0]
-            slopes.append(known[key][1])
-            for expert in asked.loads:
-                before = last.get((asked.layer, expert))
-                if before is not None:
-                    gaps[asked.layer].append((number, before))
-                last[asked.layer, expert] = number
+        tokens, rest = step.tokens, costs.layer(step.tokens, step.context)
+        for layer, loads, *_ in step.layers:
+            used += len(loads)
+            key = (tokens, len(loads) if tokens == 1 else tuple(sorted(loads.values())))
+            split = known.get(key)
+            if split is None:
+                split = known[key] = _splits(sorted(loads.values()), tokens, costs)
+            base += rest + split[0]
+            slopes.append(split[1])
+            seen, stays = last[layer], gaps[layer]
+            for expert in loads:
+                if expert in seen:
+                    stays.append((number, seen[expert]))
+                seen[expert] = number
     kept = sum(_most_kept(stays, room) for stays, room in zip(gaps, slots))
     computing = base + np.concatenate([[0.0], np.cumsum(np.sort(np.concatenate([np.zeros(0), *slopes])))])
     free = kept + (0 if cold else sum(slots))

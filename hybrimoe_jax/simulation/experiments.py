@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.simulation.grid import BELADY, ORACLE, Case, halves, tokens_of
+from hybrimoe_jax.simulation.bound import BELADY
+from hybrimoe_jax.simulation.grid import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_profile
 from hybrimoe_jax.simulation.replay import replay
@@ -72,7 +73,7 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
         Case(trace, "a6000-paper", *system, start="cold", parts=parts, steps=2 * steps)
         for trace in sources.values()
         for ratio in (0.25, 0.75)
-        for system, parts in [*((("on-demand", ratio), (("cache", c),)) for c in CACHES), ((BELADY, ratio), ())]
+        for system, parts in [*((("on-demand", ratio), (("cache", c),)) for c in CACHES), ((BELADY.name, ratio), ())]
     ]
     depth = [
         Case(trace, profile, "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=steps)

@@ -16,13 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.caching import Belady, policy_class
+from hybrimoe_jax.decide.caching import policy_class
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.simulation.bound import least_seconds
+from hybrimoe_jax.simulation.bound import CLAIRVOYANT, foreknowledge, knows_the_future, least_seconds
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_costs
 from hybrimoe_jax.simulation.records import measures, versions
@@ -64,13 +64,7 @@ class Case:
     steps: int | None = None
 
 
-ORACLE = "oracle"
-"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,
-their sum need not be."""
-
-
-BELADY = "belady"
-"""Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
+ORACLE = CLAIRVOYANT.name
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,10 +80,9 @@ def tokens_of(path: str) -> TokenSteps:
 
 def system_of(case: Case, tokens: TokenSteps) -> System:
     """The case's system, parts replaced. Where a trace has no gates' predictions the co-activation table predicts."""
-    if case.system == ORACLE:
-        return System(ORACLE, "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
-    if case.system == BELADY:
-        return System(BELADY, "lru", "device-only")
+    known = knows_the_future(case.system)
+    if known is not None:
+        return known
     system = get_system(case.system).override(**dict(case.parts))
     asked = dict(case.parts).get("predictor")
     if system.lookahead and asked is None and not tokens.has_lookahead:
@@ -132,13 +125,9 @@ def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
 
 def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, steps) -> Planner:
     """A fresh planner of a case; `steps` are those to come, which only the oracle looks at."""
-    facts, cache, parameters = tokens.facts, None, dict(case.cache_params)
-    if case.system in (ORACLE, BELADY):
-        needed = [[] for _ in range(facts.layers)]
-        for step in steps:
-            for asked in step.layers:
-                needed[asked.layer].append(list(asked.loads))
-        cache, parameters = Belady, {"future": needed}
+    facts, options = tokens.facts, {"cache_params": dict(case.cache_params)}
+    if knows_the_future(case.system):
+        options = foreknowledge(steps, facts.layers)
     return Planner(
         system,
         facts.layers,
@@ -147,9 +136,8 @@ def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, freq
         system.slots_per_layer(case.ratio, facts.layers, facts.experts, frequencies),
         costs,
         frequencies=frequencies,
-        cache=cache,
-        cache_params=parameters,
         cold=case.start == "cold",
+        **options,
     )
 
 
@@ -195,7 +183,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "bound_seconds_per_step": bound / len(result.steps),
         "choices": {
             **dataclasses.asdict(system),
-            **({"cache": "belady"} if case.system in (ORACLE, BELADY) else {}),
+            **({"cache": "belady"} if knows_the_future(case.system) else {}),
             "cache_params": dict(case.cache_params),
             "steps_limit": case.steps,
         },
@@ -208,7 +196,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
 
 def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iterator[tuple[Result, float]]:
     def run(steps: Iterable[Step]) -> Result:
-        if case.system in (ORACLE, BELADY):
+        if knows_the_future(case.system):
             steps = list(steps)
         planner = planner_for(case, system, costs, tokens, frequencies, steps)
         return replay(planner, Machine(costs, timeline), steps)

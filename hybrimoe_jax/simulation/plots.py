@@ -13,6 +13,7 @@ from pathlib import Path
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.simulation import grid
+from hybrimoe_jax.simulation.bound import BELADY
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
@@ -111,7 +112,7 @@ def capacity(plt, case: grid.Case):
         rates = []
         for ratio in CAPACITIES:
             parts = () if policy == "belady" else (("cache", policy),)
-            system = grid.BELADY if policy == "belady" else "on-demand"
+            system = BELADY.name if policy == "belady" else "on-demand"
             one = grid.Case(
                 case.trace,
                 case.profile,

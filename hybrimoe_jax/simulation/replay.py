@@ -54,18 +54,19 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
         tokens = step.tokens
         looks = planner.worth_looking(tokens)
         prefetches = looks and not planner.rests(tokens)
+        gates = planner.gates(tokens) > 0
         if isinstance(planner.predictor, Perfect):
             planner.predictor.foresee({asked.layer: asked.shown.ids for asked in step.layers})
         machine.step(tokens)
         for asked in step.layers:
             layer = asked.layer
-            machine.front(layer, tokens, step.context, planner.gates(tokens) > 0)
+            machine.front(layer, tokens, step.context, gates)
             for landed in machine.landed():
                 planner.landed(*landed)
             plan = planner.plan(layer, asked.loads, asked.scores, tokens, machine.now)
             machine.run(plan, asked.loads, tokens)
             if prefetches:
-                for wanted in planner.plan_prefetch(layer, planner.predict(layer, asked.shown)):
+                for wanted in planner.prefetch(layer, asked.shown):
                     machine.prefetch(wanted.layer, wanted.expert)
         planner.finish_step()
         results.append(

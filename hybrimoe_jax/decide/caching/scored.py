@@ -85,14 +85,20 @@ class MRS(CachePolicy):
 
     def update(self, scores, loads):
         alpha, keep = self.alpha, 1 - self.alpha
-        self.heat = heat = [keep * s for s in self.heat]
         if scores is None:
+            self.heat = heat = [keep * s for s in self.heat]
             total = sum(loads.values()) or 1
             for expert, load in loads.items():
                 heat[expert] += alpha * load / total
-        else:
+            return
+        ranked = sorted(scores)
+        least = ranked[-self.p]
+        if least > 0 and self.p < self.num_experts and ranked[-self.p - 1] == least:  # of equal ones the lower ids
+            self.heat = heat = [keep * s for s in self.heat]
             for expert in sorted(range(self.num_experts), key=scores.__getitem__, reverse=True)[: self.p]:
                 heat[expert] += alpha * scores[expert]
+            return
+        self.heat = [keep * h + alpha * s if s >= least else keep * h for h, s in zip(self.heat, scores)]
 
     def expected(self, expert, score, load):
         return self.alpha * score + (1 - self.alpha) * self.heat[expert]

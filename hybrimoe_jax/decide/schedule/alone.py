@@ -4,6 +4,9 @@ Three lanes are then two that take each other's cores and a link that is a copy.
 one lane with all cores would be done sooner (measured: prefill of 512 tokens 1.2 times). So one more schedule is weighed: the device does
 what only it can, then the CPU takes every expert with all cores. What the rule found is charged for the work of both lanes, since neither
 can work for nothing beside the other: no sooner done than the device's seconds and the CPU's, each with all cores, one after the other.
+
+Where the CPU takes every expert of every layer whatever the routing, nothing has to be decided between two layers, and a step can be one
+program (`foregone`).
 """
 
 from __future__ import annotations
@@ -23,24 +26,59 @@ class SharedCoresScheduler(Scheduler):
         self.rule, self.name = rule, rule.name
         self.uses_cpu, self.uses_link = rule.uses_cpu, rule.uses_link
         self.steals, self.looks_ahead = rule.steals, rule.looks_ahead
+        self.by_numbers, self.by_id = rule.by_numbers, rule.by_id
 
     def forecaster(self) -> Scheduler:
         return SharedCoresScheduler(self.rule.forecaster())
 
+    def link_idle_from(self, problem: Problem) -> float:
+        return self.rule.link_idle_from(problem)
+
     def schedule(self, problem: Problem) -> Schedule:
         found = self.rule.schedule(problem)
-        loads, costs = problem.loads, problem.costs
-        if not problem.allow_cpu or not loads or (found.device and not (self.steals and problem.allow_steal)):
+        if not problem.loads or not self.may_take_all(problem, found):
             return found
+        alone = self.alone(problem)
+        return (
+            found
+            if alone.makespan >= self.charged(problem, found)
+            else alone._replace(bound=min(found.bound, alone.makespan))
+        )
+
+    def may_take_all(self, problem: Problem, found: Schedule) -> bool:
+        """Whether the CPU may have every expert that `found`, this rule's schedule, gives to the device."""
+        return problem.allow_cpu and (not found.device or (self.steals and problem.allow_steal))
+
+    def alone(self, problem: Problem) -> Schedule:
+        """Every expert on the CPU with all cores, behind the shared ones."""
+        loads, costs = problem.loads, problem.costs
         shared = costs.shared(problem.tokens)
         finish = shared + costs.alone_first + sum([costs.alone(load) for load in loads.values()])
-        both = found.device_seconds + (costs.alone_first if found.cpu else 0.0)
-        both += sum([costs.alone(loads[expert]) for expert in found.cpu])
-        if finish >= max(found.makespan, both):
-            return found
         order = tuple(sorted(loads, key=lambda expert: (loads[expert], expert)))
-        bound = min(found.bound, finish)
-        return Schedule(order, (), (), (), finish, finish, shared, problem.link_start, bound, alone=True)
+        return Schedule(order, (), (), (), finish, finish, shared, problem.link_start, alone=True)
+
+    def charged(self, problem: Problem, found: Schedule) -> float:
+        """Seconds of the rule's schedule on a machine whose lanes share cores."""
+        costs = problem.costs
+        both = found.device_seconds + (costs.alone_first if found.cpu else 0.0)
+        both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
+        return max(found.makespan, both)
+
+    def foregone(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> Schedule | None:
+        """The schedule of every layer of a step of one token (its experts called 0 .. top_k-1), where that is the CPU's whatever the routing:
+        however many experts are resident, the rule's own schedule saves less than leaving the device's program for it takes
+        (`costs.handover`). None where the routing matters."""
+        if not costs.handover:
+            return None
+        loads = dict.fromkeys(range(top_k), 1)
+        for hits in range(min(top_k, most_resident) + 1):
+            problem = Problem(loads, range(hits), costs, **flags)
+            found = self.rule.schedule(problem)
+            if not self.may_take_all(problem, found):
+                return None
+            if self.alone(problem).makespan - self.charged(problem, found) > costs.handover:
+                return None
+        return self.alone(problem)
 
 
 def with_shared_cores(rule: Scheduler, costs: Any) -> Scheduler:

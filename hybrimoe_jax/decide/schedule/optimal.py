@@ -15,6 +15,7 @@ improves it and bounds what is left; `Schedule.bound` states it. Small problems 
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import accumulate, combinations
 
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
@@ -37,6 +38,7 @@ class OptimalScheduler(Scheduler):
 
     name = "optimal"
     steals = True
+    by_numbers = True
 
     def __init__(self, nodes: int = NODES):
         self.nodes = nodes
@@ -50,6 +52,14 @@ class OptimalScheduler(Scheduler):
 
     def forecaster(self) -> Scheduler:
         return OptimalScheduler(nodes=0)
+
+    def link_idle_from(self, problem: Problem) -> float:
+        """A demand load that cannot be computed before all is done without any gains nothing."""
+        if not (problem.allow_cpu and problem.allow_fetch):
+            return super().link_idle_from(problem)
+        without = self.schedule(dataclasses.replace(problem, allow_fetch=False)).makespan
+        costs, load = problem.costs, next(iter(problem.loads.values()))
+        return without - costs.transfer(False) - costs.device(load)
 
     def choose(self, instance: Instance) -> tuple[Choice, float]:
         """-> the choice, and a bound on the makespan: infinity where it is the optimum, 0 where nothing is known."""

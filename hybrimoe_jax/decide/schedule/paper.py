@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from bisect import insort
 
-from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay, require_lane, split
+from hybrimoe_jax.decide.schedule.problem import (
+    Problem,
+    Schedule,
+    Scheduler,
+    cpu_seconds_of_all,
+    replay,
+    require_lane,
+    split,
+)
 
 _NEVER = float("inf")
 
@@ -21,6 +29,13 @@ class PaperScheduler(Scheduler):
 
     name = "paper"
     steals = True
+    by_numbers = True
+
+    def link_idle_from(self, problem: Problem) -> float:
+        """The link's proposal loses against the CPU's as long as the CPU has an absent expert left that would be done before it."""
+        if not (problem.allow_cpu and problem.allow_fetch):
+            return super().link_idle_from(problem)
+        return cpu_seconds_of_all(problem) - self.transfer_seconds(problem)
 
     def schedule(self, problem: Problem) -> Schedule:
         loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
@@ -108,6 +123,14 @@ class ReleasedScheduler(Scheduler):
 
     name = "released"
     steals = True
+    by_numbers = True
+
+    def link_idle_from(self, problem: Problem) -> float:
+        """An absent expert goes to the device only if it is done there no later than the last one on the CPU."""
+        if not (problem.allow_cpu and problem.allow_fetch):
+            return super().link_idle_from(problem)
+        device = problem.costs.device(next(iter(problem.loads.values())))
+        return cpu_seconds_of_all(problem) - self.transfer_seconds(problem) - device
 
     def schedule(self, problem: Problem) -> Schedule:
         loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight

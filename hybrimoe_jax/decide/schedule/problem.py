@@ -101,7 +101,8 @@ class Scheduler(ABC):
     """A rule from problems to schedules.
 
     `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones, `looks_ahead`
-    whether it wants `Problem.fill` and `coming`.
+    whether it wants `Problem.fill` and `coming`. `by_numbers`: with equal loads and nothing in flight its answer depends on how many experts
+    are resident and absent, and on their order by score, then id (`by_id`: by id alone), so that it may be remembered (see `equal`).
     """
 
     name: str
@@ -109,6 +110,8 @@ class Scheduler(ABC):
     uses_cpu = True
     uses_link = True
     steals = False
+    by_numbers = False
+    by_id = False
 
     @abstractmethod
     def schedule(self, problem: Problem) -> Schedule:
@@ -117,6 +120,11 @@ class Scheduler(ABC):
     def forecaster(self) -> Scheduler:
         """The rule that times predicted layers in this one's place: itself, or a quicker one where that makes thousands of them affordable."""
         return self
+
+    def link_idle_from(self, problem: Problem) -> float:
+        """For equal loads and nothing in flight: if the link is busy for so many seconds or more, the rule fetches nothing, and its answer no longer
+        depends on how long exactly. Infinity where that cannot be said."""
+        return float("inf") if problem.allow_fetch and self.uses_link else 0.0
 
     def transfer_seconds(self, problem: Problem) -> float:
         """What rules decide by, one constant per step: the slower transfer wherever the CPU may be computing meanwhile."""
@@ -181,6 +189,13 @@ def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
         (here if expert in resident else flying if expert in in_flight else absent).append(expert)
     flying.sort(key=in_flight.__getitem__)
     return here, flying, absent
+
+
+def cpu_seconds_of_all(problem: Problem) -> float:
+    """What the CPU takes for the absent experts of a problem of equal loads, all of them."""
+    costs, load = problem.costs, next(iter(problem.loads.values()))
+    absent = sum([1 for expert in problem.loads if expert not in problem.resident])
+    return costs.cpu(load, True) + (absent - 1) * costs.cpu(load)
 
 
 def require_lane(problem: Problem, absent: Sequence[int], allowed: bool) -> None:

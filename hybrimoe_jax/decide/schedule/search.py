@@ -20,6 +20,7 @@ FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 2, 6
 """Weights tried: the first of them and one more for so many experts. Few experts are sooner enumerated than bounded well."""
 _HERE, _FLYING, _ABSENT = range(3)
 _CLOSE = 1.0 - 1e-12
+_NEVER = float("inf")
 
 
 class _Item(NamedTuple):
@@ -79,73 +80,84 @@ def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict
     all the others something.
     """
     fewest, most = instance.fetches
+    on_cpu, on_device = [item.cpu for item in items], [item.device for item in items]
     absent = [i for i, item in enumerate(items) if item.group == _ABSENT]
-    others = [i for i, item in enumerate(items) if item.group != _ABSENT and _may_cpu(instance, item.group)]
-    fixed = [i for i, item in enumerate(items) if item.group != _ABSENT and not _may_cpu(instance, item.group)]
+    others, fixed_mask, fixed_device = [], 0, instance.shared
+    for i, item in enumerate(items):
+        if item.group != _ABSENT:
+            if _may_cpu(instance, item.group):
+                others.append(i)
+            else:
+                fixed_mask |= 1 << i
+                fixed_device += item.device
     count, first = len(absent), instance.first
-    cpu_absent = sum([items[i].cpu for i in absent])
-    fixed_device = instance.shared + sum([items[i].device for i in fixed])
-    fixed_mask = sum([1 << i for i in fixed])
-    least_cpu = [0.0, *accumulate(sorted([items[i].cpu for i in absent]))]
-    least_device = min([items[i].device for i in absent], default=0.0)
-    found, inside = {}, {}
-    for q in range(fewest, most + 1):
+    cpu_absent = sum([on_cpu[i] for i in absent])
+    least_cpu = [0.0, *accumulate(sorted([on_cpu[i] for i in absent]))]
+    least_device = min([on_device[i] for i in absent], default=0.0)
+    numbers = range(fewest, most + 1)
+    bounds, weights, prices = [_NEVER] * (most + 1), [1.0] * (most + 1), [0.0] * (most + 1)
+    low, high = [0.0] * (most + 1), [1.0] * (most + 1)
+    for q in numbers:
         cpu = least_cpu[count - q] + (first if q < count else 0.0)
         end = instance.landing(q, cpu) + least_device if q else 0.0
-        found[q], inside[q] = _Relaxed(max(cpu, end, fixed_device), 1.0, 0.0), (0.0, 1.0)
+        bounds[q] = max(cpu, end, fixed_device)
     best, seen = instance.makespan(choice), set()
     for _ in range(FEWEST_WEIGHTS + len(items) // ITEMS_PER_WEIGHT):
-        lowest = min(found, key=lambda q: found[q].bound)
-        if found[lowest].bound >= best * _CLOSE:
+        lowest = bounds.index(min(bounds))
+        if bounds[lowest] >= best * _CLOSE:
             break
-        w = sum(inside[lowest]) / 2
+        w = (low[lowest] + high[lowest]) / 2
         v = 1.0 - w
-        keys = sorted([(v * items[i].device - w * items[i].cpu, i) for i in absent])
+        keys = sorted([(v * on_device[i] - w * on_cpu[i], i) for i in absent])
         cpu, device, mask = cpu_absent, fixed_device, fixed_mask
         for i in others:
-            item = items[i]
-            if w * item.cpu < v * item.device:
-                cpu += item.cpu
+            if w * on_cpu[i] < v * on_device[i]:
+                cpu += on_cpu[i]
             else:
-                device += item.device
+                device += on_device[i]
                 mask |= 1 << i
         for q in range(most + 1):
             if q:
                 i = keys[q - 1][1]
-                cpu, device, mask = cpu - items[i].cpu, device + items[i].device, mask | 1 << i
+                cpu, device, mask = cpu - on_cpu[i], device + on_device[i], mask | 1 << i
             if q < fewest:
                 continue
             end = cpu + first if q < count else cpu
             bound = w * end + v * device
-            if bound > found[q].bound:
-                found[q] = _Relaxed(bound, w, keys[q - 1][0] if q else keys[0][0] if keys else 0.0)
-            low, high = inside[q]
-            if low < w < high:
-                inside[q] = (w, high) if end > device else (low, w)
+            if bound > bounds[q]:
+                bounds[q], weights[q], prices[q] = bound, w, keys[q - 1 if q else 0][0] if keys else 0.0
+            if low[q] < w < high[q]:
+                if end > device:
+                    low[q] = w
+                else:
+                    high[q] = w
             if q == lowest and mask not in seen:
                 seen.add(mask)
                 candidate = _choice(items, mask)
                 value = instance.makespan(candidate)
                 if value < best:
                     choice, best = candidate, value
-    return found, choice, best
+    return {q: _Relaxed(bounds[q], weights[q], prices[q]) for q in numbers}, choice, best
 
 
 def _dive(instance, items, fetched, relaxed, choice, best, left):
     """Depth first over the items for one number of demand loads -> (choice, its makespan, nodes left, bound of what was not looked at)."""
     w, price = relaxed.weight, relaxed.price
     v = 1.0 - w
-    count = len(items)
-    items = sorted(items, key=lambda item: -abs(w * item.cpu - v * item.device + price * (item.group == _ABSENT)))
-    on_cpu = [w * item.cpu for item in items]
-    on_device = [v * item.device - (price if item.group == _ABSENT else 0.0) for item in items]
-    may = [_may_cpu(instance, item.group) for item in items]
+    count, mays = len(items), tuple([_may_cpu(instance, group) for group in range(3)])
+    prices = (0.0, 0.0, price)
+    ranked = []
+    for item in items:
+        on_cpu, on_device = w * item.cpu, v * item.device - prices[item.group]
+        ranked.append((-abs(on_cpu - on_device), item, on_cpu, on_device))
+    ranked.sort(key=_first)
+    items = [entry[1] for entry in ranked]
     rest = [0.0] * (count + 1)  # the least that the items from here on add
     absent_left = [0] * (count + 1)
-    for i in reversed(range(count)):
-        rest[i] = rest[i + 1] + (min(on_cpu[i], on_device[i]) if may[i] else on_device[i])
-        absent_left[i] = absent_left[i + 1] + (items[i].group == _ABSENT)
-    same = [i > 0 and items[i][:4] == items[i - 1][:4] for i in range(count)]
+    for i in range(count - 1, -1, -1):
+        _, item, on_cpu, on_device = ranked[i]
+        rest[i] = rest[i + 1] + (on_cpu if mays[item.group] and on_cpu < on_device else on_device)
+        absent_left[i] = absent_left[i + 1] + (item.group == _ABSENT)
     first, shared, landing = instance.first, instance.shared, instance.landing
     least_device = min(instance.device_absent, default=0.0)
     start = v * shared + fetched * price + (w * first if fetched < absent_left[0] else 0.0)
@@ -165,24 +177,31 @@ def _dive(instance, items, fetched, relaxed, choice, best, left):
             if value < best:
                 choice, best = candidate, value
             continue
-        item = items[i]
+        _, item, on_cpu, on_device = ranked[i]
         absent = item.group == _ABSENT
-        children = []
-        if may[i] and taken + absent_left[i + 1] >= fetched:
+        limit, left_over = best * _CLOSE, rest[i + 1]
+        lower = other = _NEVER
+        if mays[item.group] and taken + absent_left[i + 1] >= fetched:
             cpu_then = cpu + item.cpu if cpu else first + item.cpu
             end = landing(fetched, cpu_then) + least_device if fetched else 0.0
-            then = weighed + on_cpu[i]
-            lower = max(bound, cpu_then, work, end, then + rest[i + 1])
-            children.append((lower, i + 1, cpu_then, work, taken, mask, then))
-        if not (absent and taken == fetched) and not (same[i] and not mask >> (i - 1) & 1):
+            then = weighed + on_cpu
+            lower = max(bound, cpu_then, work, end, then + left_over)
+        same = i > 0 and items[i - 1][:4] == item[:4] and not mask >> (i - 1) & 1
+        if not (absent and taken == fetched) and not same:
             work_then = work + item.device
-            end = item.ready + item.device
-            then = weighed + on_device[i]
-            lower = max(bound, cpu, work_then, end, then + rest[i + 1])
-            children.append((lower, i + 1, cpu, work_then, taken + absent, mask | 1 << i, then))
-        children.sort(reverse=True)  # the lower bound is looked at first
-        stack += [child for child in children if child[0] < best * _CLOSE]
+            other_then = weighed + on_device
+            other = max(bound, cpu, work_then, item.ready + item.device, other_then + left_over)
+        if other < limit and other > lower:  # the lower bound is looked at first
+            stack.append((other, i + 1, cpu, work_then, taken + absent, mask | 1 << i, other_then))
+        if lower < limit:
+            stack.append((lower, i + 1, cpu_then, work, taken, mask, then))
+        if other < limit and other <= lower:
+            stack.append((other, i + 1, cpu, work_then, taken + absent, mask | 1 << i, other_then))
     return choice, best, left, float("inf")
+
+
+def _first(entry: tuple) -> float:
+    return entry[0]
 
 
 def _choice(items: list[_Item], mask: int) -> Choice:

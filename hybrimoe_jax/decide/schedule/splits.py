@@ -9,6 +9,7 @@ class CpuMissesScheduler(Scheduler):
     """Resident experts on the device, every miss on the CPU, as in kTransformers and llama.cpp; what is in flight is awaited."""
 
     name = "cpu-misses"
+    by_numbers = True
     uses_link = False
 
     def schedule(self, problem: Problem) -> Schedule:
@@ -21,6 +22,7 @@ class FetchMissesScheduler(Scheduler):
     """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then score) first."""
 
     name = "fetch-misses"
+    by_numbers = True
     uses_cpu = False
 
     def schedule(self, problem: Problem) -> Schedule:
@@ -33,6 +35,8 @@ class DeviceOnlyScheduler(Scheduler):
     """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of their ids."""
 
     name = "device-only"
+    by_numbers = True
+    by_id = True
     uses_cpu = False
 
     def schedule(self, problem: Problem) -> Schedule:
@@ -46,6 +50,7 @@ class CheaperScheduler(Scheduler):
     2402.07033). What is in flight is awaited."""
 
     name = "cheaper"
+    by_numbers = True
 
     def schedule(self, problem: Problem) -> Schedule:
         costs, loads = problem.costs, problem.loads
@@ -67,6 +72,7 @@ class BandwidthSplitScheduler(Scheduler):
     """
 
     name = "bandwidth-split"
+    by_numbers = True
 
     def schedule(self, problem: Problem) -> Schedule:
         here, flying, absent = split(problem)

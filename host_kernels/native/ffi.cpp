@@ -1,0 +1,119 @@
+// XLA FFI handlers: jitted CPU programs call the kernels with no Python in between. The headers come with jaxlib; where the
+// build does not find them this file is empty, and ffi.py does without.
+//
+// Buffers are XLA's own and read where they lie. Handlers allocate nothing per call: what they need belongs to the calling
+// thread, only grows, and is used again.
+#if __has_include("xla/ffi/api/ffi.h")
+
+#include <algorithm>
+#include <vector>
+
+#include "experts.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace experts {
+namespace {
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+
+ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+// The bytes of a weight matrix or expert as its format wants them, or null for a buffer of another type or size.
+const void* weights_of(const ffi::AnyBuffer& buffer, int64_t format, int64_t bytes) {
+    const ffi::DataType type = format == F32 ? ffi::F32 : format == BF16 ? ffi::BF16 : ffi::U8;
+    return buffer.element_type() == type && static_cast<int64_t>(buffer.size_bytes()) == bytes ? buffer.untyped_data() : nullptr;
+}
+
+// acc [N, D] + the experts' outputs of x [N, D], each weighted by its row of mix [m, N]; a weight of zero skips the row.
+// Plain experts of `hidden` width are two arrays each, gate_up and down; packed ones are one.
+ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slots, ffi::Result<Floats> out, int64_t format,
+                       int64_t hidden, int64_t isa, int64_t threads) {
+    static thread_local std::vector<Expert> records;
+    static thread_local std::vector<const Expert*> pointers;
+    static thread_local std::vector<int64_t> starts, rows;
+    static thread_local std::vector<float> weights;
+    const auto shape = x.dimensions(), mixed = mix.dimensions();
+    const int64_t arrays = format < PLAIN ? 2 : 1;
+    if (shape.size() != 2 || mixed.size() != 2 || mixed[1] != shape[0] || acc.element_count() != x.element_count() ||
+        static_cast<int64_t>(slots.size()) != arrays * mixed[0])
+        return wrong("experts: acc and x [N, D], mix [m, N] and m experts are needed");
+    const int64_t N = shape[0], D = shape[1], m = mixed[0];
+    const int64_t inward = matrix_bytes(format, hidden, D), outward = matrix_bytes(format, D, hidden);
+    records.clear();
+    pointers.clear();
+    rows.clear();
+    weights.clear();
+    starts.assign(1, 0);
+    for (int64_t i = 0; i < m; ++i) {
+        const auto first = slots.get<ffi::AnyBuffer>(i * arrays), second = slots.get<ffi::AnyBuffer>(i * arrays + arrays - 1);
+        if (!first || !second) return wrong("experts: a slot is no array");
+        const void* data = weights_of(*first, format, 2 * inward + (arrays == 1 ? outward : 0));
+        const void* down = arrays == 1 ? data : weights_of(*second, format, outward);
+        if (!data || !down) return wrong("experts: a slot has not the type or size of its format");
+        records.push_back({data, down, D, hidden, format});
+        const float* of = mix.typed_data() + i * N;
+        for (int64_t row = 0; row < N; ++row) {
+            if (of[row] == 0) continue;
+            rows.push_back(row);
+            weights.push_back(of[row]);
+        }
+        starts.push_back(rows.size());
+    }
+    for (const Expert& record : records) pointers.push_back(&record);
+    float* to = out->typed_data();
+    if (to != acc.typed_data()) std::copy_n(acc.typed_data(), N * D, to);
+    if (experts_run(isa, m, pointers.data(), N, D, x.typed_data(), starts.data(), rows.data(), weights.data(), to, threads))
+        return ffi::Error::Internal("experts: scratch does not fit into memory");
+    return ffi::Error::Success();
+}
+
+// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose.
+ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, int64_t isa,
+                      int64_t threads) {
+    const auto shape = x.dimensions();
+    if (shape.size() != 2 || matrices.size() != results.size()) return wrong("matmul: x [N, K] and a result a matrix are needed");
+    for (size_t i = 0; i < matrices.size(); ++i) {
+        const auto matrix = matrices.get<ffi::AnyBuffer>(i);
+        auto result = results.get<Floats>(i);
+        if (!matrix || !result) return wrong("matmul: a matrix or result is no array");
+        const auto made = (*result)->dimensions();
+        if (made.size() != 2 || made[0] != shape[0]) return wrong("matmul: results [N, R] are needed");
+        const void* data = weights_of(*matrix, format, matrix_bytes(format, made[1], shape[1]));
+        if (!data) return wrong("matmul: a matrix has not the type or size of its format");
+        if (matrix_run(isa, format, made[1], shape[1], data, shape[0], x.typed_data(), (*result)->typed_data(), threads))
+            return ffi::Error::Internal("matmul: scratch does not fit into memory");
+    }
+    return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace experts
+
+extern "C" {
+EXPORTED XLA_FFI_Error* ffi_experts(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* ffi_matmul(XLA_FFI_CallFrame*);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_experts, experts::run_experts,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<experts::Floats>()
+                                  .Arg<experts::Floats>()
+                                  .Arg<experts::Floats>()
+                                  .RemainingArgs()
+                                  .Ret<experts::Floats>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("hidden")
+                                  .Attr<int64_t>("isa")
+                                  .Attr<int64_t>("threads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_matmul, experts::run_matmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<experts::Floats>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("isa")
+                                  .Attr<int64_t>("threads"));
+
+#endif

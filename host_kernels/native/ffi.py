@@ -1,0 +1,91 @@
+"""The native kernels inside jitted programs on the CPU backend, as XLA FFI calls: no Python and no copy in between.
+
+Shapes: N rows, D model width, F expert width, m experts; a matrix is [R, K], as all weights here.
+
+What they compute is said in jax.numpy by `models.products.product_reference` and `models.moe.add_experts_reference`, which run on any
+backend and which they are tested against. Calls can be jitted, but neither differentiated nor vmapped (jax says so).
+
+XLA's buffers are read where they lie. A call uses up to `threads()` threads, the one that XLA runs it on and the kernels'
+helpers; XLA's own pool is idle meanwhile, for the programs here are chains in which each operation waits for the one before.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
+from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
+
+EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
+HANDLERS = {EXPERTS: "ffi_experts", MATMUL: "ffi_matmul"}
+
+
+@functools.cache
+def register(name: str, symbol: str) -> None:
+    """Makes the library's handler `symbol` known to XLA's CPU backend as `name`."""
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library.library(), symbol)), platform="cpu")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the library is there, was built with XLA's headers, and this jax takes its handlers."""
+    if not library.available():
+        return False
+    try:
+        for name, symbol in HANDLERS.items():
+            register(name, symbol)
+    except (UserError, AttributeError, RuntimeError):  # no library, one without handlers, or built for another XLA
+        return False
+    return True
+
+
+def threads() -> int:
+    """Threads of a call: as many as XLA's pool was given (`runtime.threads.divide`)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("NPROC") or cores)
+
+
+def _call(name: str, results, *operands, **attributes: int):
+    if not available():
+        raise UserError(
+            f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
+        )
+    numbers = {**attributes, "isa": library.library().experts_best_isa(), "threads": threads()}
+    return jax.ffi.ffi_call(name, results)(*operands, **{key: np.int64(number) for key, number in numbers.items()})
+
+
+def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix) -> jax.Array:
+    """x [..., K] float32 times the transpose of a matrix [R, K], float32, bfloat16 or packed -> float32 [..., R]."""
+    if isinstance(matrix, PackedMatrix):
+        data, shape, code = matrix.data, (matrix.layout.rows, matrix.layout.columns), format_code(matrix.layout.format)
+    else:
+        data, shape, code = matrix, matrix.shape, PLAIN[matrix.dtype.name]
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x is {x.shape}, the matrix {shape}: their last axes differ")
+    rows = x.reshape(-1, shape[1])
+    made = _call(MATMUL, [jax.ShapeDtypeStruct((rows.shape[0], shape[0]), jnp.float32)], rows, data, format=code)
+    return made[0].reshape(*x.shape[:-1], shape[0])
+
+
+def experts(
+    acc: jax.Array, x: jax.Array, weights: jax.Array, *slots: tuple[jax.Array, jax.Array] | PackedExpert
+) -> jax.Array:
+    """acc [N, D] plus m experts of x [N, D], expert i weighted by weights[i] ([m, N]); where that is zero the row is skipped.
+
+    `slots`: the experts, all of one kind: gate_up [2F, D] (gate rows first) and down [D, F], or a PackedExpert.
+    """
+    if isinstance(slots[0], PackedExpert):
+        hidden, code = slots[0].hidden, format_code(slots[0].layout.format)
+        arrays = [slot.data for slot in slots]
+    else:
+        hidden, code = slots[0][1].shape[1], PLAIN[slots[0][1].dtype.name]
+        arrays = [array for slot in slots for array in slot]
+    result = jax.ShapeDtypeStruct(acc.shape, jnp.float32)
+    return _call(EXPERTS, result, acc, x, weights, *arrays, format=code, hidden=hidden)

@@ -1,0 +1,34 @@
+"""A layer's routed experts from inside a jitted CPU program: ids and weights in, their weighted sum out, no Python in between.
+
+Shapes: N tokens, D model width, E experts of the layer, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.host_kernels.native.ffi import register
+
+NAME = "hybrimoe_routed"
+
+
+def table(addresses: Sequence[int]) -> np.ndarray:
+    """What `routed` looks experts up in: uint32 [E, 2] of the addresses of their records (`HostKernel.record`); the handles they came
+    from must outlive every call."""
+    return np.array(addresses, "<u8").view("<u4").reshape(-1, 2)
+
+
+def routed(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, table: jax.Array, threads: jax.Array, isa: int
+) -> tuple[jax.Array, jax.Array]:
+    """x [N, D] float32, ids [N, k] int32, weights [N, k] float32, threads int32 [] -> sum over each token's experts [N, D], seconds [1].
+
+    The error of an id outside the table is XLA's. CPU backend only.
+    """
+    register(NAME, "experts_ffi_routed")
+    results = (jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32))
+    return jax.ffi.ffi_call(NAME, results)(x, ids, weights, table, threads, isa=np.int64(isa))

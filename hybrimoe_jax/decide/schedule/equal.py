@@ -1,0 +1,109 @@
+"""Answers for equal loads, remembered: decoding asks the same few questions over and over.
+
+Where every load is 1 and no expert is in flight, a rule's answer depends on how many experts are resident and how many are not: which of them
+does what follows from their order (by falling score, then rising id). So a rule is asked once for each pair of numbers, with positions in
+place of experts, and afterwards the positions are filled in.
+
+A link that is still busy adds a number that is never twice the same. But a rule that would not use the link, busy as it is, answers as if
+it were busy for ever; `Scheduler.link_idle_from` says from when on that holds, and what lies between goes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
+from hybrimoe_jax.errors import UserError
+
+Pick = Callable[[Sequence[int]], tuple[int, ...]]
+_CAREFUL = 1e-9
+"""Margin on the time from which on the link is left idle, so that no rounding decides."""
+
+
+class Pattern(NamedTuple):
+    """A schedule of positions. Each `pick` takes the experts in order, resident ones first, and gives a lane's experts; `resident` those of
+    the device's that were there; `times` is the schedule that the positions had."""
+
+    cpu: Pick
+    device: Pick
+    resident: Pick
+    fetch: Pick
+    times: Schedule
+
+
+class EqualLoads:
+    """One rule's answers for load 1 and one token a step.
+
+    Args:
+      rule, costs: the engine's. flags: allow_cpu, allow_fetch, allow_steal, see `Problem`.
+    """
+
+    def __init__(self, rule: Scheduler, costs: Any, **flags: bool):
+        self.rule, self.costs, self.flags = rule, costs, flags
+        self.by_id = rule.by_id
+        self._known: dict[tuple[int, int, bool], tuple[float, Pattern, Pattern | None]] = {}
+
+    def find(self, resident: int, absent: int, by_id: bool, link_busy: float) -> Pattern | None:
+        """The pattern for so many experts; None where it depends on how long exactly the link is busy, or the rule refuses.
+
+        `by_id`: the experts' order is that of their ids alone (no scores are known).
+        """
+        known = self._known.get((resident, absent, by_id))
+        if known is None:
+            try:
+                known = self._ask(resident, absent, by_id)
+            except UserError:  # to be said of the experts themselves
+                return None
+            self._known[resident, absent, by_id] = known
+        idle_from, free, busy = known
+        if link_busy <= 0.0:
+            return free
+        return busy if link_busy >= idle_from else None
+
+    def _ask(self, resident: int, absent: int, by_id: bool) -> tuple[float, Pattern, Pattern | None]:
+        count = resident + absent
+        scores = None if by_id else [float(count - i) for i in range(count)]
+        problem = Problem(dict.fromkeys(range(count), 1), range(resident), self.costs, 1, scores, {}, 0.0, **self.flags)
+        free = _pattern(self.rule.schedule(problem), resident)
+        idle_from = self.rule.link_idle_from(problem) if absent else 0.0
+        if idle_from == float("inf"):
+            return idle_from, free, None
+        idle_from = max(0.0, idle_from + _CAREFUL * abs(idle_from))
+        problem.link_busy = idle_from
+        return idle_from, free, _pattern(self.rule.schedule(problem), resident)
+
+
+def apply(pattern: Pattern, order: Sequence[int], link_busy: float) -> Schedule:
+    """The pattern's schedule with experts in place of positions."""
+    times, fetch = pattern.times, pattern.fetch(order)
+    return Schedule(
+        pattern.cpu(order),
+        pattern.device(order),
+        fetch,
+        (),
+        times.makespan,
+        times.cpu_seconds,
+        times.device_seconds,
+        times.link_seconds if fetch else link_busy,
+        times.bound,
+        times.later,
+        times.alone,
+    )
+
+
+def _pattern(found: Schedule, resident: int) -> Pattern:
+    here = [position for position in found.device if position < resident]
+    # With all cores for the CPU experts run by id, whatever their order by score.
+    cpu = (lambda order: tuple(sorted(order))) if found.alone else _pick(found.cpu)
+    return Pattern(cpu, _pick(found.device), _pick(here), _pick(found.fetch), found)
+
+
+def _pick(positions: Sequence[int]) -> Pick:
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    if not positions:
+        return lambda order: ()
+    (only,) = positions
+    return lambda order: (order[only],)

@@ -1,0 +1,143 @@
+"""Looking ahead: how far it pays, when it is worth the trouble, and which transfers to start.
+
+Predicting and choosing cost several times what planning a layer does, so they are done only where a transfer could be started at all: with a
+buffer free, and with the link free early enough for one more expert to land before the farthest layer in sight could start. Elsewhere
+the predictor learns from the layer and predicts nothing, which changes no decision; the accuracy by distance is that of the predictions
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
+from hybrimoe_jax.decide.predictors import Predictor
+from hybrimoe_jax.decide.prefetch import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.residency import Residency
+from hybrimoe_jax.decide.systems import MAX_DEPTH, System
+
+REST_STEPS = 7
+_INF = float("inf")
+
+
+class Scout:
+    """The planner's part that looks ahead. Args as of `Planner`; `always`: every layer is predicted, since the scheduler wants to know."""
+
+    def __init__(
+        self,
+        system: System,
+        predictor: Predictor,
+        forecast: Forecast,
+        accuracy: Accuracy,
+        residency: Residency,
+        costs: Any,
+        always: bool = False,
+    ):
+        self.system, self.predictor, self.forecast, self.accuracy = system, predictor, forecast, accuracy
+        self.residency, self.costs, self.always = residency, costs, always
+        self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
+        self.active = bool(system.reach) and forecast.flags["allow_fetch"]
+        self._depths: dict[int, int] = {}  # by the tokens of a step
+        self._longest: float | None = None
+        self._resting = self._issued_before = 0
+        self._looked = False
+
+    def depth(self, tokens: int) -> int:
+        """See `Planner.depth`."""
+        depth = self._depths.get(tokens)
+        if depth is None:
+            if not self.active or not any(self.residency.slots):
+                depth = 0
+            elif self.system.prefetch == "next-layer":
+                depth = 1
+            else:
+                active = min(self.num_experts, tokens * self.top_k)
+                depth = self._depth(active, -(-tokens * self.top_k // active), tokens)
+            self._depths[tokens] = depth
+        return depth
+
+    def rests(self, tokens: int) -> bool:
+        """See `Planner.rests`."""
+        return tokens > 1 and self._resting > 0
+
+    def look(
+        self, layer: int, shown: Shown, tokens: int, until_next: float, link_free: float, room: int
+    ) -> list[tuple[Target, int]]:
+        """Predicts from what `layer` shows, if a transfer could be started, and chooses; args as of `choose`."""
+        if not self.active:
+            return []
+        depth = min(self.depth(tokens), self.num_layers - 1 - layer)
+        self._looked = True
+        possible = self.always or (room > 0 and depth > 0 and self._fits(depth, tokens, until_next, link_free))
+        found = self.predictor.predict(layer, shown, depth if possible else 0)
+        return self.choose(layer, found, tokens, until_next, link_free, room) if possible else []
+
+    def choose(
+        self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float, link_free: float, room: int
+    ) -> list[tuple[Target, int]]:
+        """The transfers to start behind `layer`, in sending order.
+
+        Args:
+          lookahead: predictions of the layers after `layer`.
+          tokens: in the step. until_next: seconds until the next layer's MoE block. link_free: seconds until the link is done with what is queued.
+          room: so many transfers at most.
+        """
+        self._looked = True
+        depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(tokens)
+        depth = min(depth, self.num_layers - 1 - layer)
+        if len(lookahead) > depth:
+            lookahead = lookahead[:depth]
+        residency, targets = self.residency, []
+        for distance, prediction in enumerate(lookahead, 1):
+            residency.predictions[layer + distance].append((distance, prediction))
+            targets.append(residency.target(layer + distance, distance, prediction))
+        if room <= 0 or not targets:
+            return []
+        if self.system.prefetch == "next-layer":
+            return choose_next_layer(targets[0], room)
+        return choose_by_impact(
+            targets,
+            self.forecast,
+            self.accuracy,
+            tokens=tokens,
+            until_next=until_next,
+            link_free=link_free,
+            room=room,
+        )
+
+    def finish_step(self, tokens: int, issued: int) -> None:
+        """The step had so many tokens, and so many prefetches have been issued since the start."""
+        if tokens > 1:
+            fruitless = self._looked and issued == self._issued_before
+            self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
+        self._looked, self._issued_before = False, issued
+        self.predictor.finish_step()
+
+    def _fits(self, depth: int, tokens: int, until_next: float, link_free: float) -> bool:
+        """Whether a transfer queued now can land before the layer `depth` ahead starts, if every layer in between takes as long as it ever may."""
+        if tokens > 1 or self.system.prefetch == "next-layer":
+            return True
+        if self._longest is None:
+            k = self.top_k
+            numbers = [(here, absent) for here in range(k + 1) for absent in range(k + 1 - here)]
+            self._longest = max(self.forecast.equal(*numbers_, 1, 1).makespan for numbers_ in numbers)
+        return link_free + self.forecast.transfer <= until_next + (depth - 1) * (self._longest + self.costs.layer(1))
+
+    def _depth(self, active: int, load: int, tokens: int) -> int:
+        def makespan(resident: int) -> float:
+            return self.forecast.equal(resident, active - resident, load, tokens).makespan
+
+        slots = self.residency.slots
+        most = min(active - 1, max(slots) - 1)
+        tried = sorted({most * i // 8 for i in range(9)})
+        price = self.costs.look if self.predictor.gates else 0.0
+        rest, transfer = self.costs.layer(tokens), self.forecast.transfer
+        in_time = transfer <= self.system.reach * (makespan(0) + rest)
+        if not in_time or not any(makespan(r) - makespan(r + 1) > price for r in tried):
+            return 0
+        if self.system.lookahead != "adaptive":
+            return self.system.reach
+        here = round(active * sum(slots) / (self.num_layers * self.num_experts))
+        layer = makespan(here) + rest
+        return next((d for d in range(1, MAX_DEPTH) if d * layer >= transfer), MAX_DEPTH)

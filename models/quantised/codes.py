@@ -1,0 +1,131 @@
+"""What every quantised matrix comes down to: codes, scales, zero points, and which columns share them.
+
+Shapes: a matrix is [R, K], R outputs by K inputs; N groups of columns. w[r, k] = scales[r, n] * (codes[r, k] - zeros[r, n]) with
+n = group_of[k]. A float16 or bfloat16 scale times a difference of codes is exact in float32.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import GROUPS
+
+F32 = np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """`codes` [R, K] uint8 0..15 (4 bits) or int8 (8 bits); `scales` [R, N] float32; `zeros` [R, N] uint8, None where zero is the
+    middle code (8 of 4 bits, 0 of 8); `group_of` [K]."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    group_of: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """The float32 matrix [R, K]."""
+        if self.zeros is not None:
+            offset = self.zeros.astype(np.float32)[:, self.group_of]
+        else:
+            offset = np.float32(8 if self.codes.dtype == np.uint8 else 0)
+        return (self.codes.astype(np.float32) - offset) * self.scales[:, self.group_of]
+
+    def grouped(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+        """codes, scales and zero points with a scale for every `group` neighbouring columns, as `packing.pack` takes them.
+
+        None where neighbouring columns have different scales (act-order, smaller groups).
+        """
+        firsts = self.group_of[::group]
+        if not np.array_equal(np.repeat(firsts, group)[: len(self.group_of)], self.group_of):
+            return None
+        return self.codes, self.scales[:, firsts], None if self.zeros is None else self.zeros[:, firsts]
+
+    def rows(self, order: np.ndarray) -> Codes:
+        """The matrix with its rows in another order."""
+        zeros = None if self.zeros is None else self.zeros[order]
+        return Codes(self.codes[order], self.scales[order], zeros, self.group_of)
+
+    def columns(self, order: np.ndarray) -> Codes:
+        """The matrix with its columns in another order; each keeps its group's scale."""
+        return Codes(np.ascontiguousarray(self.codes[:, order]), self.scales, self.zeros, self.group_of[order])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a quantised tensor is made of, known without reading its codes: `group` is the largest of packing's groups (None: no
+    one fits) with one scale for every so many neighbouring columns, `zeros` whether zero points differ from the middle."""
+
+    bits: int
+    group: int | None
+    zeros: bool
+    scale: str  # "f16" or "f32": the narrowest type that is sure to hold the scales
+
+
+def fitting_group(size: int, columns: int) -> int | None:
+    """The largest offered group of columns that lies within one of `size` columns, wherever it begins."""
+    return next((g for g in reversed(GROUPS) if size % g == 0 or size >= columns), None)
+
+
+def run_length(group_of: np.ndarray) -> int | None:
+    """The same for groups as listed, column by column."""
+    for size in reversed(GROUPS):
+        if np.array_equal(np.repeat(group_of[::size], size)[: len(group_of)], group_of):
+            return size
+    return None
+
+
+class QuantisedTensor(abc.ABC):
+    """A matrix [R, K] that lies quantised in a file; as a `Tensor` it is its exact float32 values."""
+
+    shape: tuple[int, ...]
+    where: str
+    """File and name, for messages."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        return F32
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> Kind: ...
+
+    @abc.abstractmethod
+    def group_of(self) -> np.ndarray:
+        """The group of each column, [K]."""
+
+    @abc.abstractmethod
+    def codes(self) -> Codes:
+        """Reads the matrix. Raises UserError for damage, and where its numbers are not what `kind` says."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        codes = self.codes()
+        part = slice(start, stop)
+        zeros = None if codes.zeros is None else codes.zeros[part]
+        return Codes(codes.codes[part], codes.scales[part], zeros, codes.group_of).values()
+
+
+def unpack_words(words: np.ndarray, bits: int, axis: int, count: int) -> np.ndarray:
+    """uint8 fields of int32 words along `axis`, lowest bits first; the first `count` of them."""
+    fields = 32 // bits
+    shifts = (np.arange(fields, dtype=np.uint32) * bits).reshape((-1,) + (1,) * (words.ndim - 1 - axis))
+    wide = np.expand_dims(words.view(np.uint32), axis + 1)
+    out = ((wide >> shifts) & np.uint32(2**bits - 1)).astype(np.uint8)
+    shape = list(words.shape)
+    shape[axis] *= fields
+    return np.take(out.reshape(shape), np.arange(count), axis=axis)
+
+
+def centred(codes: np.ndarray, zeros: np.ndarray | None, bits: int, where: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Unsigned codes of 8 bits around 128 become int8 around 0; those of 4 bits stay. A zero point of the middle everywhere is dropped."""
+    if zeros is not None and np.all(zeros == 2 ** (bits - 1)):
+        zeros = None
+    if bits == 4:
+        return codes, zeros
+    if zeros is not None:
+        raise UserError(f"{where}: 8 bits with zero points other than 128 are not supported; save it symmetric")
+    return (codes.astype(np.int16) - 128).astype(np.int8), None

@@ -1,0 +1,136 @@
+"""compressed-tensors folders in its `pack-quantized` format: signed integers of 4 or 8 bits with a scale per group or row.
+
+    weight_packed      [R, K * bits / 32] int32     code + 2^(bits-1), neighbouring inputs in one word, lowest bits first
+    weight_scale       [R, groups]                  float16, bfloat16 or float32; one column with strategy `channel`
+    weight_zero_point  [R * bits / 32, groups]      only asymmetric ones; packed along the outputs, shifted like the codes
+    weight_shape       [2] int64                    R, K
+    weight_g_idx       [K] int32                    only with act-order: the group of each input
+
+Source: the `quantization_config` keys and tensor layout published with the compressed-tensors project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.quantised.codes import (
+    Codes,
+    Kind,
+    QuantisedTensor,
+    centred,
+    fitting_group,
+    run_length,
+    unpack_words,
+)
+from hybrimoe_jax.models.safetensors_file import FileTensor
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTensor(QuantisedTensor):
+    packed: FileTensor
+    scale: FileTensor
+    zero_point: FileTensor | None
+    g_idx: FileTensor | None
+    shape: tuple[int, int]
+    bits: int
+
+    def __post_init__(self):
+        rows, columns = self.shape
+        fields = 32 // self.bits
+        groups = self.scale.shape[1] if len(self.scale.shape) == 2 else 0
+        fits = self.packed.shape == (rows, -(-columns // fields)) and self.scale.shape[:1] == (rows,) and groups
+        if fits and self.zero_point is not None:
+            fits = self.zero_point.shape == (-(-rows // fields), groups)
+        if fits and self.g_idx is not None:
+            fits = self.g_idx.shape == (columns,)
+        if not fits:
+            raise UserError(
+                f"{self.where}: weight_packed {list(self.packed.shape)} and weight_scale {list(self.scale.shape)} do not "
+                f"belong to {self.bits} bits of shape {list(self.shape)}; download it again"
+            )
+
+    @property
+    def where(self) -> str:
+        return f"{self.packed.path}: {self.packed.name.removesuffix('.weight_packed')}"
+
+    @property
+    def group_size(self) -> int:
+        return -(-self.shape[1] // self.scale.shape[1])
+
+    @property
+    def kind(self) -> Kind:
+        if self.g_idx is None:
+            group = fitting_group(self.group_size, self.shape[1])
+        else:
+            group = run_length(self.group_of())
+        scale = "f16" if self.scale.kind == "F16" else "f32"
+        return Kind(self.bits, group, self.zero_point is not None, scale)
+
+    def group_of(self) -> np.ndarray:
+        if self.g_idx is None:
+            return np.arange(self.shape[1]) // self.group_size
+        of, groups = self.g_idx.integers(), self.scale.shape[1]
+        if of.min() < 0 or of.max() >= groups:
+            raise UserError(f"{self.where}: weight_g_idx names groups outside 0..{groups - 1}; download it again")
+        return of
+
+    def codes(self) -> Codes:
+        rows, columns = self.shape
+        codes = unpack_words(self.packed.integers(), self.bits, 1, columns)
+        zeros = None
+        if self.zero_point is not None:
+            zeros = unpack_words(self.zero_point.integers(), self.bits, 0, rows)
+        codes, zeros = centred(codes, zeros, self.bits, self.where)
+        return Codes(codes, self.scale.read().astype(np.float32), zeros, self.group_of())
+
+
+def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> dict[str, Any]:
+    """`stored` with the parts of every quantised matrix `X` replaced by one `PackedTensor` named `X.weight`."""
+    groups = settings.get("config_groups") or {}
+    for name, group in groups.items():
+        check(name, settings.get("format"), group)
+    if settings.get("kv_cache_scheme"):
+        raise UserError("config.json: compressed-tensors kv_cache_scheme is not supported; save it without")
+    out: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        stem, _, part = name.rpartition(".")
+        if part not in PARTS:
+            out[name] = tensor
+        elif part == "weight_packed":
+            lacking = [p for p in ("weight_scale", "weight_shape") if f"{stem}.{p}" not in stored]
+            if lacking:
+                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
+            rows, columns = (int(n) for n in stored[f"{stem}.weight_shape"].integers())
+            bits = 8 if tensor.shape[1] * 4 >= columns else 4
+            out[f"{stem}.weight"] = PackedTensor(
+                tensor,
+                stored[f"{stem}.weight_scale"],
+                stored.get(f"{stem}.weight_zero_point"),
+                stored.get(f"{stem}.weight_g_idx"),
+                (rows, columns),
+                bits,
+            )
+    return out
+
+
+def check(name: str, overall: str | None, group: Mapping[str, Any]) -> None:
+    """Raises UserError for a scheme that is not a plain group or channel quantisation of weights."""
+    weights, style = group.get("weights") or {}, group.get("format") or overall
+    what = None
+    if style != "pack-quantized":
+        what = f"format {style!r} (pack-quantized is)"
+    elif group.get("input_activations") or group.get("output_activations"):
+        what = "quantised activations (weights alone are)"
+    elif weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8):
+        what = f"weights of type {weights.get('type')} with {weights.get('num_bits')} bits (int with 4 or 8 is)"
+    elif weights.get("strategy") not in ("group", "channel"):
+        what = f"strategy {weights.get('strategy')!r} (group and channel are)"
+    if what:
+        raise UserError(f"config.json: compressed-tensors {name}: {what.replace(' (', ' is not supported (', 1)}")

@@ -1,0 +1,162 @@
+"""Routed experts that lie quantised: which packed format holds them exactly, and the packing itself.
+
+A packed matrix has one scale for every 32, 64 or 128 neighbouring inputs. A checkpoint whose groups are made of such runs goes in
+code by code, scale by scale. Act-order checkpoints scatter a group over the inputs. For an expert's down matrix that can be
+undone: its inputs are the expert's own hidden values, so sorting them by group and permuting the rows of gate and up the same way
+changes nothing. The inputs of gate and up are the residual stream, whose order all experts share; scattered groups there do not fit.
+
+Shapes: D model width, F expert width; gate and up are [F, D], down [D, F].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import aligned_empty
+from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, pack
+from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor, run_length
+from hybrimoe_jax.models.weights import PackedExperts, Piece, Tensor, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedExperts:
+    """Like `weights.ListedExperts`, some of the matrices quantised; `packed` takes those as they are."""
+
+    matrices: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def dtypes(self) -> tuple[np.dtype, ...]:
+        return tuple(t.dtype for triple in self.matrices for t in triple)
+
+    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Exact float32 values of gate, up, down."""
+        gate, up, down = self.matrices[expert]
+        return gate.read(), up.read(), down.read()
+
+    def kinds(self) -> Iterator[Kind | None]:
+        """Of every matrix; None for one that is not quantised. Down matrices count as sorted by group."""
+        for gate, up, down in self.matrices:
+            if not all(isinstance(t, QuantisedTensor) for t in (gate, up, down)):
+                yield None
+                continue
+            yield from (gate.kind, up.kind)
+            kind = down.kind
+            yield kind if kind.group else dataclasses.replace(kind, group=run_length(np.sort(down.group_of())))
+
+    def packed(self, expert: int, format: Format) -> PackedExpert:
+        """One expert's codes, scales and zero points in the layout of `format`, which `holds` has found to fit.
+
+        Raises UserError where a tensor's numbers are not what its checkpoint's configuration says.
+        """
+        tensors = self.matrices[expert]
+        gate, up, down = (tensor.codes() for tensor in tensors)
+        if down.grouped(format.group) is None:
+            order = np.argsort(down.group_of, kind="stable")
+            gate, up, down = gate.rows(order), up.rows(order), down.columns(order)
+        width, hidden = down.codes.shape
+        layout = ExpertLayout(format, width, hidden)
+        out = PackedExpert(aligned_empty(layout.nbytes, np.uint8), layout)
+        for codes, tensor, place in zip((gate, up, down), tensors, out.matrices, strict=True):
+            pack(format, *fitted(codes, format, tensor.where), out=place.data)
+        return out
+
+
+def fitted(codes: Codes, format: Format, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What `packing.pack` takes for `format`; raises UserError where a number does not fit."""
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{where}: {what}; give --format f32, which keeps its values")
+
+    grouped = codes.grouped(format.group)
+    if grouped is None:
+        raise refuse(f"its groups are no runs of {format.group} inputs")
+    numbers, scales, zeros = grouped
+    if numbers.dtype == np.int8 and numbers.min() < -127:
+        raise refuse("it has codes of -128, where -127 to 127 are used")
+    if not np.array_equal(scales.astype(format.scale_dtype).astype(np.float32), scales):
+        raise refuse(f"its scales are no {format.scale} numbers")
+    if zeros is not None and not format.zeros:
+        raise refuse("config.json calls it symmetric but its zero points are not in the middle")
+    if zeros is None and format.zeros:
+        zeros = np.full(scales.shape, 8, np.uint8)
+    return numbers, scales, zeros
+
+
+def exact_format(kinds: Iterable[Kind | None]) -> Format | str:
+    """The format that holds matrices of these kinds without rounding, or why there is none."""
+    kinds = set(kinds)
+    if None in kinds:
+        return "some of them are not quantised"
+    bits = {kind.bits for kind in kinds}
+    if len(bits) > 1:
+        return "some have 4 bits and some 8"
+    if any(kind.group is None for kind in kinds):
+        return "their groups are no runs of 32 inputs (act-order, or smaller groups)"
+    zeros = any(kind.zeros for kind in kinds)
+    if zeros and bits == {8}:
+        return "8 bits with zero points"
+    scale = "f32" if any(kind.scale == "f32" for kind in kinds) else "f16"
+    return Format(bits.pop(), min(kind.group for kind in kinds), zeros, scale)
+
+
+def holds(format: Format, exact: Format) -> bool:
+    """Whether `format` holds everything that `exact` does: same bits, as fine groups, zero points and wide scales."""
+    return (
+        format.bits == exact.bits
+        and exact.group % format.group == 0
+        and format.zeros >= exact.zeros
+        and (format.scale == exact.scale or format.scale == "f32")
+    )
+
+
+def quantised_format(weights: Weights) -> Format | None:
+    """The packed format that a quantised checkpoint's experts go into exactly; None for one that is not quantised.
+
+    Raises UserError where they are quantised but fit none.
+    """
+    coded = [piece.experts for piece in weights.pieces if isinstance(piece.experts, CodedExperts)]
+    if not coded:
+        return None
+    kinds = {kind for experts in coded for kind in experts.kinds()}
+    if any(piece.experts is not None and not isinstance(piece.experts, CodedExperts) for piece in weights.pieces):
+        kinds.add(None)
+    exact = exact_format(kinds)
+    if isinstance(exact, str):
+        raise UserError(
+            f"{weights.folder}: its quantised experts fit no packed format without being rounded again: {exact}; "
+            "give --format f32, which keeps their values"
+        )
+    return exact
+
+
+def as_packed(weights: Weights, fmt: str | None) -> Weights:
+    """The model with quantised experts as the `PackedExperts` of `fmt` (None: the format that fits best); others pass unchanged.
+
+    Raises UserError where the experts are quantised but `fmt`, or any format, would have to round them again.
+    """
+    if fmt in ("f32", "bf16") or (exact := quantised_format(weights)) is None:
+        return weights
+    format = exact if fmt is None else Format.parse(fmt)
+    if not holds(format, exact):
+        raise UserError(
+            f"{weights.folder}: its experts are {exact}; rounding them again to {format} would lose accuracy twice "
+            f"(give --format {exact}, f32 or bf16)"
+        )
+    layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
+
+    def packed(piece: Piece) -> Piece:
+        if piece.experts is None:
+            return piece
+        one = functools.partial(piece.experts.packed, format=format)
+        return dataclasses.replace(piece, experts=PackedExperts(piece.experts.count, layout, one))
+
+    return dataclasses.replace(weights, pieces=tuple(map(packed, weights.pieces)))

@@ -1,0 +1,136 @@
+"""GPTQ folders as AutoGPTQ and GPTQModel write them: int32 words of codes, of zero points, and the group of each input.
+
+    qweight [K * bits / 32, R] int32     codes of one output, neighbouring inputs in one word, lowest bits first
+    qzeros  [groups, R * bits / 32]      zero points, neighbouring outputs in one word
+    scales  [groups, R] float16
+    g_idx   [K] int32                    the group of each input; k // group_size unless the act-order option sorted the inputs
+
+Checkpoints of format `gptq` (the first version) store each zero point less one; GPTQModel turns them into `gptq_v2`, which
+stores them as they are, by adding one to every field of the words at once, carries included; so does this file.
+Source: the `quantize_config` keys and tensor layouts published with AutoGPTQ and GPTQModel; Frantar et al., arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.quantised.codes import (
+    Codes,
+    Kind,
+    QuantisedTensor,
+    centred,
+    fitting_group,
+    run_length,
+    unpack_words,
+)
+from hybrimoe_jax.models.safetensors_file import FileTensor
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+VERSIONS = {"gptq": 1, "gptq_v2": 0}
+"""`checkpoint_format` -> what must be added to a stored zero point."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GptqTensor(QuantisedTensor):
+    qweight: FileTensor
+    qzeros: FileTensor
+    scales: FileTensor
+    g_idx: FileTensor | None
+    bits: int
+    symmetric: bool
+    sorted_inputs: bool  # act-order: `g_idx` must be read to know the groups
+    add: int
+
+    def __post_init__(self):
+        groups, rows = self.scales.shape
+        fields = 32 // self.bits
+        columns = self.qweight.shape[0] * fields
+        want = (columns // fields, rows), (groups, rows // fields), (columns,)
+        have = self.qweight.shape, self.qzeros.shape, self.g_idx.shape if self.g_idx is not None else (columns,)
+        if want != have:
+            raise UserError(
+                f"{self.where}: shapes of qweight, qzeros, g_idx are {[list(s) for s in have]}, not "
+                f"{[list(s) for s in want]} as {self.bits} bits and scales {list(self.scales.shape)} need; "
+                "download it again"
+            )
+
+    @property
+    def where(self) -> str:
+        return f"{self.qweight.path}: {self.qweight.name.removesuffix('.qweight')}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], self.qweight.shape[0] * 32 // self.bits
+
+    @property
+    def kind(self) -> Kind:
+        groups, columns = self.scales.shape[0], self.shape[1]
+        if self.sorted_inputs and self.g_idx is not None:
+            group = run_length(self.group_of())
+        else:
+            group = fitting_group(-(-columns // groups), columns)
+        scale = "f16" if self.scales.kind == "F16" else "f32"
+        return Kind(self.bits, group, not self.symmetric, scale)
+
+    def group_of(self) -> np.ndarray:
+        groups, columns = self.scales.shape[0], self.shape[1]
+        if self.g_idx is None:
+            return np.arange(columns) // -(-columns // groups)
+        of = self.g_idx.integers()
+        if of.min() < 0 or of.max() >= groups:
+            raise UserError(f"{self.where}: g_idx names groups outside 0..{groups - 1}; download it again")
+        return of
+
+    def codes(self) -> Codes:
+        rows, columns = self.shape
+        codes = np.ascontiguousarray(unpack_words(self.qweight.integers(), self.bits, 0, columns).T)
+        one_each = np.uint32(self.add * sum(1 << shift for shift in range(0, 32, self.bits)))
+        words = self.qzeros.integers().view(np.uint32) + one_each  # modulo 2^32, as GPTQModel adds
+        zeros = np.ascontiguousarray(unpack_words(words, self.bits, 1, rows).T)
+        codes, zeros = centred(codes, zeros, self.bits, self.where)
+        scales = np.ascontiguousarray(self.scales.read().astype(np.float32).T)
+        return Codes(codes, scales, zeros, self.group_of())
+
+
+def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> dict[str, Any]:
+    """`stored` with the parts of every quantised matrix `X` replaced by one `GptqTensor` named `X.weight`."""
+    version = settings.get("checkpoint_format") or "gptq"
+    if version not in VERSIONS or settings.get("is_marlin_format"):
+        raise UserError(
+            f"config.json: GPTQ checkpoint_format {version!r} is not supported ({', '.join(VERSIONS)} are); "
+            "save it in one of these"
+        )
+    if settings.get("pack_dtype", "int32") not in ("int32", None):
+        raise UserError(f"config.json: GPTQ pack_dtype {settings['pack_dtype']!r} is not supported (int32 is)")
+    out: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        stem, _, part = name.rpartition(".")
+        if part not in PARTS:
+            out[name] = tensor
+        elif part == "qweight":
+            lacking = [p for p in PARTS[:3] if f"{stem}.{p}" not in stored]
+            if lacking:
+                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
+            g_idx = stored.get(f"{stem}.g_idx")
+            scales = stored[f"{stem}.scales"]
+            bits = settings.get("bits")
+            if g_idx is not None and g_idx.shape[0]:  # GPTQModel's `dynamic` rules may differ from module to module
+                bits = tensor.shape[0] * 32 / g_idx.shape[0]
+            if bits not in (4, 8):
+                raise UserError(f"{tensor.path}: {stem} has {bits:g} bits; GPTQ with 4 or 8 is supported")
+            out[f"{stem}.weight"] = GptqTensor(
+                tensor,
+                stored[f"{stem}.qzeros"],
+                scales,
+                g_idx,
+                int(bits),
+                bool(settings.get("sym", False)),
+                bool(settings.get("desc_act", False)),
+                VERSIONS[version],
+            )
+    return out

@@ -1,0 +1,100 @@
+"""Remembered answers for equal loads are those of the rules, and a planner that remembers plans as one that does not."""
+
+import random
+
+import pytest
+from schedule_cases import costs
+
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler
+from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.systems import SYSTEMS
+from hybrimoe_jax.errors import UserError
+
+RULES = [name for name, rule in SCHEDULERS.items() if rule.by_numbers]
+
+
+def machine(generator: random.Random):
+    uniform = generator.uniform
+    transfer = uniform(0.3, 5)
+    return costs(
+        cpu=(uniform(0.3, 4), 0.0, generator.choice((0.0, uniform(0, 1)))),
+        device=(uniform(0.05, 1), 0.0),
+        shared=uniform(0, 2),
+        transfer=transfer,
+        transfer_busy=transfer * generator.choice((1.0, uniform(1, 2))),
+    )
+
+
+@pytest.mark.parametrize("shared_cores", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_a_pattern_filled_in_is_the_rules_own_answer(name, shared_cores):
+    generator, answered, without_fetch = random.Random(name), 0, 0
+    for _ in range(150):
+        model = machine(generator)
+        flags = {f: generator.random() < 0.8 for f in ("allow_cpu", "allow_fetch", "allow_steal")}
+        rule = get_scheduler(name)
+        if shared_cores:
+            model = model.__class__(**{**model.describe(), "alone_expert": generator.uniform(0.2, 3)})
+            rule = SharedCoresScheduler(rule)
+        equal = EqualLoads(rule, model, **flags)
+        for _ in range(4):
+            experts = generator.sample(range(32), generator.randint(1, 8))
+            resident = {e for e in range(32) if generator.random() < 0.4}
+            scored = not equal.by_id and generator.random() < 0.7
+            scores = [generator.random() for _ in range(32)] if scored else None
+            busy = generator.choice((0.0, generator.uniform(0, 4), 100.0))
+            problem = Problem(dict.fromkeys(experts, 1), resident, model, 1, scores, {}, busy, **flags)
+            groups = [e for e in experts if e in resident], [e for e in experts if e not in resident]
+            order = [e for g in groups for e in sorted(g, key=lambda e: (-scores[e] if scored else 0, e))]
+            try:
+                want = rule.schedule(problem)
+            except UserError:
+                assert equal.find(len(groups[0]), len(groups[1]), not scored, busy) is None
+                continue
+            pattern = equal.find(len(groups[0]), len(groups[1]), not scored, busy)
+            if pattern is None:
+                assert busy > 0
+                continue
+            answered += 1
+            without_fetch += busy > 0 and bool(groups[1])
+            assert apply(pattern, order, busy) == want
+            assert pattern.resident(order) == tuple(e for e in want.device if e in resident)
+    assert answered > 150
+    if name in ("paper", "released", "cpu-misses", "optimal"):
+        assert without_fetch > 10, "a busy link must not always go the long way"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_planner_that_remembers_plans_as_one_that_does_not(system):
+    generator = random.Random(system)
+    for _ in range(12):
+        model = machine(generator)
+        options = {"max_in_flight": 2, "prefetch": generator.choice((None, "impact"))}
+        quick, plain = (Planner(system, 3, 16, 4, 5, model, predictor="previous", **options) for _ in range(2))
+        plain._equal = None
+        under_way = []
+        for _ in range(12):
+            for layer in range(3):
+                while under_way and generator.random() < 0.4:
+                    transfer = under_way.pop(0)
+                    assert quick.landed(*transfer) == plain.landed(*transfer)
+                experts = generator.sample(range(16), 4)
+                scores = [generator.choice((generator.random(), 0.25)) for _ in range(16)]
+                loads = dict.fromkeys(experts, 1)
+                plans = [p.plan(layer, loads, scores if layer else None, 1) for p in (quick, plain)]
+                assert plans[0] == plans[1]
+                under_way = [t for t in under_way if t not in {(layer, f.expert) for f in plans[0].waits}]
+                ahead = [(dict.fromkeys(generator.sample(range(16), 4), 1), None) for _ in range(2)]
+                started = quick.plan_prefetch(layer, ahead)
+                assert started == plain.plan_prefetch(layer, ahead)
+                under_way += [(p.layer, p.expert) for p in started]
+            quick.finish_step(), plain.finish_step()
+        assert quick.counters == plain.counters
+
+
+def test_what_no_lane_may_run_is_said_of_the_expert_and_not_of_its_place():
+    planner = Planner("on-demand", 1, 8, 2, 2, costs(), allow_fetch=False)
+    with pytest.raises(UserError, match="expert 6 is not in device memory"):
+        planner.plan(0, {6: 1}, None, 1)

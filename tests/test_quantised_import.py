@@ -1,0 +1,208 @@
+"""Quantised folders of others, read without rounding: against what was written, and against the library where there is one."""
+
+import numpy as np
+import pytest
+import quantised_folders as folders
+from quantised_folders import Coded, write, write_plain
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import Format, dequantise
+from hybrimoe_jax.models.checkpoint import open_hf
+from hybrimoe_jax.models.quantised.codes import QuantisedTensor
+from hybrimoe_jax.models.quantised.experts import exact_format, holds, quantised_format
+
+EXPERT = "model.layers.1.mlp.experts.3"
+
+
+def coded(**options):
+    group = options.pop("group", 32)
+    return lambda rng, module, rows, columns: Coded(rng, rows, columns, group, **options)
+
+
+def int8(settings):
+    weights = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    return {**settings, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+CASES = {
+    "gptq-v1": ("gptq", {}, {}, "int4z-g32"),
+    "gptq-v1-zero-0": ("gptq", {"make": coded(least=0)}, {}, "int4z-g32"),
+    "gptq-v2": ("gptq", {"encode": lambda c: c.gptq(2)}, {"checkpoint_format": "gptq_v2"}, "int4z-g32"),
+    "gptq-sym": ("gptq", {"make": coded(group=64, symmetric=True)}, {"sym": True}, "int4-g64"),
+    "gptq-one-group": ("gptq", {"make": coded(group=1 << 20)}, {}, "int4z-g128"),
+    "gptq-8-bit": ("gptq", {"make": coded(bits=8, symmetric=True)}, {"sym": True, "bits": 8}, "int8-g32"),
+    "gptq-static-groups": ("gptq", {}, {"desc_act": True}, "int4z-g32"),
+    "awq": ("awq", {"make": coded(group=64)}, {}, "int4z-g64"),
+    "ct-bf16-scales": ("compressed-tensors", {"make": coded(scale=folders.BF16)}, {}, "int4z-g32-s32"),
+    "ct-sym": ("compressed-tensors", {"make": coded(symmetric=True)}, {}, "int4-g32"),
+    "ct-int8": ("compressed-tensors", {"make": coded(symmetric=True, bits=8)}, int8({}), "int8-g32"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_packed_experts_are_exact(tmp_path, case):
+    method, options, settings, want = CASES[case]
+    values, _ = write(tmp_path / "hf", method, settings=settings, **options)
+    weights = open_hf(tmp_path / "hf")
+    assert "quantization_config" not in weights.raw_config
+    format = quantised_format(weights)
+    assert str(format) == want
+    for piece in weights.pieces:
+        for name, tensor in piece.dense.items():
+            np.testing.assert_array_equal(tensor.read(), values[name], err_msg=name)
+            if isinstance(tensor, QuantisedTensor):
+                np.testing.assert_array_equal(tensor.read(1, 3), values[name][1:3], err_msg=name)
+        for e in range(piece.experts.count if piece.experts else 0):
+            stem = f"model.layers.{piece.layer}.mlp.experts.{e}"
+            packed = piece.experts.packed(e, format)
+            for part, read, matrix in zip(("gate", "up", "down"), piece.experts.read(e), packed.matrices, strict=True):
+                np.testing.assert_array_equal(read, values[f"{stem}.{part}_proj.weight"])
+                np.testing.assert_array_equal(dequantise(matrix), read)
+
+
+def scattered(rng, columns, group=32):
+    return rng.permutation(np.arange(columns) // group)
+
+
+def test_act_order_of_the_down_matrix_is_undone(tmp_path):
+    """Hidden values may be renumbered: rows of gate and up, columns of down."""
+
+    def make(rng, module, rows, columns):
+        down = module.endswith("down_proj") and ".experts." in module
+        return Coded(rng, rows, columns, 32, group_of=scattered(rng, columns) if down else None)
+
+    values, _ = write(tmp_path / "hf", "gptq", make=make, settings={"desc_act": True})
+    weights = open_hf(tmp_path / "hf")
+    format = quantised_format(weights)
+    assert str(format) == "int4z-g32"
+    gate, up, down = (dequantise(m) for m in weights.pieces[2].experts.packed(3, format).matrices)
+    kept = [values[f"{EXPERT}.{part}_proj.weight"] for part in ("gate", "up", "down")]
+    order = [int(np.flatnonzero((kept[0] == row).all(axis=1))[0]) for row in gate]
+    assert sorted(order) == list(range(64)) and order != sorted(order)
+    for have, want in ((gate, kept[0][order]), (up, kept[1][order]), (down, kept[2][:, order])):
+        np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+def test_act_order_of_the_residual_stream_stays_float(tmp_path, method):
+    def make(rng, module, rows, columns):
+        return Coded(rng, rows, columns, 32, group_of=scattered(rng, columns))
+
+    encode = (lambda c: c.compressed(True)) if method != "gptq" else None
+    values, _ = write(tmp_path / "hf", method, make=make, encode=encode, settings={"desc_act": True})
+    weights = open_hf(tmp_path / "hf")
+    for have, part in zip(weights.pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+        np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
+    with pytest.raises(UserError, match=r"act-order.*--format f32 keeps their values"):
+        quantised_format(weights)
+
+
+def test_a_format_holds_what_a_coarser_one_does():
+    exact = Format.parse("int4-g128")
+    fine = ("int4-g128", "int4-g32", "int4z-g64", "int4-g64-s32-a8")
+    assert all(holds(Format.parse(name), exact) for name in fine)
+    assert not any(
+        holds(Format.parse(name), Format.parse("int4z-g64-s32")) for name in ("int4-g64-s32", "int4z-g128-s32")
+    )
+    assert not holds(Format.parse("int8-g128"), exact) and not holds(exact, Format.parse("int4-g128-s32"))
+    assert exact_format([None]) == "some of them are not quantised"
+
+
+def test_a_coarse_group_goes_into_a_finer_format(tmp_path):
+    write(tmp_path / "hf", "awq", make=coded(group=64))
+    experts = open_hf(tmp_path / "hf").pieces[1].experts
+    for matrix, want in zip(experts.packed(2, Format.parse("int4z-g32")).matrices, experts.read(2), strict=True):
+        np.testing.assert_array_equal(dequantise(matrix), want)
+
+
+def test_made_up_biases_are_dropped(tmp_path):
+    def encode(made):
+        return made.gptq() | {"bias": np.zeros(made.codes.shape[0], np.float16)}
+
+    def with_bias(made):
+        return made.gptq() | {"bias": np.ones(made.codes.shape[0], np.float16)}
+
+    write(tmp_path / "hf", "gptq", encode=encode)
+    dense = open_hf(tmp_path / "hf").pieces[1].dense
+    assert "model.layers.0.self_attn.q_proj.bias" in dense and "model.layers.0.self_attn.o_proj.bias" not in dense
+    write(tmp_path / "other", "gptq", encode=with_bias)
+    with pytest.raises(UserError, match="unexpected"):
+        open_hf(tmp_path / "other")
+
+
+def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
+    write(tmp_path / "asymmetric", "gptq", settings={"sym": True})
+    weights = open_hf(tmp_path / "asymmetric")
+    with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*--format f32"):
+        weights.pieces[1].experts.packed(0, quantised_format(weights))
+
+    def least(rng, module, rows, columns):
+        made = Coded(rng, rows, columns, 32, bits=8, symmetric=True)
+        made.codes[0, 0] = 0
+        return made
+
+    write(tmp_path / "least", "compressed-tensors", make=least, settings=int8({}))
+    weights = open_hf(tmp_path / "least")
+    with pytest.raises(UserError, match="codes of -128"):
+        weights.pieces[1].experts.packed(0, quantised_format(weights))
+
+
+REFUSED = [
+    ("gptq", {"checkpoint_format": "marlin"}, {}, "checkpoint_format 'marlin' is not supported"),
+    ("gptq", {"bits": 3}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "g_idx"}}, "has 3 bits"),
+    ("gptq", {}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "qzeros"}}, "has no qzeros"),
+    ("gptq", {}, {"encode": lambda c: c.gptq() | {"qzeros": c.gptq()["qzeros"][:, 1:]}}, "shapes of qweight, qzeros"),
+    ("gptq", {"quant_method": "bitsandbytes"}, {}, r"quantization_config \(bitsandbytes\) is not supported"),
+    ("awq", {"version": "gemv"}, {}, "version 'gemv' is not supported"),
+    ("awq", {"bits": 3}, {}, "AWQ with 3 bits"),
+    ("awq", {}, {"encode": lambda c: c.awq() | {"scales": c.awq()["scales"][:, 8:]}}, "do not belong together"),
+    ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, {}, "format 'nvfp4-pack-quantized' is not supported"),
+    (
+        "compressed-tensors",
+        {"config_groups": {"g": {"weights": {"num_bits": 4, "strategy": "tensor"}}}},
+        {},
+        "strategy 'tensor' is not supported",
+    ),
+    (
+        "compressed-tensors",
+        {},
+        {"encode": lambda c: c.compressed() | {"weight_scale": c.compressed()["weight_scale"][1:]}},
+        "weight_packed .* do not",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_what_is_not_supported_or_damaged_is_refused_by_name(tmp_path, number):
+    method, settings, options, message = REFUSED[number]
+    write(tmp_path / "hf", method, settings=settings, **options)
+    with pytest.raises(UserError, match=message):
+        open_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_agrees_with_the_library_of_compressed_tensors(tmp_path, symmetric):
+    torch = pytest.importorskip("torch")
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+
+    def encode(made):
+        signed = torch.from_numpy((made.codes - 8).astype(np.int8))
+        parts = made.compressed()
+        parts["weight_packed"] = helpers.pack_to_int32(signed, 4).numpy()
+        if not made.symmetric:
+            zeros = torch.from_numpy((made.zeros - 8).astype(np.int8))
+            parts["weight_zero_point"] = helpers.pack_to_int32(zeros, 4, packed_dim=0).numpy()
+        return parts
+
+    values, _ = write(tmp_path / "hf", "compressed-tensors", make=coded(symmetric=symmetric), encode=encode)
+    for have, part in zip(open_hf(tmp_path / "hf").pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+        np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
+
+
+def test_the_plain_folder_of_the_same_values_reads_the_same(tmp_path):
+    values, _ = write(tmp_path / "hf", "awq")
+    quantised, plain = open_hf(tmp_path / "hf"), open_hf(write_plain(tmp_path / "plain", values))
+    assert quantised.config == plain.config and quantised.raw_config == plain.raw_config
+    for a, b in zip(quantised.pieces, plain.pieces, strict=True):
+        for name in b.dense:
+            np.testing.assert_array_equal(a.dense[name].read(), b.dense[name].read())

@@ -1,0 +1,152 @@
+"""A decode step as one program: the dense model's tokens, the same plans and statistics as layer by layer, and only where it is meant."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+
+from hybrimoe_jax.host_kernels.native import ffi, library
+
+pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
+
+
+def foregone_costs(config, **changes):
+    """The invented machine without a device of its own, whose CPU takes everything."""
+    costs = tiny.costs(config)
+    return dataclasses.replace(
+        costs, alone_expert=1e-6, alone_token=1e-7, alone_first=1e-6, handover=1e-4, look=1.0, **changes
+    )
+
+
+def whole_engine(family="qwen2_moe", **options):
+    config = tiny.weights(family)[0]
+    return tiny.engine(family, host_kernel="native", profile=foregone_costs(config), **options)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
+def test_the_dense_models_tokens(family):
+    engine, dense = whole_engine(family), tiny.engine(family, executor="dense")
+    prompts = tiny.prompts(engine.config, (37,), seed=3)
+    assert engine._forward.whole is not None
+    ran = []
+    step = engine._forward.whole.step
+    engine._forward.whole.step = lambda *args: ran.append(1) or step(*args)
+    assert engine.generate(prompts, max_new_tokens=24).token_ids == dense.generate(prompts, max_new_tokens=24).token_ids
+    assert len(ran) == 23
+
+
+def test_logits_of_a_step_are_the_layer_by_layer_ones():
+    engine = whole_engine()
+    prompt = tiny.prompts(engine.config, (20,))
+    logits = {}
+    for whole in (True, False):
+        kept, forward = [], engine._forward.forward
+        engine._forward.forward = lambda *args, kept=kept, forward=forward: kept.append(forward(*args)) or kept[-1]
+        if not whole:
+            engine._forward.whole = None
+        engine.generate(prompt, max_new_tokens=8)
+        engine._forward.forward = forward
+        logits[whole] = np.concatenate([logit for logit, _, _ in kept])
+    scale = np.abs(logits[False]).max()
+    assert np.abs(logits[True] - logits[False]).max() < 2e-5 * scale
+
+
+def test_statistics_are_the_layer_by_layer_ones():
+    runs = {}
+    for whole in (True, False):
+        engine = whole_engine(cache_ratio=0.5)
+        if not whole:
+            engine._forward.whole = None
+        result = engine.generate(tiny.prompts(engine.config, (20,)), max_new_tokens=12)
+        layers = [layer for step in result.stats.steps for layer in step.layers]
+        runs[whole] = [(at.layer, at.loads, at.hits, at.misses, at.cpu, at.device, at.bytes_h2d) for at in layers]
+        counters = engine.planner.counters
+        assert counters.hits + counters.misses == counters.activated == counters.cpu + counters.device
+        assert all(layer.lanes.cpu > 0 for layer in layers if layer.cpu)
+    assert runs[True] == runs[False]
+
+
+def test_every_step_yielded_has_its_statistics():
+    engine = whole_engine()
+    for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=5):
+        assert [layer.layer for layer in emitted.stats.layers] == list(range(len(engine.config.moe_layers)))
+
+
+def test_batches_and_recorders_go_layer_by_layer():
+    from hybrimoe_jax.runtime.recording import EngineTrace
+
+    engine = whole_engine()
+
+    def refuse(*args):
+        raise AssertionError("this step must go layer by layer")
+
+    engine._forward.whole.step = refuse
+    engine.generate(tiny.prompts(engine.config, (9, 5)), max_new_tokens=4)
+    engine.record(trace=EngineTrace(engine))
+    engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lazy": True}, {"debug": True}, {"clock": "virtual"}, {"host_kernel": "reference"}, {"executor": "callback"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_engines_have_no_whole_step(options):
+    config = tiny.weights("qwen2_moe")[0]
+    engine = tiny.engine(**{"host_kernel": "native", "profile": foregone_costs(config), **options})
+    assert engine._forward.whole is None
+
+
+def test_a_machine_with_a_device_of_its_own_has_no_whole_step():
+    assert tiny.engine(host_kernel="native")._forward.whole is None
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_routed_experts_are_the_reference_kernels(tokens):
+    import jax
+
+    from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+    from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
+    from hybrimoe_jax.host_kernels.native.routed import routed, table
+    from hybrimoe_jax.host_kernels.reference import ReferenceKernel
+
+    rng = np.random.default_rng(0)
+    count, width, hidden, top_k = 5, 40, 24, 3
+    experts = [
+        ExpertWeights(
+            *(aligned_copy(rng.standard_normal(s, np.float32)) for s in ((2 * hidden, width), (width, hidden)))
+        )
+        for _ in range(count)
+    ]
+    kernel = NativeKernel()
+    handles = [kernel.prepare(expert) for expert in experts]
+    x = rng.standard_normal((tokens, width), np.float32)
+    ids = np.stack([rng.permutation(count)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    mix = rng.random((tokens, top_k), np.float32)
+    addresses = table([kernel.record(handle)[1] for handle in handles])
+    call = jax.jit(lambda *args: routed(*args, kernel.number))
+    for threads in (1, 2):
+        y, seconds = call(x, ids, mix, addresses, np.int32(threads))
+        want = np.zeros_like(x)
+        reference = ReferenceKernel()
+        for token in range(tokens):
+            for expert, weight in zip(ids[token], mix[token], strict=True):
+                want[token] += weight * reference.expert(reference.prepare(experts[expert]), x[token : token + 1])[0]
+        np.testing.assert_allclose(np.asarray(y), want, atol=2e-5 * np.abs(want).max())
+        assert seconds.shape == (1,) and float(seconds[0]) > 0
+    ids[0, 0] = count
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the routing does not fit the experts"):
+        jax.block_until_ready(call(x, ids, mix, addresses, np.int32(1)))
+
+
+def test_without_the_library_nothing_is_claimed(monkeypatch, tmp_path):
+    monkeypatch.setenv(library.VARIABLE, str(tmp_path / "absent.so"))
+    ffi.available.cache_clear()
+    try:
+        assert not ffi.available()
+    finally:
+        monkeypatch.undo()
+        ffi.available.cache_clear()
