@@ -71,7 +71,7 @@ def test_experts_are_rounded_and_dense_tensors_keep_their_type(tmp_path, name, d
     file = folders.expert_file(path, 1, 2)
     stored = path / "pieces" / "layer_00001" / "state" / "experts" / "c" / "2" / "0"
     assert stored.is_file() and not file.exists(), "an expert is one chunk"
-    assert stored.stat().st_size == store.expert_bytes
+    assert 0 <= stored.stat().st_size - store.expert_bytes < 64, "the chunk's own index is all that is added"
 
 
 def test_plain_checkpoints_are_written_as_before(tmp_path):
