@@ -1,6 +1,7 @@
-"""The exactness matrix: {models} x {systems} x {executors} x {cache ratios} x {kernels} x {batch 1, ragged 3}, one cell at a time.
+"""The exactness matrix: {models} x {systems} x {executors} x {cache ratios} x {kernels} x {batch 1, ragged 3} x {formats}, one cell at a time.
 
-`run_cell` builds the cell's engine and measures it against the dense model: greedy tokens, and logits relative to their scale.
+`run_cell` builds the cell's engine and measures it against the dense model with the same experts, rounded to the same format where it is a
+quantised one: greedy tokens, and logits relative to their scale.
 As a program it reads labels from standard input, one a line, and prints one JSON object for each: the callback executor wants
 jax without asynchronous dispatch on the CPU backend, which is decided once per process, so its cells run in one of their own.
 """
@@ -25,6 +26,9 @@ TOLERANCE = 2e-5
 """Of the logits' own scale (their largest magnitude)."""
 CLEAR = 5 * TOLERANCE
 """Two logits further apart than this cannot have changed places within the tolerance; nearer ones prove nothing."""
+ROUNDED_TOLERANCE = 5e-3
+"""Where activations are quantised (`-a8`): silu(gate) * up of two summation orders can lie on two sides of a rounding boundary, and one
+step of it is 1/127 of a group's largest. Seen: at most 2e-6, no step was taken the other way."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
 RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal")
@@ -45,6 +49,7 @@ class Cell(NamedTuple):
     ratio: float
     kernel: str
     batch: str
+    format: str = "f32"
 
     @property
     def label(self) -> str:
@@ -52,43 +57,31 @@ class Cell(NamedTuple):
 
     @classmethod
     def parse(cls, label: str) -> Cell:
-        model, system, executor, ratio, kernel, batch = label.split("/")
-        return cls(model, system, executor, float(ratio), kernel, batch)
+        model, system, executor, ratio, kernel, batch, format = label.split("/")
+        return cls(model, system, executor, float(ratio), kernel, batch, format)
+
+    @property
+    def tolerance(self) -> float:
+        return ROUNDED_TOLERANCE if self.format.endswith("-a8") else TOLERANCE
 
 
-def matrix(models) -> list[Cell]:
-    """Every cell of the given models."""
+FORMATS = ("int8-g64", "int8-g32-s32-a8", "int4-g32", "int4-g64-a8", "int4z-g128", "int4z-g32-a8")
+"""Quantised ones; the tiny experts are 32 wide and 24 deep, so that groups are whole, short, and fewer than one."""
+
+
+def matrix(models, formats=("f32",)) -> list[Cell]:
+    """Every cell of the given models and formats (oneDNN computes plain experts only)."""
+    plain = formats == ("f32",)
     axes = (
         models,
         (*SYSTEMS, *RULES),
         ("overlapped", "callback"),
         (0.0, 0.25, 0.5, 1.0),
-        ("reference", "onednn", "native", "auto"),
+        ("reference", "onednn", "native", "auto") if plain else ("reference", "native", "auto"),
         TINY_LENGTHS,
+        formats,
     )
     return [Cell(*values) for values in itertools.product(*axes)]
-
-
-def covering(cells: list[Cell], at_least: int) -> list[Cell]:
-    """A deterministic sample: a round in which every pair of values of two axes occurs, another without the bundled model, and
-    more without the callback executor as well (both take longer) until it is large enough."""
-    cells = list(cells)
-    random.Random(0).shuffle(cells)
-    chosen = _round(cells)
-    cells = [cell for cell in cells if cell.model != BUNDLED]
-    while len(chosen) < at_least:
-        chosen += _round([cell for cell in cells if cell not in chosen])[: at_least - len(chosen)]
-        cells = [cell for cell in cells if cell.executor == "overlapped"]
-    return chosen
-
-
-def _round(cells: list[Cell]) -> list[Cell]:
-    """Greedily the fewest cells in which every pair of values that `cells` has occurs."""
-    chosen, wanted = [], set().union(*map(pairs, cells))
-    while wanted:
-        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & wanted)))
-        wanted -= pairs(chosen[-1])
-    return chosen
 
 
 def pairs(cell: Cell) -> set:
@@ -104,6 +97,40 @@ class Reference(NamedTuple):
     logits: np.ndarray
     scale: float
     margin: float
+
+
+def format_pairs(cell: Cell) -> set:
+    """The pairs with the executor, that of the system left out: each costs programs of its own, which take seconds to compile."""
+    return {(axis, value, cell.executor) for axis, value in enumerate(cell) if axis != 1}
+
+
+def covering_formats(cells: list[Cell]) -> list[Cell]:
+    """A deterministic sample in which both executors meet every format, model, ratio, kernel and batch."""
+    cells = list(cells)
+    random.Random(0).shuffle(cells)
+    return _round(cells, format_pairs)
+
+
+def covering(cells: list[Cell], at_least: int) -> list[Cell]:
+    """A deterministic sample: a round in which every pair of values of two axes occurs, another without the bundled model, and
+    more without the callback executor as well (both take longer) until it is large enough."""
+    cells = list(cells)
+    random.Random(0).shuffle(cells)
+    chosen = _round(cells)
+    cells = [cell for cell in cells if cell.model != BUNDLED]
+    while len(chosen) < at_least:
+        chosen += _round([cell for cell in cells if cell not in chosen])[: at_least - len(chosen)]
+        cells = [cell for cell in cells if cell.executor == "overlapped"]
+    return chosen
+
+
+def _round(cells: list[Cell], pairs=pairs) -> list[Cell]:
+    """Greedily the fewest cells in which every pair of values that `cells` has occurs."""
+    chosen, wanted = [], set().union(*map(pairs, cells))
+    while wanted:
+        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & wanted)))
+        wanted -= pairs(chosen[-1])
+    return chosen
 
 
 @functools.lru_cache
@@ -125,6 +152,10 @@ def _engine(model: str, **options):
     return Engine(checkpoint.config, dense, store, EngineConfig(prefill_chunk=16, **options))
 
 
+def _format(format: str) -> dict:
+    return {} if format == "f32" else {"format": format}
+
+
 def _prompts(model: str, batch: str) -> list[list[int]]:
     if model != BUNDLED:
         return tiny.prompts(tiny.weights(model)[0], TINY_LENGTHS[batch], seed=PROMPT_SEED)
@@ -133,9 +164,9 @@ def _prompts(model: str, batch: str) -> list[list[int]]:
 
 
 @functools.lru_cache
-def reference(model: str, batch: str) -> Reference:
+def reference(model: str, batch: str, format: str) -> Reference:
     prompts = _prompts(model, batch)
-    engine = _engine(model, executor="dense")
+    engine = _engine(model, executor="dense", **_format(format))
     tokens = engine.generate(prompts, max_new_tokens=NEW_TOKENS).token_ids
     longest = max(prompts, key=len)
     margin, logits = np.inf, None
@@ -151,7 +182,7 @@ def reference(model: str, batch: str) -> Reference:
 
 def run_cell(cell: Cell) -> dict:
     """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same measure."""
-    want = reference(cell.model, cell.batch)
+    want = reference(cell.model, cell.batch, cell.format)
     system, _, rule = cell.system.partition("+")
     engine = _engine(
         cell.model,
@@ -160,6 +191,7 @@ def run_cell(cell: Cell) -> dict:
         executor=cell.executor,
         cache_ratio=cell.ratio,
         host_kernel=cell.kernel,
+        **_format(cell.format),
     )
     try:
         tokens = engine.generate(want.prompts, max_new_tokens=NEW_TOKENS).token_ids

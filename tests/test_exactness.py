@@ -13,25 +13,30 @@ import sys
 from pathlib import Path
 
 import exactness_cells
+import numpy as np
 import pytest
 import tiny
-from exactness_cells import BUNDLED, CLEAR, TOLERANCE, Cell
+from exactness_cells import BUNDLED, CLEAR, Cell
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library as native
+from hybrimoe_jax.host_kernels.packing import Format, pack_expert
 from hybrimoe_jax.loading import bundled_model
 
 MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])
+QUANTISED = exactness_cells.matrix(list(tiny.CONFIGS), exactness_cells.FORMATS)
 SAMPLE = exactness_cells.covering(MATRIX, at_least=92)
+QUANTISED_SAMPLE = exactness_cells.covering_formats(QUANTISED)
+SAMPLED = frozenset([*SAMPLE, *QUANTISED_SAMPLE])
 
 
 def params(executor: str):
     """Parametrisation over an executor's cells: the sample, and the rest of the matrix marked slow."""
-    sampled = frozenset(SAMPLE)
-    cells = sorted((cell for cell in MATRIX if cell.executor == executor), key=lambda cell: cell not in sampled)
+    cells = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == executor]
+    cells.sort(key=lambda cell: cell not in SAMPLED)
     marks = {True: (), False: pytest.mark.slow}
-    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.label, marks=marks[c in sampled]) for c in cells])
+    return pytest.mark.parametrize("cell", [pytest.param(c, id=c.label, marks=marks[c in SAMPLED]) for c in cells])
 
 
 def missing(cell: Cell) -> str | None:
@@ -42,23 +47,26 @@ def missing(cell: Cell) -> str | None:
         return "oneDNN is not installed (extra onednn)"
     if cell.kernel == "native" and not native.available():
         return "the package was installed without a C++ compiler"
+    if cell.kernel == "native" and cell.format != "f32" and not NATIVE_PACKED:
+        return "the native kernel computes no quantised experts"
     return None
 
 
-def has_onednn() -> bool:
+def there_is(kernel: str, sample=None) -> bool:
     try:
-        get_kernel("onednn")
+        get_kernel(kernel, sample)
     except UserError:
         return False
     return True
 
 
-ONEDNN = has_onednn()
+ONEDNN = there_is("onednn")
+NATIVE_PACKED = there_is("native", pack_expert(*np.ones((3, 8, 8), np.float32), Format.parse("int8-g32")))
 
 
-def check(result: dict) -> None:
+def check(cell: Cell, result: dict) -> None:
     assert result["margin"] > CLEAR, "the dense model's best tokens are nearly tied: other prompts are needed"
-    assert result["error"] <= TOLERANCE
+    assert result["error"] <= cell.tolerance
     assert result["same_tokens"]
 
 
@@ -67,7 +75,7 @@ def callback_process(request, tmp_path_factory):
     """One process for all callback cells that this session will ask for; it runs beside the overlapped cells."""
     cells = [item.callspec.params["cell"] for item in request.session.items if "callback_results" in item.fixturenames]
     slow = request.config.getoption("--slow")
-    cells = [cell for cell in cells if (slow or cell in SAMPLE) and not missing(cell)]
+    cells = [cell for cell in cells if (slow or cell in SAMPLED) and not missing(cell)]
     folder = tmp_path_factory.mktemp("callback")
     (folder / "cells").write_text("".join(cell.label + "\n" for cell in cells))
     with open(folder / "cells") as stdin, open(folder / "out", "w") as stdout, open(folder / "err", "w") as stderr:
@@ -100,7 +108,7 @@ def callback_results(callback_process):
 def test_overlapped_gives_the_dense_answer(cell):
     if reason := missing(cell):
         pytest.skip(reason)
-    check(exactness_cells.run_cell(cell))
+    check(cell, exactness_cells.run_cell(cell))
 
 
 @params("callback")
@@ -109,7 +117,7 @@ def test_callback_gives_the_dense_answer(cell, callback_results):
         pytest.skip(reason)
     results, stderr = callback_results
     assert cell.label in results, stderr[-2000:]
-    check(results[cell.label])
+    check(cell, results[cell.label])
 
 
 def test_the_sample_covers_every_pair_of_values():
@@ -118,3 +126,12 @@ def test_the_sample_covers_every_pair_of_values():
 
     assert covered(SAMPLE) == covered(MATRIX)
     assert len(set(SAMPLE)) >= 80
+
+
+def test_both_executors_meet_every_format():
+    def covered(cells):
+        return set().union(*map(exactness_cells.format_pairs, cells))
+
+    assert covered(QUANTISED_SAMPLE) == covered(QUANTISED) and {c.format for c in QUANTISED_SAMPLE} == set(
+        exactness_cells.FORMATS
+    )

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hybrimoe_jax.config import EngineConfig
-from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.costs import CostModel, expert_bytes
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, parse_config
 
@@ -80,9 +80,9 @@ def weights(family: str, seed: int = 0):
     return config, dense, experts
 
 
-def costs(config, *, cpu=1.0, device=1.0, transfer=1.0) -> CostModel:
+def costs(config, *, cpu=1.0, device=1.0, transfer=1.0, format: str = "f32") -> CostModel:
     """An invented machine whose CPU, device and link are of similar speed, so that plans mix them."""
-    size = 3 * config.hidden_size * config.moe_width * 4
+    size = expert_bytes(config.hidden_size, config.moe_width, format)
     base = CostModel(
         cpu_expert=1e-4,
         cpu_token=5e-5,
@@ -102,19 +102,19 @@ def costs(config, *, cpu=1.0, device=1.0, transfer=1.0) -> CostModel:
     return base.scaled(cpu=cpu, device=device, transfer=transfer)
 
 
-def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, **options):
-    """An engine over `weights(family)`; costs are the invented machine's unless a profile is given."""
+def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, format: str = "f32", **options):
+    """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a profile is given."""
     from hybrimoe_jax.runtime.engine import Engine
     from hybrimoe_jax.runtime.store import ExpertStore
 
     config, dense, experts = weights(family, seed)
-    options = {"host_kernel": "reference", "profile": costs(config), "prefill_chunk": 16, **options}
+    options = {"host_kernel": "reference", "profile": costs(config, format=format), "prefill_chunk": 16, **options}
     if options["executor"] == "dense" if "executor" in options else False:
         options.pop("profile")
     return Engine(
         config,
         dense,
-        ExpertStore.from_arrays(experts),
+        ExpertStore.from_arrays(experts, format=None if format == "f32" else format),
         EngineConfig(**options),
         tokenizer=tokenizer,
         eos=eos,
