@@ -17,20 +17,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
-ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vnni"]
+ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vl", "avx512vnni"]
 SOURCES = ["experts.cpp", "layout.cpp", "probe.cpp", "routed.cpp", "team.cpp", *(f"isa_{name}.cpp" for name in ISAS)]
-HEADERS = ["experts.h", "layout.h", "team.h", "kernels.inc", "packed.inc"]
+HEADERS = ["experts.h", "layout.h", "team.h", "kernels.inc", "lanes.inc", "packed.inc"]
 HANDLERS = ["ffi.cpp", "ffi_routed.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for a mistake.
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-function"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f"]
+VNNI = [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 ISA_FLAGS = {
     "isa_avx2.cpp": AVX2,
     "isa_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "isa_avx512.cpp": AVX512,
-    "isa_avx512vnni.cpp": [*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+    "isa_avx512vl.cpp": VNNI,
+    "isa_avx512vnni.cpp": VNNI,
 }
 
 

@@ -53,8 +53,10 @@ void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, 
               int64_t stride, const void* next) {
     if (!matrix.packed())
         isa.product[matrix.format](matrix.data + from * matrix.pitch, rows, matrix.depth, x, n, c, stride, next);
+    else if (!matrix.a8)
+        isa.packed[matrix.kind](matrix, from, rows, x, n, c, stride);
     else
-        (matrix.a8 ? isa.quantised->product : isa.packed)[matrix.kind](matrix, from, rows, x, n, c, stride);
+        (n <= FEW ? isa.few : isa.quantised)->product[matrix.kind](matrix, from, rows, x, n, c, stride);
 }
 
 // Rows of floats made ready to be multiplied with `matrix`: count of them, stride floats apart, to `to`, step bytes apart.

@@ -19,6 +19,7 @@ struct Expert {
     int64_t format;
 };
 
+constexpr int64_t FEW = 4;
 constexpr int64_t MAX_ROWS = 32;  // of plain weights that `product` takes at once
 
 // c[t * stride + r] for `rows` rows from row `from` on (a multiple of 8) and n tokens, each a row of floats, padded with
@@ -45,13 +46,14 @@ struct Isa {
     void (*silu_times)(const float* gate, const float* up, float* out, int64_t count);
     PackedProduct packed[KINDS];  // with float activations
     const Quantised* quantised;
+    const Quantised* few;  // the same for at most FEW tokens
     // For the probes below: a sum of floats, and a number of multiply-adds, which is returned.
     float (*read_all)(const float* data, int64_t count);
     int64_t (*multiply_adds)(int64_t rounds, float* result);
 };
 
 extern const Isa avx512vnni, avx512, avxvnni, avx2, portable;
-extern const Quantised quantised_avx2;
+extern const Quantised quantised_avx2, quantised_avx512vl;
 
 const Isa& isa_number(int64_t isa);
 

@@ -2,6 +2,7 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LANES 8
 #include "kernels.inc"
+#include "lanes.inc"
 #include "packed.inc"
 
 namespace experts {
@@ -9,13 +10,13 @@ static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 const Quantised quantised_avx2 = QUANTISED;
-const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised_avx2, PROBES};
+const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised_avx2, &quantised_avx2, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
 const Quantised quantised_avx2 = {};
-const Isa avx2 = {"avx2", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
+const Isa avx2 = {"avx2", never, {}, nullptr, {}, nullptr, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

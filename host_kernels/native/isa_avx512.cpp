@@ -5,6 +5,7 @@
 #define LANES 16
 #define MANY_REGISTERS
 #include "kernels.inc"
+#include "lanes.inc"
 #include "packed.inc"
 
 namespace experts {
@@ -15,12 +16,12 @@ static const Quantised quantised = QUANTISED;
 static bool has_avx512() { return __builtin_cpu_supports("avx512f") && avx2.supported(); }
 static const Quantised& quantised = quantised_avx2;
 #endif
-const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
+const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
-const Isa avx512 = {"avx512", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
+const Isa avx512 = {"avx512", never, {}, nullptr, {}, nullptr, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

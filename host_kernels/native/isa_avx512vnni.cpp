@@ -4,6 +4,7 @@
 #define MANY_REGISTERS
 #define EXPERTS_VNNI
 #include "kernels.inc"
+#include "lanes.inc"
 #include "packed.inc"
 
 namespace experts {
@@ -12,12 +13,12 @@ static bool has_avx512vnni() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 static const Quantised quantised = QUANTISED;
-const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
+const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised_avx512vl, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
-const Isa avx512vnni = {"avx512vnni", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
+const Isa avx512vnni = {"avx512vnni", never, {}, nullptr, {}, nullptr, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

@@ -5,6 +5,7 @@
 #include <cpuid.h>
 
 #include "kernels.inc"
+#include "lanes.inc"
 #include "packed.inc"
 
 namespace experts {
@@ -13,12 +14,12 @@ static bool has_avxvnni() {
     return avx2.supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 static const Quantised quantised = QUANTISED;
-const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, PROBES};
+const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES};
 }  // namespace experts
 #else
 #include "experts.h"
 namespace experts {
 static bool never() { return false; }
-const Isa avxvnni = {"avxvnni", never, {}, nullptr, {}, nullptr, nullptr, nullptr};
+const Isa avxvnni = {"avxvnni", never, {}, nullptr, {}, nullptr, nullptr, nullptr, nullptr};
 }  // namespace experts
 #endif

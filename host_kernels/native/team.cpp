@@ -33,15 +33,20 @@ void pause() {
 
 struct Job {
     Phase* phases;
-    int64_t count;
-    std::atomic<int64_t> left{0};  // helpers that took the job and are done with it
+    int64_t count, ranges;
+    std::atomic<int64_t> joined{0};  // threads that work on it so far
+    std::atomic<int64_t> left{0};    // helpers that took the job and are done with it
 };
 
 void work_on(Job& job) {
+    const int64_t own = job.joined.fetch_add(1, std::memory_order_relaxed);
     for (Phase* phase = job.phases; phase < job.phases + job.count; ++phase) {
         int64_t done = 0;
-        for (int64_t item; (item = phase->claimed.fetch_add(1, std::memory_order_relaxed)) < phase->items; ++done)
-            phase->work(phase->context, item);
+        for (int64_t i = 0; i < job.ranges; ++i) {
+            Phase::Range& range = phase->ranges[(own + i) % job.ranges];
+            for (int64_t item; (item = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end; ++done)
+                phase->work(phase->context, item);
+        }
         if (done) phase->finished.fetch_add(done, std::memory_order_release);
         for (int polls = 0; phase->finished.load(std::memory_order_acquire) < phase->items;) {
             pause();
@@ -180,7 +185,12 @@ int64_t grow(int64_t wanted) {
 }  // namespace
 
 void run_team(Phase* phases, int64_t count, int64_t threads) {
-    Job job{phases, count};
+    Job job{phases, count, threads < 1 ? 1 : threads < MAX_RANGES ? threads : MAX_RANGES};
+    for (Phase* phase = phases; phase < phases + count; ++phase)
+        for (int64_t i = 0; i < job.ranges; ++i) {
+            phase->ranges[i].next.store(i * phase->items / job.ranges, std::memory_order_relaxed);
+            phase->ranges[i].end = (i + 1) * phase->items / job.ranges;
+        }
     if (threads <= 1) return work_on(job);
     const int64_t known = grow(threads - 1);
     auto& all = helpers().all;

@@ -9,13 +9,19 @@
 
 namespace experts {
 
-// Items 0 .. items-1 in any order and on any thread, all of them before the next phase's first.
+constexpr int64_t MAX_RANGES = 16;
+
+// Items 0 .. items-1 on any thread, all of them before the next phase's first. Each thread has a range of neighbouring items,
+// in order, and helps with the others' when it is done: what a thread reads next lies behind what it reads now.
 struct Phase {
     void (*work)(const void* context, int64_t item);
     const void* context;
     int64_t items;
-    alignas(64) std::atomic<int64_t> claimed{0};
     alignas(64) std::atomic<int64_t> finished{0};
+    struct alignas(64) Range {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    } ranges[MAX_RANGES];
 };
 
 // Runs the phases in order on up to `threads` threads; returns when all is done and no helper touches `phases` any more.
