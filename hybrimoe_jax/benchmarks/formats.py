@@ -38,7 +38,17 @@ from hybrimoe_jax.training.export import read_model
 from hybrimoe_jax.training.loop import Params, make_forward
 
 TEXTS = Path(__file__).parent.parent / "assets" / "text"
-DEFAULT = ("f32", "bf16", "int8-g32", "int8-g64", "int8-g64-a8", "int4-g32", "int4-g64", "int4-g128", "int4z-g64", "int4-g64-a8")
+DEFAULT = (
+    "f32",
+    "bf16",
+    "int8-g32",
+    "int8-g64",
+    "int8-g64-a8",
+    "int4-g32",
+    "int4-g64",
+    "int4z-g64",
+    "int4-g64-a8",
+)
 BARS = {8: 0.001, 4: 0.02}
 """Largest change of perplexity, as a share, by bits."""
 CONTEXT, ROWS = 256, 16
@@ -91,7 +101,13 @@ def run(options: Options, progress: Callable) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         reading = read(config, changed, ids, count, None if name in ("f32", "bf16") else Format.parse(name))
         rows.append(
-            {"format": name, "calibrated": with_text, **size(config, name), **compare(exact, reading), "rounding_s": round(seconds, 2)}
+            {
+                "format": name,
+                "calibrated": with_text,
+                **size(config, name),
+                **compare(exact, reading),
+                "rounding_s": round(seconds, 2),
+            }
         )
     spent = len(tokenizer.decode(ids[1 : count * CONTEXT + 1]).encode())
     record = {
@@ -116,7 +132,9 @@ def read_text(path: Path) -> str:
 
 def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weights:
     """The model in memory as the pieces that a conversion walks over."""
-    stacks = [tuple(np.asarray(params["experts"][str(i)][part]) for part in ("gate_up", "down")) for i in config.moe_layers]
+    stacks = [
+        tuple(np.asarray(params["experts"][str(i)][part]) for part in ("gate_up", "down")) for i in config.moe_layers
+    ]
     return from_arrays(raw, {name: np.asarray(leaf) for name, leaf in params["dense"].items()}, stacks)
 
 
