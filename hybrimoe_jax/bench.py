@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|cache|schedule|kernels`: measured comparisons. A table for people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|cache|schedule|kernels|formats`: measured comparisons. A table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     schedule.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (default 0)")
     _kernel_arguments(commands.add_parser("kernels", help="host expert kernels by format and load against peers"))
+    _format_arguments(commands.add_parser("formats", help="size, logits error and perplexity of each weight format"))
     args = top.parse_args(argv)
-    return {"engine": _engine, "cache": _cache, "schedule": _schedule, "kernels": _kernels}[args.command](args)
+    run_one = {"engine": _engine, "cache": _cache, "schedule": _schedule, "kernels": _kernels, "formats": _formats}
+    return run_one[args.command](args)
 
 
 def _schedule(args: argparse.Namespace) -> int:
@@ -146,6 +148,31 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) for part in parts):
         raise UserError(f"{option} {text!r}: write numbers of at least 1 separated by commas")
     return tuple(int(part) for part in parts)
+
+
+def _format_arguments(formats) -> None:
+    formats.add_argument("--formats", metavar="F,..", help="default: f32, bf16 and the quantised ones in common use")
+    formats.add_argument("--model", metavar="DIR", help="a converted float checkpoint (default: the bundled model)")
+    formats.add_argument("--text", metavar="FILE", help="text to read (default: scenes of the held-out plays)")
+    formats.add_argument(
+        "--calibrate", metavar="FILE", help="text to calibrate 4-bit formats by (default: scenes of the training text)"
+    )
+    formats.add_argument("--no-calibrate", action="store_true", help="round to nearest only")
+
+
+def _formats(args: argparse.Namespace) -> int:
+    if args.calibrate and args.no_calibrate:
+        raise UserError("--calibrate does not go with --no-calibrate")
+
+    from hybrimoe_jax.benchmarks import formats
+
+    def path(text: str | None) -> Path | None:
+        return Path(text) if text else None
+
+    names = tuple(args.formats.split(",")) if args.formats else formats.DEFAULT
+    texts = path(args.model), path(args.text), path(args.calibrate)
+    print(json.dumps(formats.run(formats.Options(names, not args.no_calibrate, *texts), progress)))
+    return 0
 
 
 def _need_transformers() -> None:

@@ -64,7 +64,7 @@ def convert(
     calibrate: str | os.PathLike | None = None,
     dense_format: str | None = None,
 ) -> Path:
-    """Converts the Hugging Face folder `src` to a new checkpoint folder `dst`.
+    """Converts the Hugging Face folder or GGUF file `src` to a new checkpoint folder `dst`.
 
     Args:
       fmt: "f32" or "bf16" for every tensor, or a quantised format (`packing.Format`) for the routed experts; None keeps each
@@ -81,10 +81,21 @@ def convert(
     check_format(fmt)
     check_dense_format(dense_format)
     check_absent(Path(dst))
-    weights = as_packed(open_hf(src), fmt)
+    weights = as_packed(open_source(Path(src)), fmt)
     if calibrate is not None:
         weights = calibrate_by(weights, fmt, Path(calibrate))
     return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
+
+
+def open_source(src: Path) -> Weights:
+    """A Hugging Face folder, or a GGUF file."""
+    if src.suffix != ".gguf" or src.is_dir():
+        return open_hf(src)
+    if not src.is_file():
+        raise UserError(f"{src}: no such file")
+    from hybrimoe_jax.models.quantised.gguf_file import open_gguf
+
+    return open_gguf(src)
 
 
 def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
@@ -96,6 +107,8 @@ def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
         raise UserError(f"--calibrate goes with a quantised --format such as int4-g64, not with {fmt or 'none'}")
     if any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces):
         raise UserError(f"{weights.folder}: its experts are quantised already; leave out --calibrate")
+    if weights.folder is None or not weights.folder.is_dir():
+        raise UserError(f"{weights.folder}: --calibrate needs the tokenizer.json of a Hugging Face folder")
     if not text.is_file():
         raise UserError(f"{text}: no such file; --calibrate takes a text file")
     ids = Tokenizer(weights.folder).encode(text.read_text(encoding="utf-8", errors="replace"))
@@ -375,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="Hugging Face folder (with --export-hf: a converted checkpoint; with --random: a config.json or its folder)",
+        help="Hugging Face folder or GGUF file (with --export-hf: a converted checkpoint; with --random: a config.json or its folder)",
     )
     parser.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     parser.add_argument(
@@ -429,6 +442,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     print(f"{path}: {total / 1e6:.1f} MB")
+    if args.src.endswith(".gguf"):
+        print(
+            f"a GGUF's vocabulary is not read: copy the model's tokenizer.json and tokenizer_config.json into {path}",
+            file=sys.stderr,
+        )
     return 0
 
 

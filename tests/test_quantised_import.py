@@ -1,15 +1,22 @@
 """Quantised folders of others, read without rounding: against what was written, and against the library where there is one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import quantised_folders as folders
+import tiny
 from quantised_folders import Coded, write, write_plain
 
+import hybrimoe_jax
+from hybrimoe_jax import EngineConfig
+from hybrimoe_jax import convert as command
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import Format, dequantise
 from hybrimoe_jax.models.checkpoint import open_hf
 from hybrimoe_jax.models.quantised.codes import QuantisedTensor
 from hybrimoe_jax.models.quantised.experts import exact_format, holds, quantised_format
+from hybrimoe_jax.runtime.store import open_checkpoint
 
 EXPERT = "model.layers.1.mlp.experts.3"
 
@@ -93,7 +100,7 @@ def test_act_order_of_the_residual_stream_stays_float(tmp_path, method):
     weights = open_hf(tmp_path / "hf")
     for have, part in zip(weights.pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
         np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
-    with pytest.raises(UserError, match=r"act-order.*--format f32 keeps their values"):
+    with pytest.raises(UserError, match=r"act-order.*give --format f32, which keeps their values"):
         quantised_format(weights)
 
 
@@ -133,7 +140,7 @@ def test_made_up_biases_are_dropped(tmp_path):
 def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "asymmetric", "gptq", settings={"sym": True})
     weights = open_hf(tmp_path / "asymmetric")
-    with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*--format f32"):
+    with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*give --format f32"):
         weights.pieces[1].experts.packed(0, quantised_format(weights))
 
     def least(rng, module, rows, columns):
@@ -206,3 +213,42 @@ def test_the_plain_folder_of_the_same_values_reads_the_same(tmp_path):
     for a, b in zip(quantised.pieces, plain.pieces, strict=True):
         for name in b.dense:
             np.testing.assert_array_equal(a.dense[name].read(), b.dense[name].read())
+
+
+def test_the_engine_answers_as_with_the_values_in_float32(tmp_path):
+    """The whole way: convert, packed experts on both sides, logits; against the same numbers unquantised."""
+    values, _ = write(tmp_path / "hf", "gptq", make=coded(group=64))
+    write_plain(tmp_path / "plain", values)
+    ids, answers = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], []
+    for name in ("hf", "plain"):
+        assert command.main([str(tmp_path / name), str(tmp_path / f"{name}-done")]) == 0
+        costs = tiny.costs(open_hf(tmp_path / name).config)
+        costs = dataclasses.replace(
+            costs, expert_bytes=open_checkpoint(tmp_path / f"{name}-done").experts().expert_bytes
+        )
+        options = EngineConfig(system="cpu-only", host_kernel="reference", profile=costs)
+        engine = hybrimoe_jax.load(tmp_path / f"{name}-done", options)
+        answers.append(np.asarray(engine.logits(ids)))
+        assert engine.store.format == ("int4z-g64" if name == "hf" else "f32")
+        engine.close()
+    np.testing.assert_allclose(*answers, atol=1e-4 * np.abs(answers[1]).max())
+
+
+def test_a_second_rounding_is_refused(tmp_path):
+    write(tmp_path / "hf", "gptq", make=coded(group=64))
+    for format in ("int4z-g128", "int4-g32", "int8-g64"):
+        with pytest.raises(UserError, match=f"rounding them again to {format} would lose accuracy twice"):
+            command.main([str(tmp_path / "hf"), str(tmp_path / "out"), "--format", format])
+    (tmp_path / "text").write_text("words")
+    with pytest.raises(UserError, match="quantised already; leave out --calibrate"):
+        command.main(
+            [
+                str(tmp_path / "hf"),
+                str(tmp_path / "out"),
+                "--format",
+                "int4z-g32",
+                "--calibrate",
+                str(tmp_path / "text"),
+            ]
+        )
+    assert command.main([str(tmp_path / "hf"), str(tmp_path / "out"), "--format", "int4z-g32-a8"]) == 0

@@ -11,6 +11,7 @@ Shapes: N tokens, k experts per token, E experts, R = blocks * block rows, D mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -86,14 +87,16 @@ class GroupedExperts:
     Args:
       weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).
       block: rows of one block; smaller wastes less padding, larger makes better matmuls.
+      seen: what becomes of the rows that a product is given, such as the rounding of a quantised format's activations.
 
     Attributes:
       routings: layer -> the `Routing` of the last call, for the load-balancing loss and for statistics.
     """
 
-    def __init__(self, weights, block: int = 64):
+    def __init__(self, weights, block: int = 64, seen: Callable[[jax.Array], jax.Array] = lambda rows: rows):
         self.weights = weights
         self.block = block
+        self.seen = seen
         self.routings: dict[int, Routing] = {}
 
     def __call__(self, layer: int, x: jax.Array, routing: Routing) -> jax.Array:
@@ -102,8 +105,9 @@ class GroupedExperts:
         row, token, expert = assign_blocks(routing.ids, gate_up.shape[0], self.block)
         rows = token.shape[0]
         slot = jnp.zeros((rows,), jnp.int32).at[row].set(jnp.arange(row.shape[1], dtype=jnp.int32)[None, :])
-        packed = scatter_rows(x, row, token).reshape(-1, self.block, x.shape[1])
+        packed = scatter_rows(self.seen(x), row, token).reshape(-1, self.block, x.shape[1])
         gate, up = jnp.split(jnp.einsum("brd,bfd->brf", packed, gate_up[expert]), 2, axis=-1)
-        out = jnp.einsum("brf,bdf->brd", jax.nn.silu(gate) * up, down[expert]).reshape(rows, -1)
+        inner = self.seen((jax.nn.silu(gate) * up).reshape(rows, -1)).reshape(gate.shape)
+        out = jnp.einsum("brf,bdf->brd", inner, down[expert]).reshape(rows, -1)
         pairs = gather_rows(out, row, token, slot)
         return jnp.einsum("nkd,nk->nd", pairs, routing.weights)

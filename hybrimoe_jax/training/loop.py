@@ -107,13 +107,13 @@ def expert_weights(params: Params, config: ModelConfig) -> list[tuple[jax.Array,
     return [packed.get(layer) for layer in range(config.num_hidden_layers)]
 
 
-def make_forward(config: ModelConfig, block: int = 64) -> Callable:
-    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer: Routing})."""
+def make_forward(config: ModelConfig, block: int = 64, **options) -> Callable:
+    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer: Routing}); `options` are `GroupedExperts`'."""
     graphdef, _ = parameters.split(build_model(config))
 
     def forward(params, ids, positions):
         model = parameters.merge(graphdef, params["dense"])
-        experts = GroupedExperts(expert_weights(params, config), block)
+        experts = GroupedExperts(expert_weights(params, config), block, **options)
         logits, _ = model(ids, model.init_cache(*ids.shape), positions, experts)
         return logits, experts.routings
 

@@ -1,0 +1,139 @@
+"""What a GGUF file's metadata says, as the `config.json` of the same model.
+
+GGUF does not carry everything: whether a family normalises its expert weights is part of the architecture there, as llama.cpp computes
+it (qwen2moe and olmoe do not, qwen3moe and Mixtral do, deepseek2 says). What cannot be known is refused, not guessed.
+Source: the key names and tables of PyPI's `gguf`, and llama.cpp's converter for what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybrimoe_jax.errors import UserError
+
+ARCHITECTURES = {
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "llama": "mixtral",
+    "deepseek2": "deepseek_v2",
+}
+SOFTMAX = 1  # of `expert_gating_func`
+
+
+def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
+    """`fields`: the metadata by key; `shapes`: of the tensors under their GGUF names. Raises UserError for what is not supported."""
+    arch = fields.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UserError(f"{where}: GGUF architecture {arch!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+    if int(fields.get("split.count", 1) or 1) > 1:
+        raise UserError(f"{where}: one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields.get(f"{arch}.{key}", default)
+
+    def need(key: str) -> Any:
+        if (value := get(key)) is None:
+            raise UserError(f"{where}: no {arch}.{key} in its metadata; it is incomplete, make it again")
+        if isinstance(value, list):
+            raise UserError(f"{where}: {arch}.{key} differs from layer to layer, which is not supported")
+        return value
+
+    if not get("expert_count"):
+        raise UserError(f"{where}: no experts ({arch}.expert_count); this engine runs mixture-of-experts models")
+    if "rope_freqs.weight" in shapes:
+        raise UserError(f"{where}: rope_freqs (llama3 rope scaling) is not supported in GGUF; convert the original")
+    layers, heads, width = need("block_count"), need("attention.head_count"), need("embedding_length")
+    raw = {
+        "model_type": ARCHITECTURES[arch],
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_experts_per_tok": need("expert_used_count"),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": rounded(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": rounded(get("rope.freq_base", 10000.0)),
+        "rope_scaling": rope_scaling(get, where),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "hidden_act": "silu",
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+    }
+    dense = [i for i in range(layers) if f"blk.{i}.ffn_gate_exps.weight" not in shapes]
+    experts, inner = need("expert_count"), get("expert_feed_forward_length")
+    if arch in ("qwen2moe", "qwen3moe"):
+        raw |= {
+            "num_experts": experts,
+            "moe_intermediate_size": inner,
+            "intermediate_size": need("feed_forward_length"),
+        }
+        raw |= {"norm_topk_prob": arch == "qwen3moe", "mlp_only_layers": dense, "head_dim": get("attention.key_length")}
+    if arch == "qwen2moe":
+        shared = shapes.get("blk.0.ffn_up_shexp.weight", (0,))[0]
+        raw["shared_expert_intermediate_size"] = get("expert_shared_feed_forward_length", shared)
+        raw["qkv_bias"] = "blk.0.attn_q.bias" in shapes
+    if arch == "olmoe":
+        raw |= {"num_experts": experts, "intermediate_size": need("feed_forward_length"), "norm_topk_prob": False}
+        raw["clip_qkv"] = get("attention.clamp_kqv") or None
+    if arch == "llama":
+        raw |= {"num_local_experts": experts, "intermediate_size": need("feed_forward_length")}
+        raw["head_dim"] = get("attention.key_length", get("rope.dimension_count"))
+    if arch == "deepseek2":
+        raw |= deepseek(get, need, heads, experts, where)
+    return raw
+
+
+def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, Any]:
+    """DeepSeek-V2's own keys."""
+    if get("expert_gating_func", SOFTMAX) != SOFTMAX:
+        raise UserError(f"{where}: deepseek2 with sigmoid routing (DeepSeek-V3) is not supported")
+    groups, kept = get("expert_group_count") or 1, get("expert_group_used_count") or 1
+    if groups == 1 and experts == 160:
+        raise UserError(
+            f"{where}: 160 experts but no deepseek2.expert_group_count: DeepSeek-V2 routes within groups, which this "
+            "file does not describe; convert the original"
+        )
+    rotary = need("rope.dimension_count")
+    key = get("attention.key_length_mla") or need("attention.key_length")
+    limited = {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": kept}
+    return {
+        "num_key_value_heads": heads,  # 1 in files for absorbed attention, which is the same model
+        "n_routed_experts": experts,
+        "n_shared_experts": get("expert_shared_count") or None,
+        "moe_intermediate_size": need("expert_feed_forward_length"),
+        "intermediate_size": need("feed_forward_length"),
+        "first_k_dense_replace": get("leading_dense_block_count", 0),
+        "kv_lora_rank": need("attention.kv_lora_rank"),
+        "q_lora_rank": get("attention.q_lora_rank") or None,
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": key - rotary,
+        "v_head_dim": get("attention.value_length_mla") or need("attention.value_length"),
+        "norm_topk_prob": bool(get("expert_weights_norm", False)),
+        "routed_scaling_factor": rounded(get("expert_weights_scale") or 1.0),
+        **(limited if groups > 1 else {}),
+    }
+
+
+def rope_scaling(get, where: object) -> dict[str, Any] | None:
+    kind = get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported in GGUF (linear and yarn are)")
+    scaling = {"rope_type": kind, "factor": rounded(get("rope.scaling.factor", 1.0))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+        for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+            if (value := get(f"rope.scaling.{key}")) is not None:
+                scaling[name] = rounded(value)
+        if (log := get("rope.scaling.yarn_log_multiplier")) is not None:  # 0.1 * mscale_all_dim, and mscale is the same
+            scaling["mscale"] = scaling["mscale_all_dim"] = rounded(log * 10)
+    return scaling
+
+
+def rounded(value: float) -> float:
+    """The shortest decimal of a number stored as float32: 1e-6, not 9.99999997e-07."""
+    return float(f"{value:.7g}")

@@ -1,0 +1,232 @@
+"""GGUF files: llama.cpp's tensors under the names of the original checkpoint, read through PyPI's `gguf` (the extra `gguf`).
+
+    Q4_0   blocks of 32 inputs: float16 d, 16 bytes; input j in the low half of byte j, input j + 16 in its high half;   w = d * (q - 8)
+    Q8_0   blocks of 32 inputs: float16 d, 32 int8                                                                    w = d * q
+
+Routed experts may be Q4_0, Q8_0 (packed exactly as int4-g32 and int8-g32), F16, BF16 or F32; dense tensors any type that `gguf` can
+dequantise. llama.cpp's converter changed some tensors, which is undone here: it permutes the rows of q and k of `llama`
+models for its form of the rotary embedding, and splits DeepSeek's `kv_b_proj` into keys (transposed) and values.
+The vocabulary in the file is not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.checkpoint import match_names
+from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor
+from hybrimoe_jax.models.quantised.gguf_config import hf_config
+from hybrimoe_jax.models.registry import family_of, parse_config
+from hybrimoe_jax.models.safetensors_file import BF16
+from hybrimoe_jax.models.weights import ArrayTensor, Tensor, Weights
+
+BLOCK = 32
+BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16}
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "{block}.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.{shared}.gate_proj",
+    "ffn_up_shexp": "mlp.{shared}.up_proj",
+    "ffn_down_shexp": "mlp.{shared}.down_proj",
+}
+"""Below `blk.N.` -> below `model.layers.N.`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTensor(QuantisedTensor):
+    """A Q4_0 or Q8_0 matrix [R, K]: `data` uint8 [R, K / 32 * bytes of a block], in the file."""
+
+    data: np.ndarray
+    type: str
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.data), self.data.shape[1] // BLOCK_BYTES[self.type] * BLOCK
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(4 if self.type == "Q4_0" else 8, BLOCK, False, "f16")
+
+    def group_of(self) -> np.ndarray:
+        return np.arange(self.shape[1]) // BLOCK
+
+    def codes(self) -> Codes:
+        blocks = np.array(self.data).reshape(len(self.data), -1, BLOCK_BYTES[self.type])
+        scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32)
+        body = blocks[:, :, 2:]
+        if self.type == "Q4_0":
+            codes = np.concatenate([body & 15, body >> 4], axis=2)
+        else:
+            codes = np.ascontiguousarray(body).view(np.int8)
+        return Codes(codes.reshape(self.shape), scales, None, self.group_of())
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherTensor:
+    """A matrix [R, K] of another type: floats as they are, everything else as the float32 values that `gguf` gives."""
+
+    data: np.ndarray
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return FLOATS.get(self.type, np.dtype(np.float32))
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        rows = np.array(self.data[start:stop])
+        if self.type in FLOATS:
+            return rows.view(self.dtype)
+        import gguf
+
+        return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type])
+
+
+@dataclasses.dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that is made of stored ones whenever it is read."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    dtype: np.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.ascontiguousarray(self.make()[start:stop])
+
+
+def open_gguf(path: str | Path) -> Weights:
+    """Opens a GGUF file; its data stay in the file until they are read.
+
+    Raises UserError where the extra `gguf` is not installed, the file is damaged, and for architectures, types and tensors that
+    are not supported.
+    """
+    path = Path(path)
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{path}: reading GGUF needs the extra: pip install 'hybrimoe-jax[gguf]'") from None
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise UserError(f"{path}: not a whole GGUF file ({error}); download it again") from None
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in stored.items()}
+    raw = hf_config(fields, shapes, path)
+    config = parse_config(raw)
+    tensors = original(config, fields["general.architecture"], stored, shapes, path)
+    status = path.stat()
+    files = {path.name: [status.st_size, status.st_mtime_ns]}
+    return Weights(config, raw, match_names(config, tensors, path), path, files)
+
+
+def original(config, arch: str, stored: dict[str, Any], shapes, path: Path) -> dict[str, Tensor]:
+    """Every tensor under its original name. Names that are not known stay as they are, and are then refused with the others."""
+    family = family_of(config.model_type)
+    words = {"block": family.block, "shared": "shared_expert" if arch == "qwen2moe" else "shared_experts"}
+    out: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        stem, _, part = name.rpartition(".")
+        match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        if match is None:
+            out[f"{OUTER[stem]}.{part}" if stem in OUTER else name] = plain(tensor, shapes[name], path)
+            continue
+        layer, inner = int(match[1]), match[2]
+        if inner in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+            which = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps").index(inner)
+            for e, matrix in enumerate(expert_matrices(tensor, shapes[name], path)):
+                out[family.expert_names(layer, e)[which]] = matrix
+        elif arch == "deepseek2" and inner in ("attn_k_b", "attn_v_b"):
+            keys, values = (f"blk.{layer}.{n}.weight" for n in ("attn_k_b", "attn_v_b"))
+            if keys in stored and values in stored and f"blk.{layer}.attn_kv_b.weight" not in stored:
+                joined = joined_kv(*(plain(stored[n], shapes[n], path) for n in (keys, values)))
+                out[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = joined
+        elif inner in LAYER:
+            made = plain(tensor, shapes[name], path)
+            if inner == "ffn_gate_inp_shexp":
+                made = ArrayTensor(made.read().reshape(1, -1))  # stored as a vector
+            elif arch == "llama" and inner in ("attn_q", "attn_k"):
+                heads = config.num_attention_heads if inner == "attn_q" else config.kv_heads
+                made = halves_first(made, heads)
+            out[f"model.layers.{layer}.{LAYER[inner].format(**words)}.{part}"] = made
+        else:
+            out[name] = plain(tensor, shapes[name], path)
+    return out
+
+
+def plain(tensor, shape: tuple[int, ...], path: Path) -> Tensor:
+    """A dense tensor of any number of axes."""
+    rows = int(np.prod(shape[:-1], dtype=np.int64))
+    data = tensor.data.view(np.uint8).reshape(rows, -1)
+    matrix = wrapped(data, tensor.tensor_type.name, (rows, shape[-1]), f"{path}: {tensor.name}")
+    if len(shape) == 2:
+        return matrix
+    return DerivedTensor(shape, lambda: matrix.read().reshape(shape), matrix.dtype)
+
+
+def wrapped(data: np.ndarray, kind: str, shape: tuple[int, ...], where: str) -> Tensor:
+    if kind in BLOCK_BYTES:
+        return BlockTensor(data, kind, where)
+    return OtherTensor(data, kind, shape)
+
+
+def expert_matrices(tensor, shape: tuple[int, ...], path: Path) -> list[Tensor]:
+    """The matrices of a stack [E, R, K]; UserError for a type that routed experts may not have."""
+    kind = tensor.tensor_type.name
+    if kind not in BLOCK_BYTES and kind not in FLOATS:
+        raise UserError(
+            f"{path}: {tensor.name} is {kind}; routed experts in {', '.join([*BLOCK_BYTES, *FLOATS])} are supported: "
+            "quantise the model to Q4_0 or Q8_0 without mixing types (llama-quantize --pure)"
+        )
+    data = tensor.data.view(np.uint8).reshape(*shape[:2], -1)
+    return [wrapped(matrix, kind, shape[1:], f"{path}: {tensor.name} [{e}]") for e, matrix in enumerate(data)]
+
+
+def halves_first(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of a head as rotary halves again, where llama.cpp has pairs: its row 2i + j of a head is row j * d / 2 + i."""
+
+    def make() -> np.ndarray:
+        array = tensor.read()
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+
+    return DerivedTensor(tensor.shape, make, tensor.dtype)
+
+
+def joined_kv(keys: Tensor, values: Tensor) -> Tensor:
+    """keys [H, r, n] and values [H, v, r] -> `kv_b_proj` [H * (n + v), r]."""
+    heads, latent, nope = keys.shape
+
+    def make() -> np.ndarray:
+        return (
+            np.concatenate([keys.read().swapaxes(1, 2), values.read()], axis=1).reshape(-1, latent).astype(np.float32)
+        )
+
+    return DerivedTensor((heads * (nope + values.shape[1]), latent), make, np.dtype(np.float32))
