@@ -27,8 +27,8 @@ CLEAR = 5 * TOLERANCE
 """Two logits further apart than this cannot have changed places within the tolerance; nearer ones prove nothing."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
-RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal")
-"""Systems with another scheduling rule."""
+RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal", "hybrimoe+pooled")
+"""Systems with another scheduling rule, or with slots that all layers share."""
 PROMPT_SEED = 3
 """Of four, the one whose greedy tokens are furthest from ties in every family (1e-3 of the scale)."""
 TINY_LENGTHS = {"one": (37,), "ragged": (5, 37, 20)}
@@ -156,7 +156,8 @@ def run_cell(cell: Cell) -> dict:
     engine = _engine(
         cell.model,
         system=system,
-        scheduler=rule or None,
+        scheduler=rule if rule and rule != "pooled" else None,
+        cache_scope="pooled" if rule == "pooled" else None,
         executor=cell.executor,
         cache_ratio=cell.ratio,
         host_kernel=cell.kernel,

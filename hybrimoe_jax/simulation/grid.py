@@ -33,7 +33,7 @@ from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
-OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,8 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
 
     def least(steps: Iterable[Step]) -> float:
         slots = system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies)
-        return least_seconds(steps, slots, costs, cold=case.start == "cold" and not policy_class(system.cache).fixed)
+        cold = case.start == "cold" and not policy_class(system.cache).fixed
+        return least_seconds(steps, slots, costs, cold=cold, pooled=system.scope == "pooled")
 
     if case.prompt is None:
         yield run(tokens.steps(sequences, case.steps)), least(tokens.steps(sequences, case.steps))
