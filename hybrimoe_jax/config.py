@@ -23,6 +23,7 @@ class EngineConfig:
       system: a named bundle of policies (`hybrimoe_jax.decide.systems`).
       cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a budget is set.
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
+      cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
       cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact", "next-layer" or "none";
         `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.predictors`, or "recorded:TRACE").
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
@@ -44,6 +45,7 @@ class EngineConfig:
     cache_ratio: float | None = None
     vram_budget: int | str | None = None
     cache: str | None = None
+    cache_scope: str | None = None
     scheduler: str | None = None
     prefetch: str | None = None
     lookahead: int | str | None = None
@@ -76,6 +78,7 @@ class EngineConfig:
             prefetch=self.prefetch,
             lookahead=self.lookahead,
             predictor=self.predictor,
+            scope=self.cache_scope,
         )
         if self.predictor == "perfect":
             raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")

@@ -13,7 +13,7 @@ import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
-from hybrimoe_jax.decide.systems import SYSTEMS
+from hybrimoe_jax.decide.systems import SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.profile import PROFILES
 
@@ -28,6 +28,7 @@ ENGINE_FLAGS = {
         help="replace the system's cache policy: mrs, lru, lfu, lfru, slru, s3-fifo, echo, static, random, "
         "or a class of yours as package.module:Class",
     ),
+    "cache_scope": dict(choices=SCOPES, help="pooled: all layers share their slots"),
     "scheduler": dict(
         metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
     ),

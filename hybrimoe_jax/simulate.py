@@ -11,6 +11,7 @@ import os
 import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, progress, run
+from hybrimoe_jax.decide.systems import SCOPES
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.record.importers import open_trace
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
     parts = top.add_argument_group("parts, replaced in every system")
     parts.add_argument("--cache", metavar="NAME")
+    parts.add_argument("--cache-scope", dest="scope", choices=SCOPES, help="pooled: all layers share their slots")
     parts.add_argument("--scheduler", metavar="NAME")
     parts.add_argument("--prefetch", metavar="MODE")
     parts.add_argument("--lookahead", type=lookahead, metavar="N", help='layers, or "adaptive"')

@@ -31,8 +31,8 @@ ROUNDED_TOLERANCE = 5e-3
 step of it is 1/127 of a group's largest. Seen: at most 2e-6, no step was taken the other way."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
-RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal")
-"""Systems with another scheduling rule."""
+RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal", "hybrimoe+pooled")
+"""Systems with another scheduling rule, or with slots that all layers share."""
 PROMPT_SEED = 3
 """Of four, the one whose greedy tokens are furthest from ties in every family (1e-3 of the scale)."""
 TINY_LENGTHS = {"one": (37,), "ragged": (5, 37, 20)}
@@ -187,7 +187,8 @@ def run_cell(cell: Cell) -> dict:
     engine = _engine(
         cell.model,
         system=system,
-        scheduler=rule or None,
+        scheduler=rule if rule and rule != "pooled" else None,
+        cache_scope="pooled" if rule == "pooled" else None,
         executor=cell.executor,
         cache_ratio=cell.ratio,
         host_kernel=cell.kernel,

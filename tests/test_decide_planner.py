@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.caching import POLICIES
+from hybrimoe_jax.decide.caching import POLICIES, policy_class
 from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
@@ -93,6 +93,35 @@ def test_every_system_works_with_no_slots_and_with_all(system, ratio):
         assert plan.hits == (2, 7) and not plan.fetch
     if ratio == 0.0:
         assert all(f.stream for f in plan.fetch) and not p.resident(0)
+
+
+def test_pooled_slots_go_to_whoever_was_used_last():
+    """Six slots, warm with the most frequent experts of all layers; the oldest use of all makes room, whichever layer's."""
+    frequencies = [[9, 8, 7, 6, 0, 0, 0, 0], [5, 4, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    p = planner("on-demand", scope="pooled", frequencies=frequencies)
+    assert p.initial_residents() == [[0, 1, 2, 3], [0, 1], []]
+    p.plan(0, one_each(0, 1), None, 1)
+    assert p.plan(1, one_each(0, 7), None, 1).fetch == (Fetch(7, (0, 2), False),)
+    assert p.plan(2, one_each(4, 5), None, 1).fetch == (Fetch(4, (0, 3), False), Fetch(5, (1, 1), False))
+    p.finish_step()
+    assert p.plan(0, one_each(6, 7), None, 1).fetch == (Fetch(6, (0, 0), False), Fetch(7, (0, 1), False))
+    assert [sorted(p.resident(layer)) for layer in range(LAYERS)] == [[6, 7], [0, 7], [4, 5]]
+
+
+def test_pooled_slots_keep_what_the_running_layer_needs_and_what_was_brought_for_a_coming_one():
+    p = planner("hybrimoe", slots=1, scheduler="fetch-misses", cache="lru", guard="none", scope="pooled", cold=True)
+    p.plan(0, one_each(0, 1), None, 1)
+    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == (Prefetch(1, 6, 1),)
+    assert p.landed(1, 6) is None, "three slots, two of them used"
+    p.plan(0, one_each(2, 3), None, 1)
+    assert [sorted(p.resident(layer)) for layer in range(LAYERS)] == [[2, 3], [6], []]
+    assert p.plan(0, one_each(2, 3, 4), None, 1).fetch == (Fetch(4, None, True),), "all three slots are spoken for"
+
+
+@pytest.mark.parametrize("cache", ["slru", "s3-fifo"])
+def test_policies_whose_values_do_not_compare_cannot_share_slots(cache):
+    with pytest.raises(UserError, match="cannot share slots"):
+        planner("hybrimoe", cache=cache, scope="pooled")
 
 
 def test_doubling_the_cpu_cost_changes_the_plan():
@@ -348,14 +377,17 @@ def engines(draw):
         bandwidth_cpu_busy=busy,
         expert_bytes=1,
     )
+    system, cache = draw(st.sampled_from(sorted(SYSTEMS))), draw(st.none() | st.sampled_from(sorted(POLICIES)))
+    comparable = policy_class(cache or get_system(system).cache).comparable
     return Planner(
-        draw(st.sampled_from(sorted(SYSTEMS))),
+        system,
         LAYERS,
         EXPERTS,
         TOP_K,
         draw(st.lists(st.integers(0, EXPERTS), min_size=LAYERS, max_size=LAYERS)),
         costs,
-        cache=draw(st.none() | st.sampled_from(sorted(POLICIES))),
+        cache=cache,
+        scope=draw(st.sampled_from(["layer", "pooled"])) if comparable else "layer",
         scheduler=draw(st.none() | st.sampled_from(sorted(SCHEDULERS))),
         prefetch=draw(st.none() | st.sampled_from(["impact", "next-layer"])),
         guard=draw(st.none() | st.sampled_from(["value", "expected", "none"])),
@@ -374,10 +406,13 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
 
     def move(layer, entered, victim):
         if victim is not None:
-            slots[layer].remove(victim)
+            owner, left = (layer, victim) if isinstance(victim, int) else victim
+            slots[owner].remove(left)
         assert entered not in slots[layer]
         slots[layer].add(entered)
-        assert len(slots[layer]) <= engine.slots[layer]
+        if engine.system.scope == "layer":
+            assert len(slots[layer]) <= engine.slots[layer]
+        assert sum(map(len, slots)) <= sum(engine.slots)
 
     for _ in range(data.draw(st.integers(1, 4), "steps")):
         needed = {}
@@ -387,7 +422,8 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
                     under_way.remove(transfer)
                     outcome = engine.landed(*transfer)
                     if outcome is not REFUSED:
-                        assert outcome not in needed.get(transfer[0], ())
+                        owner, left = outcome if isinstance(outcome, tuple) else (transfer[0], outcome)
+                        assert left not in needed.get(owner, ())
                         move(*transfer, outcome)
             tokens = data.draw(st.integers(1, 5), "tokens")
             rows = data.draw(st.lists(score_vectors(), min_size=tokens, max_size=tokens), "scores")
@@ -403,7 +439,7 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
             assert not {(layer, f.expert) for f in plan.fetch} & under_way
             under_way -= {(layer, f.expert) for f in plan.waits}
             for f in (*plan.waits, *plan.fetch):
-                assert f.victim not in loads
+                assert f.victim not in loads and f.victim not in [(layer, expert) for expert in loads]
                 if f.stream:
                     assert f.victim is None
                 else:

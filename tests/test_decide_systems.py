@@ -61,6 +61,15 @@ def test_a_total_is_never_exceeded(name, total, layers, experts):
     assert len(slots) == layers and sum(slots) <= total and all(0 <= s <= experts for s in slots)
 
 
+def test_pooled_slots_are_all_that_fit():
+    freetoken = get_system("freetoken")
+    assert freetoken.slots_for_total(11, 3, 8) == [4, 4, 3] and freetoken.slots_for_total(99, 3, 8) == [8, 8, 8]
+    assert freetoken.slots_per_layer(0.3, 4, 8) == [2, 2, 2, 2]
+    assert get_system("hybrimoe").override(scope="pooled").scope == "pooled"
+    with pytest.raises(UserError, match="cache scope 'model'"):
+        freetoken.override(scope="model")
+
+
 def test_override_replaces_one_part():
     changed = get_system("hybrimoe").override(cache="lru")
     assert (changed.cache, changed.scheduler, changed.lookahead) == ("lru", "paper", 3)

@@ -31,7 +31,7 @@ def test_a_stay_is_slots_over_turnover_and_a_fill_counts_one_reuse():
     assert 0 < rate < 0.5
     found = fills.fills(0, [6, 5], victim=None, saving=3.0)
     assert found == pytest.approx({6: 3.0 * (1 - (1 - rate) ** 2), 5: 0.0})  # asked for at least once in two steps
-    assert fills.fills(0, [5], victim=6, saving=3.0) == pytest.approx({5: -found[6]})
+    assert fills.fills(0, [5], victim=(0, 6), saving=3.0) == pytest.approx({5: -found[6]})
     assert fills.rate(1, 1) == 0.0
 
 

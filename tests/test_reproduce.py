@@ -22,8 +22,8 @@ def test_the_paper_s_figures_are_those_of_the_paper():
 
 def test_cases_are_in_the_order_that_the_document_reads_them():
     cases = experiments.all_cases({}, 5)
-    block = [case.parts for case in cases["ablation"][: len(experiments.VARIANTS)]]
-    assert block == [parts for _, parts in experiments.VARIANTS.values()]
+    block = [(case.parts, case.blind) for case in cases["ablation"][: len(experiments.VARIANTS)]]
+    assert block == [(parts, blind) for _, parts, blind in experiments.VARIANTS.values()]
     assert {case.prompt for case in cases["ablation"][: len(block)]} == {None}
     assert all(case.trace.startswith("synthetic:") for rows in cases.values() for case in rows)
 

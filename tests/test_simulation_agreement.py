@@ -30,6 +30,7 @@ def live(tmp_path, system, family="qwen2_moe", lengths=(21,), **options):
 
 
 CASES = [(system, "qwen2_moe", (21,)) for system in SYSTEMS] + [("hybrimoe", "mixtral", (5, 18, 9))]
+POOLED = ("hybrimoe", "adapmoe", "on-demand", "ktransformers")
 
 
 @pytest.mark.parametrize(("system", "family", "lengths"), CASES)
@@ -43,6 +44,17 @@ def test_a_virtual_run_is_its_replay(tmp_path, system, family, lengths):
     lanes = stats.lanes()
     assert (lanes.cpu, lanes.device) == pytest.approx((result.cpu, result.device)) and result.seconds > 0
     assert counters.prefetch_issued > 0 or planner.system.prefetch == "none"
+
+
+@pytest.mark.parametrize("system", POOLED)
+def test_a_virtual_run_with_pooled_slots_is_its_replay(tmp_path, system):
+    trace, stats, counters = live(tmp_path, system, clock="virtual", cache_ratio=0.4, cache_scope="pooled", debug=True)
+    planner, result = replay_run(trace)
+    assert planner.system.scope == "pooled" and result.counters == counters
+    assert [step.seconds for step in result.steps] == [step.seconds for step in stats.steps]
+    assert [step.hits for step in result.steps] == [step.total("hits") for step in stats.steps]
+    residents = [len(planner.resident(layer)) for layer in range(planner.num_layers)]
+    assert sum(residents) == sum(planner.slots) and (len(set(residents)) > 1 or system == "ktransformers")
 
 
 @pytest.mark.parametrize("predictor", ["gate-input", "corrected", "co-activation", "previous"])
@@ -61,7 +73,7 @@ def counts(counters) -> dict:
     return {name: value for name, value in dataclasses.asdict(counters).items() if not name.endswith("_s")}
 
 
-@pytest.mark.parametrize("system", ["hybrimoe", "adapmoe", "on-demand"])
+@pytest.mark.parametrize("system", ["hybrimoe", "adapmoe", "on-demand", "freetoken"])
 def test_a_wall_clock_run_is_its_replay_in_every_count(tmp_path, system):
     trace, stats, counters = live(tmp_path, system, cache_ratio=0.4, clock="wall")
     _, result = replay_run(trace)

@@ -50,12 +50,13 @@ def taken(planner, costs, steps):
 @settings(deadline=None, max_examples=50)
 @given(steps=workloads(), costs=machines, ratio=st.sampled_from([0.0, 0.34, 0.5, 1.0]), cold=st.booleans())
 def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
-    for name, system in SYSTEMS.items():
+    pooled = [system.override(scope="pooled") for name, system in SYSTEMS.items() if name in ("on-demand", "hybrimoe")]
+    for system in (*SYSTEMS.values(), *pooled):
         slots = system.slots_per_layer(ratio, LAYERS, EXPERTS)
         planner = Planner(system, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold)
         start_cold = cold and not planner.policies[0].fixed
-        bound = least_seconds(steps, slots, costs, cold=start_cold)
-        assert taken(planner, costs, steps) >= bound * (1 - 1e-9), name
+        bound = least_seconds(steps, slots, costs, cold=start_cold, pooled=system.scope == "pooled")
+        assert taken(planner, costs, steps) >= bound * (1 - 1e-9), system
     slots = [round(ratio * EXPERTS)] * LAYERS
     known = Planner(CLAIRVOYANT, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold, **foreknowledge(steps, LAYERS))
     assert taken(known, costs, steps) >= least_seconds(steps, slots, costs, cold=cold) * (1 - 1e-9)

@@ -51,6 +51,19 @@ def test_a_slot_keeps_its_memory_however_often_it_is_written(link):
     assert holds(pool.get(0, 38), expert(38)), "the other slot was touched"
 
 
+def test_pooled_slots_pass_from_layer_to_layer(link):
+    pool = SlotPool([1, 0, 1], D, F, pooled=True)
+    assert pool.nbytes == (2 + 2) * BYTES
+    first = pointers(pool.write(1, 4, link.put(expert(4)), None))
+    pool.write(1, 5, link.put(expert(5)), None)
+    assert pool.residents(1) == {4, 5} and not pool.residents(0)
+    assert pointers(pool.write(2, 4, link.put(expert(6)), (1, 4))) == first, "another layer's expert of the same number"
+    assert pool.residents(1) == {5} and pool.residents(2) == {4}
+    assert holds(pool.get(2, 4), expert(6)) and holds(pool.get(1, 5), expert(5))
+    pool.clear()
+    assert not any(pool.residents(layer) for layer in range(3))
+
+
 def test_the_buffer_given_up_cannot_be_used_any_more(link):
     pool = SlotPool([1], D, F)
     before = pool.write(0, 0, link.put(expert(0)), None)

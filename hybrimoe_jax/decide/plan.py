@@ -22,12 +22,16 @@ class Refused:
 REFUSED: Final = Refused()
 
 
+Victim = int | tuple[int, int]
+"""Who makes room: an expert of the same layer, or (layer, expert) where all layers share their slots."""
+
+
 class Fetch(NamedTuple):
     """An expert that reaches the device in this step. It takes `victim`'s slot, a free one (victim None), or, where `stream`, none: it runs
     from a staging slot and is not kept."""
 
     expert: int
-    victim: int | None
+    victim: Victim | None
     stream: bool
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused
+from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused, Victim
+from hybrimoe_jax.decide.pool import capacity_of
 from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
 from hybrimoe_jax.decide.predictors import Predictor, build_predictor
 from hybrimoe_jax.decide.prefetch import Forecast, Target
@@ -54,6 +55,7 @@ class Planner:
       max_in_flight: prefetches under way at once, that is staging buffers for them.
       allow_cpu, allow_fetch, allow_steal: limits of the executor, see `schedule.Problem`.
       cold: start with empty slots (a static placement is always loaded).
+      scope: replaces the system's; "pooled": all layers share the sum of the slots, and a victim is (layer, expert).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Planner:
         allow_fetch: bool = True,
         allow_steal: bool = True,
         cold: bool = False,
+        scope: str | None = None,
     ):
         system = get_system(system) if isinstance(system, str) else system
         self.system = system = system.override(
@@ -87,6 +90,7 @@ class Planner:
             lookahead=lookahead,
             guard=guard,
             predictor=predictor if isinstance(predictor, str) else None,
+            scope=scope,
         )
         slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
         if len(slots) != num_layers:
@@ -103,8 +107,10 @@ class Planner:
         self.scheduler = with_shared_cores(rule, costs)
         policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
         parameters = {**parameters, **(cache_params or {})}
+        pooled = system.scope == "pooled"
+        capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots
         self.policies: list[CachePolicy] = policy.for_layers(
-            num_experts, slots, top_k, frequencies=frequencies, **parameters
+            num_experts, capacities, top_k, frequencies=frequencies, **parameters
         )
         self.accuracy = Accuracy(system.reach)
         model = (num_layers, num_experts, top_k, system.reach)
@@ -112,7 +118,8 @@ class Planner:
         self.counters = Counters()
         self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._ledger = Ledger(num_layers, self.counters)
-        self._residency = Residency(slots, self.policies, self._ledger, system.guard, cold and not policy.fixed)
+        start_cold = cold and not policy.fixed
+        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, pooled)
         self._forecast = Forecast(self.scheduler, costs, **self._flags)
         self._view = None
         if self.scheduler.looks_ahead:
@@ -129,7 +136,9 @@ class Planner:
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
         self._foregone: Schedule | None = None
         if isinstance(self.scheduler, SharedCoresScheduler) and not self.depth(1):
-            self._foregone = self.scheduler.foregone(costs, top_k, max(slots, default=0), **self._flags)
+            self._foregone = self.scheduler.foregone(
+                costs, top_k, min(num_experts, sum(slots)) if pooled else max(slots, default=0), **self._flags
+            )
 
     # What an engine asks for.
 
@@ -269,7 +278,7 @@ class Planner:
         chosen = self._scout.choose(layer, lookahead, self._tokens, self._until_next, self._link_left(), room)
         return self._start(chosen)
 
-    def landed(self, layer: int, expert: int, seconds: float | None = None) -> int | Refused | None:
+    def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
 
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or hotter.

@@ -6,12 +6,13 @@ coming step is predicted to need, what another prefetch brought for it, nor (the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from hybrimoe_jax.decide import pool
 from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import Fetch
+from hybrimoe_jax.decide.plan import Fetch, Victim
 from hybrimoe_jax.decide.prediction import Prediction
 from hybrimoe_jax.decide.prefetch import Target
 
@@ -26,13 +27,23 @@ class Residency:
       ledger: the transfers under way, and what they brought for steps to come.
       guard: "value", "expected" or "none", see `systems.System`.
       cold: start empty.
+      pooled: all layers share the sum of the slots, see `pool`.
     """
 
     def __init__(
-        self, slots: Sequence[int], policies: Sequence[CachePolicy], ledger: Ledger, guard: str, cold: bool = False
+        self,
+        slots: Sequence[int],
+        policies: Sequence[CachePolicy],
+        ledger: Ledger,
+        guard: str,
+        cold: bool = False,
+        pooled: bool = False,
     ):
         self.slots, self.policies, self.ledger, self.guard = slots, policies, ledger, guard
-        self.initial = [[] if cold else policy.initial() for policy in policies]
+        if cold:
+            self.initial = [[] for _ in policies]
+        else:
+            self.initial = pool.initial(policies, sum(slots)) if pooled else [policy.initial() for policy in policies]
         for policy, experts in zip(policies, self.initial):
             policy.loaded(experts)
         self.resident: list[set[int]] = [set(experts) for experts in self.initial]
@@ -40,9 +51,12 @@ class Residency:
         self.predictions: list[list[tuple[int, Prediction]]] = [
             [] for _ in slots
         ]  # (distance, prediction), newest last
+        self.pool = pool.Pool(sum(slots), policies, self.resident, ledger) if pooled else None
 
     def admit(self, layer: int, expert: int) -> Fetch:
         """Finds a slot for an expert that this step brings in."""
+        if self.pool is not None:
+            return self.pool.admit(layer, expert, self.needed[layer])
         resident = self.resident[layer]
         victim = None
         if len(resident) >= self.slots[layer]:
@@ -50,20 +64,41 @@ class Residency:
             victim = policy.victim(resident, self.needed[layer]) if resident else None
             if victim is None or (policy.bypass and not policy.admits(expert, victim)):
                 return Fetch(expert, None, True)
-        self.move(layer, expert, victim)
+        self._move(layer, expert, victim)
         return Fetch(expert, victim, False)
 
-    def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, int | None]:
+    def next_victim(self, layer: int, needed: Collection[int]) -> tuple[bool, tuple[int, int] | None]:
+        """(whether there is room for the layer's next demand load, who would make it): a free slot needs nobody; as (layer, expert)."""
+        if self.pool is not None:
+            if self.pool.free:
+                return True, None
+            offer = self.pool.next_victim(layer, needed)
+            return offer is not None, offer and (offer.layer, offer.expert)
+        resident = self.resident[layer]
+        if len(resident) < self.slots[layer]:
+            return True, None
+        victim = self.policies[layer].victim(resident, needed) if resident else None
+        return victim is not None, None if victim is None else (layer, victim)
+
+    def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, Victim | None]:
         """Finds a slot for a prefetch that has landed: (whether it got one, its victim). `coming`: its step is yet to come."""
+        if self.pool is not None:
+            floor = self._worth(layer, self._newest(layer) if coming else None)(expert)
+            return self.pool.admit_landed(
+                layer,
+                expert,
+                [self._protected(i, self._newest(i)) for i in range(len(self.slots))],
+                lambda i, e: self.guard == "none" or self._worth(i, self._newest(i))(e) <= floor,
+            )
         victim = None
         if len(self.resident[layer]) >= self.slots[layer]:
             victim = self._make_way(layer, expert, coming)
             if victim is None:
                 return False, None
-        self.move(layer, expert, victim)
+        self._move(layer, expert, victim)
         return True, victim
 
-    def move(self, layer: int, entered: int, left: int | None) -> None:
+    def _move(self, layer: int, entered: int, left: int | None) -> None:
         resident = self.resident[layer]
         if left is not None:
             resident.remove(left)
@@ -84,6 +119,10 @@ class Residency:
 
     def _openings(self, layer: int, prediction: Prediction) -> list[float]:
         """The value of what each further prefetch would evict, smallest first; minus infinity for a free slot."""
+        if self.pool is not None:
+            protected = [self._protected(i, self._newest(i)) for i in range(len(self.slots))]
+            worth = None if self.guard == "none" else lambda i, e: self._worth(i, self._newest(i))(e)
+            return self.pool.openings(protected, worth)
         resident = self.resident[layer]
         values: list[float] = [_FREE] * (self.slots[layer] - len(resident))
         protected = self._protected(layer, prediction)
@@ -102,7 +141,7 @@ class Residency:
     def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
         """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""
         policy, resident = self.policies[layer], self.resident[layer]
-        prediction = self.predictions[layer][-1][1] if self.predictions[layer] else None
+        prediction = self._newest(layer)
         protected = self._protected(layer, prediction)
         worth = self._worth(layer, prediction if coming else None)
         victim = policy.victim(resident, protected) if resident else None
@@ -112,6 +151,11 @@ class Residency:
                 protected.add(victim)
                 victim = policy.victim(resident, protected)
         return victim
+
+    def _newest(self, layer: int) -> Prediction | None:
+        """What the layer was last predicted to be asked for in this step."""
+        predictions = self.predictions[layer]
+        return predictions[-1][1] if predictions else None
 
     def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
         """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""

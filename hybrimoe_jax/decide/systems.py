@@ -6,8 +6,8 @@
   llamacpp       whole layers are resident (the last ones, as `--n-gpu-layers` has it), the CPU computes the others
   fiddler        the most popular experts of all layers together stay; a miss goes where it alone is done first, CPU or link and device
   powerinfer     the same placement, the CPU computes what is not resident (PowerInfer's hot and cold, by expert instead of by neuron)
-  freetoken      LRU cache, misses shared between link and CPU by bandwidth, no prefetch (its slots are pooled over layers and its prefill
-                 streams whole layers; here slots are a layer's own and a prompt is scheduled like a token)
+  freetoken      slots that all layers share, LRU; misses shared between link and CPU by bandwidth; no prefetch (its prefill streams whole layers through two
+                 buffers; here a prompt is scheduled like a token)
   on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its speculation)
   device-only    device only, no cache management: a static resident set, everything else is streamed each time and not kept (layer
                  offloading as in Accelerate or DeepSpeed inference, expert by expert)
@@ -29,6 +29,7 @@ from hybrimoe_jax.decide.schedule import get_scheduler
 from hybrimoe_jax.errors import UserError
 
 PREFETCH_MODES = ("none", "next-layer", "impact")
+SCOPES = ("layer", "pooled")
 GUARDS = ("value", "expected", "none")
 MAX_DEPTH = 6
 """Layers that `lookahead="adaptive"` looks ahead at most."""
@@ -49,6 +50,7 @@ class System:
         candidate's once the predicted step has come, those whose "value" is larger already now (strict: where every miss is fetched, all
         residents are hotter than all candidates, and next to nothing is prefetched), or "none".
       predictor: a name in `predictors.PREDICTORS`, or "recorded:TRACE".
+      scope: "layer": each layer has slots of its own; "pooled": all layers share them, see `pool`.
     """
 
     name: str
@@ -59,11 +61,16 @@ class System:
     placement: Literal["uniform", "popular", "whole-layers", "none"] = "uniform"
     guard: Literal["value", "expected", "none"] = "expected"
     predictor: str = "gate-reuse"
+    scope: Literal["layer", "pooled"] = "layer"
 
     def __post_init__(self) -> None:
         policy_class(self.cache)
         get_scheduler(self.scheduler)
-        for what, value, known in (("prefetch", self.prefetch, PREFETCH_MODES), ("guard", self.guard, GUARDS)):
+        for what, value, known in (
+            ("prefetch", self.prefetch, PREFETCH_MODES),
+            ("guard", self.guard, GUARDS),
+            ("cache scope", self.scope, SCOPES),
+        ):
             if value not in known:
                 raise UserError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
         check_predictor(self.predictor)
@@ -129,17 +136,20 @@ class System:
             for _, layer, _ in order[:total]:
                 slots[layer] += 1
             return slots
+        if self.scope == "pooled" and num_layers:
+            total = min(total, num_layers * num_experts)
+            return [total // num_layers + (layer < total % num_layers) for layer in range(num_layers)]
         return [min(total // num_layers, num_experts)] * num_layers
 
     def override(
-        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None
+        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None, scope=None
     ) -> System:
         """This system with the given parts replaced; None keeps a part.
 
         A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer); lookahead 0 turns prefetch off.
         """
         parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
-        parts["predictor"] = predictor
+        parts |= {"predictor": predictor, "scope": scope}
         parts = {part: value for part, value in parts.items() if value is not None}
         mode = parts.get("prefetch", self.prefetch)
         if prefetch is not None and mode != "none" and not self.lookahead and lookahead is None:
@@ -161,7 +171,7 @@ SYSTEMS: dict[str, System] = {
         System("llamacpp", "static", "cpu-misses", placement="whole-layers"),
         System("fiddler", "static", "cheaper", placement="popular"),
         System("powerinfer", "static", "cpu-misses", placement="popular"),
-        System("freetoken", "lru", "bandwidth-split"),
+        System("freetoken", "lru", "bandwidth-split", scope="pooled"),
         System("on-demand", "lru", "device-only"),
         System("device-only", "static", "device-only"),
         System("cpu-only", "static", "cpu-misses", placement="none"),

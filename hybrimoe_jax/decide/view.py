@@ -64,9 +64,11 @@ class Fills:
         """The probability that the expert is asked for during a stay, steps being independent."""
         return 1.0 - (1.0 - min(1.0, self.rate(layer, expert))) ** self.stay(layer)
 
-    def fills(self, layer: int, misses: Iterable[int], victim: int | None, saving: float) -> dict[int, float]:
-        """Seconds by expert. `victim` would make room (None: a slot is free); `saving` is what a hit is worth, in seconds."""
-        floor = self.chance(layer, victim) if victim is not None else 0.0
+    def fills(
+        self, layer: int, misses: Iterable[int], victim: tuple[int, int] | None, saving: float
+    ) -> dict[int, float]:
+        """Seconds by expert. `victim`, (layer, expert), would make room (None: a slot is free); `saving` is what a hit is worth, in seconds."""
+        floor = self.chance(*victim) if victim is not None else 0.0
         return {expert: saving * (self.chance(layer, expert) - floor) for expert in misses}
 
 
@@ -85,13 +87,10 @@ class View:
             problem.coming = self._coming(layer + 1, problem)
 
     def _fill(self, problem: Problem, layer: int, misses: Sequence[int]) -> dict[int, float] | None:
-        residency, k = self.residency, self.top_k
-        resident, slots = residency.resident[layer], residency.slots[layer]
-        victim = None
-        if len(resident) >= slots:
-            victim = residency.policies[layer].victim(resident, set(problem.loads)) if resident else None
-            if victim is None:
-                return None  # it would be streamed and not kept
+        k = self.top_k
+        room, victim = self.residency.next_victim(layer, set(problem.loads))
+        if not room:
+            return None  # it would be streamed and not kept
         hits = min(k - 1, k * (len(problem.loads) - len(misses)) // len(problem.loads))
         slower = self.forecast.outlook([1] * hits, [1] * (k - hits), 1).makespan
         faster = self.forecast.outlook([1] * (hits + 1), [1] * (k - hits - 1), 1).makespan

@@ -135,6 +135,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         prefetch=options.prefetch,
         lookahead=options.lookahead,
         predictor=options.predictor,
+        scope=options.cache_scope,
     )
     lookahead = system.reach
     model.own_norm = system.predictor == "gate-input"
@@ -156,7 +157,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         ),
     )
     slots = _slots(system, options, fixed, expert_bytes, num_layers, config.num_experts, frequencies)
-    pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout)
+    pooled = system.scope == "pooled"
+    pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
     link = Link(device, clock)
     threads.limit_blas(1)
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.decide.plan import Victim
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, HostExpert, PackedExpert
 from hybrimoe_jax.models.moe import DeviceExpert
 
@@ -30,6 +31,7 @@ class SlotPool:
       hidden, width: D and F; an expert is gate_up [2F, D] and down [D, F] of `dtype`,
       layout: or, where this is given, the bytes of a quantised expert.
       staging: slots through which experts are streamed that find no place (at least two, so that one fills while one is read).
+      pooled: all layers share the sum of the slots; a victim is then (layer, expert).
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class SlotPool:
         dtype=jnp.float32,
         staging: int = 2,
         layout: ExpertLayout | None = None,
+        pooled: bool = False,
     ):
-        self._shapes, self._slots, self._count = ((2 * width, hidden), (hidden, width)), list(slots), max(2, staging)
+        self._shapes, self._count = ((2 * width, hidden), (hidden, width)), max(2, staging)
+        self._layers, self._slots = len(slots), [sum(slots)] if pooled else list(slots)
+        self._pooled = pooled
         self.dtype, self.layout = dtype, layout
         self.clear()
         self.expert_bytes = sum(a.nbytes for a in jax.tree.leaves(self._staging[0]))
@@ -53,7 +58,7 @@ class SlotPool:
         self._buffers = [[self._empty() for _ in range(n)] for n in self._slots]
         self._staging = [self._empty() for _ in range(self._count)]
         self._next_staging = 0
-        self._where: list[dict[int, int]] = [{} for _ in self._slots]
+        self._where: list[dict[int, int]] = [{} for _ in range(self._layers)]
         self._free: list[list[int]] = [list(range(n))[::-1] for n in self._slots]
 
     def _empty(self) -> DeviceExpert:
@@ -69,21 +74,30 @@ class SlotPool:
         return frozenset(self._where[layer])
 
     def get(self, layer: int, expert: int) -> DeviceExpert:
-        return self._buffers[layer][self._where[layer][expert]]
+        return self._of(self._buffers, layer)[self._where[layer][expert]]
+
+    def _of(self, groups: list[list], layer: int) -> list:
+        """The layer's own list, or the one that all layers share."""
+        return groups[0 if self._pooled else layer]
 
     def some(self, count: int) -> list[DeviceExpert]:
         """Up to `count` different slots, staging ones included, whatever they hold (to time device experts on)."""
         return [slot for layer in [self._staging, *self._buffers] for slot in layer][:count]
 
-    def write(self, layer: int, expert: int, new: DeviceExpert, victim: int | None) -> DeviceExpert:
+    def write(self, layer: int, expert: int, new: DeviceExpert, victim: Victim | None) -> DeviceExpert:
         """Puts `new` into the victim's slot (a free one if None) and returns the slot's arrays."""
         where = self._where[layer]
         if expert in where:
             raise RuntimeError(f"expert {expert} of MoE layer {layer} is already resident")
-        index = self._free[layer].pop() if victim is None else where.pop(victim)
-        self._buffers[layer][index] = write_slot(self._buffers[layer][index], new)
+        buffers = self._of(self._buffers, layer)
+        if victim is None:
+            index = self._of(self._free, layer).pop()
+        else:
+            owner, left = victim if self._pooled else (layer, victim)
+            index = self._where[owner].pop(left)
+        buffers[index] = write_slot(buffers[index], new)
         where[expert] = index
-        return self._buffers[layer][index]
+        return buffers[index]
 
     def stream(self, new: DeviceExpert) -> DeviceExpert:
         """Puts `new` into the next staging slot; it lives until that slot comes round again."""

@@ -46,13 +46,16 @@ def foreknowledge(steps: Iterable[Step], num_layers: int) -> dict[str, Any]:
     return {"cache": Belady, "cache_params": {"future": future}}
 
 
-def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, cold: bool = False) -> float:
+def least_seconds(
+    steps: Iterable[Step], slots: Sequence[int], costs: Any, *, cold: bool = False, pooled: bool = False
+) -> float:
     """Seconds that no system takes less than for `steps`.
 
     Args:
       slots: device slots of each MoE layer.
       costs: the machine's, as the simulator charges them.
       cold: slots start empty; otherwise what they start with is free.
+      pooled: all layers share them.
     """
     base, slopes, used, kept = 0.0, [], 0, 0
     gaps: list[list[tuple[int, int]]] = [[] for _ in slots]  # (end, begin) of each stay from one use to the next
@@ -74,7 +77,12 @@ def least_seconds(steps: Iterable[Step], slots: Sequence[int], costs: Any, *, co
                 if expert in seen:
                     stays.append((number, seen[expert]))
                 seen[expert] = number
-    kept = sum(_most_kept(stays, room) for stays, room in zip(gaps, slots))
+    if pooled:  # a place in time is a step and a layer
+        layers = len(slots)
+        stays = [(end * layers + i, begin * layers + i) for i, own in enumerate(gaps) for end, begin in own]
+        kept = _most_kept(stays, sum(slots))
+    else:
+        kept = sum(_most_kept(stays, room) for stays, room in zip(gaps, slots))
     computing = base + np.concatenate([[0.0], np.cumsum(np.sort(np.concatenate([np.zeros(0), *slopes])))])
     free = kept + (0 if cold else sum(slots))
     transfers = np.maximum(0, used - np.arange(used + 1) - free)

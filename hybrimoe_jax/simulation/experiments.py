@@ -22,20 +22,23 @@ LENGTHS = (32, 128, 512, 1024)
 QWEN = SYNTHETIC["qwen2-57b-a14b"]
 
 STATIC = (("cache", "static"), ("prefetch", "none"))
-VARIANTS: dict[str, tuple[str, tuple]] = {
-    "baseline": ("ktransformers", ()),
-    "+scheduling": ("hybrimoe", STATIC),
-    "+prefetching": ("hybrimoe", (("cache", "lru"), ("scheduler", "cpu-misses"))),
-    "+scheduling, LRU": ("hybrimoe", (("cache", "lru"), ("prefetch", "none"))),
-    "+scheduling, +caching": ("hybrimoe", (("prefetch", "none"),)),
-    "all": ("hybrimoe", ()),
-    "beyond: echo cache": ("hybrimoe", (("cache", "echo"),)),
-    "beyond: optimal": ("hybrimoe", (("scheduler", "optimal"),)),
-    "beyond: lookahead-optimal": ("hybrimoe", (("scheduler", "lookahead-optimal"),)),
-    "beyond: adaptive depth": ("hybrimoe", (("lookahead", "adaptive"),)),
-    "oracle": (ORACLE, ()),
+VARIANTS: dict[str, tuple[str, tuple, bool]] = {
+    "baseline, blind": ("ktransformers", (), True),
+    "+scheduling, blind": ("hybrimoe", STATIC, True),
+    "baseline": ("ktransformers", (), False),
+    "+scheduling": ("hybrimoe", STATIC, False),
+    "+prefetching": ("hybrimoe", (("cache", "lru"), ("scheduler", "cpu-misses")), False),
+    "+scheduling, LRU": ("hybrimoe", (("cache", "lru"), ("prefetch", "none")), False),
+    "+scheduling, +caching": ("hybrimoe", (("prefetch", "none"),), False),
+    "all": ("hybrimoe", (), False),
+    "beyond: echo cache": ("hybrimoe", (("cache", "echo"),), False),
+    "beyond: optimal": ("hybrimoe", (("scheduler", "optimal"),), False),
+    "beyond: lookahead-optimal": ("hybrimoe", (("scheduler", "lookahead-optimal"),), False),
+    "beyond: adaptive depth": ("hybrimoe", (("lookahead", "adaptive"),), False),
+    "beyond: pooled slots": ("hybrimoe", (("scope", "pooled"),), False),
+    "oracle": (ORACLE, (), False),
 }
-"""Rows of Table III and ours; under cpu-misses nothing is ever fetched, so a cache policy alone changes nothing and has no row."""
+"""Rows of Table III and ours, (system, parts replaced, blind); under cpu-misses nothing is ever fetched, so a cache policy alone changes nothing and has no row."""
 DEPTHS = (0, 1, 2, 3, 4, 5, 6)
 RULES = ("released", "paper", "optimal", "lookahead-optimal", "bandwidth-split")
 CACHES = ("lru", "lfu", "mrs", "echo")
@@ -45,15 +48,16 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
     """Every experiment's cases. `traces`: model -> file of the real ones at hand."""
     sources = {**traces, **SYNTHETIC}
     decode = [
-        Case(trace, profile, system, ratio, parts=parts, steps=steps)
+        Case(trace, profile, system, ratio, parts=parts, steps=steps, blind=blind)
         for trace in sources.values()
         for profile in PROFILES
         for ratio in (0.25, 0.75)
-        for system, parts in [
-            ("hybrimoe", ()),
-            *((name, ()) for name in RIVALS),
-            *(("hybrimoe", (("scheduler", rule),)) for rule in CONTROLS.values()),
-            (ORACLE, ()),
+        for system, parts, blind in [
+            ("hybrimoe", (), False),
+            *((name, (), False) for name in RIVALS),
+            ("ktransformers", (), True),
+            *(("hybrimoe", (("scheduler", rule),), False) for rule in CONTROLS.values()),
+            (ORACLE, (), False),
         ]
     ]
     prefill = [
@@ -64,10 +68,10 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
         for system in ("hybrimoe", "ktransformers", "llamacpp", "adapmoe", "freetoken")
     ]
     ablation = [
-        Case(QWEN, profile, system, 0.25, parts=parts, prompt=prompt, prompts=2, steps=steps)
+        Case(QWEN, profile, system, 0.25, parts=parts, prompt=prompt, prompts=2, steps=steps, blind=blind)
         for profile in PROFILES
         for prompt in (None, 256)
-        for system, parts in VARIANTS.values()
+        for system, parts, blind in VARIANTS.values()
     ]
     hits = [
         Case(trace, "a6000-paper", *system, start="cold", parts=parts, steps=2 * steps)

@@ -33,7 +33,7 @@ from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
-OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Case:
       prompt: tokens of a prompt, one step each time; None for token by token.
       prompts: how many prompts in each half. shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
       steps: at most so many steps of each half, None for all.
+      blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
     """
 
     trace: str
@@ -62,6 +63,7 @@ class Case:
     cache_params: tuple[tuple[str, Any], ...] = ()
     shape: str | None = None
     steps: int | None = None
+    blind: bool = False
 
 
 ORACLE = CLAIRVOYANT.name
@@ -146,7 +148,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     tokens, system, costs = prepared(case)
     began, result, bound, notes = time.process_time(), None, 0.0, []
     for sequences, frequencies in halves(tokens):
-        if frequencies is None and case.start == "warm":
+        if case.blind:
+            frequencies = None
+        elif frequencies is None and case.start == "warm":
             notes.append("one sequence: static placement and warm start take the lowest ids, not frequencies")
         for part, least in _runs(case, system, costs, tokens, sequences, frequencies, timeline):
             result = part if result is None else result + part
@@ -162,6 +166,8 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
     if case.trace.startswith(PREFIX):
         notes.append("synthetic routing, see hybrimoe_jax/simulation/synthetic.py")
+    if case.blind:
+        notes.append("placed without frequencies: each layer's lowest ids")
     facts, slots = tokens.facts, system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts)
     return {
         "kind": KIND,
@@ -186,6 +192,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
             **({"cache": "belady"} if knows_the_future(case.system) else {}),
             "cache_params": dict(case.cache_params),
             "steps_limit": case.steps,
+            "blind": case.blind,
         },
         "notes": notes,
         "costs": costs.describe(),
@@ -203,7 +210,8 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
 
     def least(steps: Iterable[Step]) -> float:
         slots = system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies)
-        return least_seconds(steps, slots, costs, cold=case.start == "cold" and not policy_class(system.cache).fixed)
+        cold = case.start == "cold" and not policy_class(system.cache).fixed
+        return least_seconds(steps, slots, costs, cold=cold, pooled=system.scope == "pooled")
 
     if case.prompt is None:
         yield run(tokens.steps(sequences, case.steps)), least(tokens.steps(sequences, case.steps))

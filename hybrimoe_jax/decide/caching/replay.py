@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from hybrimoe_jax.decide.caching.offers import Offers
 from hybrimoe_jax.decide.caching.policy import CachePolicy
-from hybrimoe_jax.errors import UserError
 
 
 class Visit(NamedTuple):
@@ -83,59 +83,37 @@ class PerLayer:
 
 
 class Pooled:
-    """All layers share `slots`: the victim is the least valuable of the layers' own victims, the earliest layer's among equals.
+    """All layers share `slots`, see `offers`.
 
     The current step's needs in layers yet to come are unknown, so only the layer that runs is protected.
     """
 
     def __init__(self, policies: Sequence[CachePolicy], slots: int, *, bypass: bool = False):
-        for policy in policies:
-            if not policy.comparable:
-                raise UserError(
-                    f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
-                )
         self.policies, self.slots, self.bypass, self.used = policies, slots, bypass, 0
         self.resident: list[set[int]] = [set() for _ in policies]
-        self._offers: list[tuple[int, float, int] | None] = [None] * len(
-            policies
-        )  # (step, value, victim) of each layer
+        self._offers = Offers(policies, self.resident)
         if all(policy.fixed for policy in policies):
             self._fill()
 
     def admit(self, layer: int, expert: int, needed: Collection[int]) -> bool:
         """Finds a slot for a missed expert; False where it is not kept."""
         if self.used >= self.slots:
-            offers = [(value, i, e) for i in range(len(self.policies)) for value, e in self._offer(i, layer, needed)]
-            if not offers:
+            offers = self._offers.all([needed if i == layer else () for i in range(len(self.policies))])
+            victim = min(offers, default=None)
+            if victim is None or (self.bypass and self.policies[layer].value(expert) < victim.value):
                 return False
-            value, owner, victim = min(offers)
-            if self.bypass and self.policies[layer].value(expert) < value:
-                return False
-            self.resident[owner].remove(victim)
-            self._offers[owner] = None
-            if owner != layer:
-                self.policies[owner].moved(None, victim)
-            self.policies[layer].moved(expert, victim if owner == layer else None)
+            self.resident[victim.layer].remove(victim.expert)
+            self._offers.changed(victim.layer)
+            own = victim.layer == layer
+            if not own:
+                self.policies[victim.layer].moved(None, victim.expert)
+            self.policies[layer].moved(expert, victim.expert if own else None)
         else:
             self.used += 1
             self.policies[layer].moved(expert, None)
         self.resident[layer].add(expert)
-        self._offers[layer] = None
+        self._offers.changed(layer)
         return True
-
-    def _offer(self, layer: int, running: int, needed: Collection[int]) -> list[tuple[float, int]]:
-        """The value and id of the layer's victim, if it has one; remembered until the layer runs again or its residents change."""
-        policy, known = self.policies[layer], self._offers[layer]
-        if layer != running and known is not None and known[0] == policy.step:
-            return [known[1:]]
-        resident = self.resident[layer]
-        victim = policy.victim(resident, needed if layer == running else ()) if resident else None
-        if victim is None:
-            return []
-        offer = (policy.value(victim), victim)
-        if layer != running:
-            self._offers[layer] = (policy.step, *offer)
-        return [offer]
 
     def _fill(self) -> None:
         """A fixed placement: the most frequent experts of all layers."""

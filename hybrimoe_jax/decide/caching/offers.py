@@ -1,0 +1,56 @@
+"""Slots that all layers share: who makes room is the least valuable of the layers' own victims, the earliest layer's among equals.
+
+A layer's victim is remembered until the layer runs again or its residents change, so that finding room asks few policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.errors import UserError
+
+
+class Offer(NamedTuple):
+    """A layer's victim and its value there; offers sort by value, then layer."""
+
+    value: float
+    layer: int
+    expert: int
+
+
+class Offers:
+    """Args: policies: of all layers; UserError where their values do not compare. resident: the experts of each layer in slots, kept by the caller."""
+
+    def __init__(self, policies: Sequence[CachePolicy], resident: Sequence[set[int]]):
+        for policy in policies:
+            if not policy.comparable:
+                raise UserError(
+                    f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
+                )
+        self.policies, self.resident = policies, resident
+        self._known: list[tuple[int, Offer | None] | None] = [None] * len(policies)  # (step, offer)
+
+    def changed(self, layer: int) -> None:
+        """The layer's residents are others now."""
+        self._known[layer] = None
+
+    def of(self, layer: int, protected: Collection[int] = ()) -> Offer | None:
+        """The layer's victim, none of the protected; None where it has none."""
+        policy, known = self.policies[layer], self._known[layer]
+        if not protected and known is not None and known[0] == policy.step:
+            return known[1]
+        resident = self.resident[layer]
+        victim = policy.victim(resident, protected) if resident else None
+        offer = None if victim is None else Offer(policy.value(victim), layer, victim)
+        if not protected:
+            self._known[layer] = policy.step, offer
+        return offer
+
+    def all(self, protected: Sequence[Collection[int]]) -> Iterator[Offer]:
+        """Every layer's victim, if it has one; `protected`: by layer."""
+        for layer, some in enumerate(protected):
+            offer = self.of(layer, some)
+            if offer is not None:
+                yield offer

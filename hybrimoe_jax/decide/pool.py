@@ -1,0 +1,105 @@
+"""Slots that all layers share (FreeToken): any expert of any layer may take any slot, since all have one size.
+
+A step is event-atomic per layer: what the running layer needs is never evicted, nor what a prefetch brought for a layer to come. What coming layers
+need without saying so is not known, and may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from hybrimoe_jax.decide.caching import CachePolicy
+from hybrimoe_jax.decide.caching.offers import Offer, Offers
+from hybrimoe_jax.decide.flights import Ledger
+from hybrimoe_jax.decide.plan import Fetch, Victim
+
+_FREE = float("-inf")
+
+
+def capacity_of(total: int, num_layers: int, num_experts: int) -> int:
+    """What each layer's policy takes for its capacity: its share of `total` slots, rounded up."""
+    return min(num_experts, -(-total // num_layers)) if num_layers else 0
+
+
+def initial(policies: Sequence[CachePolicy], total: int) -> list[list[int]]:
+    """What fills `total` slots: the most frequent experts of all layers together, or each layer's own first ones where frequencies are unknown."""
+    first: list[list[int]] = [[] for _ in policies]
+    if all([policy.frequencies is not None for policy in policies]):
+        ranked = [(-count, i, e) for i, policy in enumerate(policies) for e, count in enumerate(policy.frequencies)]
+        for _, layer, expert in sorted(ranked)[:total]:
+            first[layer].append(expert)
+        return first
+    ranked = [(rank, i, e) for i, policy in enumerate(policies) for rank, e in enumerate(policy.initial())]
+    for _, layer, expert in sorted(ranked)[:total]:
+        first[layer].append(expert)
+    return first
+
+
+class Pool:
+    """The shared slots.
+
+    Args:
+      total: how many. policies: of all layers; UserError where their values do not compare.
+      resident: the experts of each layer in slots; kept up to date here.
+      ledger: what prefetches brought for steps to come.
+    """
+
+    def __init__(self, total: int, policies: Sequence[CachePolicy], resident: Sequence[set[int]], ledger: Ledger):
+        self.total, self.policies, self.resident, self.ledger = total, policies, resident, ledger
+        self.used = sum(map(len, resident))
+        self._offers = Offers(policies, resident)
+
+    @property
+    def free(self) -> int:
+        return self.total - self.used
+
+    def admit(self, layer: int, expert: int, needed: Collection[int]) -> Fetch:
+        """Finds a slot for an expert that the running layer brings in."""
+        victim = None
+        if self.used >= self.total:
+            victim = self.next_victim(layer, needed)
+            policy = self.policies[layer]
+            if victim is None or (policy.bypass and policy.value(expert) < victim.value):
+                return Fetch(expert, None, True)
+        return Fetch(expert, self.move(layer, expert, victim), False)
+
+    def next_victim(self, layer: int, needed: Collection[int]) -> Offer | None:
+        """Who makes room for the running layer's next demand load."""
+        protected = list(self.ledger.ready)
+        protected[layer] = needed
+        return min(self._offers.all(protected), default=None)
+
+    def openings(self, protected: Sequence[Collection[int]], worth: Callable[[int, int], float] | None) -> list[float]:
+        """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus infinity for a free slot, and
+        for all where `worth` is None. `worth`: of (layer, expert)."""
+        values: list[float] = [_FREE] * self.free
+        offers = self._offers.all(protected)
+        values += [_FREE for _ in offers] if worth is None else sorted([worth(o.layer, o.expert) for o in offers])
+        return values[self.ledger.num_flying :]
+
+    def admit_landed(
+        self, layer: int, expert: int, protected: Sequence[Collection[int]], may_go: Callable[[int, int], bool]
+    ) -> tuple[bool, Victim | None]:
+        """Finds a slot for a prefetch that has landed, (whether it got one, its victim): the least valuable of those that `may_go`, (layer, expert)."""
+        victim = None
+        if self.used >= self.total:
+            offers = sorted(self._offers.all(protected))
+            victim = next((o for o in offers if may_go(o.layer, o.expert)), None)
+            if victim is None:
+                return False, None
+        return True, self.move(layer, expert, victim)
+
+    def move(self, layer: int, entered: int, victim: Offer | None) -> Victim | None:
+        """Puts an expert into the victim's slot, or into a free one; returns who left, as plans name it."""
+        if victim is None:
+            self.used += 1
+        else:
+            self.resident[victim.layer].remove(victim.expert)
+            self._offers.changed(victim.layer)
+        self.resident[layer].add(entered)
+        self._offers.changed(layer)
+        own = victim is not None and victim.layer == layer
+        self.policies[layer].moved(entered, victim.expert if own else None)
+        if victim is not None and not own:
+            self.policies[victim.layer].moved(None, victim.expert)
+        return None if victim is None else (victim.layer, victim.expert)
