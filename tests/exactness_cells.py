@@ -69,18 +69,18 @@ FORMATS = ("int8-g64", "int8-g32-s32-a8", "int4-g32", "int4-g64-a8", "int4z-g128
 """Quantised ones; the tiny experts are 32 wide and 24 deep, so that groups are whole, short, and fewer than one."""
 
 
-def matrix(models, formats=("f32",)) -> list[Cell]:
-    """Every cell of the given models and formats (oneDNN computes plain experts only)."""
-    plain = formats == ("f32",)
-    axes = (
-        models,
-        (*SYSTEMS, *RULES),
-        ("overlapped", "callback"),
-        (0.0, 0.25, 0.5, 1.0),
-        ("reference", "onednn", "native", "auto") if plain else ("reference", "native", "auto"),
-        TINY_LENGTHS,
-        formats,
-    )
+def matrix(models) -> list[Cell]:
+    """Every cell of the given models in float32."""
+    kernels = ("reference", "onednn", "native", "auto")
+    systems, executors, ratios = (*SYSTEMS, *RULES), ("overlapped", "callback"), (0.0, 0.25, 0.5, 1.0)
+    return [Cell(*v) for v in itertools.product(models, systems, executors, ratios, kernels, TINY_LENGTHS, ("f32",))]
+
+
+def quantised_matrix(models) -> list[Cell]:
+    """The same over quantised formats. How experts are placed does not depend on their bytes, so four systems stand for the ways there
+    are of computing one (host, resident, streamed, all of these), and oneDNN computes plain experts only."""
+    systems, executors = ("hybrimoe", "on-demand", "device-only", "cpu-only"), ("overlapped", "callback")
+    axes = (models, systems, executors, (0.0, 0.5), ("reference", "native"), TINY_LENGTHS, FORMATS)
     return [Cell(*values) for values in itertools.product(*axes)]
 
 

@@ -25,7 +25,7 @@ from hybrimoe_jax.host_kernels.packing import Format, pack_expert
 from hybrimoe_jax.loading import bundled_model
 
 MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])
-QUANTISED = exactness_cells.matrix(list(tiny.CONFIGS), exactness_cells.FORMATS)
+QUANTISED = exactness_cells.quantised_matrix(list(tiny.CONFIGS))
 SAMPLE = exactness_cells.covering(MATRIX, at_least=92)
 QUANTISED_SAMPLE = exactness_cells.covering_formats(QUANTISED)
 SAMPLED = frozenset([*SAMPLE, *QUANTISED_SAMPLE])
