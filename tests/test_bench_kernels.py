@@ -9,7 +9,9 @@ from hybrimoe_jax import bench
 from hybrimoe_jax.benchmarks import ggml_peer, kernel_contenders, kernels
 from hybrimoe_jax.benchmarks.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.formats import BF16
 from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.packing import Format, dequantise, pack_expert
 
 needs_native = pytest.mark.skipif(not library.available(), reason="the package was installed without a C++ compiler")
 
@@ -54,16 +56,22 @@ def test_it_prints_limits_tables_bars_and_one_json_line(monkeypatch, capsys):
 
 
 @needs_native
-def test_contenders_compute_the_same_expert():
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8-g32", "int4-g32"])
+def test_a_contender_computes_the_expert_that_its_format_stands_for(format):
     weights = Weights(Shape("small", 64, 96))
     x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
-    results = {}
-    for contender in [kernel_contenders.native(name, weights) for name in ("f32", "bf16", "int8-g32-a8", "int4-g32")]:
-        contender.set_threads(1)
-        results[contender.name] = contender.run(0, x).copy()
-    for name, result in results.items():
-        off = np.abs(result - results["native f32"]).max() / np.abs(results["native f32"]).max()
-        assert off < (0.25 if "int4" in name else 0.03), name
+    matrices = [m.astype(np.float64) for m in weights.matrices]
+    if format == "bf16":
+        matrices = [m.astype(BF16).astype(np.float64) for m in weights.matrices]
+    elif format != "f32":
+        matrices = [
+            dequantise(m).astype(np.float64) for m in pack_expert(*weights.matrices, Format.parse(format)).matrices
+        ]
+    gate, up = x @ matrices[0].T, x @ matrices[1].T
+    want = (gate / (1 + np.exp(-gate)) * up) @ matrices[2].T
+    contender = kernel_contenders.native(format, weights)
+    contender.set_threads(1)
+    assert np.abs(contender.run(0, x) - want).max() < 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize(
