@@ -164,7 +164,7 @@ class NativeKernel(HostKernel):
         if out.shape != (len(x), rows) or out.dtype != F32 or not out.flags.c_contiguous:
             raise ValueError(f"out is {out.dtype} {out.shape}; float32 {(len(x), rows)} is needed")
         pointers = (data.ctypes.data, len(x), x.ctypes.data, out.ctypes.data)
-        failed = self._library.matrix_run(self._number, code, rows, columns, *pointers, threads or self.threads)
+        failed = self._library.matrix_run(self.number, code, rows, columns, *pointers, threads or self.threads)
         if failed:
             raise _ERRORS[failed]
         return out

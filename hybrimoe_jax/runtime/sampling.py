@@ -59,7 +59,7 @@ def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if options.top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
+        order = np.argsort(-scaled, kind="stable")  # logits that differ may have equal probabilities
         before = np.cumsum(probabilities[order]) - probabilities[order]
         probabilities[order[before >= options.top_p]] = 0.0
         probabilities /= probabilities.sum()
