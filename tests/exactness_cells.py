@@ -77,9 +77,9 @@ def matrix(models) -> list[Cell]:
 
 
 def quantised_matrix(models) -> list[Cell]:
-    """The same over quantised formats. How experts are placed does not depend on their bytes, so four systems stand for the ways there
-    are of computing one (host, resident, streamed, all of these), and oneDNN computes plain experts only."""
-    systems, executors = ("hybrimoe", "on-demand", "device-only", "cpu-only"), ("overlapped", "callback")
+    """The same over quantised formats. How experts are placed does not depend on their bytes, so two systems stand for the ways there
+    are of computing one (on the host; resident, fetched or streamed), and oneDNN computes plain experts only."""
+    systems, executors = ("hybrimoe", "on-demand"), ("overlapped", "callback")
     axes = (models, systems, executors, (0.0, 0.5), ("reference", "native"), TINY_LENGTHS, FORMATS)
     return [Cell(*values) for values in itertools.product(*axes)]
 

@@ -123,6 +123,7 @@ def test_calibrated_experts_are_nearer_than_rounded_ones():
     assert better < 0.9 * nearest
 
 
+@pytest.mark.slow
 def test_an_expert_that_saw_nothing_follows_the_layer():
     """Two tokens of text: most experts are never chosen, and still come out well formed."""
     config, _, _, weights, ids = model("mixtral")

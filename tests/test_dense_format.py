@@ -57,8 +57,22 @@ def test_projections_are_rounded_and_nothing_else():
     assert not dense_packing.is_projection("model.layers.0.self_attn.q_proj.bias", (8,))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2"])
-@pytest.mark.parametrize(("fmt", "dense_format"), [(None, "int8-g32"), ("int4-g32", "int4z-g64")])
+@pytest.mark.parametrize(
+    ("family", "fmt", "dense_format"),
+    [
+        ("qwen2_moe", None, "int8-g32"),
+        ("deepseek_v2", "int4-g32", "int4z-g64"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("mixtral", None, "int8-g32"),
+                ("deepseek_v2", None, "int8-g32"),
+                ("mixtral", "int4-g32", "int4z-g64"),
+                ("qwen2_moe", "int4-g32", "int4z-g64"),
+            )
+        ),
+    ],
+)
 def test_every_placement_gives_the_dense_answer(family, fmt, dense_format, tmp_path):
     folder = tiny_model(tmp_path, family, fmt=fmt, dense_format=dense_format)
     checkpoint = open_checkpoint(folder)
