@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.models.layers import Linear, RMSNorm, rotate_half
 from hybrimoe_jax.models.precision import einsum
+from hybrimoe_jax.models.products import calls_native
 
 NEG_INF = -1e30
 BLOCK = 128
@@ -118,6 +120,13 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self.rope(positions)
         q, k = rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+        if tokens == 1 and calls_native() and cache["k"].dtype == jnp.float32:
+            new = (part[:, 0] for part in (q, k, v))
+            span = span or cache["k"].shape[2]
+            out, *cached = native.grouped(
+                *new, positions[:, 0], cache["k"], cache["v"], span, self.window, self.head_dim**-0.5
+            )
+            return self.o_proj(out.reshape(batch, 1, -1)), dict(zip(("k", "v"), cached))
         cache = {
             name: cache_write(cache[name], part.transpose(0, 2, 1, 3), positions, axis=2)
             for name, part in (("k", k), ("v", v))

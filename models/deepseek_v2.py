@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.precision import einsum
+from hybrimoe_jax.models.products import calls_native
 from hybrimoe_jax.models.rope import yarn_mscale
 
 LATENT_EPS = 1e-6  # the published model's latent norms keep their class's default, whatever `rms_norm_eps` says
@@ -158,6 +160,14 @@ class LatentAttention(nnx.Module):
         latent, k_rope = self.kv_a_layernorm(compressed[..., : self.latent]), compressed[..., self.latent :]
         cos, sin = self.rope(positions)
         q_rope, k_rope = rotate_pairs(q_rope, cos, sin), rotate_pairs(k_rope[:, :, None], cos, sin)[:, :, 0]
+        up = self.kv_b_proj.weight[...].reshape(self.heads, self.nope + self.value, self.latent)
+        if tokens == 1 and absorb is None and calls_native() and cache["latent"].dtype == jnp.float32:
+            new = (part[:, 0] for part in (q, q_rope, latent, k_rope))
+            span = span or cache["latent"].shape[1]
+            out, *cached = native.latent(
+                *new, up, positions[:, 0], cache["latent"], cache["rope"], span, self.scale
+            )
+            return self.o_proj(out.reshape(batch, 1, -1)), dict(zip(("latent", "rope"), cached))
         cache = {
             "latent": cache_write(cache["latent"], latent, positions),
             "rope": cache_write(cache["rope"], k_rope, positions),
@@ -165,7 +175,6 @@ class LatentAttention(nnx.Module):
         span = span or cache["latent"].shape[1]
         absorb = self.absorbs(tokens, span) if absorb is None else absorb
         attend = absorbed_attention if absorb else expanded_attention
-        up = self.kv_b_proj.weight[...].reshape(self.heads, self.nope + self.value, self.latent)
         mask = visible(positions, span, None)
         seen = {name: part[:, :span] for name, part in cache.items()}
         out = attend(q, q_rope, seen, up, mask, self.scale)

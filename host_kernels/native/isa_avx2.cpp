@@ -4,13 +4,14 @@
 #include "kernels.inc"
 #include "lanes.inc"
 #include "packed.inc"
+#include "attention.inc"
 
 namespace experts {
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 const Quantised quantised_avx2 = QUANTISED;
-const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised_avx2, &quantised_avx2, PROBES};
+const Isa avx2 = {"avx2", has_avx2, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised_avx2, &quantised_avx2, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

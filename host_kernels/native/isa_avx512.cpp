@@ -7,6 +7,7 @@
 #include "kernels.inc"
 #include "lanes.inc"
 #include "packed.inc"
+#include "attention.inc"
 
 namespace experts {
 #if defined(EXPERTS_EMULATE)
@@ -16,7 +17,7 @@ static const Quantised quantised = QUANTISED;
 static bool has_avx512() { return __builtin_cpu_supports("avx512f") && avx2.supported(); }
 static const Quantised& quantised = quantised_avx2;
 #endif
-const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES};
+const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

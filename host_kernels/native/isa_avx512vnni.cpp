@@ -6,6 +6,7 @@
 #include "kernels.inc"
 #include "lanes.inc"
 #include "packed.inc"
+#include "attention.inc"
 
 namespace experts {
 static bool has_avx512vnni() {
@@ -13,7 +14,7 @@ static bool has_avx512vnni() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 static const Quantised quantised = QUANTISED;
-const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised_avx512vl, PROBES};
+const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised_avx512vl, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

@@ -7,6 +7,7 @@
 #include "kernels.inc"
 #include "lanes.inc"
 #include "packed.inc"
+#include "attention.inc"
 
 namespace experts {
 static bool has_avxvnni() {
@@ -14,7 +15,7 @@ static bool has_avxvnni() {
     return avx2.supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 static const Quantised quantised = QUANTISED;
-const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES};
+const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

@@ -3,9 +3,10 @@
 #include "kernels.inc"
 #include "lanes.inc"
 #include "packed.inc"
+#include "attention.inc"
 
 namespace experts {
 static bool always() { return true; }
 static const Quantised quantised = QUANTISED;
-const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES};
+const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts

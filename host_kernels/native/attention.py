@@ -1,0 +1,67 @@
+"""Decode attention inside jitted programs on the CPU backend, as XLA FFI calls: one token a row, the cache written and read in place.
+
+What they compute is said in jax.numpy by `models.attention` and `models.deepseek_v2`, which they are tested against. Where the caches
+are donated nothing of them is copied.
+
+Shapes: B batch, S places of the cache, H query heads, K key/value heads, d head width; latent attention: r latent width, R rotary
+width, n un-rotated query width, v value width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.native.ffi import register, threads
+
+GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
+HANDLERS = {GROUPED: "ffi_grouped_attention", LATENT: "ffi_latent_attention"}
+
+
+def _call(name: str, out: tuple[int, ...], caches: tuple[jax.Array, jax.Array], *operands, scale: float, **numbers: int):
+    """`operands`, then the caches; the result of shape `out`, then the caches."""
+    register(name, HANDLERS[name])
+    results = [jax.ShapeDtypeStruct(out, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
+    first = len(operands)
+    call = jax.ffi.ffi_call(name, results, input_output_aliases={first: 1, first + 1: 2})
+    numbers |= {"isa": library.library().experts_best_isa(), "threads": threads()}
+    fixed = {key: np.int64(number) for key, number in numbers.items()}
+    return call(*operands, *caches, scale=np.float32(scale), **fixed)
+
+
+def grouped(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    span: int,
+    window: int | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes k and v [B, K, d] at `positions` [B] of keys and values [B, K, S, d] and attends q [B, H, d] to those up to there (with a
+    window: to its last ones) -> [B, H, d] and the two caches. All float32. A position at or past S marks padding; none is else at or past `span`."""
+    return _call(
+        GROUPED, q.shape, (keys, values), q, k, v, positions, scale=scale, span=span, window=window or 0
+    )
+
+
+def latent(
+    q: jax.Array,
+    q_rope: jax.Array,
+    latent: jax.Array,
+    rope: jax.Array,
+    up: jax.Array,
+    positions: jax.Array,
+    latents: jax.Array,
+    ropes: jax.Array,
+    span: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H, n + v, r] (float32 or bfloat16) and caches
+    [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
+    out = (*q.shape[:2], up.shape[1] - q.shape[2])
+    return _call(LATENT, out, (latents, ropes), q, q_rope, latent, rope, up, positions, scale=scale, span=span)
