@@ -18,7 +18,15 @@ from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
 ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vl", "avx512vnni"]
-SOURCES = ["attention.cpp", "experts.cpp", "layout.cpp", "probe.cpp", "routed.cpp", "team.cpp", *(f"isa_{name}.cpp" for name in ISAS)]
+SOURCES = [
+    "attention.cpp",
+    "experts.cpp",
+    "layout.cpp",
+    "probe.cpp",
+    "routed.cpp",
+    "team.cpp",
+    *(f"isa_{name}.cpp" for name in ISAS),
+]
 HEADERS = ["attention.h", "attention.inc", "experts.h", "layout.h", "team.h", "kernels.inc", "lanes.inc", "packed.inc"]
 HANDLERS = ["ffi.cpp", "ffi_attention.cpp", "ffi_routed.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]

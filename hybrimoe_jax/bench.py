@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|cache|schedule|kernels|formats`: measured comparisons. A table for people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats`: measured comparisons. A table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--new", type=int, default=32, metavar="N", help="tokens per decode run (default 32)")
     engine.add_argument("--no-baseline", action="store_true", help="leave transformers out")
     engine.add_argument("--workdir", metavar="DIR", help="keep the random model here for the next run")
+    _llamacpp_arguments(
+        commands.add_parser("llamacpp", help="the engine against llama.cpp at the same bits a weight, in turns")
+    )
     _cache_arguments(commands.add_parser("cache", help="cache policies on recorded routing: hits, misses, bound"))
     schedule = commands.add_parser("schedule", help="each rule's gap to the least makespan, and what a decision costs")
     schedule.add_argument(
@@ -35,7 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     _kernel_arguments(commands.add_parser("kernels", help="host expert kernels by format and load against peers"))
     _format_arguments(commands.add_parser("formats", help="size, logits error and perplexity of each weight format"))
     args = top.parse_args(argv)
-    run_one = {"engine": _engine, "cache": _cache, "schedule": _schedule, "kernels": _kernels, "formats": _formats}
+    run_one = {
+        "engine": _engine,
+        "llamacpp": _llamacpp,
+        "cache": _cache,
+        "schedule": _schedule,
+        "kernels": _kernels,
+        "formats": _formats,
+    }
     return run_one[args.command](args)
 
 
@@ -60,12 +70,40 @@ def _engine(args: argparse.Namespace) -> int:
         _need_transformers()
     options = benchmark.Options(args.threads, args.cache_ratio, args.rounds, args.new, not args.no_baseline)
     workdir = Path(args.workdir) if args.workdir else None
-    note = (
-        (lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
-    )
-    record = benchmark.run(args.models.split(","), options, workdir, note)
-    note("")
+    record = benchmark.run(args.models.split(","), options, workdir, _note)
+    _note("")
     print(json.dumps(record))
+    return 0
+
+
+def _note(text: str) -> None:
+    """What is going on, for who watches a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _llamacpp_arguments(peer) -> None:
+    peer.add_argument("--models", default="mid,deepseek-v2-lite", metavar="M,..", help="default both")
+    peer.add_argument("--formats", metavar="F,..", help="f32, int8-g32-a8, int4-g32-a8; default: what fits the model")
+    peer.add_argument("--threads", type=int, default=2, metavar="N", help="of either (default 2)")
+    peer.add_argument("--cache-ratio", type=float, default=0.25, metavar="R")
+    peer.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds (default 5)")
+    peer.add_argument("--new", type=int, default=32, metavar="N", help="tokens per decode run (default 32)")
+    peer.add_argument("--workdir", metavar="DIR", help="keep the models (21 GB) here for the next run")
+
+
+def _llamacpp(args: argparse.Namespace) -> int:
+    from hybrimoe_jax.benchmarks import llamacpp as benchmark
+
+    models, formats = args.models.split(","), tuple(args.formats.split(",")) if args.formats else None
+    for option, names, known in (("models", models, benchmark.MODELS), ("formats", formats or (), benchmark.TYPES)):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--{option} {unknown[0]!r} is not known (known: {', '.join(known)})")
+    for name in ("threads", "rounds", "new"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
+    print(json.dumps(benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note)))
     return 0
 
 

@@ -164,9 +164,7 @@ class LatentAttention(nnx.Module):
         if tokens == 1 and absorb is None and calls_native() and cache["latent"].dtype == jnp.float32:
             new = (part[:, 0] for part in (q, q_rope, latent, k_rope))
             span = span or cache["latent"].shape[1]
-            out, *cached = native.latent(
-                *new, up, positions[:, 0], cache["latent"], cache["rope"], span, self.scale
-            )
+            out, *cached = native.latent(*new, up, positions[:, 0], cache["latent"], cache["rope"], span, self.scale)
             return self.o_proj(out.reshape(batch, 1, -1)), dict(zip(("latent", "rope"), cached))
         cache = {
             "latent": cache_write(cache["latent"], latent, positions),

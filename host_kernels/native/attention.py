@@ -20,7 +20,9 @@ GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
 HANDLERS = {GROUPED: "ffi_grouped_attention", LATENT: "ffi_latent_attention"}
 
 
-def _call(name: str, out: tuple[int, ...], caches: tuple[jax.Array, jax.Array], *operands, scale: float, **numbers: int):
+def _call(
+    name: str, out: tuple[int, ...], caches: tuple[jax.Array, jax.Array], *operands, scale: float, **numbers: int
+):
     """`operands`, then the caches; the result of shape `out`, then the caches."""
     register(name, HANDLERS[name])
     results = [jax.ShapeDtypeStruct(out, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
@@ -44,9 +46,7 @@ def grouped(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes k and v [B, K, d] at `positions` [B] of keys and values [B, K, S, d] and attends q [B, H, d] to those up to there (with a
     window: to its last ones) -> [B, H, d] and the two caches. All float32. A position at or past S marks padding; none is else at or past `span`."""
-    return _call(
-        GROUPED, q.shape, (keys, values), q, k, v, positions, scale=scale, span=span, window=window or 0
-    )
+    return _call(GROUPED, q.shape, (keys, values), q, k, v, positions, scale=scale, span=span, window=window or 0)
 
 
 def latent(

@@ -15,6 +15,8 @@ import time
 
 import numpy as np
 
+from hybrimoe_jax.errors import UserError
+
 
 def prompt(tokens: int, vocab: int) -> list[int]:
     """The same prompt for every contender."""
@@ -195,9 +197,58 @@ class TransformersContender:
         return {"seconds": (time.perf_counter() - start) / new, "token_ids": made}
 
 
+class LlamaCppContender:
+    """llama.cpp on a GGUF file, by llama-cpp-python's low-level interface: greedy, its default cache type (float16)."""
+
+    def __init__(self, file: str, threads: int):
+        import llama_cpp
+
+        self.lib = llama_cpp
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.no_perf = 1024, 512, 512, True
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings) if self.model else None
+        if not self.context:
+            raise UserError(f"{file}: llama.cpp could not load it")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.about = {"llama_cpp_python": llama_cpp.__version__}
+
+    def names(self) -> list[str]:
+        return ["llama.cpp"]
+
+    def _next(self, ids: list[int]) -> int:
+        lib = self.lib
+        array = (lib.llama_token * len(ids))(*ids)  # must outlive the batch, which only points at it
+        if lib.llama_decode(self.context, lib.llama_batch_get_one(array, len(ids))):
+            raise UserError("llama.cpp could not compute a batch")
+        return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, -1), (self.vocab,)).argmax())
+
+    def prefill(self, name: str, tokens: int) -> dict:
+        ids = prompt(tokens, self.vocab)
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        start = time.perf_counter()
+        self._next(ids)
+        return {"seconds": time.perf_counter() - start}
+
+    def decode(self, name: str, tokens: int, new: int) -> dict:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        made = [self._next(prompt(tokens, self.vocab))]
+        start = time.perf_counter()
+        for _ in range(new):
+            made.append(self._next(made[-1:]))
+        return {"seconds": (time.perf_counter() - start) / new, "token_ids": made}
+
+
+CONTENDERS = {"engine": EngineContender, "transformers": TransformersContender, "llama.cpp": LlamaCppContender}
+
+
 def main() -> None:
     kind, options = sys.argv[1], json.loads(sys.argv[2])
-    contender = {"engine": EngineContender, "transformers": TransformersContender}[kind](**options)
+    contender = CONTENDERS[kind](**options)
     print(json.dumps({"names": contender.names(), **contender.about}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

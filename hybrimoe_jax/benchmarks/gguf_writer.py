@@ -64,7 +64,9 @@ def write_gguf(path: Path, config: ModelConfig, kind: str, read: Callable[[str],
         if own != "F32":
             width, dtype = width // BLOCK * BLOCK_BYTES[own], np.uint8
         shape = (*matrix.shape[:-1], width)
-        writer.add_tensor_info(matrix.name, shape, np.dtype(dtype), math.prod(shape) * np.dtype(dtype).itemsize, types[own])
+        writer.add_tensor_info(
+            matrix.name, shape, np.dtype(dtype), math.prod(shape) * np.dtype(dtype).itemsize, types[own]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -137,7 +139,9 @@ def metadata(writer, config: ModelConfig) -> None:
 def layout(config: ModelConfig) -> tuple[str, list[Matrix]]:
     """llama.cpp's name of the architecture and the tensors it reads. Raises UserError for a family other than Qwen2-MoE and DeepSeek-V2."""
     if config.model_type not in FAMILIES or config.tie_word_embeddings:
-        raise UserError(f"no GGUF is written for {config.model_type} (known: {', '.join(FAMILIES)}, with a head of its own)")
+        raise UserError(
+            f"no GGUF is written for {config.model_type} (known: {', '.join(FAMILIES)}, with a head of its own)"
+        )
     arch, attention = FAMILIES[config.model_type]
     width, vocab = config.hidden_size, config.vocab_size
     found = [

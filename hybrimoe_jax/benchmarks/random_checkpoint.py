@@ -34,6 +34,38 @@ MID = dict(
 )
 """A Qwen2-MoE of 466 million parameters, float32."""
 
+DEEPSEEK_V2_LITE = dict(
+    model_type="deepseek_v2",
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    vocab_size=102400,
+    max_position_embeddings=163840,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    kv_lora_rank=512,
+    q_lora_rank=None,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    norm_topk_prob=False,
+    topk_method="greedy",
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=1.0,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-6,
+    rope_theta=10000,
+    hidden_act="silu",
+    torch_dtype="bfloat16",
+)
+"""The shapes of DeepSeek-V2-Lite, 15.7 billion parameters (its published configuration, rotary scaling left out)."""
+
 
 def write_random_qwen2_moe(folder: Path, config: dict = MID, seed: int = 0) -> Path:
     """Writes `config.json` and `model.safetensors` into `folder` (made if absent) and returns it."""
