@@ -23,13 +23,15 @@ from flax import nnx
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import attention as native
+from hybrimoe_jax.host_kernels.packing import PANEL, PackedMatrix
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.packed import dequantise
 from hybrimoe_jax.models.precision import einsum
-from hybrimoe_jax.models.products import calls_native
+from hybrimoe_jax.models.products import calls_native, product
 from hybrimoe_jax.models.rope import yarn_mscale
 
 LATENT_EPS = 1e-6  # the published model's latent norms keep their class's default, whatever `rms_norm_eps` says
@@ -143,6 +145,10 @@ class LatentAttention(nnx.Module):
         expanded = capacity * self.latent * (self.nope + self.value) + tokens * capacity * (self.nope + self.value)
         return absorbed <= expanded
 
+    def native_takes(self, up: jax.Array | PackedMatrix, latents: jax.Array) -> bool:
+        aligned = self.nope % PANEL == 0 == self.value % PANEL
+        return latents.dtype == jnp.float32 and (aligned or not isinstance(up, PackedMatrix))
+
     def __call__(
         self,
         x: jax.Array,
@@ -160,8 +166,8 @@ class LatentAttention(nnx.Module):
         latent, k_rope = self.kv_a_layernorm(compressed[..., : self.latent]), compressed[..., self.latent :]
         cos, sin = self.rope(positions)
         q_rope, k_rope = rotate_pairs(q_rope, cos, sin), rotate_pairs(k_rope[:, :, None], cos, sin)[:, :, 0]
-        up = self.kv_b_proj.weight[...].reshape(self.heads, self.nope + self.value, self.latent)
-        if tokens == 1 and absorb is None and calls_native() and cache["latent"].dtype == jnp.float32:
+        up = self.kv_b_proj.weight.get_value()
+        if tokens == 1 and absorb is None and calls_native() and self.native_takes(up, cache["latent"]):
             new = (part[:, 0] for part in (q, q_rope, latent, k_rope))
             span = span or cache["latent"].shape[1]
             out, *cached = native.latent(*new, up, positions[:, 0], cache["latent"], cache["rope"], span, self.scale)
@@ -180,13 +186,14 @@ class LatentAttention(nnx.Module):
 
 
 def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
-    """q [B, T, H, n], q_rope [B, T, H, R], up [H, n + v, r] (key rows first), mask [B, T, S] -> [B, T, H, v].
+    """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r] (a head's key rows first), mask [B, T, S] -> [B, T, H, v].
 
     Both products take all of `up`, with zeros for the value rows, or values dropped: XLA:CPU copies a slice of it at 2 GB/s (measured on
     DeepSeek-V2-Lite, one token: 2 ms for each of 54 slices, four fifths of a token's time).
     """
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
-    nope = q.shape[-1]
+    nope, heads = q.shape[-1], q.shape[2]
+    up = (dequantise(up) if isinstance(up, PackedMatrix) else up).reshape(heads, -1, latent.shape[-1])
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, up.shape[1] - nope)))
     logits = einsum("bthr,bsr->bhts", einsum("bthm,hmr->bthr", q, up), latent)
     logits = (logits + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
@@ -197,8 +204,8 @@ def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
 def expanded_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
     """The same answer with keys and values of every head expanded from the latents."""
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
-    nope = q.shape[-1]
-    both = einsum("bsr,hmr->bshm", latent, up)
+    nope, heads = q.shape[-1], q.shape[2]
+    both = product(latent, up).reshape(*latent.shape[:2], heads, -1)
     keys, values = both[..., :nope], both[..., nope:]
     logits = (einsum("bthn,bshn->bhts", q, keys) + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
     probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)

@@ -2,10 +2,13 @@
 
 Quantised are the matrices that are only ever multiplied with (`Linear` through `products.product`): attention and expert projections and
 the head. Kept as they are: norms and biases; the token table, of which a step reads a row; routers, whose near-ties decide which experts
-run, and the one-row gate of a shared expert; and DeepSeek's `kv_b_proj`, which latent attention takes apart by heads.
+run, and the one-row gate of a shared expert. DeepSeek's `kv_b_proj` is never given rounded activations (`-a8` is taken off its format):
+latent attention multiplies with parts of it from either side, and must mean the same by both.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -20,7 +23,12 @@ BLOCK_FLOATS = 1 << 22
 def is_projection(name: str, shape: tuple[int, ...]) -> bool:
     """Whether `--dense-format` is for the tensor of this checkpoint name."""
     last = name.removesuffix(".weight").rpartition(".")[2]
-    return len(shape) == 2 and (name == "lm_head.weight" or ("_proj" in last and last != "kv_b_proj"))
+    return len(shape) == 2 and (name == "lm_head.weight" or "_proj" in last)
+
+
+def format_of(name: str, format: Format) -> Format:
+    """The format of the projection `name` where `--dense-format` is `format`."""
+    return dataclasses.replace(format, a8=False) if name.endswith("kv_b_proj.weight") else format
 
 
 def pack_tensor(tensor: Tensor, format: Format) -> PackedMatrix:

@@ -20,7 +20,7 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, MatrixLayout, pack_expert
 from hybrimoe_jax.models.checkpoint import row_block
-from hybrimoe_jax.models.dense_packing import is_projection, pack_tensor
+from hybrimoe_jax.models.dense_packing import format_of, is_projection, pack_tensor
 from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
 from hybrimoe_jax.models.safetensors_file import BF16
 from hybrimoe_jax.models.weights import Experts, PackedExperts, Piece, Tensor
@@ -124,7 +124,7 @@ class PackedLeaf:
 def dense_leaf(name: str, tensor: Tensor, fmt: str | None, dense_format: Format | None) -> HashedLeaf | PackedLeaf:
     """How a dense tensor is stored: `fmt` as in `stored_dtype`, `dense_format` that of the projections."""
     if dense_format is not None and is_projection(name, tuple(tensor.shape)):
-        return PackedLeaf(tensor, dense_format)
+        return PackedLeaf(tensor, format_of(name, dense_format))
     return HashedLeaf(tensor, stored_dtype(tensor.dtype, fmt))
 
 

@@ -45,16 +45,22 @@ def test_projections_are_rounded_and_nothing_else():
         "model.layers.2.mlp.shared_experts.down_proj",
         "lm_head",
         "x.kv_a_proj_with_mqa",
+        "x.self_attn.kv_b_proj",
     )
     no = (
         "model.embed_tokens",
         "model.layers.0.mlp.gate",
         "model.layers.0.mlp.shared_expert_gate",
-        "x.self_attn.kv_b_proj",
     )
     assert all(dense_packing.is_projection(f"{name}.weight", (8, 8)) for name in yes)
     assert not any(dense_packing.is_projection(f"{name}.weight", (8, 8)) for name in no)
     assert not dense_packing.is_projection("model.layers.0.self_attn.q_proj.bias", (8,))
+
+
+def test_what_latent_attention_multiplies_from_both_sides_takes_no_rounded_activations():
+    asked = Format.parse("int4-g32-a8")
+    assert str(dense_packing.format_of("x.kv_b_proj.weight", asked)) == "int4-g32"
+    assert dense_packing.format_of("x.kv_a_proj_with_mqa.weight", asked) == asked
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,24 @@ struct Latent {
     int64_t together, groups;
 };
 
+// to [latent, padded where packed] = the transpose of a head's key rows times q [plain]
+void absorb(const Isa& isa, const LatentAttention& a, int64_t head, const float* q, float* to) {
+    const int64_t from = head * (a.plain + a.value);
+    if (a.up.packed()) return isa.mix_packed[a.up.kind](a.up, from, a.plain, q, to);
+    isa.mix_rows[a.up.format](a.up.data + from * a.up.pitch, a.latent, a.plain, a.latent, q, a.plain, 1, to, a.latent);
+}
+
+// out [value] = a head's value rows times x [latent, padded with zeros]
+void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* x, float* out) {
+    const int64_t from = head * (a.plain + a.value) + a.plain;
+    if (a.up.packed()) return isa.packed[a.up.kind](a.up, from, a.value, &x, 1, out, a.value);
+    const char* weights = a.up.data + from * a.up.pitch;
+    for (int64_t r = 0; r < a.value; r += MAX_ROWS) {
+        const int64_t some = std::min(MAX_ROWS, a.value - r);
+        isa.product[a.up.format](weights + r * a.up.pitch, some, a.latent, &x, 1, out + r, a.value, weights + (r + some) * a.up.pitch);
+    }
+}
+
 void attend_latent(const void* context, int64_t item) {
     const Latent& all = *static_cast<const Latent*>(context);
     const Isa& isa = *all.isa;
@@ -93,16 +111,13 @@ void attend_latent(const void* context, int64_t item) {
     const int64_t row = item / all.groups, head = item % all.groups * all.together, n = std::min(all.together, a.heads - head);
     const float *latents = a.latents + row * a.places * a.latent, *ropes = a.ropes + row * a.places * a.rotary;
     const Span places = seen(a.positions[row], a.span, 0);
-    const int64_t pitch = rounded(places.count), deep = rounded(a.latent);
+    const int64_t pitch = rounded(places.count), deep = padded(a.latent, PADDED);
     float* logits = scratch(2 * n * pitch + n * deep);
     float *turned = logits + n * pitch, *vectors = turned + n * pitch;  // of n heads: rotary logits, and vectors as long as a latent
     const void *queries[TOGETHER], *rotary[TOGETHER];
-    const int64_t rows = a.plain + a.value, size = a.format == F32 ? 4 : 2;
-    const char* up = static_cast<const char*>(a.up) + head * rows * a.latent * size;
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = row * a.heads + head + i;
-        isa.mix_rows[a.format](up + i * rows * a.latent * size, a.latent, a.plain, a.latent, a.q + at * a.plain, a.plain, 1,
-                               vectors + i * deep, deep);
+        absorb(isa, a, head + i, a.q + at * a.plain, vectors + i * deep);
         queries[i] = vectors + i * deep;
         rotary[i] = a.q_rope + at * a.rotary;
     }
@@ -116,14 +131,8 @@ void attend_latent(const void* context, int64_t item) {
     }
     isa.mix_rows[F32](latents, a.latent, places.count, a.latent, logits, pitch, n, vectors, deep);
     for (int64_t i = 0; i < n; ++i) {
-        const void* own = vectors + i * deep;
-        const char* weights = up + (i * rows + a.plain) * a.latent * size;
-        for (int64_t r = 0; r < a.value; r += MAX_ROWS) {
-            const int64_t some = std::min(MAX_ROWS, a.value - r);
-            float* out = a.out + (row * a.heads + head + i) * a.value + r;
-            isa.product[a.format](weights + r * a.latent * size, some, a.latent, &own, 1, out, a.value,
-                                  weights + (r + some) * a.latent * size);
-        }
+        std::fill(vectors + i * deep + a.latent, vectors + (i + 1) * deep, 0.0f);
+        expand(isa, a, head + i, vectors + i * deep, a.out + (row * a.heads + head + i) * a.value);
     }
 }
 
@@ -152,8 +161,7 @@ int attend_latent(int64_t isa, const LatentAttention& call, int64_t threads) try
     Latent latent = {&isa_number(isa), &call, std::min(TOGETHER, std::max<int64_t>(1, call.heads * call.rows / std::max<int64_t>(1, threads))), 0};
     latent.groups = (call.heads + latent.together - 1) / latent.together;
     Phase phase = {attend_latent, &latent, call.rows * latent.groups};
-    const int64_t weights = call.heads * (call.plain + call.value) * call.latent * (call.format == F32 ? 4 : 2);
-    run_team(&phase, 1, team(call.rows * (weights + call.span * (call.latent + call.rotary) * 4), threads));
+    run_team(&phase, 1, team(call.rows * (call.up.bytes + call.span * (call.latent + call.rotary) * 4), threads));
     return 0;
 } catch (const std::bad_alloc&) {
     return 3;

@@ -16,13 +16,14 @@ struct GroupedAttention {
     float* out;                // [rows, H, width]
 };
 
-// Multi-head latent attention with the up-projections absorbed (models/deepseek_v2.py); `up` plain, [H, plain + value, latent].
+// Multi-head latent attention with the up-projections absorbed (models/deepseek_v2.py). `up` is a matrix [H * (plain + value), latent], a head's
+// key rows first; packed ones take float activations here, and `plain` and `value` are multiples of 8.
 struct LatentAttention {
-    int64_t rows, heads, plain, rotary, latent, value, places, span, format;
+    int64_t rows, heads, plain, rotary, latent, value, places, span;
     float scale;
-    const float *q, *q_rope;            // [rows, H, plain], [rows, H, rotary]
+    const float *q, *q_rope;             // [rows, H, plain], [rows, H, rotary]
     const float *new_latent, *new_rope;  // [rows, latent], [rows, rotary]
-    const void* up;
+    Matrix up;
     const int32_t* positions;
     float *latents, *ropes;  // [rows, places, latent], [rows, places, rotary]
     float* out;              // [rows, H, value]

@@ -15,6 +15,8 @@ import numpy as np
 
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.ffi import register, threads
+from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
+from hybrimoe_jax.host_kernels.packing import PackedMatrix
 
 GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
 HANDLERS = {GROUPED: "ffi_grouped_attention", LATENT: "ffi_latent_attention"}
@@ -54,14 +56,18 @@ def latent(
     q_rope: jax.Array,
     latent: jax.Array,
     rope: jax.Array,
-    up: jax.Array,
+    up: jax.Array | PackedMatrix,
     positions: jax.Array,
     latents: jax.Array,
     ropes: jax.Array,
     span: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H, n + v, r] (float32 or bfloat16) and caches
-    [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
-    out = (*q.shape[:2], up.shape[1] - q.shape[2])
-    return _call(LATENT, out, (latents, ropes), q, q_rope, latent, rope, up, positions, scale=scale, span=span)
+    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] (float32, bfloat16, or packed with n and v
+    multiples of 8) and caches [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
+    packed = isinstance(up, PackedMatrix)
+    data, rows = (up.data, up.layout.rows) if packed else (up, up.shape[0])
+    format = format_code(up.layout.format) if packed else PLAIN[up.dtype.name]
+    out = (*q.shape[:2], rows // q.shape[1] - q.shape[2])
+    operands = q, q_rope, latent, rope, data, positions
+    return _call(LATENT, out, (latents, ropes), *operands, scale=scale, span=span, format=format)

@@ -50,10 +50,11 @@ struct Isa {
     // For the probes below: a sum of floats, and a number of multiply-adds, which is returned.
     float (*read_all)(const float* data, int64_t count);
     int64_t (*multiply_adds)(int64_t rounds, float* result);
-    // For attention: c[t * stride + k] = sum over r of p[t * pitch + r] * weights[r * row + k] for n tokens and `width` columns;
-    // and x[i] = exp(scale * (x[i] - the greatest x)), of which it returns the sum.
+    // For attention: c[t * stride + k] = sum over r of p[t * pitch + r] * weights[r * row + k] for n tokens and `width` columns; the
+    // same for one token and `rows` packed rows from `from` on, multiples of 8, and all columns, padding too; and x[i] = exp(scale * (x[i] - the greatest x)), of which it returns the sum.
     void (*mix_rows[PLAIN])(const void* weights, int64_t row, int64_t rows, int64_t width, const float* p, int64_t pitch, int64_t n,
                             float* c, int64_t stride);
+    void (*mix_packed[KINDS])(const Matrix&, int64_t from, int64_t rows, const float* p, float* c);
     float (*exponents)(float* x, int64_t count, float scale);
 };
 

@@ -41,20 +41,20 @@ ffi::Error grouped(Floats q, Floats k, Floats v, ffi::Buffer<ffi::S32> positions
     return report(attend_grouped(isa, call, threads));
 }
 
-// q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H, n + v, r], positions [B], latents [B, S, r], ropes [B, S, R]
+// q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] of any format, positions [B], latents [B, S, r], ropes [B, S, R]
 ffi::Error latent(Floats q, Floats q_rope, Floats latent, Floats rope, ffi::AnyBuffer up, ffi::Buffer<ffi::S32> positions,
-                  Floats latents, Floats ropes, Result out, Result new_latents, Result new_ropes, int64_t span, float scale,
-                  int64_t isa, int64_t threads) {
+                  Floats latents, Floats ropes, Result out, Result new_latents, Result new_ropes, int64_t span, int64_t format,
+                  float scale, int64_t isa, int64_t threads) {
     const auto asked = q.dimensions(), cached = latents.dimensions(), made = out->dimensions(), turned = q_rope.dimensions();
-    const bool wide = up.element_type() == ffi::F32;
     if (asked.size() != 3 || cached.size() != 3 || made.size() != 3 || turned.size() != 3 || asked[0] != cached[0] ||
         static_cast<int64_t>(latent.element_count()) != cached[0] * cached[2] ||
         static_cast<int64_t>(rope.element_count()) != cached[0] * turned[2] ||
         static_cast<int64_t>(ropes.element_count()) != cached[0] * cached[1] * turned[2] ||
-        static_cast<int64_t>(up.element_count()) != asked[1] * (asked[2] + made[2]) * cached[2] ||
-        (!wide && up.element_type() != ffi::BF16) || static_cast<int64_t>(positions.element_count()) != asked[0] || span < 1 ||
+        (format >= PACKED && (asked[2] % PANEL || made[2] % PANEL)) || static_cast<int64_t>(positions.element_count()) != asked[0] || span < 1 ||
         span > cached[1])
-        return wrong("attention: queries [B, H, n], latents [B, S, r] and float32 or bfloat16 up [H, n + v, r] are needed");
+        return wrong("attention: queries [B, H, n], latents [B, S, r] and rotary parts are needed");
+    const Matrix matrix = make_matrix(up.untyped_data(), format, asked[1] * (asked[2] + made[2]), cached[2]);
+    if (static_cast<int64_t>(up.size_bytes()) != matrix.bytes) return wrong("attention: up has not the size of its format");
     const LatentAttention call = {asked[0],
                                   asked[1],
                                   asked[2],
@@ -63,13 +63,12 @@ ffi::Error latent(Floats q, Floats q_rope, Floats latent, Floats rope, ffi::AnyB
                                   made[2],
                                   cached[1],
                                   span,
-                                  wide ? F32 : BF16,
                                   scale,
                                   q.typed_data(),
                                   q_rope.typed_data(),
                                   latent.typed_data(),
                                   rope.typed_data(),
-                                  up.untyped_data(),
+                                  matrix,
                                   positions.typed_data(),
                                   in_place(latents, new_latents),
                                   in_place(ropes, new_ropes),
@@ -102,6 +101,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_latent_attention, experts::latent,
                                   .Ret<experts::Floats>()
                                   .Ret<experts::Floats>()
                                   .Ret<experts::Floats>()
-                                  .Attr<int64_t>("span") SETTINGS);
+                                  .Attr<int64_t>("span")
+                                  .Attr<int64_t>("format") SETTINGS);
 
 #endif
