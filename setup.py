@@ -18,16 +18,12 @@ from setuptools.errors import CompileError
 
 FOLDER = Path("host_kernels/native")
 ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vl", "avx512vnni"]
-SOURCES = [
-    "attention.cpp",
-    "experts.cpp",
-    "layout.cpp",
-    "probe.cpp",
-    "routed.cpp",
-    "team.cpp",
-    *(f"isa_{name}.cpp" for name in ISAS),
-]
-HEADERS = ["attention.h", "attention.inc", "experts.h", "layout.h", "team.h", "kernels.inc", "lanes.inc", "packed.inc"]
+PARTS = ["attention", "experts", "layout", "probe", "product", "routed", "rows", "run", "team", "wave"]
+SOURCES = [f"{name}.cpp" for name in [*PARTS, *(f"isa_{name}" for name in ISAS)]]
+HEADERS = ["attention.h", "experts.h", "layout.h", "rows.h", "run.h", "team.h", "wave.h"]
+ARITHMETIC = ["kernels", "vectors", "plain", "silu", "probes", "lanes"]
+ARITHMETIC += ["packed", "packed_parts", "packed_stream", "packed_block", "attention"]
+HEADERS += [f"{name}.inc" for name in ARITHMETIC]
 HANDLERS = ["ffi.cpp", "ffi_attention.cpp", "ffi_routed.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for a mistake.

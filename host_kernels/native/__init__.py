@@ -1,9 +1,13 @@
 """The native kernel: C++ compiled when the package is installed, called with ctypes; absent where there was no compiler.
 
-experts.h experts.cpp    the C interface; a run of experts as phases of independent items
+experts.h experts.cpp    the C interface
+run.h run.cpp wave.h wave.cpp    a run of experts as phases of independent items
+product.cpp routed.cpp   a product with one matrix; a router's decision
+rows.h rows.cpp          what both share: items, activations made ready
 layout.h layout.cpp      where packed weights lie
-kernels.inc isa_*.cpp    the arithmetic of plain weights, written once and compiled for each instruction set
-lanes.inc packed.inc     the same of packed weights
+kernels.inc isa_*.cpp    all arithmetic, written once and compiled for each instruction set:
+  vectors.inc plain.inc silu.inc probes.inc    vectors, plain weights, the activation, loops of the probes
+  lanes.inc packed*.inc  packed weights
 probe.cpp                what the machine can do at most
 team.h team.cpp          persistent helper threads
 library.py kernel.py     loading it; the `HostKernel`

@@ -20,7 +20,8 @@ struct Expert {
 };
 
 constexpr int64_t FEW = 4;
-constexpr int64_t MAX_ROWS = 32;  // of plain weights that `product` takes at once
+constexpr int64_t FEW_TOKENS = 6;  // at most: plain weights are read once
+constexpr int64_t MAX_ROWS = 64;   // of weights that a product takes at once
 
 // c[t * stride + r] for `rows` rows from row `from` on (a multiple of 8) and n tokens, each a row of floats, padded with
 // zeros to the matrix's depth, or a record; as many columns of c as the rows' panels have are written.

@@ -2,9 +2,6 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define LANES 8
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
-#include "attention.inc"
 
 namespace experts {
 static bool has_avx2() {

@@ -5,9 +5,6 @@
 #define LANES 16
 #define MANY_REGISTERS
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
-#include "attention.inc"
 
 namespace experts {
 #if defined(EXPERTS_EMULATE)

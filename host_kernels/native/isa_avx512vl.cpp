@@ -5,8 +5,6 @@
 #define MANY_REGISTERS
 #define EXPERTS_VNNI
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
 
 namespace experts {
 const Quantised quantised_avx512vl = QUANTISED;

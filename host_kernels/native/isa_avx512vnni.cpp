@@ -4,9 +4,6 @@
 #define MANY_REGISTERS
 #define EXPERTS_VNNI
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
-#include "attention.inc"
 
 namespace experts {
 static bool has_avx512vnni() {

@@ -5,9 +5,6 @@
 #include <cpuid.h>
 
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
-#include "attention.inc"
 
 namespace experts {
 static bool has_avxvnni() {

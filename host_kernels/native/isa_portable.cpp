@@ -1,9 +1,6 @@
 // Any processor: four lanes, which compilers map to SSE2 or NEON.
 #define LANES 4
 #include "kernels.inc"
-#include "lanes.inc"
-#include "packed.inc"
-#include "attention.inc"
 
 namespace experts {
 static bool always() { return true; }
