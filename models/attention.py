@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.host_kernels.native import attention as native
-from hybrimoe_jax.models.layers import Linear, RMSNorm, rotate_half
+from hybrimoe_jax.models.layers import Linear, RMSNorm, rotate_half, together
 from hybrimoe_jax.models.precision import einsum
 from hybrimoe_jax.models.products import calls_native
 
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         says that every row starts at position 0.
         """
         batch, tokens, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:

@@ -27,7 +27,7 @@ from hybrimoe_jax.host_kernels.packing import PANEL, PackedMatrix
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs
+from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs, together
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.packed import dequantise
 from hybrimoe_jax.models.precision import einsum
@@ -159,10 +159,13 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache); `span` as in `Attention`."""
         batch, tokens, _ = x.shape
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        if self.q_lora_rank is None:
+            q, compressed = together(x, self.q_proj, self.kv_a_proj_with_mqa)
+        else:
+            q, compressed = together(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.reshape(batch, tokens, self.heads, self.nope + self.rotary)
         q, q_rope = q[..., : self.nope], q[..., self.nope :]
-        compressed = self.kv_a_proj_with_mqa(x)
         latent, k_rope = self.kv_a_layernorm(compressed[..., : self.latent]), compressed[..., self.latent :]
         cos, sin = self.rope(positions)
         q_rope, k_rope = rotate_pairs(q_rope, cos, sin), rotate_pairs(k_rope[:, :, None], cos, sin)[:, :, 0]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.products import product
+from hybrimoe_jax.models.products import product, several
 
 
 class Linear(nnx.Module):
@@ -21,8 +21,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.weight.get_value())
+        return self.biased(product(x, self.weight.get_value()))
+
+    def biased(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...]
+
+
+def together(x: jax.Array, *layers: Linear) -> list[jax.Array]:
+    """What each layer makes of x."""
+    made = several(x, *(layer.weight.get_value() for layer in layers))
+    return [layer.biased(y) for layer, y in zip(layers, made, strict=True)]
 
 
 class Embedding(nnx.Module):
@@ -60,7 +68,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

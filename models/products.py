@@ -67,6 +67,14 @@ def product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
     return product_reference(x, weight)
 
 
+def several(x: jax.Array, *weights: jax.Array | PackedMatrix) -> list[jax.Array]:
+    """`product` of x with each; packed matrices of one kind are one call of the kernels, of which each costs some microseconds."""
+    packed = all([isinstance(weight, PackedMatrix) for weight in weights])
+    if calls_native() and packed and len({ffi.kind(weight) for weight in weights}) == 1:
+        return ffi.matmuls(x, *weights)
+    return [product(x, weight) for weight in weights]
+
+
 def worthwhile(rows: int, size: int) -> bool:
     """Whether the kernels are the faster ones for a plain matrix of `size` weights."""
     return rows in PLAIN_ROWS or (rows == 1 and size >= LARGE)

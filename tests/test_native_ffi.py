@@ -114,7 +114,7 @@ def test_what_cannot_be_computed_is_refused_clearly():
         jax.vmap(ffi.matmul, in_axes=(0, None))(x[:, None], weight)
     with pytest.raises(ValueError, match="differentiated"):
         jax.grad(lambda x: ffi.matmul(x, weight).sum())(x)
-    with pytest.raises(ValueError, match="last axes differ"):
+    with pytest.raises(ValueError, match="do not fit"):
         ffi.matmul(tokens(4, 13), weight)
     packed = matrix(5, 12, "int8-g32")
     short = PackedMatrix(packed.data[:-64], packed.layout)
@@ -204,3 +204,15 @@ def test_the_engine_gives_device_experts_to_them(format, rows):
     assert programs.dense_rows._cache_size() - made == (2 if few else 1), (
         "above a few rows one executable serves any number"
     )
+
+
+@needs_ffi
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_matrices_in_one_call_are_each_ones_product_bit_for_bit(format, rows):
+    x, weights = tokens(rows, 77), [matrix(outputs, 77, format, outputs) for outputs in (45, 8, 131)]
+    made = jax.jit(ffi.matmuls)(x, *weights)
+    for got, weight in zip(made, weights, strict=True):
+        np.testing.assert_array_equal(got, ffi.matmul(x, weight))
+    with pytest.raises(ValueError, match="do not fit"):
+        ffi.matmuls(x, weights[0], matrix(9, 33, format))

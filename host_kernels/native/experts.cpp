@@ -3,6 +3,7 @@
 #include "experts.h"
 
 #include <new>
+#include <vector>
 
 #include "run.h"
 #include "team.h"
@@ -57,9 +58,17 @@ int experts_run_one(int64_t isa, int64_t m, const Expert* const* records, int64_
 
 int matrix_run(int64_t isa, int64_t format, int64_t rows, int64_t columns, const void* data, int64_t N, const float* x,
                float* out, int64_t threads) {
-    if (!known_format(format)) return 1;
+    return matrices_run(isa, format, 1, &rows, columns, &data, N, x, &out, threads);
+}
+
+int matrices_run(int64_t isa, int64_t format, int64_t count, const int64_t* rows, int64_t columns, const void* const* data,
+                 int64_t N, const float* x, float* const* outs, int64_t threads) {
+    if (!known_format(format) || count < 1) return 1;
+    static thread_local std::vector<Matrix> matrices;
     try {
-        run_product(*ISAS[isa], make_matrix(data, format, rows, columns), N, x, out, threads);
+        matrices.clear();
+        for (int64_t i = 0; i < count; ++i) matrices.push_back(make_matrix(data[i], format, rows[i], columns));
+        run_products(*ISAS[isa], count, matrices.data(), N, x, outs, threads);
     } catch (const std::bad_alloc&) {
         return 3;
     }

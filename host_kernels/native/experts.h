@@ -88,6 +88,10 @@ EXPORTED int experts_run_one(int64_t isa, int64_t m, const experts::Expert* cons
 EXPORTED int matrix_run(int64_t isa, int64_t format, int64_t rows, int64_t columns, const void* data, int64_t N,
                         const float* x, float* out, int64_t threads);
 
+// The same for `count` matrices of one format and number of columns, in one run: outs[i] [N, rows[i]].
+EXPORTED int matrices_run(int64_t isa, int64_t format, int64_t count, const int64_t* rows, int64_t columns, const void* const* data,
+                          int64_t N, const float* x, float* const* outs, int64_t threads);
+
 // The bytes of a matrix, or -1 for a format that is none.
 EXPORTED int64_t matrix_bytes(int64_t format, int64_t rows, int64_t columns);
 

@@ -71,8 +71,14 @@ ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slot
 // For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose.
 ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, int64_t isa,
                       int64_t threads) {
+    static thread_local std::vector<int64_t> rows;
+    static thread_local std::vector<const void*> read;
+    static thread_local std::vector<float*> outs;
     const auto shape = x.dimensions();
     if (shape.size() != 2 || matrices.size() != results.size()) return wrong("matmul: x [N, K] and a result a matrix are needed");
+    rows.clear();
+    read.clear();
+    outs.clear();
     for (size_t i = 0; i < matrices.size(); ++i) {
         const auto matrix = matrices.get<ffi::AnyBuffer>(i);
         auto result = results.get<Floats>(i);
@@ -81,9 +87,12 @@ ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets 
         if (made.size() != 2 || made[0] != shape[0]) return wrong("matmul: results [N, R] are needed");
         const void* data = weights_of(*matrix, format, matrix_bytes(format, made[1], shape[1]));
         if (!data) return wrong("matmul: a matrix has not the type or size of its format");
-        if (matrix_run(isa, format, made[1], shape[1], data, shape[0], x.typed_data(), (*result)->typed_data(), threads))
-            return ffi::Error::Internal("matmul: scratch does not fit into memory");
+        rows.push_back(made[1]);
+        read.push_back(data);
+        outs.push_back((*result)->typed_data());
     }
+    if (matrices_run(isa, format, rows.size(), rows.data(), shape[1], read.data(), shape[0], x.typed_data(), outs.data(), threads))
+        return ffi::Error::Internal("matmul: scratch does not fit into memory");
     return ffi::Error::Success();
 }
 

@@ -63,15 +63,29 @@ def _call(name: str, results, *operands, **attributes: int):
 
 def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix) -> jax.Array:
     """x [..., K] float32 times the transpose of a matrix [R, K], float32, bfloat16 or packed -> float32 [..., R]."""
+    return matmuls(x, matrix)[0]
+
+
+def kind(matrix: jax.Array | PackedMatrix) -> tuple[int, int]:
+    """The number of a matrix's format, and K: matrices alike in both go into one call."""
     if isinstance(matrix, PackedMatrix):
-        data, shape, code = matrix.data, (matrix.layout.rows, matrix.layout.columns), format_code(matrix.layout.format)
-    else:
-        data, shape, code = matrix, matrix.shape, PLAIN[matrix.dtype.name]
-    if x.shape[-1] != shape[1]:
-        raise ValueError(f"x is {x.shape}, the matrix {shape}: their last axes differ")
-    rows = x.reshape(-1, shape[1])
-    made = _call(MATMUL, [jax.ShapeDtypeStruct((rows.shape[0], shape[0]), jnp.float32)], rows, data, format=code)
-    return made[0].reshape(*x.shape[:-1], shape[0])
+        return format_code(matrix.layout.format), matrix.layout.columns
+    return PLAIN[matrix.dtype.name], matrix.shape[1]
+
+
+def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix) -> list[jax.Array]:
+    """x times the transpose of each of several matrices of one kind, in one call."""
+    code, columns = kind(matrices[0])
+    if x.shape[-1] != columns or any([kind(matrix) != (code, columns) for matrix in matrices]):
+        raise ValueError(
+            f"x is {x.shape}, the matrices are {[kind(m) for m in matrices]} (format, columns): they do not fit"
+        )
+    rows = x.reshape(-1, columns)
+    packed = isinstance(matrices[0], PackedMatrix)
+    outputs = [m.layout.rows if packed else m.shape[0] for m in matrices]
+    results = [jax.ShapeDtypeStruct((rows.shape[0], width), jnp.float32) for width in outputs]
+    made = _call(MATMUL, results, rows, *(m.data if packed else m for m in matrices), format=code)
+    return [y.reshape(*x.shape[:-1], -1) for y in made]
 
 
 def experts(

@@ -21,7 +21,8 @@ struct Call {
 
 void run(const Isa& isa, const Call& call, int64_t threads);
 
-// out [N, rows] = x [N, columns] times the matrix's transpose.
-void run_product(const Isa& isa, const Matrix& matrix, int64_t N, const float* x, float* out, int64_t threads);
+// outs[i] [N, rows] = x [N, columns] times the transpose of matrices[i], all of one format and number of columns.
+void run_products(const Isa& isa, int64_t count, const Matrix* matrices, int64_t N, const float* x, float* const* outs,
+                  int64_t threads);
 
 }  // namespace experts
