@@ -1,5 +1,6 @@
 // Stands alone, to be built with sanitizers: every instruction set here against a plain double-precision loop, on odd
 // shapes and every format, from several threads at once. Exits 0 if all agree.
+#include "attention.h"
 #include "experts.h"
 
 #include <algorithm>
@@ -190,6 +191,102 @@ static bool one_case(int64_t isa, Random& random, bool bf16) {
     return false;
 }
 
+static std::vector<float> normal(Random& random, int64_t count, float scale = 1) {
+    std::vector<float> values(count);
+    for (float& value : values) value = scale * random.real();
+    return values;
+}
+
+static bool near(const char* what, int64_t isa, const std::vector<double>& want, const std::vector<float>& got, int wrong) {
+    double scale = 1, error = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        scale = std::fmax(scale, std::fabs(want[i]));
+        error = std::fmax(error, std::fabs(want[i] - got[i]));
+    }
+    if (!wrong && error < 1e-5 * scale) return true;
+    std::printf("isa %d %s: code %d, error %g of %g\n", int(isa), what, wrong, error, scale);
+    return false;
+}
+
+// Adds the values, weighted by the softmax of the logits, to `to`.
+static void attend(std::vector<double> logits, const double* values, int64_t width, double* to) {
+    double top = logits[0], sum = 0;
+    for (double logit : logits) top = std::fmax(top, logit);
+    for (double& logit : logits) sum += logit = std::exp(logit - top);
+    for (size_t j = 0; j < logits.size(); ++j)
+        for (int64_t i = 0; i < width; ++i) to[i] += logits[j] / sum * values[j * width + i];
+}
+
+static bool grouped_case(int64_t isa, Random& random) {
+    const int64_t B = 1 + random.below(3), K = 1 + random.below(3), G = 1 + random.below(7), d = 1 + random.below(90);
+    const int64_t S = 1 + random.below(80), window = random.below(2) ? 1 + random.below(S) : 0, H = K * G;
+    auto q = normal(random, B * H * d), k = normal(random, B * K * d), v = normal(random, B * K * d);
+    auto keys = normal(random, B * K * S * d), values = normal(random, B * K * S * d), old = keys;
+    std::vector<int32_t> positions(B);
+    for (int32_t& position : positions) position = static_cast<int32_t>(random.below(S));
+    std::vector<float> out(B * H * d);
+    std::vector<double> want(B * H * d);
+    const experts::GroupedAttention call = {B,        H,        K,        d,        S,  S, window, 0.3f, q.data(), k.data(),
+                                            v.data(), positions.data(), keys.data(), values.data(), out.data()};
+    const int wrong = experts::attend_grouped(isa, call, 1 + random.below(3));
+    bool good = true;
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = 0; h < H; ++h) {
+            const int64_t at = b * K + h / G, last = positions[b], first = window ? std::max<int64_t>(0, last - window + 1) : 0;
+            for (int64_t i = 0; i < d; ++i) good &= keys[(at * S + last) * d + i] == k[at * d + i];
+            for (int64_t i = 0; i < last * d; ++i) good &= keys[at * S * d + i] == old[at * S * d + i];
+            std::vector<double> logits, seen;
+            for (int64_t j = first; j <= last; ++j) {
+                double sum = 0;
+                for (int64_t i = 0; i < d; ++i) sum += double(q[(b * H + h) * d + i]) * keys[(at * S + j) * d + i];
+                logits.push_back(0.3f * sum);
+                for (int64_t i = 0; i < d; ++i) seen.push_back(values[(at * S + j) * d + i]);
+            }
+            attend(logits, seen.data(), d, want.data() + (b * H + h) * d);
+        }
+    return near("grouped attention", isa, want, out, wrong) && good;
+}
+
+// `up` of a packed format, or (format 0) float32.
+static bool latent_case(int64_t isa, Random& random, int64_t format) {
+    const int64_t unit = format ? 8 : 1, B = 1 + random.below(2), H = 1 + random.below(6), n = unit * (1 + random.below(20));
+    const int64_t v = unit * (1 + random.below(10)), R = 1 + random.below(20), r = 1 + random.below(150), S = 1 + random.below(50);
+    const int64_t rows = H * (n + v);
+    const Packed packed(random, format ? format : static_cast<int64_t>(experts::PACKED), rows, r);
+    std::vector<float> plain = normal(random, rows * r, 0.1f);
+    std::vector<double> up = format ? packed.values : std::vector<double>(plain.begin(), plain.end());
+    auto q = normal(random, B * H * n, 0.1f), q_rope = normal(random, B * H * R), latent = normal(random, B * r), rope = normal(random, B * R);
+    auto latents = normal(random, B * S * r), ropes = normal(random, B * S * R);
+    std::vector<int32_t> positions(B);
+    for (int32_t& position : positions) position = static_cast<int32_t>(random.below(S));
+    std::vector<float> out(B * H * v);
+    std::vector<double> want(B * H * v);
+    experts::LatentAttention call = {};
+    call.rows = B, call.heads = H, call.plain = n, call.rotary = R, call.latent = r, call.value = v, call.places = call.span = S;
+    call.scale = 0.3f, call.q = q.data(), call.q_rope = q_rope.data(), call.new_latent = latent.data(), call.new_rope = rope.data();
+    call.up = format ? packed.matrix : experts::make_matrix(plain.data(), experts::F32, rows, r);
+    call.positions = positions.data(), call.latents = latents.data(), call.ropes = ropes.data(), call.out = out.data();
+    const int wrong = experts::attend_latent(isa, call, 1 + random.below(3));
+    bool good = true;
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = 0; h < H; ++h) {
+            const double* own = up.data() + h * (n + v) * r;
+            std::vector<double> logits, seen(latents.begin() + b * S * r, latents.begin() + (b * S + positions[b] + 1) * r), mixed(r);
+            for (int64_t i = 0; i < r; ++i) good &= seen[positions[b] * r + i] == latent[b * r + i];
+            for (int64_t j = 0; j <= positions[b]; ++j) {
+                double sum = 0;
+                for (int64_t i = 0; i < n; ++i)
+                    for (int64_t k = 0; k < r; ++k) sum += q[(b * H + h) * n + i] * own[i * r + k] * seen[j * r + k];
+                for (int64_t i = 0; i < R; ++i) sum += double(q_rope[(b * H + h) * R + i]) * ropes[(b * S + j) * R + i];
+                logits.push_back(0.3f * sum);
+            }
+            attend(logits, seen.data(), r, mixed.data());
+            for (int64_t i = 0; i < v; ++i)
+                for (int64_t k = 0; k < r; ++k) want[(b * H + h) * v + i] += own[(n + i) * r + k] * mixed[k];
+        }
+    return near("latent attention", isa, want, out, wrong) && good;
+}
+
 int main() {
     bool good = true;
     for (int64_t isa = 0; const char* name = experts_isa(isa); ++isa) {
@@ -202,6 +299,10 @@ int main() {
                 for (int i = 0; i < 60; ++i) fine[caller] &= one_case(isa, random, i % 2);
                 for (int64_t format = experts::PACKED + caller; format < experts::FORMATS; format += 3)
                     for (int i = 0; i < 3; ++i) fine[caller] &= packed_case(isa, random, format);
+                for (int i = 0; i < 20; ++i) fine[caller] &= grouped_case(isa, random);
+                for (int64_t kind = 0; kind < 3; ++kind)
+                    for (int64_t format : {int64_t(0), experts::PACKED + kind, experts::PACKED + kind + experts::KINDS * 2})
+                        fine[caller] &= latent_case(isa, random, format);
             });
         for (auto& caller : callers) caller.join();
         good &= fine[0] && fine[1] && fine[2];

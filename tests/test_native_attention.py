@@ -87,10 +87,10 @@ def latent_module(format: str) -> LatentAttention:
         q_lora_rank=None,
         qk_nope_head_dim=24,
         qk_rope_head_dim=10,
-        v_head_dim=16,
+        v_head_dim=8,
     )
     module = LatentAttention(config, nnx.Rngs(1))
-    up = 0.2 * RNG(2).standard_normal((6 * 40, 72), np.float32)
+    up = 0.2 * RNG(2).standard_normal((6 * 32, 72), np.float32)
     if format in ("f32", "bf16"):
         module.kv_b_proj.weight = nnx.Param(jnp.asarray(up, jnp.float32 if format == "f32" else jnp.bfloat16))
     else:

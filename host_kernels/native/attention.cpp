@@ -93,10 +93,14 @@ void absorb(const Isa& isa, const LatentAttention& a, int64_t head, const float*
     isa.mix_rows[a.up.format](a.up.data + from * a.up.pitch, a.latent, a.plain, a.latent, q, a.plain, 1, to, a.latent);
 }
 
-// out [value] = a head's value rows times x [latent, padded with zeros]
-void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* x, float* out) {
+// out [value] = a head's value rows times x [latent, padded with zeros]; `whole` has room for the rows of whole vectors.
+void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* x, float* whole, float* out) {
     const int64_t from = head * (a.plain + a.value) + a.plain;
-    if (a.up.packed()) return isa.packed[a.up.kind](a.up, from, a.value, &x, 1, out, a.value);
+    if (a.up.packed()) {
+        isa.packed[a.up.kind](a.up, from, a.value, &x, 1, whole, a.value);
+        std::copy_n(whole, a.value, out);
+        return;
+    }
     const char* weights = a.up.data + from * a.up.pitch;
     for (int64_t r = 0; r < a.value; r += MAX_ROWS) {
         const int64_t some = std::min(MAX_ROWS, a.value - r);
@@ -112,8 +116,9 @@ void attend_latent(const void* context, int64_t item) {
     const float *latents = a.latents + row * a.places * a.latent, *ropes = a.ropes + row * a.places * a.rotary;
     const Span places = seen(a.positions[row], a.span, 0);
     const int64_t pitch = rounded(places.count), deep = padded(a.latent, PADDED);
-    float* logits = scratch(2 * n * pitch + n * deep);
+    float* logits = scratch(2 * n * pitch + n * deep + rounded(a.value));
     float *turned = logits + n * pitch, *vectors = turned + n * pitch;  // of n heads: rotary logits, and vectors as long as a latent
+    float* made = vectors + n * deep;
     const void *queries[TOGETHER], *rotary[TOGETHER];
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = row * a.heads + head + i;
@@ -132,7 +137,7 @@ void attend_latent(const void* context, int64_t item) {
     isa.mix_rows[F32](latents, a.latent, places.count, a.latent, logits, pitch, n, vectors, deep);
     for (int64_t i = 0; i < n; ++i) {
         std::fill(vectors + i * deep + a.latent, vectors + (i + 1) * deep, 0.0f);
-        expand(isa, a, head + i, vectors + i * deep, a.out + (row * a.heads + head + i) * a.value);
+        expand(isa, a, head + i, vectors + i * deep, made, a.out + (row * a.heads + head + i) * a.value);
     }
 }
 
