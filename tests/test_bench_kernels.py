@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax import bench
-from hybrimoe_jax.benchmarks import ggml_peer, kernel_contenders, kernels
+from hybrimoe_jax.benchmarks import ggml_peer, kernel_bars, kernel_contenders, kernels
 from hybrimoe_jax.benchmarks.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import BF16
@@ -17,24 +17,24 @@ needs_native = pytest.mark.skipif(not library.available(), reason="the package w
 
 
 def row(shape, load, contender, seconds):
-    return kernels.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.5)
+    return kernel_bars.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.25, 0.5)
 
 
 def test_a_bar_is_the_geometric_mean_over_shapes_and_loads_against_the_fastest_peer():
-    bar = kernels.Bar("x", "ours", (2, 4), ("a", "b"), 1.8, 2.0, kernels._faster)
+    bar = kernel_bars.Bar("x", "ours", (2, 4), ("a", "b"), 1.8, 2.0, kernel_bars._faster)
     rows = [row(s.name, n, "ours", 1.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "a", 9.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "b", 1.0 if n == 2 else 4.0) for s in SHAPES for n in (2, 4)]
-    found = kernels.judge(bar, rows, [s.name for s in SHAPES])
+    found = kernel_bars.judge(bar, rows, [s.name for s in SHAPES])
     assert found == {"bar": "x", "value": 2.0, "need": 1.8, "aim": 2.0, "met": True}
 
 
 @pytest.mark.parametrize("without", ["ours", "a", "mixtral"])
 def test_a_bar_whose_peer_or_shape_is_absent_is_not_met(without):
-    bar = kernels.Bar("x", "ours", (1,), ("a",), 0.1, 0.2, kernels._faster)
+    bar = kernel_bars.Bar("x", "ours", (1,), ("a",), 0.1, 0.2, kernel_bars._faster)
     rows = [row(s.name, 1, name, 1.0) for s in SHAPES for name in ("ours", "a")]
     rows = [r for r in rows if without not in (r.contender, r.shape)]
-    found = kernels.judge(bar, rows, [s.name for s in SHAPES])
+    found = kernel_bars.judge(bar, rows, [s.name for s in SHAPES])
     assert found["value"] is None and not found["met"]
 
 
@@ -53,6 +53,8 @@ def test_it_prints_limits_tables_bars_and_one_json_line(monkeypatch, capsys):
     assert all(r["ms"] > 0 and r["gb_s"] > 0 and r["share"] > 0 for r in record["rows"])
     assert "ggml" in record["absent"] and any("ggml: absent" in line for line in lines)
     assert lines[0].startswith("limits on 1 thread: reads") and not any(bar["met"] for bar in record["bars"])
+    assert all(0 < r["of_bandwidth"] <= r["share"] for r in record["rows"])
+    assert sum("NOT met" in line for line in lines) == len(record["bars"])
 
 
 @needs_native

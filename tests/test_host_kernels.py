@@ -19,6 +19,7 @@ from hybrimoe_jax.host_kernels.auto import AutoKernel
 from hybrimoe_jax.host_kernels.formats import (
     BF16,
     F32,
+    Arena,
     aligned_copy,
     aligned_empty,
     check_expert,
@@ -241,6 +242,19 @@ def test_widening_is_exact_for_every_bfloat16():
         finite = ~np.isnan(widened)
         assert np.array_equal(to_bf16(widened)[finite].view(np.uint16), every[finite].view(np.uint16))
     assert is_aligned(widened)
+
+
+def test_arrays_of_an_arena_lie_side_by_side_and_share_nothing():
+    arena = Arena()
+    sizes = [(7,), (3, 5), (1 << 20,), (9 << 20,), 11]  # the fourth is larger than what is left of a block
+    arrays = [arena.empty(shape, dtype) for shape in sizes for dtype in (F32, BF16, np.uint8)]
+    for value, array in enumerate(arrays):
+        assert is_aligned(array)
+        array.fill(value)
+    assert all((array == np.array(value, array.dtype)).all() for value, array in enumerate(arrays))
+    assert arrays[1].ctypes.data - arrays[0].ctypes.data == 64
+    source = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert np.array_equal(aligned_copy(source, BF16, arena).astype(np.float32), source)
 
 
 def test_aligned_arrays_start_on_a_cache_line():

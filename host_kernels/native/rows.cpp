@@ -34,7 +34,7 @@ void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, 
     else if (!matrix.a8)
         isa.packed[matrix.kind](matrix, from, rows, x, n, c, stride);
     else
-        (n <= FEW ? isa.few : isa.quantised)->product[matrix.kind](matrix, from, rows, x, n, c, stride);
+        (n <= few_of(matrix.kind) ? isa.few : isa.quantised)->product[matrix.kind](matrix, from, rows, x, n, c, stride);
 }
 
 void ready_rows(const void* context, int64_t item) {

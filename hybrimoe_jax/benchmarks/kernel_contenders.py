@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrimoe_jax.benchmarks import ggml_peer
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import BF16, F32, ExpertWeights, aligned_copy, aligned_empty
+from hybrimoe_jax.host_kernels.formats import BF16, F32, Arena, ExpertWeights, aligned_copy, aligned_empty
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, pack_expert
 
 PEERS = ("ggml", "torch", "onednn", "numpy")
@@ -81,8 +81,8 @@ class Weights:
     def copies(self, dtype: np.dtype) -> list[ExpertWeights]:
         if dtype == F32 and self._all:
             return self._all
-        count = count_of(self.shape.weights * dtype.itemsize)
-        made = [ExpertWeights(*(aligned_copy(w, dtype) for w in self.one)) for _ in range(count)]
+        count, arena = count_of(self.shape.weights * dtype.itemsize), Arena()  # as the engine's store
+        made = [ExpertWeights(*(aligned_copy(w, dtype, arena) for w in self.one)) for _ in range(count)]
         if dtype == F32:
             self._all = made
         return made
@@ -115,7 +115,8 @@ def native(format: str, weights: Weights) -> Contender:
         return Kernel(f"native {format}", NativeKernel(), weights.copies(F32 if format == "f32" else BF16))
     layout = ExpertLayout(Format.parse(format), weights.shape.width, weights.shape.hidden)
     one = pack_expert(*weights.matrices, layout.format)
-    experts = [PackedExpert(aligned_copy(one.data), layout) for _ in range(count_of(layout.nbytes))]
+    arena = Arena()
+    experts = [PackedExpert(aligned_copy(one.data, arena=arena), layout) for _ in range(count_of(layout.nbytes))]
     return Kernel(f"native {format}", NativeKernel(), experts)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, to_f32
+from hybrimoe_jax.host_kernels.formats import F32, Arena, ExpertWeights, aligned_copy, to_f32
 from hybrimoe_jax.host_kernels.packing import (
     ExpertLayout,
     Format,
@@ -62,6 +62,7 @@ class ExpertStore:
         self.dtype, self._read, self._keep, self.layout = np.dtype(dtype), read, keep, layout
         self._cells: list[list[HostExpert | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
         self._locks = [threading.Lock() for _ in range(16)]
+        self._arena = Arena() if keep else None
 
     @classmethod
     def from_arrays(
@@ -141,13 +142,13 @@ class ExpertStore:
     def _load(self, ordinal: int, expert: int) -> HostExpert:
         source = self._read(ordinal, expert)
         if self.layout is not None:
-            data = source.data if isinstance(source, PackedExpert) else aligned_copy(source)
+            data = aligned_copy(source.data if isinstance(source, PackedExpert) else source, arena=self._arena)
             data.flags.writeable = False
             return PackedExpert(data, self.layout)
         if not isinstance(source, ExpertWeights):
             gate_up = source[:2].reshape(2 * self.hidden, self.width)
             source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
-        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype) for matrix in source))
+        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype, self._arena) for matrix in source))
         for matrix in weights:
             matrix.flags.writeable = False
         return weights
