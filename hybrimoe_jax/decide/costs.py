@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, is_format
+from hybrimoe_jax.host_kernels.layout import ExpertLayout, Format, is_format
 from hybrimoe_jax.record.atomic import replacing
 
 PROFILE_VERSION = 4
@@ -36,7 +36,7 @@ Points = Sequence[tuple[float, float]]
 def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
     """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`.
 
-    A quantised format of `host_kernels.packing` takes what its layout says, padding and zero points included. Besides, a format is a name of
+    A quantised format of `host_kernels.layout` takes what its layout says, padding and zero points included. Besides, a format is a name of
     BITS_PER_WEIGHT, and for integers `-g<n>` behind it: a 16-bit scale for every n weights along the input dimension.
     """
     if is_format(fmt):

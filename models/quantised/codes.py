@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import GROUPS
+from hybrimoe_jax.host_kernels.layout import GROUPS
 
 F32 = np.dtype(np.float32)
 
