@@ -6,7 +6,6 @@ import functools
 
 import jax
 import numpy as np
-from flax import nnx
 
 from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.costs import CostModel, expert_bytes
@@ -63,7 +62,7 @@ def weights(family: str, seed: int = 0):
     routing is no near-tie, and so are the other weights, so that greedy tokens vary."""
     config = parse_config(CONFIGS[family])
     rng = np.random.default_rng(seed)
-    _, abstract = split(build_model(config, nnx.Rngs(0)))
+    _, abstract = split(build_model(config))
     dense = {}
     for name, leaf in abstract.items():
         scale = 1.0 if "gate.weight" in name and "shared" not in name else leaf.shape[-1] ** -0.5
