@@ -2,7 +2,7 @@
 
 `ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts are
 read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
-read-only, since kernels and transfers hold them while others read.
+read-only, since kernels and transfers hold them while others read; on a machine with several NUMA nodes their pages lie on all of them.
 
 Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
 quantised one (`host_kernels.layout`), which are held as they are stored.
@@ -17,6 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, to_f32
+from hybrimoe_jax.host_kernels.numa import spread
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
 
 
@@ -122,13 +123,13 @@ class ExpertStore:
     def _load(self, ordinal: int, expert: int) -> HostExpert:
         source = self._read(ordinal, expert)
         if self.layout is not None:
-            data = source.data if isinstance(source, PackedExpert) else aligned_copy(source)
+            data = spread(source.data if isinstance(source, PackedExpert) else aligned_copy(source))
             data.flags.writeable = False
             return PackedExpert(data, self.layout)
         if not isinstance(source, ExpertWeights):
             gate_up = source[:2].reshape(2 * self.hidden, self.width)
             source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
-        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype) for matrix in source))
+        weights = ExpertWeights(*(spread(aligned_copy(matrix, self.dtype)) for matrix in source))
         for matrix in weights:
             matrix.flags.writeable = False
         return weights
