@@ -29,11 +29,14 @@ venv: $(VENV)/.test
 demo: $(VENV)/.run
 	$(BIN)/python -m hybrimoe_jax.generate --prompt "To be, or not to be" --max-tokens 80 --temperature 0.8 --top-p 0.95 --seed 1
 
+# A worker for each core, each on one core of XLA's; a file's tests stay together (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto
+
 test: venv lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: venv
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 lint: venv
 	$(BIN)/ruff check .

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.choices import Measurement
 from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
@@ -17,12 +20,17 @@ KERNELS = ("auto", "reference", "onednn", "native")
 
 
 def get_kernel(
-    name: str, sample: HostExpert | None = None, threads: int = 1, pack_limit: int | None = None
+    name: str,
+    sample: HostExpert | None = None,
+    threads: int = 1,
+    pack_limit: int | None = None,
+    known: Sequence[Measurement] = (),
 ) -> HostKernel:
     """The kernel called `name`: `reference`, `onednn`, or `auto`, which measures on `sample`, an expert of the model.
 
     `threads` is what one call may use where the library takes it per calling thread (oneDNN; NumPy's BLAS is limited for
-    the whole process with threadpoolctl, before this is called). `pack_limit` bounds oneDNN's packed copies, in bytes.
+    the whole process with threadpoolctl, before this is called). `pack_limit` bounds oneDNN's packed copies, in bytes. `known`: earlier
+    measurements, of which `auto` takes one that fits instead of measuring.
     Raises UserError for an unknown name, for `onednn` where its library is not installed, and for a kernel that does not compute `sample`'s format.
     """
     if sample is not None and name == "onednn":
@@ -44,5 +52,5 @@ def get_kernel(
 
         if sample is None:
             raise UserError("host kernel 'auto' measures on one expert of the model: pass it as `sample`")
-        return AutoKernel(sample, threads, pack_limit)
+        return AutoKernel(sample, threads, pack_limit, known=known)
     raise UserError(f"host kernel {name!r} is not known (known: {', '.join(KERNELS)})")

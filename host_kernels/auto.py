@@ -8,6 +8,9 @@ read into the cache.
 A packed copy costs time and memory, so an expert gets one when its own calls would have saved that time: both sides of this
 ski-rental rule are the measured figures. Until then, and past the memory limit, the best of the others runs.
 
+What was measured once holds for every later start on the same machine (choices.py): give the records of a profile as `known`, and nothing
+is measured where one of them fits.
+
 oneDNN computes no quantised experts, so for those NumPy and the native kernel compete. Forms that are not installed do not compete. BLAS threads are taken as they are: limit them first. All forms are measured on
 one thread; a call on several goes to the native kernel, the only one that spreads one expert over them.
 """
@@ -22,8 +25,10 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.choices import Measurement, file_digest, key_of
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
+from hybrimoe_jax.host_kernels.native.library import path as native_path
 from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
@@ -71,15 +76,21 @@ class OneLayout(HostKernel):
 
 
 class AutoKernel(HostKernel):
-    """Args: `sample`, an expert of the model; `threads` and `pack_limit` as in OneDnnKernel; `loads` to measure at.
+    """Args: `sample`, an expert of the model; `threads` and `pack_limit` as in OneDnnKernel; `loads` to measure at; `known` measurements.
 
-    `measured[load][form]` are seconds, `choices["unpacked" | "packed"][load]` the form that runs an expert in that state.
+    `measured[load][form]` are seconds, `choices["unpacked" | "packed"][load]` the form that runs an expert in that state. `measurement` is
+    what they come from, None where only NumPy is there; `reused` whether it was one of `known`.
     """
 
     name = "auto"
 
     def __init__(
-        self, sample: HostExpert, threads: int = 1, pack_limit: int | None = None, loads: Sequence[int] = LOADS
+        self,
+        sample: HostExpert,
+        threads: int = 1,
+        pack_limit: int | None = None,
+        loads: Sequence[int] = LOADS,
+        known: Sequence[Measurement] = (),
     ):
         quantised = isinstance(sample, PackedExpert)
         check_packed(sample, "sample expert") if quantised else check_expert(sample, "sample expert")
@@ -98,8 +109,9 @@ class AutoKernel(HostKernel):
         self.teams = self._native is not None
         self._table = {False: [REFERENCE], True: [REFERENCE]}
         self._gain = [0.0]
+        self.measurement, self.reused = None, False
         if self._onednn is not None or self._native is not None:
-            self._measure(_crop(sample), tuple(sorted(set(loads))))
+            self._settle(sample, threads, tuple(sorted(set(loads))), known)
         self.choices = {
             state: {load: table[min(load, len(table) - 1)] for load in (self.measured or LOADS)}
             for state, table in (("unpacked", self._table[False]), ("packed", self._table[True]))
@@ -172,6 +184,7 @@ class AutoKernel(HostKernel):
             "name": self.name,
             "choices": self.choices,
             "measured_us": micros,
+            "from_profile": self.reused,
             "pack_us": round(self.pack_seconds * 1e6),
         }
 
@@ -179,7 +192,26 @@ class AutoKernel(HostKernel):
         """Share of a packing's time that a packed copy would have saved in one call at this load."""
         return self._gain[load if load < len(self._gain) else -1]
 
-    def _measure(self, sample: HostExpert, loads: tuple[int, ...]) -> None:
+    def _settle(self, sample: HostExpert, threads: int, loads: tuple[int, ...], known: Sequence[Measurement]) -> None:
+        """Takes the measurement that fits, or measures."""
+        key = key_of(sample, threads, self._libraries())
+        found = next((measurement for measurement in known if measurement.covers(key, loads)), None)
+        self.reused = found is not None
+        self.measurement = found or self._measure(_crop(sample), key, loads)
+        self.pack_seconds = self.measurement.pack_seconds
+        self.measured = {load: self.measurement.seconds[load] for load in loads}
+        self._decide(loads)
+
+    def _libraries(self) -> dict[str, str]:
+        """The kernels that compete beside NumPy, and which build each is."""
+        found = {}
+        if self._native is not None:
+            found[NATIVE] = f"{self._native.isa} {file_digest(native_path())}"
+        if self._onednn is not None:
+            found[PLAIN] = self._onednn.version
+        return found
+
+    def _measure(self, sample: HostExpert, key: dict[str, Any], loads: tuple[int, ...]) -> Measurement:
         count = max(2, min(16, SAMPLE_BYTES // sample.nbytes))
         copies = [_copy(sample) for _ in range(count)]
         onednn, packing = self._onednn, []
@@ -197,10 +229,8 @@ class AutoKernel(HostKernel):
                 packing.append(time.perf_counter() - start)
             else:
                 handles[PACKED] = packed
-        self.pack_seconds = statistics.median(packing) if packing else 0.0
-        for load in loads:
-            self.measured[load] = self._race(handles, load)
-        self._decide(loads)
+        pack_seconds = statistics.median(packing) if packing else 0.0
+        return Measurement(key, {load: self._race(handles, load) for load in loads}, pack_seconds)
 
     def _race(self, handles: dict[str, list], load: int) -> dict[str, float]:
         """Median seconds of an expert per form, rows gathered and results added as in a step (every other row of x)."""

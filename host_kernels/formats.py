@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.numa import spread
 
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
@@ -75,7 +76,7 @@ class Arena:
         with self._lock:
             if self._used + nbytes > self._block.size:
                 raw = np.empty(max(BLOCK, nbytes) + HUGE_PAGE, np.uint8)
-                self._block, self._used = raw[-raw.ctypes.data % HUGE_PAGE :], 0
+                self._block, self._used = spread(raw[-raw.ctypes.data % HUGE_PAGE :]), 0
             start, self._used = self._used, self._used + -(-nbytes // ALIGNMENT) * ALIGNMENT
             return self._block[start : start + nbytes].view(dtype).reshape(shape)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.host_kernels.choices import Measurement
 from hybrimoe_jax.host_kernels.formats import aligned_empty
 from hybrimoe_jax.host_kernels.packing import HostExpert
 
@@ -96,6 +97,11 @@ class HostKernel(abc.ABC):
     def set_threads(self, threads: int) -> None:
         """Threads that one call of `expert` from the calling thread may use, for libraries that take it per thread."""
         return None
+
+    measurement: Measurement | None = None
+    """What the kernel's choices come from, for a profile to keep; None of a kernel that chooses nothing."""
+    reused = False
+    """Whether that is an earlier measurement, not one made now."""
 
     @property
     def packed_bytes(self) -> int:

@@ -189,10 +189,15 @@ class OneDnnKernel(HostKernel):
         with self._lock:
             return sum(handle.packed_bytes for handle in self._packed)
 
+    @property
+    def version(self) -> str:
+        """Of the library."""
+        return self._api.version
+
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
-            "library": f"oneDNN {self._api.version}",
+            "library": f"oneDNN {self.version}",
             "primitives": 3 * len(self._products),
             "packed_experts": len(self._packed),
             "pack_limit": self.pack_limit,

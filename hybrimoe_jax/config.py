@@ -33,8 +33,9 @@ class EngineConfig:
       max_batch: sequences whose KV cache a vram_budget reserves.
       prefill_chunk: tokens of a prompt computed at once.
       seed: of sampling.
-      profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote, or a machine profile
-        (`simulation.profile`) by name or file.
+      profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote (what it holds of host
+        kernels replaces the measurement of "auto" where machine, threads and libraries are the same), or a machine profile (`simulation.profile`)
+        by name or file.
       clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the same.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.

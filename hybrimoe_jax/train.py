@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from hybrimoe_jax.cli import Parser
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import replacing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -215,10 +215,8 @@ def run_tokenizer(args, corpus):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` and renames."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write(text)
 
 
 def model_shape(args) -> dict[str, Any]:

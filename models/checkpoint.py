@@ -19,8 +19,6 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
-from hybrimoe_jax.models.quantised.codes import QuantisedTensor
-from hybrimoe_jax.models.quantised.experts import CodedExperts
 from hybrimoe_jax.models.quantised.folder import expand, method_of
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
 from hybrimoe_jax.models.safetensors_file import FileTensor, read_header
@@ -199,8 +197,7 @@ def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take)
     matrices = tuple(
         tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes)) for e in range(count)
     )
-    quantised = any(isinstance(tensor, QuantisedTensor) for triple in matrices for tensor in triple)
-    return (CodedExperts if quantised else ListedExperts)(matrices)
+    return ListedExperts(matrices)
 
 
 def refuse_extra_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:

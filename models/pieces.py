@@ -2,7 +2,7 @@
 
 The item has a leaf for each dense tensor under its checkpoint name and, in an MoE layer, one leaf `experts`, [E, 3, F*D] or, where they
 are quantised, uint8 [E, bytes of an expert]. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major; rows 0
-and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `host_kernels.packing`. Either way an expert is one
+and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `host_kernels.layout`. Either way an expert is one
 contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16 bytes long: one for each dense tensor and one for
 each expert. A quantised dense tensor is a leaf of bytes, and its record says the format and the matrix's shape.
 """

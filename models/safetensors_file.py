@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import replacing
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = {"F32": np.dtype(np.float32), "BF16": BF16, "F16": np.dtype(np.float16)}
@@ -138,8 +138,7 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
         end += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
+    with replacing(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for t in tensors:
             written = 0
@@ -149,7 +148,6 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
                 written += data.nbytes
             if written != t.nbytes:
                 raise ValueError(f"{t.name}: {written} bytes given, {t.nbytes} announced")
-    os.replace(temporary, path)
 
 
 def write_folder(folder: Path, tensors: Iterable[Outgoing], max_file_bytes: int = 5 * 10**9) -> None:

@@ -15,6 +15,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.compensated import BLOCK, compensated, output_error
 from hybrimoe_jax.host_kernels.packing import Format, dequantise, pack, pack_expert, quantise
 from hybrimoe_jax.models import calibrated as module
+from hybrimoe_jax.models import checkpoint_writer
 from hybrimoe_jax.models.calibrated import calibrated, windows
 from hybrimoe_jax.models.checkpoint import from_arrays
 from hybrimoe_jax.models.moe import DenseExperts
@@ -160,16 +161,16 @@ def test_the_command_and_a_resumed_conversion_agree(tmp_path, monkeypatch, capsy
     text.write_text("the other and the father, hither and thither. " * 40)
     argv = [str(source), "--format", "int4-g32", "--calibrate", str(text)]
     assert command.main([argv[0], str(tmp_path / "a"), *argv[1:]]) == 0
-    written = command.write_piece
+    written = checkpoint_writer.write_piece
 
     def killed(folder, piece, *rest):
         if piece.layer == 2:
             raise KeyboardInterrupt
         return written(folder, piece, *rest)
 
-    monkeypatch.setattr(command, "write_piece", killed)
+    monkeypatch.setattr(checkpoint_writer, "write_piece", killed)
     assert command.main([argv[0], str(tmp_path / "b"), *argv[1:]]) == 130
-    monkeypatch.setattr(command, "write_piece", written)
+    monkeypatch.setattr(checkpoint_writer, "write_piece", written)
     assert command.main([argv[0], str(tmp_path / "b"), *argv[1:]]) == 0
     a, b = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
     assert a["pieces"] == b["pieces"] and a["source"]["calibration"] and a["format"] == "int4-g32"

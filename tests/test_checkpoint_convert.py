@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hybrimoe_jax import exporting
 from hybrimoe_jax.convert import convert, export_hf, save
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models import pieces
+from hybrimoe_jax.models import checkpoint_writer, pieces
 from hybrimoe_jax.runtime.store import open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
@@ -183,7 +184,7 @@ def written(monkeypatch):
         names.append(piece.name)
         return pieces.write_piece(folder, piece, *args)
 
-    monkeypatch.setattr(command, "write_piece", spy)
+    monkeypatch.setattr(checkpoint_writer, "write_piece", spy)
     return names
 
 
@@ -257,7 +258,7 @@ def test_resume_starts_over_when_source_or_format_changed(tmp_path, written):
 
 KILL_IN_A_LAYER = """
 import os, signal, sys
-from hybrimoe_jax.models import pieces
+from hybrimoe_jax.models import checkpoint_writer, pieces
 from hybrimoe_jax.convert import convert
 reads, read = 0, pieces.ExpertRows.read
 def deadly(self, start, stop):
@@ -381,8 +382,8 @@ def test_transformers_loads_what_is_exported(tmp_path, case):
 def test_export_of_a_bf16_checkpoint_says_so_and_can_be_sharded(tmp_path, monkeypatch):
     weights = folders.tensors()
     dst = convert(folders.write_hf(tmp_path / "hf", weights, dtype="float32"), tmp_path / "ckpt", "bf16")
-    write = command.write_folder
-    monkeypatch.setattr(command, "write_folder", lambda folder, tensors: write(folder, tensors, max_file_bytes=4000))
+    write = exporting.write_folder
+    monkeypatch.setattr(exporting, "write_folder", lambda folder, tensors: write(folder, tensors, max_file_bytes=4000))
     back = export_hf(dst, tmp_path / "back")
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
     index = json.loads((back / "model.safetensors.index.json").read_text())["weight_map"]

@@ -127,6 +127,7 @@ def fastest(call, repeats: int = 60) -> float:
     return best
 
 
+@pytest.mark.alone
 def test_decisions_cost_microseconds():
     """Bounds of several times what an idle core takes (14, 40 and 60 us), so that only a change of kind trips them."""
     generator = random.Random(0)

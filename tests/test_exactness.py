@@ -1,7 +1,8 @@
 """Placement never changes the answer: every cell of the exactness matrix gives the dense model's tokens and logits.
 
 A covering sample runs by default, the whole matrix with `--slow`. Cells of the overlapped executor run here; those of the callback
-executor in one process of their own (see `exactness_cells`). Executables are shared between the cells of a process.
+executor in one process of their own (see `exactness_cells`), beside which another worker may run these. Executables are shared between the
+cells of a process.
 """
 
 from __future__ import annotations
@@ -70,38 +71,22 @@ def check(cell: Cell, result: dict) -> None:
     assert result["same_tokens"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def callback_process(request, tmp_path_factory):
-    """One process for all callback cells that this session will ask for; it runs beside the overlapped cells."""
+@pytest.fixture(scope="module")
+def callback_results(request, tmp_path_factory):
+    """One process for all callback cells that this session will ask for -> (what it printed by cell, its standard error)."""
     cells = [item.callspec.params["cell"] for item in request.session.items if "callback_results" in item.fixturenames]
     slow = request.config.getoption("--slow")
     cells = [cell for cell in cells if (slow or cell in SAMPLED) and not missing(cell)]
-    folder = tmp_path_factory.mktemp("callback")
-    (folder / "cells").write_text("".join(cell.label + "\n" for cell in cells))
-    with open(folder / "cells") as stdin, open(folder / "out", "w") as stdout, open(folder / "err", "w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, exactness_cells.__file__],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-                ),
-            },
-        )
-    yield process, folder, 300 + 10 * len(cells)
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture(scope="module")
-def callback_results(callback_process):
-    process, folder, limit = callback_process
-    process.wait(limit)
-    lines = (folder / "out").read_text().splitlines()
-    return {record["cell"]: record for record in map(json.loads, lines)}, (folder / "err").read_text()
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, exactness_cells.__file__],
+        input="".join(cell.label + "\n" for cell in cells),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300 + 10 * len(cells),
+    )
+    return {record["cell"]: record for record in map(json.loads, done.stdout.splitlines())}, done.stderr
 
 
 @params("overlapped")

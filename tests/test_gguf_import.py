@@ -12,7 +12,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import Format, dequantise
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge, split
-from hybrimoe_jax.models.quantised.experts import quantised_format
+from hybrimoe_jax.models.quantised.experts import packed_expert, quantised_format
 from hybrimoe_jax.models.quantised.gguf_file import open_gguf
 from hybrimoe_jax.models.registry import build_model, parse_config
 
@@ -262,7 +262,7 @@ def test_logits_are_those_of_the_numbers_in_the_file(tmp_path, arch, kind):
     assert str(format) == {"Q4_0": "int4-g32", "Q8_0": "int8-g32", "F16": "None"}[kind]
     if format is not None:
         last = weights.pieces[-1]
-        for matrix, want in zip(last.experts.packed(3, format).matrices, experts[last.layer, 3], strict=True):
+        for matrix, want in zip(packed_expert(last.experts, format, 3).matrices, experts[last.layer, 3], strict=True):
             np.testing.assert_array_equal(dequantise(matrix), want)
 
 
@@ -368,4 +368,4 @@ def test_codes_of_minus_128_are_refused(tmp_path):
         ((type(gate)(changed, gate.type, gate.where), *weights.pieces[1].experts.matrices[0][1:]),)
     )
     with pytest.raises(UserError, match=r"ffn_gate_exps.weight \[0\]: it has codes of -128"):
-        experts.packed(0, Format.parse("int8-g32"))
+        packed_expert(experts, Format.parse("int8-g32"), 0)

@@ -197,6 +197,7 @@ def test_run_experts_without_work_leaves_the_output():
     assert np.array_equal(out, np.ones((1, 8)))
 
 
+@pytest.mark.alone
 @every_kernel
 def test_host_experts_release_the_interpreter_lock(make):
     """With forced switches off, another thread runs only when the lock is let go: often during a call, not just between

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import assert_close, exact, make_expert, tokens_of
 
 from hybrimoe_jax.host_kernels import run_experts
@@ -28,24 +29,14 @@ from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "host_kernels" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-ISAS = ("avx512vnni", "avx512", "avxvnni", "avx2", "portable")
-HERE = library.isas() if library.available() else {}
-needs_native = pytest.mark.skipif(not HERE, reason="the package was installed without a C++ compiler")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-
-def every_isa(test):
-    marks = {isa: pytest.mark.skipif(isa not in HERE, reason=f"no {isa} here") for isa in ISAS}
-    return pytest.mark.parametrize("isa", [pytest.param(isa, marks=mark) for isa, mark in marks.items()])(test)
 
 
 def layer(seed: int, width: int, hidden: int, total: int, count: int, dtype):
     """Experts, x, and per expert random rows (some none) and routing weights."""
     rng = np.random.default_rng(seed)
     experts = [make_expert(width, hidden, seed + i, dtype) for i in range(count)]
-    rows = [np.sort(rng.choice(total, rng.integers(0, total + 1), replace=False)) for _ in range(count)]
-    mix = [rng.standard_normal(len(r)).astype(np.float32) for r in rows]
-    return experts, tokens_of(total, width, seed), rows, mix
+    return experts, tokens_of(total, width, seed), *routing(rng, total, count)
 
 
 def expected(experts, x, rows, mix) -> np.ndarray:
@@ -58,15 +49,7 @@ def expected(experts, x, rows, mix) -> np.ndarray:
 
 @every_isa
 @settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 999),
-    width=st.integers(1, 130),
-    hidden=st.integers(1, 90),
-    total=st.integers(1, 40),
-    count=st.integers(1, 5),
-    threads=st.integers(1, 4),
-    dtype=st.sampled_from([F32, BF16]),
-)
+@given(**runs(width=130, hidden=90, count=5), dtype=st.sampled_from([F32, BF16]))
 def test_runs_of_experts_give_the_float64_answer(isa, seed, width, hidden, total, count, threads, dtype):
     experts, x, rows, mix = layer(seed, width, hidden, total, count, dtype)
     kernel = NativeKernel(isa=isa)

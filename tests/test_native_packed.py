@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import tokens_of
-from test_native_kernel import HERE, every_isa, needs_native
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import run_experts
@@ -96,20 +96,11 @@ def test_every_format_gives_the_float64_answer(isa, name):
 
 @every_isa
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 999),
-    width=st.integers(1, 300),
-    hidden=st.integers(1, 200),
-    total=st.integers(1, 40),
-    count=st.integers(1, 4),
-    threads=st.integers(1, 4),
-    names=st.lists(st.sampled_from(EVERY), min_size=1, max_size=2),
-)
+@given(**runs(width=300, hidden=200, count=4), names=st.lists(st.sampled_from(EVERY), min_size=1, max_size=2))
 def test_runs_of_experts_of_any_formats_and_shapes(isa, seed, width, hidden, total, count, threads, names):
     rng = np.random.default_rng(seed)
     experts = [random_expert(rng, Format.parse(names[i % len(names)]), width, hidden) for i in range(count)]
-    rows = [np.sort(rng.choice(total, rng.integers(0, total + 1), replace=False)) for _ in range(count)]
-    mix = [rng.standard_normal(len(r)).astype(np.float32) for r in rows]
+    rows, mix = routing(rng, total, count)
     x, kernel = tokens_of(total, width, seed), NativeKernel(isa=isa)
     got = run_experts(kernel, [kernel.prepare(e) for e in experts], x, rows, mix, np.zeros_like(x), threads)
     want, slack = np.zeros(x.shape), np.full((total, 1), TOLERANCE)

@@ -11,6 +11,7 @@ import tiny
 
 from hybrimoe_jax.runtime import host, programs
 
+pytestmark = pytest.mark.alone
 SLOWED = 0.050
 LIMIT = 0.075
 

@@ -13,12 +13,11 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from hybrimoe_jax import convert as command
 from hybrimoe_jax.convert import convert, convert_random, export_hf
 from hybrimoe_jax.decide.costs import expert_bytes
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import Format, dequantise, dequantise_expert, pack_expert, unpack
-from hybrimoe_jax.models import pieces
+from hybrimoe_jax.models import checkpoint_writer, pieces
 from hybrimoe_jax.models.random_weights import random_packed
 from hybrimoe_jax.runtime.store import open_checkpoint
 
@@ -98,7 +97,7 @@ def test_a_quantised_conversion_resumes(tmp_path, monkeypatch):
         written.append(piece.name)
         return pieces.write_piece(folder, piece, *args)
 
-    monkeypatch.setattr(command, "write_piece", stop_at_the_last)
+    monkeypatch.setattr(checkpoint_writer, "write_piece", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         convert(src, tmp_path / "ckpt", "int8-g32")
     convert(src, tmp_path / "ckpt", "int8-g32")
@@ -119,7 +118,7 @@ def test_export_writes_the_numbers_that_the_codes_stand_for(tmp_path, fmt):
 
 
 def test_rounding_a_second_time_is_refused(tmp_path):
-    from hybrimoe_jax.convert import write_checkpoint
+    from hybrimoe_jax.models.checkpoint_writer import write_checkpoint
     from hybrimoe_jax.models.random_weights import random_weights
 
     (tmp_path / "config.json").write_text(json.dumps(folders.CONFIG))

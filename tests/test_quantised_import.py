@@ -15,7 +15,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import Format, dequantise
 from hybrimoe_jax.models.checkpoint import open_hf
 from hybrimoe_jax.models.quantised.codes import QuantisedTensor
-from hybrimoe_jax.models.quantised.experts import exact_format, holds, quantised_format
+from hybrimoe_jax.models.quantised.experts import exact_format, holds, packed_expert, quantised_format
 from hybrimoe_jax.runtime.store import open_checkpoint
 
 EXPERT = "model.layers.1.mlp.experts.3"
@@ -61,7 +61,7 @@ def test_values_and_packed_experts_are_exact(tmp_path, case):
                 np.testing.assert_array_equal(tensor.read(1, 3), values[name][1:3], err_msg=name)
         for e in range(piece.experts.count if piece.experts else 0):
             stem = f"model.layers.{piece.layer}.mlp.experts.{e}"
-            packed = piece.experts.packed(e, format)
+            packed = packed_expert(piece.experts, format, e)
             for part, read, matrix in zip(("gate", "up", "down"), piece.experts.read(e), packed.matrices, strict=True):
                 np.testing.assert_array_equal(read, values[f"{stem}.{part}_proj.weight"])
                 np.testing.assert_array_equal(dequantise(matrix), read)
@@ -82,7 +82,7 @@ def test_act_order_of_the_down_matrix_is_undone(tmp_path):
     weights = open_hf(tmp_path / "hf")
     format = quantised_format(weights)
     assert str(format) == "int4z-g32"
-    gate, up, down = (dequantise(m) for m in weights.pieces[2].experts.packed(3, format).matrices)
+    gate, up, down = (dequantise(m) for m in packed_expert(weights.pieces[2].experts, format, 3).matrices)
     kept = [values[f"{EXPERT}.{part}_proj.weight"] for part in ("gate", "up", "down")]
     order = [int(np.flatnonzero((kept[0] == row).all(axis=1))[0]) for row in gate]
     assert sorted(order) == list(range(64)) and order != sorted(order)
@@ -118,7 +118,9 @@ def test_a_format_holds_what_a_coarser_one_does():
 def test_a_coarse_group_goes_into_a_finer_format(tmp_path):
     write(tmp_path / "hf", "awq", make=coded(group=64))
     experts = open_hf(tmp_path / "hf").pieces[1].experts
-    for matrix, want in zip(experts.packed(2, Format.parse("int4z-g32")).matrices, experts.read(2), strict=True):
+    for matrix, want in zip(
+        packed_expert(experts, Format.parse("int4z-g32"), 2).matrices, experts.read(2), strict=True
+    ):
         np.testing.assert_array_equal(dequantise(matrix), want)
 
 
@@ -141,7 +143,7 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "asymmetric", "gptq", settings={"sym": True})
     weights = open_hf(tmp_path / "asymmetric")
     with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*give --format f32"):
-        weights.pieces[1].experts.packed(0, quantised_format(weights))
+        packed_expert(weights.pieces[1].experts, quantised_format(weights), 0)
 
     def least(rng, module, rows, columns):
         made = Coded(rng, rows, columns, 32, bits=8, symmetric=True)
@@ -151,7 +153,7 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "least", "compressed-tensors", make=least, settings=int8({}))
     weights = open_hf(tmp_path / "least")
     with pytest.raises(UserError, match="codes of -128"):
-        weights.pieces[1].experts.packed(0, quantised_format(weights))
+        packed_expert(weights.pieces[1].experts, quantised_format(weights), 0)
 
 
 REFUSED = [

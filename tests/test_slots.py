@@ -105,6 +105,7 @@ def test_a_reader_of_the_old_expert_sees_the_old_expert(link):
     assert float(reading) == expected
 
 
+@pytest.mark.alone
 def test_writing_costs_the_same_in_a_large_pool():
     """An expert of 3 MB into 2 slots and into 64: copying the pool would take 32 times as long."""
     link = Link(jax.devices()[0], WallClock())

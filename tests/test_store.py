@@ -15,7 +15,8 @@ import pytest
 from hybrimoe_jax.convert import convert
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import ExpertWeights
-from hybrimoe_jax.runtime.store import ExpertStore, open_checkpoint
+from hybrimoe_jax.runtime.expert_store import ExpertStore
+from hybrimoe_jax.runtime.store import open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 

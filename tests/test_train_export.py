@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train_loop import VERSES
 
-from hybrimoe_jax.convert import convert
+from hybrimoe_jax.convert import convert, export_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.moe import DenseExperts
@@ -110,6 +110,17 @@ def test_folder_reads_back_also_after_conversion(model, tmp_path):
     assert read_config == config
     assert_same_params(read, params)
     assert read_tokenizer.to_str() == tokenizer.to_str()
+
+
+def test_of_a_quantised_checkpoint_the_numbers_are_read_that_its_codes_stand_for(model, tmp_path):
+    folder, config, params, _ = model
+    quantised = convert(folder, tmp_path / "quantised", "int4-g32", dense_format="int8-g32")
+    read_config, read, _ = export.read_model(quantised)
+    assert read_config == config
+    _, stands_for, _ = export.read_model(export_hf(quantised, tmp_path / "hf"))
+    assert_same_params(read, stands_for)
+    head, rounded = params["dense"]["lm_head.weight"], read["dense"]["lm_head.weight"]
+    assert 0 < np.abs(head - rounded).max() < 0.02 * np.abs(head).max()
 
 
 def test_rewriting_replaces_the_folder_whole(model, tmp_path):

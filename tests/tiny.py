@@ -6,7 +6,6 @@ import functools
 
 import jax
 import numpy as np
-from flax import nnx
 
 from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.costs import CostModel, expert_bytes
@@ -63,7 +62,7 @@ def weights(family: str, seed: int = 0):
     routing is no near-tie, and so are the other weights, so that greedy tokens vary."""
     config = parse_config(CONFIGS[family])
     rng = np.random.default_rng(seed)
-    _, abstract = split(build_model(config, nnx.Rngs(0)))
+    _, abstract = split(build_model(config))
     dense = {}
     for name, leaf in abstract.items():
         scale = 1.0 if "gate.weight" in name and "shared" not in name else leaf.shape[-1] ** -0.5
@@ -105,7 +104,7 @@ def costs(config, *, cpu=1.0, device=1.0, transfer=1.0, format: str = "f32") -> 
 def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, format: str = "f32", **options):
     """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a profile is given."""
     from hybrimoe_jax.runtime.engine import Engine
-    from hybrimoe_jax.runtime.store import ExpertStore
+    from hybrimoe_jax.runtime.expert_store import ExpertStore
 
     config, dense, experts = weights(family, seed)
     options = {"host_kernel": "reference", "profile": costs(config, format=format), "prefill_chunk": 16, **options}

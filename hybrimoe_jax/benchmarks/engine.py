@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.choices import processor
 
 SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -188,16 +189,8 @@ def run(models: list[str], options: Options, workdir: Path | None, note: Callabl
             results.append(result)
     about = {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         "clock": "wall",
     }
     return {"benchmark": "engine", **about, **dataclasses.asdict(options), "results": results}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

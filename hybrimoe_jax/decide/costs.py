@@ -13,15 +13,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, is_format
+from hybrimoe_jax.host_kernels.layout import ExpertLayout, Format, is_format
+from hybrimoe_jax.record.atomic import replacing
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
+"""4 added `kernels`; the rest is as in 3, which is still read."""
 _KIND = "hybrimoe-jax cost model"
 
 BITS_PER_WEIGHT = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
@@ -35,7 +36,7 @@ Points = Sequence[tuple[float, float]]
 def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
     """Bytes of one routed expert (gate, up and down matrices, `hidden` x `moe_width` each) in weight format `fmt`.
 
-    A quantised format of `host_kernels.packing` takes what its layout says, padding and zero points included. Besides, a format is a name of
+    A quantised format of `host_kernels.layout` takes what its layout says, padding and zero points included. Besides, a format is a name of
     BITS_PER_WEIGHT, and for integers `-g<n>` behind it: a 16-bit scale for every n weights along the input dimension.
     """
     if is_format(fmt):
@@ -170,44 +171,57 @@ class CostModel:
         """Plain values, for statistics and records."""
         return dataclasses.asdict(self)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the model as JSON, whole or not at all."""
-        path = Path(path)
-        text = json.dumps({"kind": _KIND, "version": PROFILE_VERSION, **dataclasses.asdict(self)}, indent=2)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            raise UserError(f"{path}: the profile cannot be written ({error.strerror})") from None
-        finally:
-            beside.unlink(missing_ok=True)
+    def save(self, path: str | Path, kernels: Sequence[dict] = ()) -> None:
+        """Writes a profile as JSON, whole or not at all: the model, and beside it what was measured of host kernels (plain values that are only
+        kept here; `host_kernels.choices` makes and reads them)."""
+        about = {"kind": _KIND, "version": PROFILE_VERSION}
+        with replacing(path) as file:
+            file.write(json.dumps({**about, **dataclasses.asdict(self), "kernels": list(kernels)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Reads what `save` wrote; UserError naming the file and the first thing wrong in it."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
-        if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
-            raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
-        version = raw.pop("version", None)
-        if version != PROFILE_VERSION:
-            raise UserError(
-                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION})"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
-        if missing or unknown:
-            problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-            raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
-        try:
-            return cls(**raw)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        """The cost model of a file that `save` wrote; errors as in `read_profile`."""
+        return read_profile(path)[0]
+
+
+def is_profile(path: str | Path) -> bool:
+    """Whether the file is one that `CostModel.save` wrote, usable or not."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == _KIND
+
+
+def read_profile(path: str | Path) -> tuple[CostModel, list[dict]]:
+    """What `CostModel.save` wrote: the model and the kernels' records; UserError naming the file and the first thing wrong in it."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
+        raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
+    version = raw.pop("version", None)
+    if version not in (3, PROFILE_VERSION):
+        raise UserError(
+            f"{path}: profile version {version!r} is not supported (this program reads 3 and {PROFILE_VERSION})"
+        )
+    if version == 3:
+        raw["kernels"] = []
+    names = {field.name for field in dataclasses.fields(CostModel)} | {"kernels"}
+    missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
+    if missing or unknown:
+        problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+        raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
+    kernels = raw.pop("kernels")
+    if not isinstance(kernels, list) or not all(isinstance(record, dict) for record in kernels):
+        raise UserError(f"{path}: not a usable profile: `kernels` must be a list of objects; measure it again")
+    try:
+        return CostModel(**raw), kernels
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
@@ -64,6 +65,7 @@ class Parts:
     pool: SlotPool | None = None
     link: Link | None = None
     host: HostExecutor | None = None
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
     def init_cache(self, batch: int, capacity: int):
         return self.model.init_cache(batch, capacity)
@@ -161,7 +163,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
     link = Link(device, clock)
     threads.limit_blas(1)
-    kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
+    known = _known(options.profile)
+    kernel = get_kernel(options.host_kernel, sample=store.get(0, 0), known=known)
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
     one_program = _can_be_one_program(options, device, host)
@@ -222,6 +225,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         pool,
         link,
         host,
+        merged(known, kernel.measurement),
     )
 
 
@@ -270,6 +274,13 @@ def _costs(
             )
         return costs
     return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s, lookahead, one_program)
+
+
+def _known(profile) -> list[Measurement]:
+    """What a saved warm-up tells of host kernels; nothing from other profiles."""
+    if profile is None or isinstance(profile, CostModel) or not costs_of.is_profile(profile):
+        return []
+    return [read_measurement(record, profile) for record in costs_of.read_profile(profile)[1]]
 
 
 def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.host_kernels.formats import aligned_copy
+from hybrimoe_jax.host_kernels.numa import spread
 from hybrimoe_jax.host_kernels.packing import PackedMatrix
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
@@ -47,7 +48,7 @@ class DeviceModel:
         def put(name: str) -> jax.Array | PackedMatrix:
             array = dense[name]
             if isinstance(array, PackedMatrix):
-                return jax.device_put(dataclasses.replace(array, data=aligned_copy(array.data)), device)
+                return jax.device_put(dataclasses.replace(array, data=spread(aligned_copy(array.data))), device)
             if device.platform == "cpu":
                 # A copy, so that no device array aliases (and keeps alive) the loader's memory.
                 array = np.array(array, dtype=np.float32, copy=True)

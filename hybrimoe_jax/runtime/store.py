@@ -1,173 +1,30 @@
-"""Opening a converted checkpoint, and the host's copy of its routed experts.
-
-`ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts are
-read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
-read-only, since kernels and transfers hold them while others read.
-
-Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
-quantised one (`host_kernels.packing`), which are held as they are stored.
-"""
+"""Opening a converted checkpoint: what its folder holds, checked, and its dense tensors and routed experts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import F32, Arena, ExpertWeights, aligned_copy, to_f32
 from hybrimoe_jax.host_kernels.packing import (
-    ExpertLayout,
     Format,
-    HostExpert,
     MatrixLayout,
-    PackedExpert,
     PackedMatrix,
-    pack_expert,
 )
 from hybrimoe_jax.models.checkpoint import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
 from hybrimoe_jax.models.pieces import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.models.registry import parse_config
+from hybrimoe_jax.runtime.expert_store import ExpertStore, held_dtype
 
 FREQUENCIES = "expert_frequencies.json"
-
-
-class ExpertStore:
-    """The routed experts of one model in host memory, by MoE-layer ordinal (0 .. L-1) and expert (0 .. E-1).
-
-    Args:
-      read: gives an expert's matrices [3, F*D] (gate, up, down) or an ExpertWeights; with `layout`, its bytes or a PackedExpert.
-      shape: (L, E, F, D).
-      dtype: what the arrays handed out hold; the source's own type, or float32; uint8 with `layout`.
-      keep: False hands out a fresh read each time (for a walk over a model larger than memory).
-      layout: of quantised experts; None for plain ones.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int, int], np.ndarray | HostExpert],
-        shape: tuple[int, int, int, int],
-        dtype: np.dtype,
-        keep: bool = True,
-        layout: ExpertLayout | None = None,
-    ):
-        self.num_layers, self.num_experts, self.hidden, self.width = shape
-        self.dtype, self._read, self._keep, self.layout = np.dtype(dtype), read, keep, layout
-        self._cells: list[list[HostExpert | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
-        self._locks = [threading.Lock() for _ in range(16)]
-        self._arena = Arena() if keep else None
-
-    @classmethod
-    def from_arrays(
-        cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None, format: str | None = None
-    ) -> ExpertStore:
-        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied, or rounded to a quantised `format`, on
-        first use."""
-        layers = [(np.asarray(g), np.asarray(d)) for g, d in layers]
-        if not layers:
-            raise UserError("ExpertStore: no MoE layers were given")
-        count, width, hidden = layers[0][1].shape
-        stored = layers[0][1].dtype
-        for i, (gate_up, down) in enumerate(layers):
-            fits = gate_up.shape == (count, 2 * hidden, width) and down.shape == (count, width, hidden)
-            if not fits or gate_up.dtype != stored or down.dtype != stored:
-                raise UserError(
-                    f"ExpertStore: layer {i} has gate_up {gate_up.shape} {gate_up.dtype} and down {down.shape} {down.dtype}; "
-                    f"{(count, 2 * hidden, width)} and {(count, width, hidden)} of {stored} are needed"
-                )
-
-        def read(ordinal: int, expert: int) -> ExpertWeights:
-            gate_up, down = layers[ordinal]
-            return ExpertWeights(gate_up[expert], down[expert])
-
-        shape = (len(layers), count, hidden, width)
-        if format is None:
-            return cls(read, shape, held_dtype(stored, dtype))
-        layout = ExpertLayout(Format.parse(format), width, hidden)
-
-        def rounded(ordinal: int, expert: int) -> PackedExpert:
-            gate_up, down = map(to_f32, read(ordinal, expert))
-            return pack_expert(gate_up[:hidden], gate_up[hidden:], down, layout.format)
-
-        return cls(rounded, shape, np.uint8, layout=layout)
-
-    @property
-    def format(self) -> str:
-        """The weight format that is handed out: `f32`, `bf16`, or a quantised one's name."""
-        return str(self.layout.format) if self.layout else "f32" if self.dtype == F32 else "bf16"
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert as handed out."""
-        if self.layout is not None:
-            return self.layout.nbytes
-        return 3 * self.hidden * self.width * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all experts as handed out, whether read yet or not."""
-        return self.num_layers * self.num_experts * self.expert_bytes
-
-    @property
-    def loaded(self) -> int:
-        """How many experts have been read."""
-        return sum(cell is not None for layer in self._cells for cell in layer)
-
-    def get(self, ordinal: int, expert: int) -> HostExpert:
-        """One expert's weights, read now if they were not; safe from any thread, read once.
-
-        Raises UserError where the checkpoint's files are damaged, IndexError for an ordinal or expert that does not exist.
-        """
-        if not (0 <= ordinal < self.num_layers and 0 <= expert < self.num_experts):
-            raise IndexError(
-                f"expert {expert} of MoE layer {ordinal}: the model has {self.num_layers} x {self.num_experts}"
-            )
-        cell = self._cells[ordinal][expert]
-        if cell is not None:
-            return cell
-        if not self._keep:
-            return self._load(ordinal, expert)
-        with self._locks[(ordinal * self.num_experts + expert) % len(self._locks)]:
-            if self._cells[ordinal][expert] is None:
-                self._cells[ordinal][expert] = self._load(ordinal, expert)
-            return self._cells[ordinal][expert]
-
-    def _load(self, ordinal: int, expert: int) -> HostExpert:
-        source = self._read(ordinal, expert)
-        if self.layout is not None:
-            data = aligned_copy(source.data if isinstance(source, PackedExpert) else source, arena=self._arena)
-            data.flags.writeable = False
-            return PackedExpert(data, self.layout)
-        if not isinstance(source, ExpertWeights):
-            gate_up = source[:2].reshape(2 * self.hidden, self.width)
-            source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
-        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype, self._arena) for matrix in source))
-        for matrix in weights:
-            matrix.flags.writeable = False
-        return weights
-
-    def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
-        """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk."""
-        every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
-        for ordinal, expert in every if progress is None else progress(every, len(every), "loading experts"):
-            self.get(ordinal, expert)
-
-
-def held_dtype(stored: np.dtype, wanted) -> np.dtype:
-    """The type to hand out: the stored one, or float32 (exact); raises UserError for a conversion that would round."""
-    wanted = np.dtype(stored if wanted is None else wanted)
-    if wanted not in (stored, np.dtype(np.float32)):
-        raise UserError(
-            f"experts are stored as {np.dtype(stored)}; {wanted} would round them (convert with --format bf16)"
-        )
-    return wanted
 
 
 @dataclasses.dataclass(frozen=True)

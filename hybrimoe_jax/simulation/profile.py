@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.costs import CostModel, is_profile
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.shapes import ModelShape
 
@@ -218,7 +218,7 @@ def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | 
 
     A warm-up is bound to the size of an expert; UserError where that is not the model's in this format.
     """
-    if str(name) not in PROFILES and _is_warm_up(name):
+    if str(name) not in PROFILES and is_profile(name):
         costs = CostModel.load(name)
         if costs.expert_bytes != shape.expert_bytes(fmt):
             raise UserError(
@@ -227,11 +227,3 @@ def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | 
             )
         return costs
     return load_profile(name).costs(shape, fmt)
-
-
-def _is_warm_up(path: str | Path) -> bool:
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(raw, dict) and raw.get("kind") == "hybrimoe-jax cost model"

@@ -20,6 +20,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.runtime.store import open_checkpoint
@@ -108,17 +109,17 @@ def read_model(folder: Path) -> tuple[ModelConfig, Params, tokenizers.Tokenizer]
 
 
 def read_converted(folder: Path) -> tuple[ModelConfig, Params, tokenizers.Tokenizer]:
-    """A model folder of `python -m hybrimoe_jax.convert`."""
+    """A model folder of `python -m hybrimoe_jax.convert`; of quantised weights the numbers that they stand for."""
     checkpoint = open_checkpoint(folder)
     store = checkpoint.experts(dtype=np.float32)
     experts = {}
     for ordinal, layer in enumerate(checkpoint.config.moe_layers):
-        weights = [store.get(ordinal, expert) for expert in range(store.num_experts)]
+        weights = [plain_expert(store.get(ordinal, expert)) for expert in range(store.num_experts)]
         experts[str(layer)] = {
             "gate_up": jnp.asarray(np.stack([w.gate_up for w in weights])),
             "down": jnp.asarray(np.stack([w.down for w in weights])),
         }
-    dense = {name: jnp.asarray(np.asarray(leaf, np.float32)) for name, leaf in checkpoint.dense().items()}
+    dense = {name: jnp.asarray(plain_matrix(leaf)) for name, leaf in checkpoint.dense().items()}
     return checkpoint.config, {"dense": dense, "experts": experts}, read_tokenizer(folder)
 
 

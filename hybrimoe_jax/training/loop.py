@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.training import tokens
 from hybrimoe_jax.training.experts import GroupedExperts
 
@@ -170,13 +170,11 @@ def make_step(config: ModelConfig, settings: Settings) -> tuple[optax.GradientTr
 
 
 def save_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
-    """Writes the state beside `path` and renames it; `identity` (JSON values) is what a resumed run must share."""
+    """Writes the state, whole or not at all; `identity` (JSON values) is what a resumed run must share."""
     leaves = jax.tree.leaves((state.params, state.moments))
     meta = json.dumps({"step": state.step, "identity": identity})
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
+    with replacing(path, "wb") as file:
         np.savez(file, meta=np.frombuffer(meta.encode(), np.uint8), **{str(i): leaf for i, leaf in enumerate(leaves)})
-    os.replace(beside, path)
 
 
 def load_state(path: Path, like: State, identity: Mapping[str, Any]) -> State:

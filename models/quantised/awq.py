@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor, centred, fitting_group, unpack_words
+from hybrimoe_jax.models.quantised.codes import (
+    Codes,
+    Kind,
+    QuantisedTensor,
+    centred,
+    fitting_group,
+    gathered,
+    groups_in_order,
+    scale_type,
+    unpack_words,
+)
 from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("qweight", "qzeros", "scales")
@@ -50,11 +60,10 @@ class AwqTensor(QuantisedTensor):
     @property
     def kind(self) -> Kind:
         columns, groups = self.shape[1], self.scales.shape[0]
-        return Kind(4, fitting_group(columns // groups, columns), True, "f16" if self.scales.kind == "F16" else "f32")
+        return Kind(4, fitting_group(columns // groups, columns), True, scale_type(self.scales))
 
     def group_of(self) -> np.ndarray:
-        columns, groups = self.shape[1], self.scales.shape[0]
-        return np.arange(columns) // (columns // groups)
+        return groups_in_order(self.shape[1], self.scales.shape[0])
 
     def codes(self) -> Codes:
         codes, zeros = (in_order(part.integers()) for part in (self.qweight, self.qzeros))
@@ -77,14 +86,4 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         raise UserError(
             f"config.json: AWQ with {bits} bits in version {version!r} is not supported (4 bits in version 'gemm' are)"
         )
-    out: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        stem, _, part = name.rpartition(".")
-        if part not in PARTS:
-            out[name] = tensor
-        elif part == "qweight":
-            lacking = [p for p in PARTS if f"{stem}.{p}" not in stored]
-            if lacking:
-                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
-            out[f"{stem}.weight"] = AwqTensor(*(stored[f"{stem}.{p}"] for p in PARTS))
-    return out
+    return gathered(stored, PARTS, PARTS, lambda found, stem: AwqTensor(*(found[part] for part in PARTS)))

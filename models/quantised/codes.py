@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import GROUPS
+from hybrimoe_jax.host_kernels.layout import GROUPS
 
 F32 = np.dtype(np.float32)
 
@@ -107,6 +109,48 @@ class QuantisedTensor(abc.ABC):
         part = slice(start, stop)
         zeros = None if codes.zeros is None else codes.zeros[part]
         return Codes(codes.codes[part], codes.scales[part], zeros, codes.group_of).values()
+
+
+def gathered(
+    stored: Mapping[str, Any], parts: Sequence[str], needed: Sequence[str], make: Callable[[dict[str, Any], str], Any]
+) -> dict[str, Any]:
+    """`stored` with the parts `X.part` of every quantised matrix replaced by `make(found, X)` under the name `X.weight`.
+
+    `needed` are those of `parts` that a matrix must have, the first of them the one that tells it is there; `found` maps part to tensor.
+    Raises UserError where another is lacking.
+    """
+    out: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        stem, _, part = name.rpartition(".")
+        if part not in parts:
+            out[name] = tensor
+        elif part == needed[0]:
+            found = {part: stored[f"{stem}.{part}"] for part in parts if f"{stem}.{part}" in stored}
+            lacking = [part for part in needed if part not in found]
+            if lacking:
+                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
+            out[f"{stem}.weight"] = make(found, stem)
+    return out
+
+
+def groups_listed(g_idx: Any, groups: int, where: str) -> np.ndarray:
+    """The stored group of each column, [K]; UserError where one is not in 0..groups-1."""
+    of = g_idx.integers()
+    if of.min() < 0 or of.max() >= groups:
+        raise UserError(
+            f"{where}: {g_idx.name.rpartition('.')[2]} names groups outside 0..{groups - 1}; download it again"
+        )
+    return of
+
+
+def groups_in_order(columns: int, groups: int) -> np.ndarray:
+    """The group of each column, [K], where groups are runs of one size."""
+    return np.arange(columns) // -(-columns // groups)
+
+
+def scale_type(scales: Any) -> str:
+    """Of `Kind`, for a stored tensor of scales."""
+    return "f16" if scales.kind == "F16" else "f32"
 
 
 def unpack_words(words: np.ndarray, bits: int, axis: int, count: int) -> np.ndarray:

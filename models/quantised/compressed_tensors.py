@@ -24,7 +24,11 @@ from hybrimoe_jax.models.quantised.codes import (
     QuantisedTensor,
     centred,
     fitting_group,
+    gathered,
+    groups_in_order,
+    groups_listed,
     run_length,
+    scale_type,
     unpack_words,
 )
 from hybrimoe_jax.models.safetensors_file import FileTensor
@@ -70,16 +74,12 @@ class PackedTensor(QuantisedTensor):
             group = fitting_group(self.group_size, self.shape[1])
         else:
             group = run_length(self.group_of())
-        scale = "f16" if self.scale.kind == "F16" else "f32"
-        return Kind(self.bits, group, self.zero_point is not None, scale)
+        return Kind(self.bits, group, self.zero_point is not None, scale_type(self.scale))
 
     def group_of(self) -> np.ndarray:
         if self.g_idx is None:
-            return np.arange(self.shape[1]) // self.group_size
-        of, groups = self.g_idx.integers(), self.scale.shape[1]
-        if of.min() < 0 or of.max() >= groups:
-            raise UserError(f"{self.where}: weight_g_idx names groups outside 0..{groups - 1}; download it again")
-        return of
+            return groups_in_order(self.shape[1], self.scale.shape[1])
+        return groups_listed(self.g_idx, self.scale.shape[1], self.where)
 
     def codes(self) -> Codes:
         rows, columns = self.shape
@@ -98,26 +98,15 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         check(name, settings.get("format"), group)
     if settings.get("kv_cache_scheme"):
         raise UserError("config.json: compressed-tensors kv_cache_scheme is not supported; save it without")
-    out: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        stem, _, part = name.rpartition(".")
-        if part not in PARTS:
-            out[name] = tensor
-        elif part == "weight_packed":
-            lacking = [p for p in ("weight_scale", "weight_shape") if f"{stem}.{p}" not in stored]
-            if lacking:
-                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
-            rows, columns = (int(n) for n in stored[f"{stem}.weight_shape"].integers())
-            bits = 8 if tensor.shape[1] * 4 >= columns else 4
-            out[f"{stem}.weight"] = PackedTensor(
-                tensor,
-                stored[f"{stem}.weight_scale"],
-                stored.get(f"{stem}.weight_zero_point"),
-                stored.get(f"{stem}.weight_g_idx"),
-                (rows, columns),
-                bits,
-            )
-    return out
+
+    def matrix(found: dict[str, FileTensor], stem: str) -> PackedTensor:
+        packed = found["weight_packed"]
+        rows, columns = (int(n) for n in found["weight_shape"].integers())
+        bits = 8 if packed.shape[1] * 4 >= columns else 4
+        optional = found.get("weight_zero_point"), found.get("weight_g_idx")
+        return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits)
+
+    return gathered(stored, PARTS, ("weight_packed", "weight_scale", "weight_shape"), matrix)
 
 
 def check(name: str, overall: str | None, group: Mapping[str, Any]) -> None:

@@ -20,54 +20,43 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.formats import aligned_empty
 from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, pack
 from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor, run_length
-from hybrimoe_jax.models.weights import PackedExperts, Piece, Tensor, Weights
+from hybrimoe_jax.models.weights import Experts, ListedExperts, PackedExperts, Piece, Weights
 
 
-@dataclasses.dataclass(frozen=True)
-class CodedExperts:
-    """Like `weights.ListedExperts`, some of the matrices quantised; `packed` takes those as they are."""
+def is_coded(experts: Experts | None) -> bool:
+    """Whether some of their matrices lie quantised."""
+    return isinstance(experts, ListedExperts) and any(
+        isinstance(tensor, QuantisedTensor) for triple in experts.matrices for tensor in triple
+    )
 
-    matrices: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
-    @property
-    def count(self) -> int:
-        return len(self.matrices)
+def kinds_of(experts: ListedExperts) -> Iterator[Kind | None]:
+    """Of every matrix; None for one that is not quantised. Down matrices count as sorted by group."""
+    for gate, up, down in experts.matrices:
+        if not all(isinstance(t, QuantisedTensor) for t in (gate, up, down)):
+            yield None
+            continue
+        yield from (gate.kind, up.kind)
+        kind = down.kind
+        yield kind if kind.group else dataclasses.replace(kind, group=run_length(np.sort(down.group_of())))
 
-    @property
-    def dtypes(self) -> tuple[np.dtype, ...]:
-        return tuple(t.dtype for triple in self.matrices for t in triple)
 
-    def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Exact float32 values of gate, up, down."""
-        gate, up, down = self.matrices[expert]
-        return gate.read(), up.read(), down.read()
+def packed_expert(experts: ListedExperts, format: Format, expert: int) -> PackedExpert:
+    """One expert's codes, scales and zero points in the layout of `format`, which `holds` has found to fit.
 
-    def kinds(self) -> Iterator[Kind | None]:
-        """Of every matrix; None for one that is not quantised. Down matrices count as sorted by group."""
-        for gate, up, down in self.matrices:
-            if not all(isinstance(t, QuantisedTensor) for t in (gate, up, down)):
-                yield None
-                continue
-            yield from (gate.kind, up.kind)
-            kind = down.kind
-            yield kind if kind.group else dataclasses.replace(kind, group=run_length(np.sort(down.group_of())))
-
-    def packed(self, expert: int, format: Format) -> PackedExpert:
-        """One expert's codes, scales and zero points in the layout of `format`, which `holds` has found to fit.
-
-        Raises UserError where a tensor's numbers are not what its checkpoint's configuration says.
-        """
-        tensors = self.matrices[expert]
-        gate, up, down = (tensor.codes() for tensor in tensors)
-        if down.grouped(format.group) is None:
-            order = np.argsort(down.group_of, kind="stable")
-            gate, up, down = gate.rows(order), up.rows(order), down.columns(order)
-        width, hidden = down.codes.shape
-        layout = ExpertLayout(format, width, hidden)
-        out = PackedExpert(aligned_empty(layout.nbytes, np.uint8), layout)
-        for codes, tensor, place in zip((gate, up, down), tensors, out.matrices, strict=True):
-            pack(format, *fitted(codes, format, tensor.where), out=place.data)
-        return out
+    Raises UserError where a tensor's numbers are not what its checkpoint's configuration says.
+    """
+    tensors = experts.matrices[expert]
+    gate, up, down = (tensor.codes() for tensor in tensors)
+    if down.grouped(format.group) is None:
+        order = np.argsort(down.group_of, kind="stable")
+        gate, up, down = gate.rows(order), up.rows(order), down.columns(order)
+    width, hidden = down.codes.shape
+    layout = ExpertLayout(format, width, hidden)
+    out = PackedExpert(aligned_empty(layout.nbytes, np.uint8), layout)
+    for codes, tensor, place in zip((gate, up, down), tensors, out.matrices, strict=True):
+        pack(format, *fitted(codes, format, tensor.where), out=place.data)
+    return out
 
 
 def fitted(codes: Codes, format: Format, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -123,11 +112,12 @@ def quantised_format(weights: Weights) -> Format | None:
 
     Raises UserError where they are quantised but fit none.
     """
-    coded = [piece.experts for piece in weights.pieces if isinstance(piece.experts, CodedExperts)]
+    every = [piece.experts for piece in weights.pieces if piece.experts is not None]
+    coded = list(filter(is_coded, every))
     if not coded:
         return None
-    kinds = {kind for experts in coded for kind in experts.kinds()}
-    if any(piece.experts is not None and not isinstance(piece.experts, CodedExperts) for piece in weights.pieces):
+    kinds = {kind for experts in coded for kind in kinds_of(experts)}
+    if len(coded) < len(every):
         kinds.add(None)
     exact = exact_format(kinds)
     if isinstance(exact, str):
@@ -156,7 +146,7 @@ def as_packed(weights: Weights, fmt: str | None) -> Weights:
     def packed(piece: Piece) -> Piece:
         if piece.experts is None:
             return piece
-        one = functools.partial(piece.experts.packed, format=format)
+        one = functools.partial(packed_expert, piece.experts, format)
         return dataclasses.replace(piece, experts=PackedExperts(piece.experts.count, layout, one))
 
     return dataclasses.replace(weights, pieces=tuple(map(packed, weights.pieces)))

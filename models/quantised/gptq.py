@@ -25,7 +25,11 @@ from hybrimoe_jax.models.quantised.codes import (
     QuantisedTensor,
     centred,
     fitting_group,
+    gathered,
+    groups_in_order,
+    groups_listed,
     run_length,
+    scale_type,
     unpack_words,
 )
 from hybrimoe_jax.models.safetensors_file import FileTensor
@@ -74,17 +78,13 @@ class GptqTensor(QuantisedTensor):
             group = run_length(self.group_of())
         else:
             group = fitting_group(-(-columns // groups), columns)
-        scale = "f16" if self.scales.kind == "F16" else "f32"
-        return Kind(self.bits, group, not self.symmetric, scale)
+        return Kind(self.bits, group, not self.symmetric, scale_type(self.scales))
 
     def group_of(self) -> np.ndarray:
         groups, columns = self.scales.shape[0], self.shape[1]
         if self.g_idx is None:
-            return np.arange(columns) // -(-columns // groups)
-        of = self.g_idx.integers()
-        if of.min() < 0 or of.max() >= groups:
-            raise UserError(f"{self.where}: g_idx names groups outside 0..{groups - 1}; download it again")
-        return of
+            return groups_in_order(columns, groups)
+        return groups_listed(self.g_idx, groups, self.where)
 
     def codes(self) -> Codes:
         rows, columns = self.shape
@@ -107,30 +107,16 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         )
     if settings.get("pack_dtype", "int32") not in ("int32", None):
         raise UserError(f"config.json: GPTQ pack_dtype {settings['pack_dtype']!r} is not supported (int32 is)")
-    out: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        stem, _, part = name.rpartition(".")
-        if part not in PARTS:
-            out[name] = tensor
-        elif part == "qweight":
-            lacking = [p for p in PARTS[:3] if f"{stem}.{p}" not in stored]
-            if lacking:
-                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
-            g_idx = stored.get(f"{stem}.g_idx")
-            scales = stored[f"{stem}.scales"]
-            bits = settings.get("bits")
-            if g_idx is not None and g_idx.shape[0]:  # GPTQModel's `dynamic` rules may differ from module to module
-                bits = tensor.shape[0] * 32 / g_idx.shape[0]
-            if bits not in (4, 8):
-                raise UserError(f"{tensor.path}: {stem} has {bits:g} bits; GPTQ with 4 or 8 is supported")
-            out[f"{stem}.weight"] = GptqTensor(
-                tensor,
-                stored[f"{stem}.qzeros"],
-                scales,
-                g_idx,
-                int(bits),
-                bool(settings.get("sym", False)),
-                bool(settings.get("desc_act", False)),
-                VERSIONS[version],
-            )
-    return out
+
+    def matrix(found: dict[str, FileTensor], stem: str) -> GptqTensor:
+        qweight, g_idx = found["qweight"], found.get("g_idx")
+        bits = settings.get("bits")
+        if g_idx is not None and g_idx.shape[0]:  # GPTQModel's `dynamic` rules may differ from module to module
+            bits = qweight.shape[0] * 32 / g_idx.shape[0]
+        if bits not in (4, 8):
+            raise UserError(f"{qweight.path}: {stem} has {bits:g} bits; GPTQ with 4 or 8 is supported")
+        symmetric, sorted_inputs = bool(settings.get("sym", False)), bool(settings.get("desc_act", False))
+        tensors = (qweight, found["qzeros"], found["scales"], g_idx)
+        return GptqTensor(*tensors, int(bits), symmetric, sorted_inputs, VERSIONS[version])
+
+    return gathered(stored, PARTS, PARTS[:3], matrix)
