@@ -2,15 +2,16 @@
 
 One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts):
 
+    planner.begin_step(phase)                                # where prompts are streamed: start what it returns of layer 0, see `layer_stream`
     plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
-    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits ...
+    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits, plan.buffered, and starts plan.ahead ...
     for p in planner.prefetch(layer, shown): ...             # where planner.depth(tokens) is not 0: start the transfer of p.expert of p.layer
     planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
     planner.finish_step()                                    # after the last layer
 
 A step is event-atomic: nothing that it needs is evicted in it. Times are the cost model's; an engine that has a clock may pass `now`.
 
-`plan` is on the critical path of every layer of every token: loads that are all 1 are answered from memory (`schedule.equal`).
+`plan` is on the critical path of every layer of every token; who is asked for a schedule, and when nobody need be, is in `answers`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybrimoe_jax.decide.answers import Answers
 from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused, Victim
+from hybrimoe_jax.decide.layer_stream import LayerStream
+from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.pool import capacity_of
 from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
 from hybrimoe_jax.decide.predictors import Predictor, build_predictor
 from hybrimoe_jax.decide.prefetch import Forecast, Target
 from hybrimoe_jax.decide.residency import Residency
-from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler, with_shared_cores
-from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.schedule import Scheduler, get_scheduler
+from hybrimoe_jax.decide.schedule.alone import with_shared_cores
 from hybrimoe_jax.decide.scout import Scout
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.decide.view import View
@@ -93,14 +95,7 @@ class Planner:
             scope=scope,
         )
         slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
-        if len(slots) != num_layers:
-            raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
-        if frequencies is not None and len(frequencies) != num_layers:
-            raise UserError(
-                f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers"
-            )
-        if max_in_flight < 0:
-            raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
+        _check_sizes(num_layers, slots, frequencies, max_in_flight)
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
         rule = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
@@ -116,36 +111,43 @@ class Planner:
         model = (num_layers, num_experts, top_k, system.reach)
         self.predictor = predictor if isinstance(predictor, Predictor) else build_predictor(system.predictor, *model)
         self.counters = Counters()
-        self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
+        flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._ledger = Ledger(num_layers, self.counters)
         start_cold = cold and not policy.fixed
         self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, pooled)
-        self._forecast = Forecast(self.scheduler, costs, **self._flags)
-        self._view = None
-        if self.scheduler.looks_ahead:
-            self._view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight)
-        self._scout = Scout(
-            system, self.predictor, self._forecast, self.accuracy, self._residency, costs, self._view is not None
-        )
-        self._equal = None
-        if self.scheduler.by_numbers:
-            self._equal = EqualLoads(self.scheduler, costs, **self._flags_for(1))
+        self._forecast = Forecast(self.scheduler, costs, **flags)
+        looks = self.scheduler.looks_ahead
+        view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight) if looks else None
+        self._scout = Scout(system, self.predictor, self._forecast, self.accuracy, self._residency, costs, looks)
+        self._answers = Answers(self.scheduler, costs, view, **flags)
+        streams = system.stream_prefill and allow_fetch
+        self._stream = LayerStream(num_experts, costs, self.counters) if streams else None
+        self._streaming = False  # in this step
         self._experts = frozenset(range(num_experts))
         self._clock = self._next_clock = self._link_free = 0.0
         self._until_next = 0.0  # from the start of the latest MoE block to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
-        self._foregone: Schedule | None = None
-        if isinstance(self.scheduler, SharedCoresScheduler) and not self.depth(1):
-            self._foregone = self.scheduler.foregone(
-                costs, top_k, min(num_experts, sum(slots)) if pooled else max(slots, default=0), **self._flags
-            )
+        if not self.depth(1):
+            self._answers.forego(top_k, min(num_experts, sum(slots)) if pooled else max(slots, default=0))
 
     # What an engine asks for.
 
     @property
     def foregone(self) -> bool:
         """Whether a step of one token gives every expert to the CPU whatever the routing, so that nothing needs to be decided within it."""
-        return self._foregone is not None
+        return self._answers.foregone is not None
+
+    def streams(self, phase: str) -> bool:
+        """Whether a step of this phase, "prefill" or "decode", is streamed layer by layer (see `layer_stream`), so that it must be begun."""
+        return self._stream is not None and phase == "prefill"
+
+    def begin_step(self, phase: str, now: float | None = None) -> tuple[int, ...]:
+        """Opens a step. Returns the experts of the first MoE layer to move into a buffer at once: none where prompts are not streamed."""
+        self._streaming = self.streams(phase)
+        if not self._streaming:
+            return ()
+        self._clock = self._next_clock if now is None else now
+        return self._start_stream(0)
 
     def initial_residents(self) -> list[list[int]]:
         """Experts to load into each layer's slots before the first step."""
@@ -184,24 +186,16 @@ class Planner:
         if link_busy < 0.0:
             link_busy = 0.0
 
-        pattern = order = None
-        foregone = self._foregone is not None and tokens == 1 and not in_flight
-        if equal and not in_flight and self._equal is not None and not foregone:
-            order = _order(hits, misses, None if self._equal.by_id else scores)
-            if order is not None:
-                pattern = self._equal.find(len(hits), len(misses), self._equal.by_id or scores is None, link_busy)
-        if foregone:
-            schedule, device = self._foregone._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
-        elif pattern is not None:
-            schedule, device = apply(pattern, order, link_busy), pattern.resident(order)
+        buffered = ahead = ()
+        if self._streaming:
+            schedule, buffered = self._stream.schedule(layer, loads, tokens, resident, in_flight, clock, link_busy)
+            device = tuple([e for e in schedule.device if e in resident])
+            awaited = [e for e in schedule.waits if e in in_flight]
         else:
-            heaviest = 1 if equal else max(loads.values(), default=1)
-            flags = self._flags_for(heaviest)
-            problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
-            if self._view is not None:
-                self._view.show(problem, layer, misses)
-            schedule = self.scheduler.schedule(problem)
-            device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
+            schedule, device = self._answers.schedule(
+                layer, loads, scores, tokens, resident, hits, misses, in_flight, link_busy, equal
+            )
+            awaited = schedule.waits
 
         predictions = residency.predictions[layer]
         if predictions:
@@ -209,22 +203,41 @@ class Planner:
             for distance, prediction in predictions:
                 self.accuracy.update(distance, prediction.loads.keys(), asked)
             predictions.clear()
-        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
+        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in awaited})
         residency.needed[layer] = set(loads)
         fetch = waits = ()
-        if schedule.waits:
-            waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
+        if awaited:
+            waits = tuple([residency.admit(layer, expert) for expert in awaited])
         if schedule.fetch:
-            fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
+            if self._streaming:
+                fetch = tuple([Fetch(expert, None, True) for expert in schedule.fetch])
+            else:
+                fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
             self._link_free = clock + schedule.link_seconds
-        if self._view is not None:
-            self._view.fills.observe(layer, loads, tokens, sum([1 for f in waits + fetch if not f.stream]))
+        if self._streaming:
+            ahead = self._start_stream(layer + 1)
+        if self._answers.view is not None:
+            kept = sum([1 for f in waits + fetch if not f.stream])
+            self._answers.view.fills.observe(layer, loads, tokens, kept)
         makespan = schedule.makespan
         self._until_next = until_next = makespan + self.costs.layer(tokens)
         self._next_clock, self._tokens = clock + until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
-            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule
+            layer,
+            hits,
+            misses,
+            device,
+            fetch,
+            waits,
+            schedule.cpu,
+            useful,
+            late,
+            wasted,
+            makespan,
+            schedule,
+            buffered,
+            ahead,
         )
 
     def depth(self, tokens: int) -> int:
@@ -233,9 +246,9 @@ class Planner:
         With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
         lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
         adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
-        as a transfer.
+        as a transfer. A streamed step has no time on the link to spare.
         """
-        return self._scout.depth(tokens)
+        return 0 if self._streaming else self._scout.depth(tokens)
 
     def worth_looking(self, tokens: int) -> bool:
         """Whether any layer is to be predicted in a step of so many tokens."""
@@ -253,7 +266,7 @@ class Planner:
     def prefetch(self, layer: int, shown: Shown) -> tuple[Prefetch, ...]:
         """The transfers to start behind `layer`'s demand loads, by what `layer` shows of the coming layers; call it right after `plan`, and in every
         layer of a step or in none."""
-        if not self._tokens:
+        if not self._tokens or self._streaming:
             return ()
         chosen = self._scout.look(
             layer,
@@ -301,6 +314,9 @@ class Planner:
 
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
+        if self._streaming:
+            self._streaming = False
+            self._stream.clear()
         self._ledger.finish_step()
         self._residency.finish_step()
         self._scout.finish_step(self._tokens, self.counters.prefetch_issued)
@@ -320,6 +336,14 @@ class Planner:
             self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
         return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
 
+    def _start_stream(self, layer: int) -> tuple[int, ...]:
+        """Queues a whole layer behind all that is on the link."""
+        if layer >= self.num_layers:
+            return ()
+        present = self._residency.resident[layer] | self._ledger.flying[layer].keys()
+        experts, self._link_free = self._stream.start(layer, present, max(self._link_free, self._clock))
+        return experts
+
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:
         """Whether this is one token with loads of 1; UserError for what cannot be."""
         if not 0 <= layer < self.num_layers:
@@ -335,15 +359,6 @@ class Planner:
             )
         return equal
 
-    def _flags_for(self, load: int) -> dict[str, bool]:
-        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
-        costs = self.costs
-        if not costs.fetch_host or not self.scheduler.uses_cpu or not self._flags["allow_cpu"]:
-            return self._flags
-        if costs.fetch_host < costs.cpu(load):
-            return self._flags
-        return self._flags | {"allow_fetch": False}
-
     def _link_left(self) -> float:
         """Seconds until the link is done with what is queued."""
         left = self._link_free - self._clock
@@ -351,18 +366,18 @@ class Planner:
 
     def _clear_link(self) -> None:
         """With nothing under way the link is free, whatever the cost model had expected."""
-        if not self._ledger.num_flying:
+        if not self._ledger.num_flying and not self._streaming:
             self._link_free = min(self._link_free, self._clock)
 
 
-def _order(hits: Sequence[int], misses: Sequence[int], scores: Sequence[float] | None) -> list[int] | None:
-    """Hits, then misses, each by falling score, then rising id; None where scores are equal, which the rules settle each in its way."""
-    if scores is None:
-        return sorted(hits) + sorted(misses)
-    key = scores.__getitem__
-    if len(set(map(key, hits))) < len(hits) or len(set(map(key, misses))) < len(misses):
-        return None
-    return sorted(hits, key=key, reverse=True) + sorted(misses, key=key, reverse=True)
+def _check_sizes(num_layers: int, slots: Sequence[int], frequencies: Sequence | None, max_in_flight: int) -> None:
+    """UserError for what does not fit the model."""
+    if len(slots) != num_layers:
+        raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
+    if frequencies is not None and len(frequencies) != num_layers:
+        raise UserError(f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers")
+    if max_in_flight < 0:
+        raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
 
 
 def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:

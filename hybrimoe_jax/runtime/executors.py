@@ -175,7 +175,8 @@ class HybridForward(Forward):
     def _runs_whole(self, step: StepInput) -> bool:
         """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
         watched = self.trace is not None or self.timeline is not None
-        return step.ids.size == 1 and step.last is not None and not watched and not self.link.busy
+        one = step.ids.size == 1 and step.last is not None and not self.planner.streams(step.phase)
+        return one and not watched and not self.link.busy
 
     def _step(self, step, caches):
         if self.whole is not None and self._runs_whole(step):
@@ -185,8 +186,10 @@ class HybridForward(Forward):
         now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
+        first = self.planner.begin_step(step.phase, None if machine is None else machine.now)
+        self._stream(0, first)
         if machine is not None:
-            machine.step(len(valid))
+            machine.step(len(valid), first)
             context = step.context
         span = step.span
         self._looks = self.planner.worth_looking(len(valid))
@@ -222,9 +225,12 @@ class HybridForward(Forward):
             if self.trace is not None:
                 self.trace(layer.ordinal, step, routing)
             lanes = Lanes()
+            self._stream(layer.ordinal + 1, plan.ahead)
             acc, host = self.compute(layer, x, early, routing, plan, lanes)
+            self.link.end_stream(layer.ordinal)
             fetched = tuple(f.expert for f in plan.fetch)
-            moved += (len(fetched) + len(plan.waits)) * self.pool.expert_bytes
+            streamed, first = len(first) + len(plan.ahead), ()
+            moved += (len(fetched) + len(plan.waits) + streamed) * self.pool.expert_bytes
             record.layers.append(
                 LayerStats(
                     layer.ordinal,
@@ -232,7 +238,7 @@ class HybridForward(Forward):
                     len(plan.hits),
                     len(plan.misses),
                     tuple(plan.cpu),
-                    (*plan.device, *fetched, *(f.expert for f in plan.waits)),
+                    (*plan.device, *fetched, *plan.buffered, *(f.expert for f in plan.waits)),
                     fetched,
                     moved,
                     now() - began,
@@ -240,6 +246,7 @@ class HybridForward(Forward):
                     plan.useful,
                     plan.late,
                     plan.wasted,
+                    streamed,
                 )
             )
         if step.last is not None:
@@ -285,6 +292,17 @@ class HybridForward(Forward):
         self._note(transfer)
         return self._place(ordinal, fetch, transfer.staged)
 
+    def buffered(self, ordinal: int, expert: int):
+        """The arrays of an expert of the layer's buffer: waits until it has landed."""
+        transfer = self.link.streamed(ordinal, expert)
+        self._note(transfer, "stream")
+        return transfer.staged
+
+    def _stream(self, ordinal: int, experts) -> None:
+        """Starts to move a layer's experts into the buffer that the layer before the last has left."""
+        if experts:
+            self.link.stream(ordinal, {expert: self.weights(ordinal, expert) for expert in experts})
+
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
         if not self._looks or self.planner.rests(len(routing.valid)):
@@ -299,6 +317,6 @@ class HybridForward(Forward):
             return self.pool.stream(staged)
         return self.pool.write(ordinal, fetch.expert, staged, fetch.victim)
 
-    def _note(self, transfer) -> None:
+    def _note(self, transfer, kind: str = "prefetch") -> None:
         if self.timeline is not None:
-            self.timeline.transfer("prefetch", transfer.layer, transfer.expert, transfer.issued, transfer.landed)
+            self.timeline.transfer(kind, transfer.layer, transfer.expert, transfer.issued, transfer.landed)

@@ -33,7 +33,7 @@ from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
-OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope", "stream_prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,8 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         notes.append("the trace has no full scores: MRS with p = k")
     if system.lookahead and not result.counters.prefetch_issued:
         notes.append("no prefetch was issued: none was found worth its while, or nothing was predicted")
-    if system.fetches and not result.counters.fetched and not result.counters.prefetch_issued:
+    moved = result.counters.fetched + result.counters.layer_streamed + result.counters.prefetch_issued
+    if system.fetches and not moved:
         notes.append("no expert was ever moved to the device: the slots stayed as they started")
     if system.predictor == "co-activation" and not dict(case.parts).get("predictor"):
         notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
