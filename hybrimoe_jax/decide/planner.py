@@ -20,19 +20,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.answers import Answers
-from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
+from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.layer_stream import LayerStream
-from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
-from hybrimoe_jax.decide.pool import capacity_of
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
-from hybrimoe_jax.decide.predictors import Predictor, build_predictor
-from hybrimoe_jax.decide.prefetch import Forecast, Target
+from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown, as_list
+from hybrimoe_jax.decide.predictors import Predictor
+from hybrimoe_jax.decide.prefetch import Forecast
 from hybrimoe_jax.decide.residency import Residency
-from hybrimoe_jax.decide.schedule import Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+from hybrimoe_jax.decide.schedule import Scheduler
 from hybrimoe_jax.decide.scout import Scout
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.setup import set_up
+from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
@@ -84,53 +83,35 @@ class Planner:
         cold: bool = False,
         scope: str | None = None,
     ):
-        system = get_system(system) if isinstance(system, str) else system
-        self.system = system = system.override(
-            cache=cache if isinstance(cache, str) else None,
-            scheduler=scheduler if isinstance(scheduler, str) else None,
-            prefetch=prefetch,
-            lookahead=lookahead,
-            guard=guard,
-            predictor=predictor if isinstance(predictor, str) else None,
-            scope=scope,
-        )
-        slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
-        _check_sizes(num_layers, slots, frequencies, max_in_flight)
+        if max_in_flight < 0:
+            raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
+        setup = set_up(
+            system, num_layers, num_experts, top_k, slots_per_layer, costs, frequencies, cache=cache,
+            cache_params=cache_params, scheduler=scheduler, predictor=predictor, prefetch=prefetch,
+            lookahead=lookahead, guard=guard, scope=scope,
+        )  # fmt: skip
+        self.system, self.slots, self.scheduler, self.predictor = system, slots, rule, _ = setup[:4]
+        self.policies, self.costs, self.max_in_flight = setup.policies, costs, max_in_flight
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
-        self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
-        rule = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
-        self.scheduler = with_shared_cores(rule, costs)
-        policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
-        parameters = {**parameters, **(cache_params or {})}
-        pooled = system.scope == "pooled"
-        capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots
-        self.policies: list[CachePolicy] = policy.for_layers(
-            num_experts, capacities, top_k, frequencies=frequencies, **parameters
-        )
         self.accuracy = Accuracy(system.reach)
-        model = (num_layers, num_experts, top_k, system.reach)
-        self.predictor = predictor if isinstance(predictor, Predictor) else build_predictor(system.predictor, *model)
         self.counters = Counters()
         flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._ledger = Ledger(num_layers, self.counters)
-        start_cold = cold and not policy.fixed
-        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, pooled)
-        self._forecast = Forecast(self.scheduler, costs, **flags)
-        looks = self.scheduler.looks_ahead
-        view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight) if looks else None
-        self._scout = Scout(system, self.predictor, self._forecast, self.accuracy, self._residency, costs, looks)
-        self._answers = Answers(self.scheduler, costs, view, **flags)
+        start_cold = cold and not setup.fixed
+        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, setup.pooled)
+        forecast, looks = Forecast(rule, costs, **flags), rule.looks_ahead
+        view = View(self._residency, forecast, self.accuracy, top_k, max_in_flight) if looks else None
+        parts = (self.predictor, forecast, self.accuracy, self._residency)
+        self._scout = Scout(system, *parts, costs, max_in_flight, looks)
+        self._answers = Answers(rule, costs, view, **flags)
         streams = system.stream_prefill and allow_fetch
         self._stream = LayerStream(num_experts, costs, self.counters) if streams else None
         self._streaming = False  # in this step
         self._experts = frozenset(range(num_experts))
-        self._clock = self._next_clock = self._link_free = 0.0
-        self._until_next = 0.0  # from the start of the latest MoE block to the next one's
+        self._next_clock = self._until_next = 0.0  # the latter from the start of the latest MoE block to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
         if not self.depth(1):
-            self._answers.forego(top_k, min(num_experts, sum(slots)) if pooled else max(slots, default=0))
-
-    # What an engine asks for.
+            self._answers.forego(top_k, setup.most_resident)
 
     @property
     def foregone(self) -> bool:
@@ -146,7 +127,7 @@ class Planner:
         self._streaming = self.streams(phase)
         if not self._streaming:
             return ()
-        self._clock = self._next_clock if now is None else now
+        self._ledger.clock = self._next_clock if now is None else now
         return self._start_stream(0)
 
     def initial_residents(self) -> list[list[int]]:
@@ -174,15 +155,15 @@ class Planner:
           now: seconds on the caller's clock; by default the predicted end of the previous layer.
         """
         equal = self._check(layer, loads, scores, tokens)
-        scores = _as_list(scores)
-        self._clock = clock = self._next_clock if now is None else now
-        self.policies[layer].observe(scores, loads)
+        scores = as_list(scores)
         residency, ledger = self._residency, self._ledger
+        ledger.clock = clock = self._next_clock if now is None else now
+        self.policies[layer].observe(scores, loads)
         resident, flying = residency.resident[layer], ledger.flying[layer]
         hits = tuple([e for e in loads if e in resident])
         misses = tuple([e for e in loads if e not in resident]) if len(hits) < len(loads) else ()
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
-        link_busy = self._link_free - clock
+        link_busy = ledger.link_free - clock
         if link_busy < 0.0:
             link_busy = 0.0
 
@@ -213,7 +194,7 @@ class Planner:
                 fetch = tuple([Fetch(expert, None, True) for expert in schedule.fetch])
             else:
                 fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
-            self._link_free = clock + schedule.link_seconds
+            ledger.link_free = clock + schedule.link_seconds
         if self._streaming:
             ahead = self._start_stream(layer + 1)
         if self._answers.view is not None:
@@ -224,30 +205,12 @@ class Planner:
         self._next_clock, self._tokens = clock + until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
-            layer,
-            hits,
-            misses,
-            device,
-            fetch,
-            waits,
-            schedule.cpu,
-            useful,
-            late,
-            wasted,
-            makespan,
-            schedule,
-            buffered,
+            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule, buffered,
             ahead,
-        )
+        )  # fmt: skip
 
     def depth(self, tokens: int) -> int:
-        """How many layers to look ahead in a step of so many tokens; 0 where looking cannot pay: it costs device time too.
-
-        With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
-        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
-        adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
-        as a transfer. A streamed step has no time on the link to spare.
-        """
+        """How many layers to look ahead in a step of so many tokens, see `Scout.depth`; 0 in a streamed step, whose link has no time to spare."""
         return 0 if self._streaming else self._scout.depth(tokens)
 
     def worth_looking(self, tokens: int) -> bool:
@@ -259,8 +222,7 @@ class Planner:
         return self.depth(tokens) if self.predictor.gates else 0
 
     def rests(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
-        while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
+        """Whether to leave out predicting in this step, see `Scout.rests`."""
         return self._scout.rests(tokens)
 
     def prefetch(self, layer: int, shown: Shown) -> tuple[Prefetch, ...]:
@@ -268,15 +230,7 @@ class Planner:
         layer of a step or in none."""
         if not self._tokens or self._streaming:
             return ()
-        chosen = self._scout.look(
-            layer,
-            shown,
-            self._tokens,
-            self._until_next,
-            self._link_left(),
-            self.max_in_flight - self._ledger.num_flying,
-        )
-        return self._start(chosen) if chosen else ()
+        return self._scout.look(layer, shown, self._tokens, self._until_next)
 
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
         """The same by given predictions.
@@ -284,12 +238,10 @@ class Planner:
         Args:
           lookahead: predictions for layers layer+1, layer+2, ...; those beyond the last layer or the system's lookahead are not used.
         """
-        if not self._scout.active or not self._tokens:
+        if not self._tokens or self._streaming:
             return ()
-        lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
-        room = self.max_in_flight - self._ledger.num_flying
-        chosen = self._scout.choose(layer, lookahead, self._tokens, self._until_next, self._link_left(), room)
-        return self._start(chosen)
+        lookahead = [Prediction(loads, as_list(scores)) for loads, scores in lookahead]
+        return self._scout.start(layer, lookahead, self._tokens, self._until_next)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
@@ -297,16 +249,10 @@ class Planner:
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or hotter.
         `seconds`: how long it held the link, where that was measured.
         """
-        flight = self._ledger.take(layer, expert)
-        if seconds is not None:
-            flight.seconds = seconds
-        self._clear_link()
-        kept, victim = self._residency.admit_landed(layer, expert, flight.open)
-        if not kept:
-            self._ledger.refuse(flight)
-            return REFUSED
-        self._ledger.keep(layer, expert, flight)
-        return victim
+        found = self._residency.land(layer, expert, seconds)
+        if not self._streaming:
+            self._ledger.clear_link()
+        return found
 
     def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
         """Tells of one of the latest plan's `waits` how long its transfer held the link, and how long it was waited for, where that was measured."""
@@ -326,22 +272,15 @@ class Planner:
         self.finish_step()
         self._ledger.abandon()
         self._tokens = 0
-        self._clear_link()
-
-    # How it is done.
-
-    def _start(self, chosen: Sequence[tuple[Target, int]]) -> tuple[Prefetch, ...]:
-        for target, expert in chosen:
-            self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
-            self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
-        return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
+        self._ledger.clear_link()
 
     def _start_stream(self, layer: int) -> tuple[int, ...]:
         """Queues a whole layer behind all that is on the link."""
         if layer >= self.num_layers:
             return ()
         present = self._residency.resident[layer] | self._ledger.flying[layer].keys()
-        experts, self._link_free = self._stream.start(layer, present, max(self._link_free, self._clock))
+        ledger = self._ledger
+        experts, ledger.link_free = self._stream.start(layer, present, max(ledger.link_free, ledger.clock))
         return experts
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:
@@ -358,28 +297,3 @@ class Planner:
                 f"planner: layer {layer} got loads {dict(loads)}; experts are 0..{self.num_experts - 1}, loads above 0"
             )
         return equal
-
-    def _link_left(self) -> float:
-        """Seconds until the link is done with what is queued."""
-        left = self._link_free - self._clock
-        return left if left > 0.0 else 0.0
-
-    def _clear_link(self) -> None:
-        """With nothing under way the link is free, whatever the cost model had expected."""
-        if not self._ledger.num_flying and not self._streaming:
-            self._link_free = min(self._link_free, self._clock)
-
-
-def _check_sizes(num_layers: int, slots: Sequence[int], frequencies: Sequence | None, max_in_flight: int) -> None:
-    """UserError for what does not fit the model."""
-    if len(slots) != num_layers:
-        raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
-    if frequencies is not None and len(frequencies) != num_layers:
-        raise UserError(f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers")
-    if max_in_flight < 0:
-        raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
-
-
-def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
-    """Arrays become lists: indexing a list is several times faster."""
-    return scores if scores is None or isinstance(scores, (list, tuple)) else scores.tolist()
