@@ -24,8 +24,7 @@ from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown, as_list
-from hybrimoe_jax.decide.predictors import Predictor
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown, as_list
 from hybrimoe_jax.decide.prefetch import Forecast
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Scheduler
