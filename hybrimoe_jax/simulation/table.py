@@ -10,7 +10,7 @@ COLUMNS = ("system", "cache", "start", "ms", "95 %", "hit %", "MB", "useful", "l
 def table(records: Sequence[dict]) -> str:
     """One block for every trace, profile and kind of rows, with a line a run.
 
-    ms is the mean time of a step (TBT; for prompts TTFT), MB what crosses the link in one; prefetches are per step; lanes are shares of the time.
+    A legend stands under each.
     """
     blocks: dict[tuple, list[dict]] = {}
     for record in records:
@@ -39,6 +39,10 @@ def _block(key: tuple, records: list[dict]) -> str:
         ratio, bound = record["cache_ratio"], record["bound_seconds_per_step"]
         least[ratio] = min(bound, least.get(ratio, bound))
     said = ", ".join(f"{1e3 * bound:.4g} ms at cache {ratio:g}" for ratio, bound in least.items())
+    text.append(
+        f"ms: mean of a {'prompt' if first['prompt_tokens'] else 'token'}, with its 95 % interval over {'prompts' if first['prompt_tokens'] else 'sequences'}; MB: moved to the device in it; useful, "
+        "late, wasted: prefetches in it; cpu, device, link: shares of the time that each is busy"
+    )
     text.append(f"none of them can take less than {said}, see simulation/bound.py")
     who: dict[str, dict[str, None]] = {}
     for record in records:
