@@ -39,18 +39,32 @@ def _block(key: tuple, records: list[dict]) -> str:
         ratio, bound = record["cache_ratio"], record["bound_seconds_per_step"]
         least[ratio] = min(bound, least.get(ratio, bound))
     said = ", ".join(f"{1e3 * bound:.4g} ms at cache {ratio:g}" for ratio, bound in least.items())
+    unit, group = ("prompt", "prompts") if first["prompt_tokens"] else ("token", "sequences")
     text.append(
-        f"ms: mean of a {'prompt' if first['prompt_tokens'] else 'token'}, with its 95 % interval over {'prompts' if first['prompt_tokens'] else 'sequences'}; MB: moved to the device in it; useful, "
-        "late, wasted: prefetches in it; cpu, device, link: shares of the time that each is busy"
+        f"ms: mean of a {unit}, and its 95 % interval over {group}; MB: moved to the device in it;\n"
+        "useful, late, wasted: prefetches in it; cpu, device, link: share of the time that each is busy"
     )
     text.append(f"none of them can take less than {said}, see simulation/bound.py")
-    who: dict[str, dict[str, None]] = {}
+    return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in _notes(records))])
+
+
+def _notes(records: list[dict]) -> list[str]:
+    """What is to be said, once, with those whom it concerns: systems, or single runs of them; nobody where it concerns all."""
+    runs: dict[str, list[str]] = {}
+    who: dict[str, dict[str, list[str]]] = {}
     for record in records:
+        run = f"{record['cache_ratio']:g} {record['start']}"
+        runs.setdefault(record["system"], []).append(run)
         for note in record["notes"]:
-            who.setdefault(note, {})[record["system"]] = None
-    everyone = {record["system"] for record in records}
-    notes = [note if len(names) == len(everyone) else f"{', '.join(names)}: {note}" for note, names in who.items()]
-    return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in notes)])
+            who.setdefault(note, {}).setdefault(record["system"], []).append(run)
+    notes = []
+    for note, systems in who.items():
+        names = [
+            name if concerned == runs[name] else f"{name} ({', '.join(concerned)})"
+            for name, concerned in systems.items()
+        ]
+        notes.append(note if systems == runs else f"{', '.join(names)}: {note}")
+    return notes
 
 
 def _line(record: dict) -> list[str]:
