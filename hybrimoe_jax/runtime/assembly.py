@@ -24,10 +24,11 @@ from hybrimoe_jax.runtime import budget, threads, warmup
 from hybrimoe_jax.runtime.callback import CallbackForward
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.executors import DenseForward, Forward, HybridForward
+from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.step import DenseForward, Forward
 from hybrimoe_jax.runtime.transfer import Link, parts_of
 from hybrimoe_jax.runtime.whole import WholeStep
 from hybrimoe_jax.simulation.machine import Machine

@@ -77,14 +77,14 @@ class CallbackForward(HybridForward):
             else:
                 kept.append(fetch.expert)
         for expert in plan.buffered:
-            acc = self._call(layer, acc, x, [(expert, self.buffered(ordinal, expert))], routing, ())
+            acc = self._call(layer, acc, x, [(expert, self.buffered(ordinal, expert, lanes))], routing, ())
         for fetch in streamed:
             slot = self._fetch(ordinal, fetch)
             acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
         if self.verify is not None:
             self.verify(ordinal)
-        if plan.fetch or plan.waits or plan.buffered:
-            lanes.link = now() - started
+        if plan.fetch or plan.waits:
+            lanes.link = max(lanes.link, now() - started)
         started = now()
         slots = [(expert, self.pool.get(ordinal, expert)) for expert in kept]
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)
