@@ -26,6 +26,8 @@ class EngineConfig:
       cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
       cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact", "next-layer" or "none";
         `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.predictors`, or "recorded:TRACE").
+      stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a vram_budget reserves;
+        None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
       host_kernel: "reference" (numpy), "onednn", "native", or "auto" (measured at load).
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
@@ -51,6 +53,7 @@ class EngineConfig:
     prefetch: str | None = None
     lookahead: int | str | None = None
     predictor: str | None = None
+    stream_prefill: bool | None = None
     executor: str = "overlapped"
     host_kernel: str = "auto"
     threads: int | None = None
@@ -80,6 +83,7 @@ class EngineConfig:
             lookahead=self.lookahead,
             predictor=self.predictor,
             scope=self.cache_scope,
+            stream_prefill=self.stream_prefill,
         )
         if self.predictor == "perfect":
             raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")

@@ -39,6 +39,10 @@ ENGINE_FLAGS = {
         metavar="NAME",
         help="what predicts them: gate-reuse, gate-input, corrected, co-activation, previous, recorded:TRACE",
     ),
+    "stream_prefill": dict(
+        action=argparse.BooleanOptionalAction,
+        help="prompts run on the device, whole layers streamed through two buffers (default as the system has it)",
+    ),
     "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
     "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
@@ -125,7 +129,8 @@ def stats_text(stats) -> str:
     if record["hit_rate"] is not None:
         lines += [
             f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses); experts run: "
-            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand loads",
+            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand loads"
+            + (f", {record['layer_streamed']} streamed with their layers" if record["layer_streamed"] else ""),
             f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
             f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
             f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= {lanes['link_s']:.3f} s",

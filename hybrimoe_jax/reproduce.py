@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.record.trace import Trace, load_trace
 from hybrimoe_jax.simulation import experiments, grid
 from hybrimoe_jax.simulation.document import document
 
@@ -20,6 +23,8 @@ TRACES = {
     "deepseek-v2-lite": "trace-deepseek-v2-lite-esft/law.npz",
     "gpt-oss-20b": "trace-gpt-oss-20b/decode.npz",
 }
+
+PROMPT = "To be, or not to be, that is the question:"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,14 +56,29 @@ def main(argv: list[str] | None = None) -> int:
     results = {name: [next(records) for _ in cases] for name, cases in named.items()}
     links = experiments.link_beliefs(args.steps)
     reuse = experiments.reuse_by_rank(traces)
+    mixed = experiments.mixed_formats(traces, args.steps)
+    similarity = experiments.layer_similarity(recorded) if (recorded := run_bundled_model()) else []
     Path(args.results).mkdir(parents=True, exist_ok=True)
     for name, rows in results.items():
         with replacing(Path(args.results) / f"{name}.jsonl") as file:
             file.writelines(json.dumps({k: v for k, v in row.items() if k != "replay_cpu_s"}) + "\n" for row in rows)
     with replacing(args.docs) as file:
-        file.write(document(results, links, reuse, args.steps))
+        file.write(document(results, links, reuse, similarity, mixed, args.steps))
     print(json.dumps({"docs": args.docs, "results": args.results, "runs": len(flat), "clock": "virtual"}))
     return 0
+
+
+def run_bundled_model() -> Trace | None:
+    """A trace of the bundled model with full scores and lookahead, made in a process of its own (this one does without jax); None where it cannot run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.npz"
+        command = [sys.executable, "-m", "hybrimoe_jax.generate", "--prompt", PROMPT, "--max-tokens", "200", "--trace"]
+        done = subprocess.run([*command, str(path), "--stats", "none"], capture_output=True, text=True)
+        if done.returncode == 0:
+            return load_trace(path)
+    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    print(f"the bundled model did not run ({said}): layer similarity is left out", file=sys.stderr)
+    return None
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     parts.add_argument("--scheduler", metavar="NAME")
     parts.add_argument("--prefetch", metavar="MODE")
     parts.add_argument("--lookahead", type=lookahead, metavar="N", help='layers, or "adaptive"')
+    parts.add_argument(
+        "--stream-prefill",
+        action=argparse.BooleanOptionalAction,
+        help="prompts run on the device, whole layers streamed through two buffers (FreeToken's way)",
+    )
     parts.add_argument("--predictor", metavar="NAME", help="as of generate; perfect, too, knows what is to come")
     return top
 
@@ -117,6 +122,7 @@ def repeat(paths: list[str]) -> int:
             "cpu_experts": c.cpu,
             "device_experts": c.device,
             "demand_fetches": c.fetched,
+            "layer_streamed": c.layer_streamed,
             "prefetch": {name: getattr(c, f"prefetch_{name}") for name in ("issued", "useful", "late", "wasted")},
             "prefill_s": times["prefill"] if virtual else None,
             "decode_s": times["decode"] if virtual else None,

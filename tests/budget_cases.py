@@ -28,6 +28,7 @@ CASES = {
     "whole layers": (17, {"system": "llamacpp"}, 1),
     "every expert": (EXPERTS, {}, 1),
     "a batch of two": (9, {"system": "on-demand", "max_batch": 2}, 2),
+    "streamed prompts": (7, {"system": "freetoken"}, 1),
     "callback": (6, {"executor": "callback"}, 1),
     "measured at load": (6, {"profile": None}, 1),
 }
@@ -71,6 +72,7 @@ def wrap() -> None:
         (slots.SlotPool, "stream"),
         (transfer.Link, "put"),
         (transfer.Link, "landed"),
+        (transfer.Link, "streamed"),
         (executors.HybridForward, "land"),
         (executors.HybridForward, "prefetch"),
         (overlapped.OverlappedForward, "begin"),

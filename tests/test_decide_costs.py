@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.costs import CostModel, Samples, expert_bytes, fit
+from hybrimoe_jax.decide.cost_fit import Samples, fit
+from hybrimoe_jax.decide.costs import CostModel, expert_bytes
 from hybrimoe_jax.errors import UserError
 
 MODEL = CostModel(

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.costs import CostModel, Samples, fit
+from hybrimoe_jax.decide.cost_fit import Samples, fit
+from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
 from hybrimoe_jax.decide.schedule.alone import with_shared_cores

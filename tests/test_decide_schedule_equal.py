@@ -73,7 +73,7 @@ def test_a_planner_that_remembers_plans_as_one_that_does_not(system):
         model = machine(generator)
         options = {"max_in_flight": 2, "prefetch": generator.choice((None, "impact"))}
         quick, plain = (Planner(system, 3, 16, 4, 5, model, predictor="previous", **options) for _ in range(2))
-        plain._equal = None
+        plain._answers._equal = None
         under_way = []
         for _ in range(12):
             for layer in range(3):

@@ -10,12 +10,15 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("method", ["_place", "prefetch", "land", "_dispatch"])
+@pytest.mark.parametrize(
+    ("system", "method"),
+    [*(("adapmoe", name) for name in ("_place", "prefetch", "land", "_dispatch")), ("freetoken", "buffered")],
+)
 @pytest.mark.parametrize("call", [1, 4])
-def test_an_interrupted_engine_recovers(method, call, monkeypatch):
+def test_an_interrupted_engine_recovers(system, method, call, monkeypatch):
     config, _, _ = tiny.weights("qwen2_moe")
     prompts = tiny.prompts(config, (21, 9))
-    engine = tiny.engine(system="adapmoe", cache_ratio=0.5, debug=True)
+    engine = tiny.engine(system=system, cache_ratio=0.5, debug=True)
     expected = engine.generate(prompts, max_new_tokens=8).token_ids
     forward, count = engine._forward, 0
     original = getattr(forward, method)

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hybrimoe_jax.simulation import document, experiments
+from hybrimoe_jax.record.facts import facts_of
+from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.simulation import comparisons, experiments
 from hybrimoe_jax.simulation.records import versions
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_paper_s_figures_are_those_of_the_paper():
-    paper = document.PAPER
+    paper = comparisons.PAPER
     assert paper["headline_speedup_over_ktransformers"] == {"prefill": 1.33, "decode": 1.70}
     assert paper["table_iii_qwen2_cache25_seconds"]["decode"]["all"] == 0.11
 
@@ -75,3 +78,27 @@ def test_a_folder_without_traces_is_one_clear_error(tmp_path):
         reproduce.main(["--data", str(tmp_path), "--docs", str(tmp_path / "r.md")])
     with pytest.raises(UserError, match="there is no folder"):
         reproduce.main(["--docs", str(tmp_path / "no" / "r.md")])
+
+
+def test_a_router_that_sees_the_same_state_is_like_itself_and_one_that_sees_noise_is_not():
+    rng = np.random.default_rng(0)
+    layers, experts, tokens, k = 3, 16, 40, 2
+    scores = rng.dirichlet(np.full(experts, 0.3), (tokens, layers)).astype(np.float32)
+    ids = np.argsort(-scores, axis=2)[:, :, :k]
+    noise = rng.dirichlet(np.full(experts, 0.3), (tokens, layers)).astype(np.float32)
+    ahead = {1: np.roll(scores, -1, axis=1), 2: noise}  # what the next layer will say itself; nothing of the one after
+    flat = lambda a: a.reshape(tokens * layers, -1)  # noqa: E731
+    trace = Trace(
+        facts_of("toy", layers, experts, k, 8, 8),
+        np.repeat(np.arange(tokens), layers).astype(np.int32),
+        np.tile(np.arange(layers), tokens).astype(np.int32),
+        np.ones(tokens * layers, np.uint8),
+        np.zeros(tokens * layers, np.int32),
+        np.repeat(np.arange(tokens), layers).astype(np.int32),
+        flat(ids).astype(np.int32),
+        scores=flat(scores),
+        lookahead={d: flat(a) for d, a in ahead.items()},
+    )
+    (near, named), (far, guessed) = experiments.layer_similarity(trace)
+    assert near == pytest.approx(1, abs=1e-5) and named == 1
+    assert far < 0.7 and guessed < 0.5

@@ -30,6 +30,7 @@ def live(tmp_path, system, family="qwen2_moe", lengths=(21,), **options):
 
 
 CASES = [(system, "qwen2_moe", (21,)) for system in SYSTEMS] + [("hybrimoe", "mixtral", (5, 18, 9))]
+STREAMED = (("freetoken", (37, 20)), ("hybrimoe", (21,)), ("adapmoe", (40,)))
 POOLED = ("hybrimoe", "adapmoe", "on-demand", "ktransformers")
 
 
@@ -55,6 +56,21 @@ def test_a_virtual_run_with_pooled_slots_is_its_replay(tmp_path, system):
     assert [step.hits for step in result.steps] == [step.total("hits") for step in stats.steps]
     residents = [len(planner.resident(layer)) for layer in range(planner.num_layers)]
     assert sum(residents) == sum(planner.slots) and (len(set(residents)) > 1 or system == "ktransformers")
+
+
+@pytest.mark.parametrize(("system", "lengths"), STREAMED)
+def test_a_virtual_run_whose_prompts_are_streamed_is_its_replay(tmp_path, system, lengths):
+    trace, stats, counters = live(
+        tmp_path, system, lengths=lengths, clock="virtual", cache_ratio=0.4, stream_prefill=True, debug=True
+    )
+    planner, result = replay_run(trace)
+    assert planner.system.stream_prefill and result.counters == counters and counters.layer_streamed > 0
+    assert [step.seconds for step in result.steps] == [step.seconds for step in stats.steps]
+    assert [step.hits for step in result.steps] == [step.total("hits") for step in stats.steps]
+    assert stats.lanes().link == pytest.approx(result.link, rel=0.2), (
+        "what is still on its way at a layer's end counts later"
+    )
+    assert counters.prefetch_issued > 0 or planner.system.prefetch == "none"
 
 
 @pytest.mark.parametrize("predictor", ["gate-input", "corrected", "co-activation", "previous"])

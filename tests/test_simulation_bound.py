@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
-from hybrimoe_jax.decide.predictors import Shown
+from hybrimoe_jax.decide.prediction import Shown
 from hybrimoe_jax.simulation.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.replay import replay
@@ -28,7 +28,7 @@ chosen = st.lists(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K, u
 
 @st.composite
 def workloads(draw):
-    """Steps of one to three tokens."""
+    """Steps of one to three tokens, some of them chunks of prompts."""
     steps = []
     for context in range(draw(st.integers(1, 10))):
         tokens = draw(st.sampled_from([1, 1, 1, 3]))
@@ -39,7 +39,8 @@ def workloads(draw):
             for expert in itertools.chain(*rows):
                 loads[expert] = loads.get(expert, 0) + 1
             layers.append(Asked(layer, loads, None, Shown(np.array(rows))))
-        steps.append(Step("decode", tokens, context, 0, layers))
+        phase = "decode" if tokens == 1 else draw(st.sampled_from(["decode", "prefill"]))
+        steps.append(Step(phase, tokens, context, 0, layers))
     return steps
 
 
@@ -51,7 +52,8 @@ def taken(planner, costs, steps):
 @given(steps=workloads(), costs=machines, ratio=st.sampled_from([0.0, 0.34, 0.5, 1.0]), cold=st.booleans())
 def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
     pooled = [system.override(scope="pooled") for name, system in SYSTEMS.items() if name in ("on-demand", "hybrimoe")]
-    for system in (*SYSTEMS.values(), *pooled):
+    streamed = [SYSTEMS["hybrimoe"].override(stream_prefill=True)]
+    for system in (*SYSTEMS.values(), *pooled, *streamed):
         slots = system.slots_per_layer(ratio, LAYERS, EXPERTS)
         planner = Planner(system, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold)
         start_cold = cold and not planner.policies[0].fixed

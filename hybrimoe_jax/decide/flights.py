@@ -2,7 +2,7 @@
 
 A prefetch is *useful* if its target step runs it on the device after it landed in time, *late* if that step had to wait for it, *wasted*
 otherwise. It is judged once, when its target layer is planned (or when the step ends without); one that is still on the link then lands
-later and may yet take a slot.
+later and may yet take a slot. How long the link is expected to be busy, with these and all other transfers, is kept here too.
 """
 
 from __future__ import annotations
@@ -22,17 +22,35 @@ class Flight:
 
 
 class Ledger:
-    """All layers' prefetches; totals go to `counters`."""
+    """All layers' prefetches; totals go to `counters`.
+
+    `clock` is the planner's: seconds at the start of the MoE block that is being planned; `link_free`: when the link is expected to be done with
+    all that is queued.
+    """
 
     def __init__(self, num_layers: int, counters: Counters):
         self.counters = counters
         self.flying: list[dict[int, Flight]] = [{} for _ in range(num_layers)]
         self.ready: list[dict[int, float]] = [{} for _ in range(num_layers)]  # landed, their step is to come: seconds
         self.num_flying = 0
+        self.clock = self.link_free = 0.0
         self._awaited: dict[tuple[int, int], tuple[Flight, float]] = {}
 
-    def start(self, layer: int, expert: int, landing: float, seconds: float) -> None:
-        self.flying[layer][expert] = Flight(landing, seconds)
+    @property
+    def link_left(self) -> float:
+        """Seconds until the link is done with what is queued."""
+        left = self.link_free - self.clock
+        return left if left > 0.0 else 0.0
+
+    def clear_link(self) -> None:
+        """With nothing under way the link is free, whatever the cost model had expected."""
+        if not self.num_flying:
+            self.link_free = min(self.link_free, self.clock)
+
+    def start(self, layer: int, expert: int, seconds: float) -> None:
+        """Queues a transfer of so many seconds behind all others."""
+        self.link_free = max(self.link_free, self.clock) + seconds
+        self.flying[layer][expert] = Flight(self.link_free, seconds)
         self.num_flying += 1
         self.counters.prefetch_issued += 1
 

@@ -44,7 +44,7 @@ class Prefetch(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, waits and cpu.
+    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, waits, buffered and cpu.
 
     Attributes:
       layer: MoE-layer ordinal.
@@ -55,7 +55,9 @@ class LayerPlan(NamedTuple):
       cpu: experts that the CPU runs, in order.
       useful, late, wasted: this layer's prefetches, judged.
       makespan: predicted seconds from the start of the MoE block.
-      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, waits and fetch as simulated.
+      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, waits, buffered and fetch as simulated.
+      buffered: experts that the device runs from the buffer that the whole layer was streamed into (see `layer_stream`), in order.
+      ahead: experts of the next layer to stream into the other buffer from now on.
     """
 
     layer: int
@@ -70,6 +72,8 @@ class LayerPlan(NamedTuple):
     wasted: tuple[int, ...]
     makespan: float
     schedule: Schedule
+    buffered: tuple[int, ...] = ()
+    ahead: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -79,6 +83,9 @@ class Counters:
     useful: run on the device by its target step after landing in time; late: used but waited for; wasted: neither; refused: wasted because
     it got no slot when it landed. `*_s` are the seconds that those transfers held the link, counted when they have ended, on the clock of
     whoever told the planner (by the cost model where nobody measured); `wait_s`: how long steps waited for transfers under way, likewise.
+
+    `fetched` are demand loads, `streamed` those of them that were not kept. `layer_streamed` are experts that crossed the link with their whole
+    layer, `layer_streamed_used` those of them that were asked for.
     """
 
     steps: int = 0
@@ -89,6 +96,8 @@ class Counters:
     device: int = 0
     fetched: int = 0
     streamed: int = 0
+    layer_streamed: int = 0
+    layer_streamed_used: int = 0
     prefetch_issued: int = 0
     prefetch_useful: int = 0
     prefetch_late: int = 0

@@ -2,15 +2,16 @@
 
 One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts):
 
+    planner.begin_step(phase)                                # where prompts are streamed: start what it returns of layer 0, see `layer_stream`
     plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
-    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits ...
+    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits, plan.buffered, and starts plan.ahead ...
     for p in planner.prefetch(layer, shown): ...             # where planner.depth(tokens) is not 0: start the transfer of p.expert of p.layer
     planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
     planner.finish_step()                                    # after the last layer
 
 A step is event-atomic: nothing that it needs is evicted in it. Times are the cost model's; an engine that has a clock may pass `now`.
 
-`plan` is on the critical path of every layer of every token: loads that are all 1 are answered from memory (`schedule.equal`).
+`plan` is on the critical path of every layer of every token; who is asked for a schedule, and when nobody need be, is in `answers`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
+from hybrimoe_jax.decide.answers import Answers
+from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import REFUSED, Counters, LayerPlan, Prefetch, Refused, Victim
-from hybrimoe_jax.decide.pool import capacity_of
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
-from hybrimoe_jax.decide.predictors import Predictor, build_predictor
-from hybrimoe_jax.decide.prefetch import Forecast, Target
+from hybrimoe_jax.decide.layer_stream import LayerStream
+from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown, as_list
+from hybrimoe_jax.decide.prefetch import Forecast
 from hybrimoe_jax.decide.residency import Residency
-from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler, with_shared_cores
-from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.schedule import Scheduler
 from hybrimoe_jax.decide.scout import Scout
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.setup import set_up
+from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
@@ -82,70 +82,52 @@ class Planner:
         cold: bool = False,
         scope: str | None = None,
     ):
-        system = get_system(system) if isinstance(system, str) else system
-        self.system = system = system.override(
-            cache=cache if isinstance(cache, str) else None,
-            scheduler=scheduler if isinstance(scheduler, str) else None,
-            prefetch=prefetch,
-            lookahead=lookahead,
-            guard=guard,
-            predictor=predictor if isinstance(predictor, str) else None,
-            scope=scope,
-        )
-        slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
-        if len(slots) != num_layers:
-            raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
-        if frequencies is not None and len(frequencies) != num_layers:
-            raise UserError(
-                f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers"
-            )
         if max_in_flight < 0:
             raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
+        setup = set_up(
+            system, num_layers, num_experts, top_k, slots_per_layer, costs, frequencies, cache=cache,
+            cache_params=cache_params, scheduler=scheduler, predictor=predictor, prefetch=prefetch,
+            lookahead=lookahead, guard=guard, scope=scope,
+        )  # fmt: skip
+        self.system, self.slots, self.scheduler, self.predictor = system, slots, rule, _ = setup[:4]
+        self.policies, self.costs, self.max_in_flight = setup.policies, costs, max_in_flight
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
-        self.slots, self.costs, self.max_in_flight = slots, costs, max_in_flight
-        rule = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
-        self.scheduler = with_shared_cores(rule, costs)
-        policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
-        parameters = {**parameters, **(cache_params or {})}
-        pooled = system.scope == "pooled"
-        capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots
-        self.policies: list[CachePolicy] = policy.for_layers(
-            num_experts, capacities, top_k, frequencies=frequencies, **parameters
-        )
         self.accuracy = Accuracy(system.reach)
-        model = (num_layers, num_experts, top_k, system.reach)
-        self.predictor = predictor if isinstance(predictor, Predictor) else build_predictor(system.predictor, *model)
         self.counters = Counters()
-        self._flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
+        flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
         self._ledger = Ledger(num_layers, self.counters)
-        start_cold = cold and not policy.fixed
-        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, pooled)
-        self._forecast = Forecast(self.scheduler, costs, **self._flags)
-        self._view = None
-        if self.scheduler.looks_ahead:
-            self._view = View(self._residency, self._forecast, self.accuracy, top_k, max_in_flight)
-        self._scout = Scout(
-            system, self.predictor, self._forecast, self.accuracy, self._residency, costs, self._view is not None
-        )
-        self._equal = None
-        if self.scheduler.by_numbers:
-            self._equal = EqualLoads(self.scheduler, costs, **self._flags_for(1))
+        start_cold = cold and not setup.fixed
+        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, setup.pooled)
+        forecast, looks = Forecast(rule, costs, **flags), rule.looks_ahead
+        view = View(self._residency, forecast, self.accuracy, top_k, max_in_flight) if looks else None
+        parts = (self.predictor, forecast, self.accuracy, self._residency)
+        self._scout = Scout(system, *parts, costs, max_in_flight, looks)
+        self._answers = Answers(rule, costs, view, **flags)
+        streams = system.stream_prefill and allow_fetch
+        self._stream = LayerStream(num_experts, costs, self.counters) if streams else None
+        self._streaming = False  # in this step
         self._experts = frozenset(range(num_experts))
-        self._clock = self._next_clock = self._link_free = 0.0
-        self._until_next = 0.0  # from the start of the latest MoE block to the next one's
+        self._next_clock = self._until_next = 0.0  # the latter from the start of the latest MoE block to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
-        self._foregone: Schedule | None = None
-        if isinstance(self.scheduler, SharedCoresScheduler) and not self.depth(1):
-            self._foregone = self.scheduler.foregone(
-                costs, top_k, min(num_experts, sum(slots)) if pooled else max(slots, default=0), **self._flags
-            )
-
-    # What an engine asks for.
+        if not self.depth(1):
+            self._answers.forego(top_k, setup.most_resident)
 
     @property
     def foregone(self) -> bool:
         """Whether a step of one token gives every expert to the CPU whatever the routing, so that nothing needs to be decided within it."""
-        return self._foregone is not None
+        return self._answers.foregone is not None
+
+    def streams(self, phase: str) -> bool:
+        """Whether a step of this phase, "prefill" or "decode", is streamed layer by layer (see `layer_stream`), so that it must be begun."""
+        return self._stream is not None and phase == "prefill"
+
+    def begin_step(self, phase: str, now: float | None = None) -> tuple[int, ...]:
+        """Opens a step. Returns the experts of the first MoE layer to move into a buffer at once: none where prompts are not streamed."""
+        self._streaming = self.streams(phase)
+        if not self._streaming:
+            return ()
+        self._ledger.clock = self._next_clock if now is None else now
+        return self._start_stream(0)
 
     def initial_residents(self) -> list[list[int]]:
         """Experts to load into each layer's slots before the first step."""
@@ -172,36 +154,28 @@ class Planner:
           now: seconds on the caller's clock; by default the predicted end of the previous layer.
         """
         equal = self._check(layer, loads, scores, tokens)
-        scores = _as_list(scores)
-        self._clock = clock = self._next_clock if now is None else now
-        self.policies[layer].observe(scores, loads)
+        scores = as_list(scores)
         residency, ledger = self._residency, self._ledger
+        ledger.clock = clock = self._next_clock if now is None else now
+        self.policies[layer].observe(scores, loads)
         resident, flying = residency.resident[layer], ledger.flying[layer]
         hits = tuple([e for e in loads if e in resident])
         misses = tuple([e for e in loads if e not in resident]) if len(hits) < len(loads) else ()
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
-        link_busy = self._link_free - clock
+        link_busy = ledger.link_free - clock
         if link_busy < 0.0:
             link_busy = 0.0
 
-        pattern = order = None
-        foregone = self._foregone is not None and tokens == 1 and not in_flight
-        if equal and not in_flight and self._equal is not None and not foregone:
-            order = _order(hits, misses, None if self._equal.by_id else scores)
-            if order is not None:
-                pattern = self._equal.find(len(hits), len(misses), self._equal.by_id or scores is None, link_busy)
-        if foregone:
-            schedule, device = self._foregone._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
-        elif pattern is not None:
-            schedule, device = apply(pattern, order, link_busy), pattern.resident(order)
+        buffered = ahead = ()
+        if self._streaming:
+            schedule, buffered = self._stream.schedule(layer, loads, tokens, resident, in_flight, clock, link_busy)
+            device = tuple([e for e in schedule.device if e in resident])
+            awaited = [e for e in schedule.waits if e in in_flight]
         else:
-            heaviest = 1 if equal else max(loads.values(), default=1)
-            flags = self._flags_for(heaviest)
-            problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
-            if self._view is not None:
-                self._view.show(problem, layer, misses)
-            schedule = self.scheduler.schedule(problem)
-            device = tuple([e for e in schedule.device if e in resident]) if misses else schedule.device
+            schedule, device = self._answers.schedule(
+                layer, loads, scores, tokens, resident, hits, misses, in_flight, link_busy, equal
+            )
+            awaited = schedule.waits
 
         predictions = residency.predictions[layer]
         if predictions:
@@ -209,33 +183,34 @@ class Planner:
             for distance, prediction in predictions:
                 self.accuracy.update(distance, prediction.loads.keys(), asked)
             predictions.clear()
-        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in schedule.waits})
+        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in awaited})
         residency.needed[layer] = set(loads)
         fetch = waits = ()
-        if schedule.waits:
-            waits = tuple([residency.admit(layer, expert) for expert in schedule.waits])
+        if awaited:
+            waits = tuple([residency.admit(layer, expert) for expert in awaited])
         if schedule.fetch:
-            fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
-            self._link_free = clock + schedule.link_seconds
-        if self._view is not None:
-            self._view.fills.observe(layer, loads, tokens, sum([1 for f in waits + fetch if not f.stream]))
+            if self._streaming:
+                fetch = tuple([Fetch(expert, None, True) for expert in schedule.fetch])
+            else:
+                fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
+            ledger.link_free = clock + schedule.link_seconds
+        if self._streaming:
+            ahead = self._start_stream(layer + 1)
+        if self._answers.view is not None:
+            kept = sum([1 for f in waits + fetch if not f.stream])
+            self._answers.view.fills.observe(layer, loads, tokens, kept)
         makespan = schedule.makespan
         self._until_next = until_next = makespan + self.costs.layer(tokens)
         self._next_clock, self._tokens = clock + until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
-            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule
-        )
+            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule, buffered,
+            ahead,
+        )  # fmt: skip
 
     def depth(self, tokens: int) -> int:
-        """How many layers to look ahead in a step of so many tokens; 0 where looking cannot pay: it costs device time too.
-
-        With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
-        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
-        adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
-        as a transfer.
-        """
-        return self._scout.depth(tokens)
+        """How many layers to look ahead in a step of so many tokens, see `Scout.depth`; 0 in a streamed step, whose link has no time to spare."""
+        return 0 if self._streaming else self._scout.depth(tokens)
 
     def worth_looking(self, tokens: int) -> bool:
         """Whether any layer is to be predicted in a step of so many tokens."""
@@ -246,24 +221,15 @@ class Planner:
         return self.depth(tokens) if self.predictor.gates else 0
 
     def rests(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
-        while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
+        """Whether to leave out predicting in this step, see `Scout.rests`."""
         return self._scout.rests(tokens)
 
     def prefetch(self, layer: int, shown: Shown) -> tuple[Prefetch, ...]:
         """The transfers to start behind `layer`'s demand loads, by what `layer` shows of the coming layers; call it right after `plan`, and in every
         layer of a step or in none."""
-        if not self._tokens:
+        if not self._tokens or self._streaming:
             return ()
-        chosen = self._scout.look(
-            layer,
-            shown,
-            self._tokens,
-            self._until_next,
-            self._link_left(),
-            self.max_in_flight - self._ledger.num_flying,
-        )
-        return self._start(chosen) if chosen else ()
+        return self._scout.look(layer, shown, self._tokens, self._until_next)
 
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
         """The same by given predictions.
@@ -271,12 +237,10 @@ class Planner:
         Args:
           lookahead: predictions for layers layer+1, layer+2, ...; those beyond the last layer or the system's lookahead are not used.
         """
-        if not self._scout.active or not self._tokens:
+        if not self._tokens or self._streaming:
             return ()
-        lookahead = [Prediction(loads, _as_list(scores)) for loads, scores in lookahead]
-        room = self.max_in_flight - self._ledger.num_flying
-        chosen = self._scout.choose(layer, lookahead, self._tokens, self._until_next, self._link_left(), room)
-        return self._start(chosen)
+        lookahead = [Prediction(loads, as_list(scores)) for loads, scores in lookahead]
+        return self._scout.start(layer, lookahead, self._tokens, self._until_next)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
@@ -284,16 +248,10 @@ class Planner:
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or hotter.
         `seconds`: how long it held the link, where that was measured.
         """
-        flight = self._ledger.take(layer, expert)
-        if seconds is not None:
-            flight.seconds = seconds
-        self._clear_link()
-        kept, victim = self._residency.admit_landed(layer, expert, flight.open)
-        if not kept:
-            self._ledger.refuse(flight)
-            return REFUSED
-        self._ledger.keep(layer, expert, flight)
-        return victim
+        found = self._residency.land(layer, expert, seconds)
+        if not self._streaming:
+            self._ledger.clear_link()
+        return found
 
     def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
         """Tells of one of the latest plan's `waits` how long its transfer held the link, and how long it was waited for, where that was measured."""
@@ -301,6 +259,9 @@ class Planner:
 
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
+        if self._streaming:
+            self._streaming = False
+            self._stream.clear()
         self._ledger.finish_step()
         self._residency.finish_step()
         self._scout.finish_step(self._tokens, self.counters.prefetch_issued)
@@ -310,15 +271,16 @@ class Planner:
         self.finish_step()
         self._ledger.abandon()
         self._tokens = 0
-        self._clear_link()
+        self._ledger.clear_link()
 
-    # How it is done.
-
-    def _start(self, chosen: Sequence[tuple[Target, int]]) -> tuple[Prefetch, ...]:
-        for target, expert in chosen:
-            self._link_free = max(self._link_free, self._clock) + self._forecast.transfer
-            self._ledger.start(target.layer, expert, self._link_free, self._forecast.transfer)
-        return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
+    def _start_stream(self, layer: int) -> tuple[int, ...]:
+        """Queues a whole layer behind all that is on the link."""
+        if layer >= self.num_layers:
+            return ()
+        present = self._residency.resident[layer] | self._ledger.flying[layer].keys()
+        ledger = self._ledger
+        experts, ledger.link_free = self._stream.start(layer, present, max(ledger.link_free, ledger.clock))
+        return experts
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:
         """Whether this is one token with loads of 1; UserError for what cannot be."""
@@ -334,37 +296,3 @@ class Planner:
                 f"planner: layer {layer} got loads {dict(loads)}; experts are 0..{self.num_experts - 1}, loads above 0"
             )
         return equal
-
-    def _flags_for(self, load: int) -> dict[str, bool]:
-        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
-        costs = self.costs
-        if not costs.fetch_host or not self.scheduler.uses_cpu or not self._flags["allow_cpu"]:
-            return self._flags
-        if costs.fetch_host < costs.cpu(load):
-            return self._flags
-        return self._flags | {"allow_fetch": False}
-
-    def _link_left(self) -> float:
-        """Seconds until the link is done with what is queued."""
-        left = self._link_free - self._clock
-        return left if left > 0.0 else 0.0
-
-    def _clear_link(self) -> None:
-        """With nothing under way the link is free, whatever the cost model had expected."""
-        if not self._ledger.num_flying:
-            self._link_free = min(self._link_free, self._clock)
-
-
-def _order(hits: Sequence[int], misses: Sequence[int], scores: Sequence[float] | None) -> list[int] | None:
-    """Hits, then misses, each by falling score, then rising id; None where scores are equal, which the rules settle each in its way."""
-    if scores is None:
-        return sorted(hits) + sorted(misses)
-    key = scores.__getitem__
-    if len(set(map(key, hits))) < len(hits) or len(set(map(key, misses))) < len(misses):
-        return None
-    return sorted(hits, key=key, reverse=True) + sorted(misses, key=key, reverse=True)
-
-
-def _as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
-    """Arrays become lists: indexing a list is several times faster."""
-    return scores if scores is None or isinstance(scores, (list, tuple)) else scores.tolist()

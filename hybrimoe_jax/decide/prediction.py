@@ -1,12 +1,13 @@
-"""Predictions of what coming layers will be asked for, and how often they come true.
+"""Predictions of what coming layers will be asked for: what they are made from, who makes them, and how often they come true.
 
 N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE layers after the one that looks.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -57,6 +58,32 @@ def loads_of(ids: np.ndarray, experts: int) -> dict[int, int]:
         return dict.fromkeys(ids[0].tolist(), 1)
     counts = np.bincount(ids.ravel(), minlength=experts)
     return {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
+
+
+def as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
+    """Arrays become lists: indexing a list is several times faster."""
+    return scores if scores is None or isinstance(scores, (list, tuple)) else scores.tolist()
+
+
+class Predictor(abc.ABC):
+    """Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most."""
+
+    gates: ClassVar[bool] = False
+    """Whether it needs `Shown.ahead`."""
+
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, distances: int):
+        self.num_layers, self.num_experts, self.top_k, self.distances = num_layers, num_experts, top_k, distances
+
+    @abc.abstractmethod
+    def predict(self, layer: int, shown: Shown, depth: int) -> list[Prediction]:
+        """Learns from what `layer` shows, and predicts layers layer+1, ... layer+depth, as far as there are such."""
+
+    def finish_step(self) -> None:  # noqa: B027
+        """The step has ended, whole or broken off."""
+
+    def reach(self, layer: int, depth: int) -> int:
+        """How many of `depth` layers there are to predict."""
+        return min(depth, self.distances, self.num_layers - 1 - layer)
 
 
 class Accuracy:

@@ -12,7 +12,7 @@ from functools import partial
 from hybrimoe_jax.decide import pool
 from hybrimoe_jax.decide.caching import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
-from hybrimoe_jax.decide.plan import Fetch, Victim
+from hybrimoe_jax.decide.plan import REFUSED, Fetch, Refused, Victim
 from hybrimoe_jax.decide.prediction import Prediction
 from hybrimoe_jax.decide.prefetch import Target
 
@@ -79,6 +79,19 @@ class Residency:
             return True, None
         victim = self.policies[layer].victim(resident, needed) if resident else None
         return victim is not None, None if victim is None else (layer, victim)
+
+    def land(self, layer: int, expert: int, seconds: float | None) -> Victim | Refused | None:
+        """See `Planner.landed`."""
+        ledger = self.ledger
+        flight = ledger.take(layer, expert)
+        if seconds is not None:
+            flight.seconds = seconds
+        kept, victim = self.admit_landed(layer, expert, flight.open)
+        if not kept:
+            ledger.refuse(flight)
+            return REFUSED
+        ledger.keep(layer, expert, flight)
+        return victim
 
     def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, Victim | None]:
         """Finds a slot for a prefetch that has landed: (whether it got one, its victim). `coming`: its step is yet to come."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Shown
-from hybrimoe_jax.decide.predictors import Predictor
+from hybrimoe_jax.decide.plan import Prefetch
+from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown
 from hybrimoe_jax.decide.prefetch import Forecast, Target, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
@@ -32,10 +32,12 @@ class Scout:
         accuracy: Accuracy,
         residency: Residency,
         costs: Any,
+        max_in_flight: int,
         always: bool = False,
     ):
         self.system, self.predictor, self.forecast, self.accuracy = system, predictor, forecast, accuracy
-        self.residency, self.costs, self.always = residency, costs, always
+        self.residency, self.ledger, self.costs = residency, residency.ledger, costs
+        self.max_in_flight, self.always = max_in_flight, always
         self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
         self.active = bool(system.reach) and forecast.flags["allow_fetch"]
         self._depths: dict[int, int] = {}  # by the tokens of a step
@@ -44,7 +46,13 @@ class Scout:
         self._looked = False
 
     def depth(self, tokens: int) -> int:
-        """See `Planner.depth`."""
+        """How many layers to look ahead in a step of so many tokens; 0 where looking cannot pay: it costs device time too.
+
+        With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
+        lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
+        adaptive depth is the smallest whose layers, with as many experts resident as there are slots for, take as long
+        as a transfer.
+        """
         depth = self._depths.get(tokens)
         if depth is None:
             if not self.active or not any(self.residency.slots):
@@ -58,31 +66,42 @@ class Scout:
         return depth
 
     def rests(self, tokens: int) -> bool:
-        """See `Planner.rests`."""
+        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
+        while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
         return tokens > 1 and self._resting > 0
 
-    def look(
-        self, layer: int, shown: Shown, tokens: int, until_next: float, link_free: float, room: int
-    ) -> list[tuple[Target, int]]:
-        """Predicts from what `layer` shows, if a transfer could be started, and chooses; args as of `choose`."""
+    @property
+    def room(self) -> int:
+        """How many more transfers may be under way."""
+        return self.max_in_flight - self.ledger.num_flying
+
+    def look(self, layer: int, shown: Shown, tokens: int, until_next: float) -> tuple[Prefetch, ...]:
+        """Predicts from what `layer` shows, if a transfer could be started, and starts those that are worth it; args as of `start`."""
         if not self.active:
-            return []
+            return ()
         depth = min(self.depth(tokens), self.num_layers - 1 - layer)
         self._looked = True
-        possible = self.always or (room > 0 and depth > 0 and self._fits(depth, tokens, until_next, link_free))
+        possible = self.always or (self.room > 0 and depth > 0 and self._fits(depth, tokens, until_next))
         found = self.predictor.predict(layer, shown, depth if possible else 0)
-        return self.choose(layer, found, tokens, until_next, link_free, room) if possible else []
+        return self.start(layer, found, tokens, until_next) if possible else ()
 
-    def choose(
-        self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float, link_free: float, room: int
-    ) -> list[tuple[Target, int]]:
-        """The transfers to start behind `layer`, in sending order.
+    def start(
+        self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float
+    ) -> tuple[Prefetch, ...]:
+        """Chooses the transfers to start behind `layer` and queues them, in sending order.
 
         Args:
           lookahead: predictions of the layers after `layer`.
-          tokens: in the step. until_next: seconds until the next layer's MoE block. link_free: seconds until the link is done with what is queued.
-          room: so many transfers at most.
+          tokens: in the step. until_next: seconds until the next layer's MoE block.
         """
+        chosen = self._choose(layer, lookahead, tokens, until_next) if self.active else ()
+        for target, expert in chosen:
+            self.ledger.start(target.layer, expert, self.forecast.transfer)
+        return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
+
+    def _choose(
+        self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float
+    ) -> list[tuple[Target, int]]:
         self._looked = True
         depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(tokens)
         depth = min(depth, self.num_layers - 1 - layer)
@@ -92,6 +111,7 @@ class Scout:
         for distance, prediction in enumerate(lookahead, 1):
             residency.predictions[layer + distance].append((distance, prediction))
             targets.append(residency.target(layer + distance, distance, prediction))
+        room = self.room
         if room <= 0 or not targets:
             return []
         if self.system.prefetch == "next-layer":
@@ -102,7 +122,7 @@ class Scout:
             self.accuracy,
             tokens=tokens,
             until_next=until_next,
-            link_free=link_free,
+            link_free=self.ledger.link_left,
             room=room,
         )
 
@@ -114,7 +134,7 @@ class Scout:
         self._looked, self._issued_before = False, issued
         self.predictor.finish_step()
 
-    def _fits(self, depth: int, tokens: int, until_next: float, link_free: float) -> bool:
+    def _fits(self, depth: int, tokens: int, until_next: float) -> bool:
         """Whether a transfer queued now can land before the layer `depth` ahead starts, if every layer in between takes as long as it ever may."""
         if tokens > 1 or self.system.prefetch == "next-layer":
             return True
@@ -122,7 +142,8 @@ class Scout:
             k = self.top_k
             numbers = [(here, absent) for here in range(k + 1) for absent in range(k + 1 - here)]
             self._longest = max(self.forecast.equal(*numbers_, 1, 1).makespan for numbers_ in numbers)
-        return link_free + self.forecast.transfer <= until_next + (depth - 1) * (self._longest + self.costs.layer(1))
+        landing = self.ledger.link_left + self.forecast.transfer
+        return landing <= until_next + (depth - 1) * (self._longest + self.costs.layer(1))
 
     def _depth(self, active: int, load: int, tokens: int) -> int:
         def makespan(resident: int) -> float:

@@ -6,8 +6,8 @@
   llamacpp       whole layers are resident (the last ones, as `--n-gpu-layers` has it), the CPU computes the others
   fiddler        the most popular experts of all layers together stay; a miss goes where it alone is done first, CPU or link and device
   powerinfer     the same placement, the CPU computes what is not resident (PowerInfer's hot and cold, by expert instead of by neuron)
-  freetoken      slots that all layers share, LRU; misses shared between link and CPU by bandwidth; no prefetch (its prefill streams whole layers through two
-                 buffers; here a prompt is scheduled like a token)
+  freetoken      slots that all layers share, LRU; misses shared between link and CPU by bandwidth; no prefetch; prompts: whole layers are streamed
+                 through two buffers and the device runs everything (see `layer_stream`)
   on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its speculation)
   device-only    device only, no cache management: a static resident set, everything else is streamed each time and not kept (layer
                  offloading as in Accelerate or DeepSpeed inference, expert by expert)
@@ -51,6 +51,8 @@ class System:
         residents are hotter than all candidates, and next to nothing is prefetched), or "none".
       predictor: a name in `predictors.PREDICTORS`, or "recorded:TRACE".
       scope: "layer": each layer has slots of its own; "pooled": all layers share them, see `pool`.
+      stream_prefill: chunks of prompts run on the device, whole layers being streamed through two buffers, see `layer_stream`; the scheduler
+        and the prefetcher then decide in decoding only.
     """
 
     name: str
@@ -62,6 +64,7 @@ class System:
     guard: Literal["value", "expected", "none"] = "expected"
     predictor: str = "gate-reuse"
     scope: Literal["layer", "pooled"] = "layer"
+    stream_prefill: bool = False
 
     def __post_init__(self) -> None:
         policy_class(self.cache)
@@ -95,7 +98,7 @@ class System:
     @property
     def fetches(self) -> bool:
         """Whether experts ever cross the link after the start."""
-        return get_scheduler(self.scheduler).uses_link or self.reach > 0
+        return get_scheduler(self.scheduler).uses_link or self.reach > 0 or self.stream_prefill
 
     def slots_per_layer(
         self,
@@ -142,14 +145,15 @@ class System:
         return [min(total // num_layers, num_experts)] * num_layers
 
     def override(
-        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None, scope=None
-    ) -> System:
+        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None, scope=None,
+        stream_prefill=None,
+    ) -> System:  # fmt: skip
         """This system with the given parts replaced; None keeps a part.
 
         A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer); lookahead 0 turns prefetch off.
         """
         parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
-        parts |= {"predictor": predictor, "scope": scope}
+        parts |= {"predictor": predictor, "scope": scope, "stream_prefill": stream_prefill}
         parts = {part: value for part, value in parts.items() if value is not None}
         mode = parts.get("prefetch", self.prefetch)
         if prefetch is not None and mode != "none" and not self.lookahead and lookahead is None:
@@ -171,7 +175,7 @@ SYSTEMS: dict[str, System] = {
         System("llamacpp", "static", "cpu-misses", placement="whole-layers"),
         System("fiddler", "static", "cheaper", placement="popular"),
         System("powerinfer", "static", "cpu-misses", placement="popular"),
-        System("freetoken", "lru", "bandwidth-split", scope="pooled"),
+        System("freetoken", "lru", "bandwidth-split", scope="pooled", stream_prefill=True),
         System("on-demand", "lru", "device-only"),
         System("device-only", "static", "device-only"),
         System("cpu-only", "static", "cpu-misses", placement="none"),

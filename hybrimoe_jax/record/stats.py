@@ -30,7 +30,8 @@ class Lanes:
 
 @dataclasses.dataclass
 class LayerStats:
-    """One MoE layer in one step. Expert tuples are in execution order; `prefetch_*` are this layer's prefetched experts, judged."""
+    """One MoE layer in one step. Expert tuples are in execution order; `prefetch_*` are this layer's prefetched experts, judged.
+    `layer_streamed`: experts whose transfer with their whole layer began here; `bytes_h2d` has them."""
 
     layer: int
     loads: dict[int, int]
@@ -45,6 +46,7 @@ class LayerStats:
     prefetch_useful: tuple[int, ...] = ()
     prefetch_late: tuple[int, ...] = ()
     prefetch_wasted: tuple[int, ...] = ()
+    layer_streamed: int = 0
 
 
 class Late(Sequence):
@@ -163,6 +165,7 @@ class RunStats:
             "cpu_experts": sum(len(layer.cpu) for step in self.steps for layer in step.layers),
             "device_experts": sum(len(layer.device) for step in self.steps for layer in step.layers),
             "demand_fetches": sum(len(layer.fetched) for step in self.steps for layer in step.layers),
+            "layer_streamed": int(self.total("layer_streamed")),
             "bytes_h2d": int(self.total("bytes_h2d")),
             "prefetch": dataclasses.asdict(self.prefetch),
             "lanes": {f"{k}_s": v for k, v in dataclasses.asdict(lanes).items()},

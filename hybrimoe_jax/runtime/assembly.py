@@ -10,6 +10,7 @@ import numpy as np
 from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide import costs as costs_of
 from hybrimoe_jax.decide.costs import CostModel
+from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
@@ -24,10 +25,11 @@ from hybrimoe_jax.runtime import budget, threads, warmup
 from hybrimoe_jax.runtime.callback import CallbackForward
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.executors import DenseForward, Forward, HybridForward
+from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.step import DenseForward, Forward
 from hybrimoe_jax.runtime.transfer import Link, parts_of
 from hybrimoe_jax.runtime.whole import WholeStep
 from hybrimoe_jax.simulation.machine import Machine
@@ -138,16 +140,18 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         lookahead=options.lookahead,
         predictor=options.predictor,
         scope=options.cache_scope,
+        stream_prefill=options.stream_prefill,
     )
     lookahead = system.reach
     model.own_norm = system.predictor == "gate-input"
     num_layers = len(model.moe_layers)
     expert_format, dtype = device_format(store, device)
     expert_bytes = costs_of.expert_bytes(config.hidden_size, config.moe_width, expert_format)
+    buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
     fixed = budget.Footprint(
         dense=model.nbytes,
         kv=model.cache_bytes(options.max_batch, max_context),
-        staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0)),
+        staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0) + buffers),
         workspace=budget.workspace_bytes(
             config,
             options.max_batch,

@@ -76,13 +76,15 @@ class CallbackForward(HybridForward):
                 acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
             else:
                 kept.append(fetch.expert)
+        for expert in plan.buffered:
+            acc = self._call(layer, acc, x, [(expert, self.buffered(ordinal, expert, lanes))], routing, ())
         for fetch in streamed:
             slot = self._fetch(ordinal, fetch)
             acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
         if self.verify is not None:
             self.verify(ordinal)
         if plan.fetch or plan.waits:
-            lanes.link = now() - started
+            lanes.link = max(lanes.link, now() - started)
         started = now()
         slots = [(expert, self.pool.get(ordinal, expert)) for expert in kept]
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)

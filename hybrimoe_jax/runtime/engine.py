@@ -13,9 +13,9 @@ from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.stats import PrefetchStats, RunStats
 from hybrimoe_jax.runtime import assembly, budget
-from hybrimoe_jax.runtime.executors import StepInput
 from hybrimoe_jax.runtime.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
 from hybrimoe_jax.runtime.sampling import Sampling
+from hybrimoe_jax.runtime.step import StepInput
 
 LOGIT_ROWS = 16
 """Tokens whose logits `Engine.logits` holds on the device at once."""

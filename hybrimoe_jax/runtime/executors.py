@@ -1,14 +1,12 @@
 """One forward pass: attention and routing on the device, a plan per MoE layer, then the plan carried out.
 
 `HybridForward` holds what the two hybrid executors share: the layer loop, the read-back, planning, landing and
-statistics. They differ in how a planned layer is computed (`overlapped.py`, `callback.py`). `DenseForward` is the oracle.
+statistics. They differ in how a planned layer is computed (`overlapped.py`, `callback.py`).
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,6 @@ import numpy as np
 
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, LayerPlan
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.models.moe import DenseExperts
-from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
@@ -25,73 +21,9 @@ from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.runtime.routing import HostRouting, read_routing
 from hybrimoe_jax.runtime.slots import SlotPool
+from hybrimoe_jax.runtime.step import Forward, StepInput
 from hybrimoe_jax.runtime.transfer import Link
 from hybrimoe_jax.runtime.whole import WholeStep
-
-SMALLEST_SPAN = 256
-
-
-@dataclasses.dataclass
-class StepInput:
-    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
-
-    `last` [B] picks each row's token whose logits are wanted; None asks for all.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    capacity: int
-    phase: str
-    last: np.ndarray | None
-
-    @property
-    def valid(self) -> np.ndarray:
-        return np.flatnonzero(self.positions.ravel() < self.capacity)
-
-    @property
-    def context(self) -> int:
-        """Places of the cache that the longest row attends to."""
-        return int(self.positions[self.positions < self.capacity].max(initial=0)) + 1
-
-    @property
-    def span(self) -> int:
-        """How much of the cache attention must read: a power of two, so that few executables serve all positions. More than the
-        step's tokens unless all rows start at position 0 (see `Attention`)."""
-        span = programs.bucket(self.context, SMALLEST_SPAN)
-        first = self.positions[:, 0]
-        if span == self.positions.shape[1] and ((first > 0) & (first < self.capacity)).any():
-            span *= 2
-        return min(self.capacity, span)
-
-
-class Forward(abc.ABC):
-    """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record."""
-
-    @abc.abstractmethod
-    def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
-
-
-class DenseForward(Forward):
-    """The oracle: the whole Flax model in one executable, every expert on the device."""
-
-    def __init__(self, model, dense, weights, clock: WallClock):
-        self._graphdef, self._params, self._weights, self.clock = model, dense, weights, clock
-
-    def forward(self, step, caches):
-        start, compiled = self.clock.now(), compile_clock().seconds
-        logits, caches = _dense_step(
-            self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last
-        )
-        logits = np.asarray(logits)
-        seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
-        return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _dense_step(graphdef, params, weights, ids, caches, positions, last):
-    model = merge(graphdef, params)
-    logits, caches = model(ids, caches, positions, DenseExperts(weights))
-    return (logits if last is None else logits[jnp.arange(ids.shape[0]), last]), caches
 
 
 class HybridForward(Forward):
@@ -175,7 +107,8 @@ class HybridForward(Forward):
     def _runs_whole(self, step: StepInput) -> bool:
         """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
         watched = self.trace is not None or self.timeline is not None
-        return step.ids.size == 1 and step.last is not None and not watched and not self.link.busy
+        one = step.ids.size == 1 and step.last is not None and not self.planner.streams(step.phase)
+        return one and not watched and not self.link.busy
 
     def _step(self, step, caches):
         if self.whole is not None and self._runs_whole(step):
@@ -185,8 +118,10 @@ class HybridForward(Forward):
         now = self.clock.now if machine is None else lambda: machine.now
         start, compiled = now(), compile_clock().seconds
         rows, valid = step.ids.size, step.valid
+        first = self.planner.begin_step(step.phase, None if machine is None else machine.now)
+        self._stream(0, first)
         if machine is not None:
-            machine.step(len(valid))
+            machine.step(len(valid), first)
             context = step.context
         span = step.span
         self._looks = self.planner.worth_looking(len(valid))
@@ -222,9 +157,12 @@ class HybridForward(Forward):
             if self.trace is not None:
                 self.trace(layer.ordinal, step, routing)
             lanes = Lanes()
+            self._stream(layer.ordinal + 1, plan.ahead)
             acc, host = self.compute(layer, x, early, routing, plan, lanes)
+            self.link.end_stream(layer.ordinal)
             fetched = tuple(f.expert for f in plan.fetch)
-            moved += (len(fetched) + len(plan.waits)) * self.pool.expert_bytes
+            streamed, first = len(first) + len(plan.ahead), ()
+            moved += (len(fetched) + len(plan.waits) + streamed) * self.pool.expert_bytes
             record.layers.append(
                 LayerStats(
                     layer.ordinal,
@@ -232,7 +170,7 @@ class HybridForward(Forward):
                     len(plan.hits),
                     len(plan.misses),
                     tuple(plan.cpu),
-                    (*plan.device, *fetched, *(f.expert for f in plan.waits)),
+                    (*plan.device, *fetched, *plan.buffered, *(f.expert for f in plan.waits)),
                     fetched,
                     moved,
                     now() - began,
@@ -240,6 +178,7 @@ class HybridForward(Forward):
                     plan.useful,
                     plan.late,
                     plan.wasted,
+                    streamed,
                 )
             )
         if step.last is not None:
@@ -285,6 +224,18 @@ class HybridForward(Forward):
         self._note(transfer)
         return self._place(ordinal, fetch, transfer.staged)
 
+    def buffered(self, ordinal: int, expert: int, lanes: Lanes):
+        """The arrays of an expert of the layer's buffer: waits until it has landed. The link's seconds are counted here."""
+        transfer = self.link.streamed(ordinal, expert)
+        lanes.link += transfer.seconds
+        self._note(transfer, "stream")
+        return transfer.staged
+
+    def _stream(self, ordinal: int, experts) -> None:
+        """Starts to move a layer's experts into the buffer that the layer before the last has left."""
+        if experts:
+            self.link.stream(ordinal, {expert: self.weights(ordinal, expert) for expert in experts})
+
     def prefetch(self, ordinal: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
         if not self._looks or self.planner.rests(len(routing.valid)):
@@ -299,6 +250,6 @@ class HybridForward(Forward):
             return self.pool.stream(staged)
         return self.pool.write(ordinal, fetch.expert, staged, fetch.victim)
 
-    def _note(self, transfer) -> None:
+    def _note(self, transfer, kind: str = "prefetch") -> None:
         if self.timeline is not None:
-            self.timeline.transfer("prefetch", transfer.layer, transfer.expert, transfer.issued, transfer.landed)
+            self.timeline.transfer(kind, transfer.layer, transfer.expert, transfer.issued, transfer.landed)

@@ -13,9 +13,9 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.stats import StepStats
-from hybrimoe_jax.runtime.executors import SMALLEST_SPAN, Forward, StepInput
 from hybrimoe_jax.runtime.programs import bucket
 from hybrimoe_jax.runtime.sampling import Sampler, Sampling
+from hybrimoe_jax.runtime.step import SMALLEST_SPAN, Forward, StepInput
 
 SMALLEST_CHUNK = 16
 

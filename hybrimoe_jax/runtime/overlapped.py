@@ -75,6 +75,8 @@ class OverlappedForward(HybridForward):
                     "link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert
                 )
             acc = self._add(acc, x, [(fetch.expert, slot)], routing, ordinal)
+        for expert in plan.buffered:
+            acc = self._add(acc, x, [(expert, self.buffered(ordinal, expert, lanes))], routing, ordinal)
         for fetch in plan.waits:
             acc = self._add(acc, x, [(fetch.expert, self.wait_for(ordinal, fetch))], routing, ordinal)
         if self.verify is not None:

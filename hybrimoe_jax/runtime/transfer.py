@@ -1,5 +1,8 @@
 """The link lane: host experts on their way to the device.
 
+Whole layers that a prompt's chunk is streamed through cross it like prefetches, but go into no slot: the staged arrays themselves are the buffer,
+which is freed when nobody holds them any more.
+
 A demand load is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A prefetch
 is staged by the link's own thread and committed, at a layer boundary, only once it has landed. On the CPU backend an
 aligned `device_put` would alias the host array; there the staged copy is made explicitly, so that a fetch costs a real copy.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 
 import jax
 
@@ -22,7 +26,7 @@ from hybrimoe_jax.runtime.workers import Worker
 
 @dataclasses.dataclass
 class Transfer:
-    """A prefetch under way; `staged` is set once it has landed on the device."""
+    """A transfer under way; `staged` is set once it has landed on the device."""
 
     layer: int
     expert: int
@@ -56,6 +60,7 @@ class Link:
         self.device, self.clock = device, clock
         self._copies = device.platform == "cpu"
         self._in_flight: dict[tuple[int, int], Transfer] = {}
+        self._streamed: dict[int, dict[int, Transfer]] = {}  # by layer and expert
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
@@ -68,9 +73,29 @@ class Link:
         self._in_flight[layer, expert] = transfer
         self._worker.put(transfer)
 
+    def stream(self, layer: int, experts: Mapping[int, HostExpert]) -> None:
+        """Starts to move a layer's experts into a buffer, in order."""
+        now = self.clock.now()
+        self._streamed[layer] = {e: Transfer(layer, e, now, weights) for e, weights in experts.items()}
+        for transfer in self._streamed[layer].values():
+            self._worker.put(transfer)
+
+    def streamed(self, layer: int, expert: int) -> Transfer:
+        """Waits for one expert of a layer under way to its buffer, and takes it out: the buffer's place is free once the arrays are dropped."""
+        transfer = self._streamed[layer].pop(expert)
+        transfer.done.wait()
+        if transfer.error is not None:
+            raise transfer.error
+        return transfer
+
+    def end_stream(self, layer: int) -> None:
+        """Frees what is left in a layer's buffer; what is still on its way lands for nobody."""
+        self._streamed.pop(layer, None)
+
     @property
     def busy(self) -> bool:
-        return bool(self._in_flight)
+        """Whether anything that was started has not been taken out."""
+        return bool(self._in_flight or self._streamed)
 
     def landed(self) -> list[Transfer]:
         """Takes out the transfers that have landed since the last call, oldest first."""
@@ -86,10 +111,12 @@ class Link:
         return self._take(transfer)
 
     def drain(self) -> None:
-        """Waits for every prefetch under way and forgets it."""
-        for transfer in self._in_flight.values():
-            transfer.done.wait()
+        """Waits for everything under way and forgets it."""
+        for transfers in (self._in_flight, *self._streamed.values()):
+            for transfer in transfers.values():
+                transfer.done.wait()
         self._in_flight.clear()
+        self._streamed.clear()
 
     def close(self) -> None:
         self._worker.stop()

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.costs import CostModel, Samples
-from hybrimoe_jax.decide.costs import fit as fit_costs
+from hybrimoe_jax.decide.cost_fit import Samples
+from hybrimoe_jax.decide.cost_fit import fit as fit_costs
+from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert
 from hybrimoe_jax.runtime import programs

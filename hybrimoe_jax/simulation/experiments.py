@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.record.trace import Trace
 from hybrimoe_jax.simulation.bound import BELADY
 from hybrimoe_jax.simulation.grid import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulation.machine import Machine
+from hybrimoe_jax.simulation.mixed_formats import RULES as WEIGHTS
+from hybrimoe_jax.simulation.mixed_formats import Reloads, reloads
 from hybrimoe_jax.simulation.profile import load_profile
 from hybrimoe_jax.simulation.replay import replay
 from hybrimoe_jax.simulation.shapes import get_shape
@@ -19,6 +22,11 @@ PROFILES = ("a6000-paper", "a6000-engineered")
 RIVALS = ("ktransformers", "llamacpp", "adapmoe", "on-demand", "fiddler", "powerinfer", "freetoken")
 CONTROLS = {"hybrimoe with cpu-misses": "cpu-misses", "hybrimoe with fetch-misses": "fetch-misses"}
 LENGTHS = (32, 128, 512, 1024)
+PROMPT_READERS = (
+    *((system, ()) for system in ("hybrimoe", "ktransformers", "llamacpp", "adapmoe", "freetoken")),
+    ("hybrimoe", (("stream_prefill", True),)),
+)
+"""(system, parts replaced): freetoken streams whole layers, and the last row gives hybrimoe that way of reading prompts."""
 QWEN = SYNTHETIC["qwen2-57b-a14b"]
 
 STATIC = (("cache", "static"), ("prefetch", "none"))
@@ -40,6 +48,10 @@ VARIANTS: dict[str, tuple[str, tuple, bool]] = {
 }
 """Rows of Table III and ours, (system, parts replaced, blind); under cpu-misses nothing is ever fetched, so a cache policy alone changes nothing and has no row."""
 DEPTHS = (0, 1, 2, 3, 4, 5, 6)
+STREAMED_LENGTHS = (32, 512, 2048)
+STREAMED_PROFILES = ("a6000-engineered", "rtx4090-pcie4", "h100-pcie5", "laptop-8gb")
+MIXED = ("int8", "int4")
+"""Formats of even and of odd layers where experts have two sizes."""
 RULES = ("released", "paper", "optimal", "lookahead-optimal", "bandwidth-split")
 CACHES = ("lru", "lfu", "mrs", "echo")
 
@@ -61,11 +73,12 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
         ]
     ]
     prefill = [
-        Case(trace, "a6000-paper", system, 0.25, prompt=length, prompts=1)
+        Case(trace, profile, system, 0.25, prompt=length, prompts=1, parts=parts)
+        for profile in PROFILES
         for model, trace in sources.items()
         for length in LENGTHS
         if model not in SYNTHETIC or length <= 256
-        for system in ("hybrimoe", "ktransformers", "llamacpp", "adapmoe", "freetoken")
+        for system, parts in PROMPT_READERS
     ]
     ablation = [
         Case(QWEN, profile, system, 0.25, parts=parts, prompt=prompt, prompts=2, steps=steps, blind=blind)
@@ -101,7 +114,35 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
         for prompt in (None, 128)
         for rule in RULES
     ]
-    return {"decode": decode, "prefill": prefill, "ablation": ablation, "hits": hits, "depth": depth, "rules": rules}
+    streamed = [
+        Case(trace, profile, "hybrimoe", 0.25, parts=parts, prompt=length, prompts=1)
+        for trace in traces.values()
+        for profile in STREAMED_PROFILES
+        for length in STREAMED_LENGTHS
+        for parts in ((), (("stream_prefill", True),))
+    ]
+    return {
+        "decode": decode, "prefill": prefill, "ablation": ablation, "hits": hits, "depth": depth, "rules": rules,
+        "streamed": streamed,
+    }  # fmt: skip
+
+
+def mixed_formats(traces: Mapping[str, str], steps: int) -> list[tuple[str, float, list[Reloads]]]:
+    """(model, share of all experts' bytes that the device holds, a row for each rule), see `mixed_formats`; one half of a trace, profile a6000-engineered."""
+    rows = []
+    for model, path in {**traces, **SYNTHETIC}.items():
+        tokens = tokens_of(path)
+        facts = tokens.facts
+        shape = get_shape(model)
+        costs = [load_profile("a6000-engineered").costs(shape, fmt) for fmt in MIXED]
+        sizes, seconds = tuple(c.expert_bytes for c in costs), tuple(c.transfer() for c in costs)
+        for ratio in (0.25, 0.5):
+            parts = [
+                reloads(tokens.steps(tokens.sequences[::2], steps), facts, sizes, seconds, ratio, rule)
+                for rule in WEIGHTS
+            ]
+            rows.append((model, ratio, parts))
+    return rows
 
 
 def link_beliefs(steps: int) -> list[tuple[str, str, float]]:
@@ -125,6 +166,25 @@ def link_beliefs(steps: int) -> list[tuple[str, str, float]]:
                 seconds, count = seconds + result.seconds, count + len(result.steps)
             rows.append((name, belief, seconds / count))
     return rows
+
+
+def layer_similarity(trace: Trace, distances: int = 6) -> list[tuple[float, float]]:
+    """By distance from 1: how alike the router of a layer judges its own state and the state so many layers before (mean cosine of the two
+    vectors of probabilities), and the share of its experts that it names from there. From a trace with full scores and lookahead."""
+    truth = {(record.step, record.layer): record for record in trace.records()}
+    sums = np.zeros((distances, 3))
+    for (step, layer), record in truth.items():
+        for d, reused in record.lookahead.items():
+            there = truth.get((step, layer + d))
+            if there is None or d > distances or there.scores is None or np.isnan(reused).any():
+                continue
+            own = np.asarray(there.scores, float)
+            lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(reused, axis=1)
+            k = there.ids.shape[1]
+            named = np.argpartition(-reused, k - 1, axis=1)[:, :k]
+            agree = (named[:, :, None] == there.ids[:, None, :]).any(axis=1).mean(axis=1)
+            sums[d - 1] += ((own * reused).sum(axis=1) / lengths).sum(), agree.sum(), len(own)
+    return [(cosine / count, share / count) for cosine, share, count in sums.tolist() if count]
 
 
 def reuse_by_rank(traces: Mapping[str, str]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
@@ -33,7 +34,7 @@ from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
-OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope")
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope", "stream_prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,8 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         notes.append("the trace has no full scores: MRS with p = k")
     if system.lookahead and not result.counters.prefetch_issued:
         notes.append("no prefetch was issued: none was found worth its while, or nothing was predicted")
-    if system.fetches and not result.counters.fetched and not result.counters.prefetch_issued:
+    moved = result.counters.fetched + result.counters.layer_streamed + result.counters.prefetch_issued
+    if system.fetches and not moved:
         notes.append("no expert was ever moved to the device: the slots stayed as they started")
     if system.predictor == "co-activation" and not dict(case.parts).get("predictor"):
         notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
@@ -170,6 +172,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         notes.append("synthetic routing, see hybrimoe_jax/simulation/synthetic.py")
     if case.blind:
         notes.append("placed without frequencies: each layer's lowest ids")
+    buffers = BUFFERED_LAYERS * tokens.facts.experts * costs.expert_bytes if system.stream_prefill else 0
+    if buffers and case.prompt is not None:
+        notes.append(f"prompts are streamed through two buffers of {buffers / 2e6:.4g} MB each, beside the slots")
     facts, slots = tokens.facts, system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts)
     return {
         "kind": KIND,
@@ -188,6 +193,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "prompt_tokens": case.prompt,
         **measures(result, costs.expert_bytes, sum(slots) * costs.expert_bytes),
         "slots": sum(slots),
+        "buffer_bytes": buffers,
         "bound_seconds_per_step": bound / len(result.steps),
         "choices": {
             **dataclasses.asdict(system),

@@ -11,7 +11,7 @@ Used by `replay` and by the live engine under `--clock virtual`, which therefore
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.plan import LayerPlan
@@ -41,6 +41,8 @@ class Machine:
         self._block = 0.0  # when the latest MoE block began
         self._flying: set[tuple[int, int]] = set()  # prefetches not yet told of
         self._landed: list[tuple[float, int, int]] = []
+        self._buffered: dict[tuple[int, int], float] = {}  # streamed with their whole layer: when they landed
+        self._streaming = 0  # how many of those are still to land
 
     @property
     def link(self) -> float:
@@ -51,8 +53,11 @@ class Machine:
         """Busy seconds so far: (cpu, device, link)."""
         return self.cpu, self.device, self.link
 
-    def step(self, tokens: int) -> None:
-        """A step begins: what it takes outside its MoE layers is charged here."""
+    def step(self, tokens: int, stream: Sequence[int] = ()) -> None:
+        """A step begins: what it takes outside its MoE layers is charged here. `stream`: experts of the first MoE layer that start to cross the
+        link with it."""
+        self._block = self.now
+        self._start_stream(0, stream)
         self._dense(self.costs.step(tokens), "step")
 
     def front(self, layer: int, tokens: int, context: int, looked: bool) -> None:
@@ -74,7 +79,7 @@ class Machine:
         """Carries out a plan and moves the clock to its end."""
         costs, start, timeline = self.costs, self.now, self.timeline
         self._block = cpu = start
-        if self._flying:
+        if self._flying or self._streaming:
             self._advance(start)
         if plan.cpu:
             cpu += costs.fetch_host * len(plan.fetch)
@@ -93,7 +98,7 @@ class Machine:
         if timeline is not None and busy:
             timeline.add("device", f"shared {plan.layer}", start, device, layer=plan.layer)
         cost = costs.device
-        if plan.fetch or plan.waits:
+        if plan.fetch or plan.waits or plan.buffered:
             ready = self._arrivals(plan)
             for expert in plan.schedule.device:
                 begin = ready.get(expert, device)
@@ -112,6 +117,8 @@ class Machine:
             busy = device - start
         self.device += busy
         self.now = cpu if cpu > device else device
+        if plan.ahead:
+            self._start_stream(plan.layer + 1, plan.ahead)
 
     def prefetch(self, layer: int, expert: int) -> None:
         """Starts a transfer behind all that is queued, at the start of the MoE block that ran last."""
@@ -124,6 +131,8 @@ class Machine:
             lane.clear()
         self._landed.clear()
         self._flying.clear()
+        self._buffered.clear()
+        self._streaming = 0
 
     def _dense(self, seconds: float, name: str, *layer: int) -> None:
         start = self.now
@@ -132,6 +141,12 @@ class Machine:
         self.attention += seconds
         if self.timeline is not None and seconds:
             self.timeline.add("device", " ".join([name, *map(str, layer)]), start, self.now)
+
+    def _start_stream(self, layer: int, experts: Sequence[int]) -> None:
+        for expert in experts:
+            self._buffered.pop((layer, expert), None)  # of an earlier step, which did not ask for it
+            self._send("stream", layer, expert)
+        self._streaming += len(experts)
 
     def _send(self, kind: str, layer: int, expert: int) -> None:
         lane = self.links[0] if len(self.links) == 1 else min(self.links, key=len)
@@ -146,16 +161,19 @@ class Machine:
         kind, layer, expert = key
         if kind == "prefetch":
             self._landed.append((end, layer, expert))
+        elif kind == "stream":
+            self._buffered[layer, expert] = end
+            self._streaming -= 1
         if self.timeline is not None:
             self._note("link", kind, layer, expert, began, end, kind=kind)
 
     def _arrivals(self, plan: LayerPlan) -> dict[int, float]:
-        """When each awaited or fetched expert is on the device; the waits' transfers end here and are not told of."""
-        layer = plan.layer
+        """When each awaited, streamed or fetched expert is on the device; the waits' transfers end here and are not told of."""
+        layer, buffered = plan.layer, self._buffered
         for fetch in plan.fetch:
             self._send("fetch", layer, fetch.expert)
-        wanted = {fetch.expert for fetch in plan.fetch} | {fetch.expert for fetch in plan.waits}
-        ready = {}
+        wanted = {fetch.expert for fetch in plan.fetch + plan.waits}.union(plan.buffered)
+        ready = {expert: buffered[layer, expert] for expert in plan.buffered if (layer, expert) in buffered}
         for lane in self.links:
             while any(key[1] == layer and key[2] in wanted for key in lane.keys()):
                 key, began, end = lane.finish_first()

@@ -28,7 +28,7 @@ STYLE = {
 }
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
 POLICIES = ("lru", "lfu", "mrs", "echo")
-GANTT_STEPS, PROMPT = 6, 128
+GANTT_STEPS, GANTT_LAYERS, PROMPT = 6, 4, 128
 
 
 def check() -> None:
@@ -94,7 +94,10 @@ def times(plt, records: Sequence[dict]):
             hatch="//" if place >= len(COLOURS) else None,
             error_kw={"lw": 0.6},
         )
-    axes.axhline(1e3 * min(r["bound_seconds_per_step"] for r in records), color="0.4", lw=0.7, ls="--", label="bound")
+    for i, ratio in enumerate(ratios):
+        least = 1e3 * min(r["bound_seconds_per_step"] for r in records if r["cache_ratio"] == ratio)
+        label = None if i else "lower bound"
+        axes.hlines(least, i - 0.45, i + 0.45, color="black", lw=0.9, ls="--", label=label, zorder=3)
     axes.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
     axes.set_xlabel("experts that the device holds")
     axes.set_ylabel(("TTFT" if records[0]["prompt_tokens"] else "TBT") + " [ms], simulated")
@@ -136,14 +139,21 @@ def capacity(plt, case: grid.Case):
 
 
 def gantt(plt, case: grid.Case, prompt: int | None):
-    """Lanes of one step (a few layers of it) or of one layer of a prompt, for the first system of the case."""
+    """Lanes of one step (a few layers of it) or of one layer of a prompt, for the first system of the case: where the link does most."""
     timeline = Timeline()
     grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS), timeline)
     fronts = [event for event in timeline.events("device") if event[2].startswith("attention")]
     layers = len({event[2] for event in fronts})
-    first = (GANTT_STEPS - 1) * layers + layers // 2 if prompt is None else layers // 2
-    first = min(first, len(fronts) - 5)
-    begin, end = fronts[first][0], fronts[first + (4 if prompt is None else 1)][0]
+    span = GANTT_LAYERS if prompt is None else 1
+    possible = range((GANTT_STEPS - 1) * layers if prompt is None else 0, len(fronts) - span)
+    moves = [event[:2] for event in timeline.events("link")]
+
+    def link_seconds(first: int) -> float:
+        begin, end = fronts[first][0], fronts[first + span][0]
+        return sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in moves)
+
+    first = max(possible, key=lambda first: (link_seconds(first), -abs(first - possible[len(possible) // 2])))
+    begin, end = fronts[first][0], fronts[first + span][0]
     figure, axes = plt.subplots(figsize=(WIDTH, 1.6))
     for row, lane in enumerate(("link", "device", "cpu")):
         for start, stop, name, args in timeline.events(lane):
@@ -163,21 +173,24 @@ def gantt(plt, case: grid.Case, prompt: int | None):
                 hatch="////" if prefetch else None,
             )
             label = name.split()[0][0] if plain else str(args.get("expert", ""))
-            if stop - start > 0.022 * (end - begin):
+            narrow = stop - start < 0.03 * (end - begin)
+            if stop - start > 0.014 * (end - begin):
                 axes.text(
                     1e3 * ((start + stop) / 2 - begin),
                     row,
                     label,
                     ha="center",
                     va="center",
-                    fontsize=4.5,
+                    fontsize=4 if narrow else 4.5,
+                    rotation=90 if narrow else 0,
                     color="white" if lane == "device" and not plain else "black",
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6} if prefetch else None,
                 )
     axes.set_yticks(range(3), ("link", "device", "CPU"))
     axes.set_xlim(0, 1e3 * (end - begin))
+    axes.set_ylim(-0.5, 2.5)
     axes.set_xlabel("simulated time [ms]")
-    what = "four layers of a decode step" if prompt is None else f"one layer of a prompt of {prompt} tokens"
+    what = f"{GANTT_LAYERS} layers of a decode step" if prompt is None else f"one layer of a prompt of {prompt} tokens"
     axes.set_title(
         f"{case.system}, {case.profile}: {what}\nexpert numbers; a attention, s shared; hatched: prefetch", fontsize=6
     )

@@ -7,6 +7,7 @@ Under the virtual clock the times come out equal as well.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Landings:
             self._due.setdefault((int(step), int(before)), []).append((int(layer), int(expert)))
         self._at = (-1, 0)
 
-    def step(self, tokens: int) -> None:
+    def step(self, tokens: int, stream: Sequence[int] = ()) -> None:
         self._at = (self._at[0] + 1, 0)
 
     def front(self, layer: int, tokens: int, context: int, looked: bool) -> None:

@@ -49,7 +49,9 @@ def measures(result: Result, expert_bytes: int, slots_bytes: int) -> dict:
         "device_experts": c.device,
         "demand_fetches": c.fetched,
         "streamed": c.streamed,
-        "bytes_h2d": (c.fetched + c.prefetch_issued) * expert_bytes,
+        "layer_streamed": c.layer_streamed,
+        "layer_streamed_used": c.layer_streamed_used,
+        "bytes_h2d": (c.fetched + c.layer_streamed + c.prefetch_issued) * expert_bytes,
         "slots_bytes": slots_bytes,
         "prefetch": {
             "issued": c.prefetch_issued,

@@ -52,12 +52,13 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
     for step in steps:
         begin, hits, misses = machine.now or 0.0, counters.hits, counters.misses
         tokens = step.tokens
+        stream = planner.begin_step(step.phase, machine.now)
         looks = planner.worth_looking(tokens)
         prefetches = looks and not planner.rests(tokens)
         gates = planner.gates(tokens) > 0
         if isinstance(planner.predictor, Perfect):
             planner.predictor.foresee({asked.layer: asked.shown.ids for asked in step.layers})
-        machine.step(tokens)
+        machine.step(tokens, stream)
         for asked in step.layers:
             layer = asked.layer
             machine.front(layer, tokens, step.context, gates)

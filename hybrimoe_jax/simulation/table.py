@@ -10,7 +10,7 @@ COLUMNS = ("system", "cache", "start", "ms", "95 %", "hit %", "MB", "useful", "l
 def table(records: Sequence[dict]) -> str:
     """One block for every trace, profile and kind of rows, with a line a run.
 
-    ms is the mean time of a step (TBT; for prompts TTFT), MB what crosses the link in one; prefetches are per step; lanes are shares of the time.
+    A legend stands under each.
     """
     blocks: dict[tuple, list[dict]] = {}
     for record in records:
@@ -39,14 +39,32 @@ def _block(key: tuple, records: list[dict]) -> str:
         ratio, bound = record["cache_ratio"], record["bound_seconds_per_step"]
         least[ratio] = min(bound, least.get(ratio, bound))
     said = ", ".join(f"{1e3 * bound:.4g} ms at cache {ratio:g}" for ratio, bound in least.items())
+    unit, group = ("prompt", "prompts") if first["prompt_tokens"] else ("token", "sequences")
+    text.append(
+        f"ms: mean of a {unit}, and its 95 % interval over {group}; MB: moved to the device in it;\n"
+        "useful, late, wasted: prefetches in it; cpu, device, link: share of the time that each is busy"
+    )
     text.append(f"none of them can take less than {said}, see simulation/bound.py")
-    who: dict[str, dict[str, None]] = {}
+    return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in _notes(records))])
+
+
+def _notes(records: list[dict]) -> list[str]:
+    """What is to be said, once, with those whom it concerns: systems, or single runs of them; nobody where it concerns all."""
+    runs: dict[str, list[str]] = {}
+    who: dict[str, dict[str, list[str]]] = {}
     for record in records:
+        run = f"{record['cache_ratio']:g} {record['start']}"
+        runs.setdefault(record["system"], []).append(run)
         for note in record["notes"]:
-            who.setdefault(note, {})[record["system"]] = None
-    everyone = {record["system"] for record in records}
-    notes = [note if len(names) == len(everyone) else f"{', '.join(names)}: {note}" for note, names in who.items()]
-    return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in notes)])
+            who.setdefault(note, {}).setdefault(record["system"], []).append(run)
+    notes = []
+    for note, systems in who.items():
+        names = [
+            name if concerned == runs[name] else f"{name} ({', '.join(concerned)})"
+            for name, concerned in systems.items()
+        ]
+        notes.append(note if systems == runs else f"{', '.join(names)}: {note}")
+    return notes
 
 
 def _line(record: dict) -> list[str]:

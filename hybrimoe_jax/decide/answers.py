@@ -1,0 +1,92 @@
+"""How the planner gets a layer's schedule: from memory where it was asked the same before, from the rule otherwise.
+
+Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known beforehand (`foregone`, see
+`schedule.alone`). Where all loads are 1 the rule is asked once for each pair of numbers, residents and misses (`schedule.equal`). Everything
+else is a `Problem` of its own, shown the next layer and the worth of a fill if the rule looks ahead (`view`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler
+from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler
+from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.view import View
+
+
+class Answers:
+    """One rule's answers for one engine.
+
+    Args:
+      rule, costs: the engine's. view: what rules that look ahead are shown, or None.
+      flags: allow_cpu, allow_fetch, allow_steal, see `schedule.Problem`.
+    """
+
+    def __init__(self, rule: Scheduler, costs: Any, view: View | None, **flags: bool):
+        self.rule, self.costs, self.view, self.flags = rule, costs, view, flags
+        self.foregone: Schedule | None = None
+        self._equal = EqualLoads(rule, costs, **self.flags_for(1)) if rule.by_numbers else None
+
+    def forego(self, top_k: int, most_resident: int) -> None:
+        """Lets a step of one token be answered beforehand, where that is the rule's answer whatever the routing; `most_resident`: experts of
+        a layer in slots at most."""
+        if isinstance(self.rule, SharedCoresScheduler):
+            self.foregone = self.rule.foregone(self.costs, top_k, most_resident, **self.flags)
+
+    def schedule(
+        self,
+        layer: int,
+        loads: Mapping[int, int],
+        scores: Sequence[float] | None,
+        tokens: int,
+        resident: Collection[int],
+        hits: Sequence[int],
+        misses: Sequence[int],
+        in_flight: Mapping[int, float],
+        link_busy: float,
+        equal: bool,
+    ) -> tuple[Schedule, tuple[int, ...]]:
+        """(the layer's lanes, those of the device's experts that are resident).
+
+        Args: as of `schedule.Problem`; `hits` and `misses` are the activated experts that are resident, and not; `equal`: all loads are 1 and
+        so is `tokens`.
+        """
+        if not in_flight and tokens == 1:
+            if self.foregone is not None:
+                return self.foregone._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
+            memory = self._equal
+            if equal and memory is not None:
+                by_id = memory.by_id or scores is None
+                order = _order(hits, misses, None if by_id else scores)
+                pattern = None if order is None else memory.find(len(hits), len(misses), by_id, link_busy)
+                if pattern is not None:
+                    return apply(pattern, order, link_busy), pattern.resident(order)
+        flags = self.flags_for(1 if equal else max(loads.values(), default=1))
+        problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
+        if self.view is not None:
+            self.view.show(problem, layer, misses)
+        schedule = self.rule.schedule(problem)
+        if not misses:
+            return schedule, schedule.device
+        return schedule, tuple([expert for expert in schedule.device if expert in resident])
+
+    def flags_for(self, load: int) -> dict[str, bool]:
+        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
+        costs = self.costs
+        if not costs.fetch_host or not self.rule.uses_cpu or not self.flags["allow_cpu"]:
+            return self.flags
+        if costs.fetch_host < costs.cpu(load):
+            return self.flags
+        return self.flags | {"allow_fetch": False}
+
+
+def _order(hits: Sequence[int], misses: Sequence[int], scores: Sequence[float] | None) -> list[int] | None:
+    """Hits, then misses, each by falling score, then rising id; None where scores are equal, which the rules settle each in its way."""
+    if scores is None:
+        return sorted(hits) + sorted(misses)
+    key = scores.__getitem__
+    if len(set(map(key, hits))) < len(hits) or len(set(map(key, misses))) < len(misses):
+        return None
+    return sorted(hits, key=key, reverse=True) + sorted(misses, key=key, reverse=True)

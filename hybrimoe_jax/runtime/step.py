@@ -1,0 +1,83 @@
+"""What a forward pass is asked and what it gives, and the oracle that all others are checked against: the dense model, every expert on the device."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.models.moe import DenseExperts
+from hybrimoe_jax.models.parameters import merge
+from hybrimoe_jax.record.stats import StepStats
+from hybrimoe_jax.runtime import programs
+from hybrimoe_jax.runtime.clock import WallClock
+from hybrimoe_jax.runtime.compilation import compile_clock
+
+SMALLEST_SPAN = 256
+
+
+@dataclasses.dataclass
+class StepInput:
+    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
+
+    `last` [B] picks each row's token whose logits are wanted; None asks for all.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    capacity: int
+    phase: str
+    last: np.ndarray | None
+
+    @property
+    def valid(self) -> np.ndarray:
+        return np.flatnonzero(self.positions.ravel() < self.capacity)
+
+    @property
+    def context(self) -> int:
+        """Places of the cache that the longest row attends to."""
+        return int(self.positions[self.positions < self.capacity].max(initial=0)) + 1
+
+    @property
+    def span(self) -> int:
+        """How much of the cache attention must read: a power of two, so that few executables serve all positions. More than the
+        step's tokens unless all rows start at position 0 (see `Attention`)."""
+        span = programs.bucket(self.context, SMALLEST_SPAN)
+        first = self.positions[:, 0]
+        if span == self.positions.shape[1] and ((first > 0) & (first < self.capacity)).any():
+            span *= 2
+        return min(self.capacity, span)
+
+
+class Forward(abc.ABC):
+    """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record."""
+
+    @abc.abstractmethod
+    def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
+
+
+class DenseForward(Forward):
+    """The oracle: the whole Flax model in one executable, every expert on the device."""
+
+    def __init__(self, model, dense, weights, clock: WallClock):
+        self._graphdef, self._params, self._weights, self.clock = model, dense, weights, clock
+
+    def forward(self, step, caches):
+        start, compiled = self.clock.now(), compile_clock().seconds
+        logits, caches = _dense_step(
+            self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last
+        )
+        logits = np.asarray(logits)
+        seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
+        return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _dense_step(graphdef, params, weights, ids, caches, positions, last):
+    model = merge(graphdef, params)
+    logits, caches = model(ids, caches, positions, DenseExperts(weights))
+    return (logits if last is None else logits[jnp.arange(ids.shape[0]), last]), caches
