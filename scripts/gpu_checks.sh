@@ -48,7 +48,7 @@ PROGRAM
 tests() {
     "$PYTHON" -c "import pytest" || return 1
     local files=()
-    for name in exactness engine engine_stats slots overlap budget hybrid_module packed_experts dense_format; do
+    for name in exactness engine engine_stats slots overlap budget hybrid_module packed_experts dense_format layer_stream; do
         [ -f "tests/test_$name.py" ] && files+=("tests/test_$name.py")
     done
     # A newer jax may warn where the pinned one does not: here warnings are listed, not errors.
