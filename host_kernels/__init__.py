@@ -1,7 +1,7 @@
 """Host kernels: how an expert is computed on the CPU.
 
-`formats` says how a plain expert lies in memory and `packing` a quantised one, `kernel` what a kernel must do, `reference` (NumPy) and `onednn` are two, and
-`auto` picks between them per load by a quick measurement. Nothing here imports jax.
+`formats` says how a plain expert lies in memory and `layout` a quantised one, `kernel` what a kernel must do; `reference` (NumPy), `onednn` and `native` are some, and
+`auto` picks among them per load by a quick measurement. Nothing here imports jax.
 """
 
 from __future__ import annotations

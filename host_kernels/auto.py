@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.choices import Measurement, file_digest, key_of
+from hybrimoe_jax.host_kernels.choices import NATIVE, PACKED, PLAIN, REFERENCE, Measurement, file_digest, key_of
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.native.library import path as native_path
@@ -33,7 +33,6 @@ from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_pa
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
-REFERENCE, NATIVE, PLAIN, PACKED = "reference", "native", "onednn", "onednn-packed"
 SAMPLE_BYTES = 64 << 20  # of copies, so that weights come from memory where the model's would
 SAMPLE_WIDTH, SAMPLE_HIDDEN = 2048, 1024  # larger experts are cropped: both are then bound by memory alike
 SECONDS_PER_LOAD = 0.06

@@ -3,7 +3,7 @@
 A record holds, per load, the seconds of each form, and the key under which they may be used again: everything that decides how fast a form
 runs. That is the expert (format and shape), the threads of a call, the libraries behind the forms (the native one by the hash of its file, so
 that a rebuilt kernel is measured anew) and the processor. The machine's profile keeps records as plain values
-(`decide.costs.CostModel.save`), of several models and machines side by side; the one with an equal key is taken, and without one the
+(`decide.costs.CostModel.save`), of models with experts of one size and of several machines side by side; the one with an equal key is taken, and without one the
 kernel measures.
 """
 
@@ -22,6 +22,10 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.packing import HostExpert, format_of
+
+REFERENCE, NATIVE, PLAIN, PACKED = "reference", "native", "onednn", "onednn-packed"
+FORMS = frozenset((REFERENCE, NATIVE, PLAIN, PACKED))
+"""What can compete: NumPy, the native kernel, oneDNN on weights as they lie, and on a copy packed for it."""
 
 METHOD = 1
 """Raised when `auto` measures in another way, so that older records are not used."""
@@ -52,7 +56,8 @@ def read_measurement(record: dict[str, Any], where: Any) -> Measurement:
         times = [pack_seconds, *(time for row in seconds.values() for time in row.values())]
         forms = {frozenset(row) for row in seconds.values()}
         sound = all(isinstance(time, (int, float)) and math.isfinite(time) and time >= 0 for time in times)
-        if not (isinstance(key, dict) and sound and len(forms) == 1 and all(forms) and min(seconds) > 0):
+        known = all(form <= FORMS and form != {PACKED} and (PACKED not in form or pack_seconds > 0) for form in forms)
+        if not (isinstance(key, dict) and sound and known and len(forms) == 1 and all(forms) and min(seconds) > 0):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(

@@ -51,7 +51,7 @@ class MixtralConfig(ModelConfig):
         return True
 
     def window(self, layer: int) -> int | None:
-        return self.sliding_window
+        return self.sliding_window or None
 
 
 def build(config: MixtralConfig, rngs: nnx.Rngs) -> CausalLM:

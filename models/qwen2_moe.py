@@ -63,7 +63,7 @@ class Qwen2MoeConfig(ModelConfig):
             slides = self.layer_types[layer] == "sliding_attention"
         else:
             slides = layer % 2 == 0 and layer < self.max_window_layers
-        return self.sliding_window if slides else None
+        return (self.sliding_window or None) if slides else None
 
 
 class Qwen2MoeBlock(MoEBlock):

@@ -51,7 +51,7 @@ class Qwen3MoeConfig(ModelConfig):
         return on_sparse_step(layer, self.decoder_sparse_step, self.mlp_only_layers)
 
     def window(self, layer: int) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
+        return (self.sliding_window or None) if self.use_sliding_window else None
 
 
 def build(config: Qwen3MoeConfig, rngs: nnx.Rngs) -> CausalLM:

@@ -37,3 +37,26 @@ def test_an_interrupted_engine_recovers(system, method, call, monkeypatch):
     assert engine.generate(prompts, max_new_tokens=8).token_ids == expected
     counters = engine.planner.counters
     assert counters.prefetch_issued == counters.prefetch_useful + counters.prefetch_late + counters.prefetch_wasted
+
+
+@pytest.mark.parametrize(("system", "call"), [("adapmoe", 1), ("freetoken", 1), ("freetoken", 3), ("freetoken", 9)])
+def test_an_interrupt_while_transfers_are_handed_over_leaves_none_to_wait_for(system, call, monkeypatch):
+    config, _, _ = tiny.weights("qwen2_moe")
+    prompts = tiny.prompts(config, (21, 9))
+    engine = tiny.engine(system=system, cache_ratio=0.5)
+    expected = engine.generate(prompts, max_new_tokens=8).token_ids
+    worker, count = engine._forward.link._worker, 0
+    original = worker.put
+
+    def interrupt(*args):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Stop
+        return original(*args)
+
+    monkeypatch.setattr(worker, "put", interrupt)
+    with pytest.raises(Stop):
+        engine.generate(prompts, max_new_tokens=8)
+    monkeypatch.setattr(worker, "put", original)
+    assert engine.generate(prompts, max_new_tokens=8).token_ids == expected

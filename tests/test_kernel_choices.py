@@ -111,6 +111,9 @@ def test_a_new_measurement_replaces_only_its_own():
         lambda record: record["seconds"]["4"].pop("native"),
         lambda record: record["seconds"].update(one={"native": 1.0, "reference": 1.0}),
         lambda record: record.update(pack_seconds=-1),
+        lambda record: [row.update({"onednn-packed": 0.5}) for row in record["seconds"].values()],  # packed in no time
+        lambda record: [row.update(magic=0.5) for row in record["seconds"].values()],
+        lambda record: record.update(seconds={"1": {"onednn-packed": 1.0}}, pack_seconds=1.0),
     ],
 )
 def test_a_damaged_record_is_one_clear_error(change):

@@ -208,7 +208,7 @@ def test_live_the_answer_is_the_dense_model_s_and_two_layers_are_alive_at_most(m
 
     monkeypatch.setattr(link, "stream", stream)
     monkeypatch.setattr(link, "streamed", lambda *key: (order.append(("use", key[0])), take(*key))[1])
-    monkeypatch.setattr(link, "end_stream", lambda layer: (order.append(("end", layer)), end(layer)))
+    monkeypatch.setattr(link, "end_stream", lambda layer: (order.append(("end", layer)), end(layer))[1])
     answer = engine.generate(prompts, max_new_tokens=6)
     assert answer.token_ids == dense.token_ids
     chunks, layers, residents = 3, len(config.moe_layers), 2

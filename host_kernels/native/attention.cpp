@@ -9,6 +9,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <vector>
 
@@ -49,14 +50,26 @@ Span seen(int32_t position, int64_t span, int64_t window) {
     return {std::min(first, last), last - std::min(first, last) + 1};
 }
 
+// What an item may throw must not leave it: the team's other threads are still at work on what the caller's frame holds.
+template <class Context, void (*attend)(const Context&, int64_t)>
+void guarded(const void* context, int64_t item) {
+    const Context& all = *static_cast<const Context*>(context);
+    try {
+        attend(all, item);
+    } catch (const std::bad_alloc&) {
+        all.failed->store(true);
+    }
+}
+
 struct Grouped {
     const Isa* isa;
     const GroupedAttention* call;
+    std::atomic<bool>* failed;
 };
 
-void attend_group(const void* context, int64_t item) {
-    const Isa& isa = *static_cast<const Grouped*>(context)->isa;
-    const GroupedAttention& a = *static_cast<const Grouped*>(context)->call;
+void attend_group(const Grouped& all, int64_t item) {
+    const Isa& isa = *all.isa;
+    const GroupedAttention& a = *all.call;
     const int64_t row = item / a.kv_heads, group = a.heads / a.kv_heads, width = a.width;
     float *keys = a.keys + item * a.places * width, *values = a.values + item * a.places * width;
     const int32_t position = a.positions[row];
@@ -84,6 +97,7 @@ struct Latent {
     const Isa* isa;
     const LatentAttention* call;
     int64_t together, groups;
+    std::atomic<bool>* failed;
 };
 
 // to [latent, padded where packed] = the transpose of a head's key rows times q [plain]
@@ -108,8 +122,7 @@ void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* 
     }
 }
 
-void attend_latent(const void* context, int64_t item) {
-    const Latent& all = *static_cast<const Latent*>(context);
+void attend_heads(const Latent& all, int64_t item) {
     const Isa& isa = *all.isa;
     const LatentAttention& a = *all.call;
     const int64_t row = item / all.groups, head = item % all.groups * all.together, n = std::min(all.together, a.heads - head);
@@ -145,17 +158,16 @@ int64_t team(int64_t bytes, int64_t threads) { return std::max<int64_t>(1, std::
 
 }  // namespace
 
-int attend_grouped(int64_t isa, const GroupedAttention& call, int64_t threads) try {
-    const Grouped grouped = {&isa_number(isa), &call};
+int attend_grouped(int64_t isa, const GroupedAttention& call, int64_t threads) {
+    std::atomic<bool> failed{false};
+    const Grouped grouped = {&isa_number(isa), &call, &failed};
     const int64_t items = call.rows * call.kv_heads;
-    Phase phase = {attend_group, &grouped, items};
+    Phase phase = {guarded<Grouped, attend_group>, &grouped, items};
     run_team(&phase, 1, team(items * call.span * call.width * 8, threads));
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 3;
+    return failed ? 3 : 0;
 }
 
-int attend_latent(int64_t isa, const LatentAttention& call, int64_t threads) try {
+int attend_latent(int64_t isa, const LatentAttention& call, int64_t threads) {
     for (int64_t row = 0; row < call.rows; ++row) {
         const int32_t position = call.positions[row];
         if (position >= call.places) continue;
@@ -163,13 +175,13 @@ int attend_latent(int64_t isa, const LatentAttention& call, int64_t threads) try
         std::copy_n(call.new_latent + row * call.latent, call.latent, call.latents + at * call.latent);
         std::copy_n(call.new_rope + row * call.rotary, call.rotary, call.ropes + at * call.rotary);
     }
-    Latent latent = {&isa_number(isa), &call, std::min(TOGETHER, std::max<int64_t>(1, call.heads * call.rows / std::max<int64_t>(1, threads))), 0};
-    latent.groups = (call.heads + latent.together - 1) / latent.together;
-    Phase phase = {attend_latent, &latent, call.rows * latent.groups};
+    std::atomic<bool> failed{false};
+    const int64_t shared = call.heads * call.rows / std::max<int64_t>(1, threads);
+    const int64_t together = std::min(TOGETHER, std::max<int64_t>(1, shared)), groups = (call.heads + together - 1) / together;
+    const Latent latent = {&isa_number(isa), &call, together, groups, &failed};
+    Phase phase = {guarded<Latent, attend_heads>, &latent, call.rows * groups};
     run_team(&phase, 1, team(call.rows * (call.up.bytes + call.span * (call.latent + call.rotary) * 4), threads));
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 3;
+    return failed ? 3 : 0;
 }
 
 }  // namespace experts

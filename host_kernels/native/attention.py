@@ -14,12 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.host_kernels.native import library
-from hybrimoe_jax.host_kernels.native.ffi import register, threads
+from hybrimoe_jax.host_kernels.native.ffi import GROUPED, HANDLERS, LATENT, register, threads
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
 from hybrimoe_jax.host_kernels.packing import PackedMatrix
-
-GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
-HANDLERS = {GROUPED: "ffi_grouped_attention", LATENT: "ffi_latent_attention"}
 
 
 def _call(

@@ -24,7 +24,13 @@ from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
 from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
 
 EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
-HANDLERS = {EXPERTS: "ffi_experts", MATMUL: "ffi_matmul"}
+GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
+HANDLERS = {
+    EXPERTS: "ffi_experts",
+    MATMUL: "ffi_matmuls",
+    GROUPED: "ffi_grouped_attention",
+    LATENT: "ffi_latent_attention",
+}
 
 
 @functools.cache
@@ -35,7 +41,7 @@ def register(name: str, symbol: str) -> None:
 
 @functools.cache
 def available() -> bool:
-    """Whether the library is there, was built with XLA's headers, and this jax takes its handlers."""
+    """Whether the library is there, was built with XLA's headers from these sources (it has every handler), and this jax takes them."""
     if not library.available():
         return False
     try:

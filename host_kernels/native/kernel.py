@@ -1,6 +1,6 @@
 """The native kernel: one call computes a run of experts, with the interpreter lock released, on as many threads as asked.
 
-Shapes: N tokens, D model width, m experts. Weights are used where they lie: float32, bfloat16, or packed (packing.py).
+Shapes: N tokens, D model width, m experts. Weights are used where they lie: float32, bfloat16, or packed (layout.py).
 
 A token's result does not depend on the other tokens, on which experts share its call, or on the number of threads: every
 dot product is summed in one fixed order. (Another instruction set has another order.)

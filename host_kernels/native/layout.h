@@ -1,4 +1,4 @@
-// Where a matrix's bytes lie: the rules of packing.py, which documents them, in C++.
+// Where a matrix's bytes lie: the rules of layout.py, which documents them, in C++.
 //
 // A format is one integer: 0 float32, 1 bfloat16 (row-major), or a packed one, PACKED + the mixed-radix number of its parts
 // (group, activations, scales, codes), which library.py writes the same way.

@@ -10,6 +10,7 @@ of its own; only one computes at a time, and the order rotates. Wall-clock times
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -61,7 +62,7 @@ def prepare(model: str, format: str, base: Path) -> tuple[Path, Path]:
     dense = None if format == "f32" else format
     if model == "mid":
         hf = base / "mid-hf"
-        if not hf.exists():
+        if not (hf / "config.json").exists():  # written last
             write_random_qwen2_moe(hf)
         if not ours.exists():
             convert(hf, ours, format, dense_format=dense)
@@ -85,12 +86,21 @@ def measure(model: str, format: str, base: Path, options: Options, note: Callabl
     note(f"{model} {format}: writing both files")
     ours, theirs = prepare(model, format, base)
     note(f"{model} {format}: loading both")
-    contenders = {
-        OURS: Contender(
-            "engine", model=str(ours), systems=[OURS], threads=options.threads, cache_ratio=options.cache_ratio
-        ),
-        THEIRS: Contender("llama.cpp", file=str(theirs), threads=options.threads),
-    }
+    with contextlib.ExitStack() as running:  # one that failed must not leave the other with its memory
+        contenders = {}
+        for name, kind, about in (
+            (OURS, "engine", {"model": str(ours), "systems": [OURS], "cache_ratio": options.cache_ratio}),
+            (THEIRS, "llama.cpp", {"file": str(theirs)}),
+        ):
+            contenders[name] = Contender(kind, threads=options.threads, **about)
+            running.callback(contenders[name].close)
+        return compared(model, format, contenders, options, note)
+
+
+def compared(
+    model: str, format: str, contenders: dict[str, Contender], options: Options, note: Callable[[str], None]
+) -> dict:
+    """The rounds, and what they gave."""
     seconds: dict[tuple[str, str], list[float]] = {}
     tokens, bandwidth = {}, []
     for turn in range(options.rounds + 1):
@@ -105,8 +115,6 @@ def measure(model: str, format: str, base: Path, options: Options, note: Callabl
                 seconds.setdefault((name, "prefill"), []).append(prefill["seconds"])
                 seconds.setdefault((name, "decode"), []).append(decode["seconds"])
     about = {key: value for c in contenders.values() for key, value in c.about.items() if key != "names"}
-    for contender in contenders.values():
-        contender.close()
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     agreed = [a == b for a, b in zip(tokens[OURS], tokens[THEIRS])]
     return {

@@ -159,7 +159,7 @@ class HybridForward(Forward):
             lanes = Lanes()
             self._stream(layer.ordinal + 1, plan.ahead)
             acc, host = self.compute(layer, x, early, routing, plan, lanes)
-            self.link.end_stream(layer.ordinal)
+            lanes.link += self.link.end_stream(layer.ordinal)
             fetched = tuple(f.expert for f in plan.fetch)
             streamed, first = len(first) + len(plan.ahead), ()
             moved += (len(fetched) + len(plan.waits) + streamed) * self.pool.expert_bytes

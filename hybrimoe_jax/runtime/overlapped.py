@@ -106,7 +106,8 @@ class OverlappedForward(HybridForward):
         while True:
             while watched and (watched[0][2].is_deleted() or watched[0][2].is_ready()):
                 lane, start, _ = watched.pop(0)
-                setattr(lanes, lane, max(0.0, self._working() - start))
+                spent = max(0.0, self._working() - start)
+                setattr(lanes, lane, max(spent, getattr(lanes, lane)))  # a streamed layer's link time is there already
             if result.is_ready():
                 return np.asarray(result)
             if self.clock.now() > until:

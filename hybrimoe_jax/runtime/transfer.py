@@ -70,15 +70,17 @@ class Link:
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
+        self._worker.put(transfer)  # first: an interrupt may come at any line, and `drain` waits for all that is noted
         self._in_flight[layer, expert] = transfer
-        self._worker.put(transfer)
 
     def stream(self, layer: int, experts: Mapping[int, HostExpert]) -> None:
         """Starts to move a layer's experts into a buffer, in order."""
-        now = self.clock.now()
-        self._streamed[layer] = {e: Transfer(layer, e, now, weights) for e, weights in experts.items()}
-        for transfer in self._streamed[layer].values():
+        now, noted = self.clock.now(), {}
+        self._streamed[layer] = noted
+        for expert, weights in experts.items():
+            transfer = Transfer(layer, expert, now, weights)
             self._worker.put(transfer)
+            noted[expert] = transfer
 
     def streamed(self, layer: int, expert: int) -> Transfer:
         """Waits for one expert of a layer under way to its buffer, and takes it out: the buffer's place is free once the arrays are dropped."""
@@ -88,9 +90,11 @@ class Link:
             raise transfer.error
         return transfer
 
-    def end_stream(self, layer: int) -> None:
-        """Frees what is left in a layer's buffer; what is still on its way lands for nobody."""
-        self._streamed.pop(layer, None)
+    def end_stream(self, layer: int) -> float:
+        """Frees what is left in a layer's buffer and returns how many seconds the link took for what has landed of it; what is still on its
+        way lands for nobody."""
+        left = self._streamed.pop(layer, {}).values()
+        return sum(transfer.seconds for transfer in left if transfer.done.is_set())
 
     @property
     def busy(self) -> bool:
