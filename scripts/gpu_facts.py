@@ -1,6 +1,6 @@
 """`python scripts/gpu_facts.py`: what the engine's design rests on, measured on the device that jax finds.
 
-Six parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
+Seven parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
 
   read-back  how long the host waits for a layer's expert ids
   transfer   device_put from plain, aligned and pinned host memory, alone and beside compute, and whether the two overlap
@@ -8,6 +8,7 @@ Six parts, each a question that the design answers by assumption until it is mea
   slots      writing and reading experts kept in buffers of their own, or in one stacked buffer
   dispatch   what a layer costs when its programs do nothing
   threads    device_put from a second thread while the first writes donated slots
+  packed     a quantised expert at load 1: does its program read the packed bytes and little else, or write a dequantised matrix first
 
 Needs jax, numpy and this package. On the CPU backend sizes are small and an aligned device_put aliases host memory, so there the
 figures only show that the script works. A table for people, then ONE JSON line. Exit code 1 if any part failed.
@@ -300,6 +301,35 @@ def measure_threads(sizes, repeats) -> dict[str, float]:
     return found
 
 
+def measure_packed(sizes, repeats) -> dict[str, float]:
+    """An int4-g64 expert of DeepSeek-V2-Lite's shape (an eighth of it if small) from several slots in turn, so that none stays in a cache."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert
+    from hybrimoe_jax.models.packed import packed_forward
+
+    width, hidden = (2048, 1408) if max(sizes) > 4 else (512, 352)
+    layout = ExpertLayout(Format.parse("int4-g64"), width, hidden)
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 63, (16, layout.nbytes), np.uint8)  # any bytes below 63 make finite float16 scales
+    slots = [PackedExpert(jax.device_put(row), layout) for row in data]
+    plain = [jax.device_put(rng.standard_normal((3, hidden, width), np.float32)) for _ in range(4)]
+    x = jnp.ones((1, width), jnp.float32)
+    packed = jax.jit(packed_forward)
+    dense = jax.jit(lambda w, x: jnp.einsum("f,fd->d", jax.nn.silu(w[0] @ x[0]) * (w[1] @ x[0]), w[2]))
+    temporary = packed.lower(slots[0], x).compile().memory_analysis().temp_size_in_bytes
+    each = timed(lambda: jax.block_until_ready([packed(slot, x) for slot in slots]), repeats) / len(slots)
+    floats = timed(lambda: jax.block_until_ready([dense(w, x) for w in plain]), repeats) / len(plain)
+    return {
+        "one packed expert (us)": 1e6 * each,
+        "the same in float32 (us)": 1e6 * floats,
+        "packed bytes read (GB/s)": layout.nbytes / each / 1e9,
+        "float32 bytes read (GB/s)": 12 * width * hidden / floats / 1e9,
+        "temporary memory over a float32 matrix (1: it is written out)": max(temporary, 1) / (4 * width * hidden),
+    }
+
+
 def callback_apart(small: bool) -> dict[str, float]:
     """The callback part in a process of its own: on the CPU backend it wants synchronous dispatch, and a hang must end."""
     command = [sys.executable, __file__, "--part", "callback", *(["--small"] if small else [])]
@@ -316,6 +346,7 @@ PARTS = {
     "slots": measure_slots,
     "dispatch": measure_dispatch,
     "threads": measure_threads,
+    "packed": measure_packed,
 }
 
 

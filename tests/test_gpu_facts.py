@@ -35,7 +35,7 @@ def test_every_part_measures_something_on_the_cpu_backend():
     *table, last = done.stdout.splitlines()
     record = json.loads(last)
     assert record["platform"] == "cpu" and record["small"] and record["failed"] == {}
-    assert set(record["facts"]) == {"read-back", "transfer", "callback", "slots", "dispatch", "threads"}
+    assert set(record["facts"]) == {"read-back", "transfer", "callback", "slots", "dispatch", "threads", "packed"}
     for part, facts in record["facts"].items():
         assert part in table
         for name, value in facts.items():
