@@ -29,7 +29,7 @@ from hybrimoe_jax.host_kernels.choices import NATIVE, PACKED, PLAIN, REFERENCE, 
 from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.native.library import path as native_path
-from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed
+from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed, pack_expert
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -78,7 +78,8 @@ class AutoKernel(HostKernel):
     """Args: `sample`, an expert of the model; `threads` and `pack_limit` as in OneDnnKernel; `loads` to measure at; `known` measurements.
 
     `measured[load][form]` are seconds, `choices["unpacked" | "packed"][load]` the form that runs an expert in that state. `measurement` is
-    what they come from, None where only NumPy is there; `reused` whether it was one of `known`.
+    what they come from, to be kept: None where only NumPy is there, or where memory ran out for oneDNN's copies, which another time need not
+    happen; `reused` whether it was one of `known`.
     """
 
     name = "auto"
@@ -196,9 +197,11 @@ class AutoKernel(HostKernel):
         key = key_of(sample, threads, self._libraries())
         found = next((measurement for measurement in known if measurement.covers(key, loads)), None)
         self.reused = found is not None
-        self.measurement = found or self._measure(_crop(sample), key, loads)
-        self.pack_seconds = self.measurement.pack_seconds
-        self.measured = {load: self.measurement.seconds[load] for load in loads}
+        measured = found or self._measure(_crop(sample), key, loads)
+        complete = self._onednn is None or all(PACKED in row for row in measured.seconds.values())
+        self.measurement = measured if complete else None
+        self.pack_seconds = measured.pack_seconds
+        self.measured = {load: measured.seconds[load] for load in loads}
         self._decide(loads)
 
     def _libraries(self) -> dict[str, str]:
@@ -271,12 +274,14 @@ def _copy(sample: HostExpert) -> HostExpert:
 
 
 def _crop(sample: HostExpert) -> HostExpert:
-    """The sample, or its top left corner where it is large and plain."""
-    if isinstance(sample, PackedExpert):
-        return sample
+    """The sample, or where it is large the top left corner of a plain one, and a made-up one of that shape and the same format."""
     width, hidden = min(sample.width, SAMPLE_WIDTH), min(sample.hidden, SAMPLE_HIDDEN)
     if (width, hidden) == (sample.width, sample.hidden):
         return sample
+    if isinstance(sample, PackedExpert):
+        shapes = ((hidden, width), (hidden, width), (width, hidden))
+        numbers = np.random.default_rng(0)
+        return pack_expert(*(numbers.standard_normal(shape, np.float32) for shape in shapes), sample.layout.format)
     full = sample.hidden
     gate, up = sample.gate_up[:hidden, :width], sample.gate_up[full : full + hidden, :width]
     return ExpertWeights(np.concatenate([gate, up]), np.ascontiguousarray(sample.down[:width, :hidden]))

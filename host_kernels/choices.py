@@ -27,7 +27,7 @@ REFERENCE, NATIVE, PLAIN, PACKED = "reference", "native", "onednn", "onednn-pack
 FORMS = frozenset((REFERENCE, NATIVE, PLAIN, PACKED))
 """What can compete: NumPy, the native kernel, oneDNN on weights as they lie, and on a copy packed for it."""
 
-METHOD = 1
+METHOD = 2
 """Raised when `auto` measures in another way, so that older records are not used."""
 
 
@@ -88,13 +88,14 @@ def key_of(sample: HostExpert, threads: int, libraries: dict[str, str]) -> dict[
 
 
 def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's name, as exact as the system tells it."""
+    """The processor's name and, where the system tells them, family, model and stepping: a virtual machine's name may stand for several."""
     try:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, None) or platform.processor() or platform.machine()
+    told = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return " ".join([name, *(f"{what} {told[what]}" for what in ("cpu family", "model", "stepping") if what in told)])
 
 
 def file_digest(path: str | Path) -> str:

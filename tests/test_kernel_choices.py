@@ -16,7 +16,7 @@ from hybrimoe_jax.host_kernels import ExpertWeights, choices
 from hybrimoe_jax.host_kernels.auto import AutoKernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, processor, read_measurement
 from hybrimoe_jax.host_kernels.native import library as native
-from hybrimoe_jax.host_kernels.packing import Format, pack_expert
+from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, pack_expert
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 
@@ -41,8 +41,10 @@ def plain(width=40, hidden=24) -> ExpertWeights:
     )
 
 
-def packed(name: str):
-    return pack_expert(*np.random.default_rng(0).standard_normal((3, 64, 64), np.float32), Format.parse(name))
+def packed(name: str, width=64, hidden=64) -> PackedExpert:
+    rng = np.random.default_rng(0)
+    shapes = ((hidden, width), (hidden, width), (width, hidden))
+    return pack_expert(*(rng.standard_normal(shape, np.float32) for shape in shapes), Format.parse(name))
 
 
 def through_json(measurement: Measurement) -> Measurement:
@@ -125,9 +127,46 @@ def test_a_damaged_record_is_one_clear_error(change):
 
 
 def test_the_processor_is_named(tmp_path):
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\n")
-    assert processor(str(tmp_path / "cpuinfo")) == "Some CPU @ 2.00GHz"
+    """A cloud's virtual machines call several generations by one name."""
+
+    def named(*lines: str) -> str:
+        (tmp_path / "cpuinfo").write_text(
+            "\n".join(["processor\t: 0", *lines, "", "processor\t: 1", "model name\t: another"])
+        )
+        return processor(str(tmp_path / "cpuinfo"))
+
+    older = ("cpu family\t: 25", "model\t\t: 1", "model name\t: Some CPU @ 2.00GHz", "stepping\t: 1")
+    newer = ("cpu family\t: 26", *older[1:])
+    assert named(*older) == "Some CPU @ 2.00GHz cpu family 25 model 1 stepping 1" != named(*newer)
+    assert named("model name\t: Some CPU") == "Some CPU"
     assert processor(str(tmp_path / "absent"))  # what Python knows
+
+
+@pytest.mark.parametrize("sample", ["plain", "int4-g32"])
+def test_a_large_expert_is_measured_by_a_part_of_it(sample, monkeypatch):
+    monkeypatch.setattr("hybrimoe_jax.host_kernels.auto.SAMPLE_WIDTH", 64)
+    monkeypatch.setattr("hybrimoe_jax.host_kernels.auto.SAMPLE_HIDDEN", 32)
+    shapes = []
+    measure = AutoKernel._measure
+    monkeypatch.setattr(
+        AutoKernel,
+        "_measure",
+        lambda self, sample, *rest: shapes.append((sample.width, sample.hidden)) or measure(self, sample, *rest),
+    )
+    whole = plain(width=128, hidden=96) if sample == "plain" else packed(sample, width=128, hidden=96)
+    kernel = AutoKernel(whole, loads=(1,))
+    assert shapes == [(64, 32)] and kernel.measurement.key["hidden"] == 96
+
+
+def test_what_was_measured_while_memory_ran_out_is_not_kept(monkeypatch):
+    onednn = pytest.importorskip("hybrimoe_jax.host_kernels.onednn")
+    try:
+        onednn.OneDnnKernel(1)
+    except UserError:
+        pytest.skip("oneDNN is not installed (extra onednn)")
+    monkeypatch.setattr(onednn.OneDnnKernel, "pack", lambda self, handle: False)
+    kernel = AutoKernel(plain(), loads=(1, 4))
+    assert kernel.measured and kernel.measurement is None
 
 
 def test_a_profile_carries_it_from_engine_to_engine(races, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.record.timeline import LANES, Timeline
 
 
@@ -128,3 +129,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "kept" and [p.name for p in tmp_path.iterdir()] == ["t.json"]
     with pytest.raises(UserError, match=r"nowhere/t.json: cannot be written \(No such file"):
         Timeline().write(tmp_path / "nowhere" / "t.json")
+    with pytest.raises(FileNotFoundError, match="source"), replacing(path):  # not what was to be written
+        (tmp_path / "source").read_text()
+    assert path.read_text() == "kept" and [p.name for p in tmp_path.iterdir()] == ["t.json"]

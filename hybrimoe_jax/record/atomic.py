@@ -15,7 +15,8 @@ from hybrimoe_jax.errors import UserError
 def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Opens a new file that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    `mode` is "w" (UTF-8 text) or "wb". Raises UserError, naming `path`, where the system refuses the write.
+    `mode` is "w" (UTF-8 text) or "wb". Raises UserError, naming `path`, where the system refuses the write; an error of another file, which
+    the block reads, passes as it is.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -24,6 +25,8 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             yield file
         os.replace(beside, path)
     except OSError as error:
+        if error.filename not in (None, str(beside)):
+            raise
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with contextlib.suppress(OSError):
