@@ -12,6 +12,7 @@ from hybrimoe_jax.errors import UserError
 EXECUTORS = ("overlapped", "callback", "dense")
 CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
+DEVICE_KERNELS = ("xla", "pallas", "pallas-interpret")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -30,6 +31,9 @@ class EngineConfig:
         None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
       host_kernel: "reference" (numpy), "onednn", "native", or "auto" (measured at load).
+      device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a kernel of our own that
+        wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly. On the CPU backend "xla" leaves them to the
+        native kernels.
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
@@ -56,6 +60,7 @@ class EngineConfig:
     stream_prefill: bool | None = None
     executor: str = "overlapped"
     host_kernel: str = "auto"
+    device_kernel: str = "xla"
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
@@ -70,7 +75,10 @@ class EngineConfig:
     def __post_init__(self):
         _one_of("executor", self.executor, EXECUTORS)
         _one_of("host_kernel", self.host_kernel, KERNELS)
+        _one_of("device_kernel", self.device_kernel, DEVICE_KERNELS)
         _one_of("clock", self.clock, CLOCKS)
+        if self.device_kernel != "xla" and self.executor == "dense":
+            raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
         if self.prefetch is not None:

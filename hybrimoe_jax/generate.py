@@ -12,7 +12,7 @@ import os
 import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, run
-from hybrimoe_jax.config import CLOCKS, EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.decide.costs import is_profile
 from hybrimoe_jax.decide.systems import SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError
@@ -45,6 +45,9 @@ ENGINE_FLAGS = {
     ),
     "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
     "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
+    "device_kernel": dict(
+        choices=DEVICE_KERNELS, help="what computes quantised experts on the device (default xla); pallas wants a GPU"
+    ),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),

@@ -38,10 +38,10 @@ def _call_host(handle, layer, x, ids, weights):
 
 
 class HybridMoE(nnx.Module):
-    """A MoE block's output from device slots and host experts together."""
+    """A MoE block's output from device slots and host experts together. `kernel` as of `expert_forward`."""
 
-    def __init__(self, block: MoEBlock):
-        self.block = block
+    def __init__(self, block: MoEBlock, kernel: str = "xla"):
+        self.block, self.kernel = block, kernel
 
     def __call__(
         self,
@@ -64,7 +64,7 @@ class HybridMoE(nnx.Module):
             shared = self.block.shared(x)
             y = jnp.zeros_like(x) if shared is None else shared
         for expert, column in zip(slots, slot_weights, strict=True):
-            y = y + column[:, None] * expert_forward(expert, x)
+            y = y + column[:, None] * expert_forward(expert, x, self.kernel)
         if host is not None:
             handle, layer, ids, weights = host
             result = jax.ShapeDtypeStruct(x.shape, jnp.float32)

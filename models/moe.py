@@ -69,9 +69,14 @@ DeviceExpert = tuple[jax.Array, jax.Array] | PackedExpert
 """A routed expert as programs take it: gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a quantised one."""
 
 
-def expert_forward(expert: DeviceExpert, x: jax.Array) -> jax.Array:
-    """One expert, plain or quantised: x [N, D] -> [N, D]."""
+def expert_forward(expert: DeviceExpert, x: jax.Array, kernel: str = "xla") -> jax.Array:
+    """One expert, plain or quantised: x [N, D] -> [N, D]. `kernel`: an `EngineConfig.device_kernel`, for quantised ones and few tokens."""
     if isinstance(expert, PackedExpert):
+        if kernel != "xla":
+            from hybrimoe_jax.models import packed_triton  # Pallas takes 50 ms to import, and few runs want it
+
+            if x.shape[0] <= packed_triton.MOST_ROWS:
+                return packed_triton.triton_forward(expert, x, interpret=kernel == "pallas-interpret")
         return packed_forward(expert, x)
     gate_up, down = expert
     gate, up = jnp.split(einsum("nd,fd->nf", x, gate_up), 2, axis=-1)
@@ -88,17 +93,21 @@ def native_for(expert: DeviceExpert) -> bool:
     return isinstance(expert, PackedExpert) or sum(matrix.nbytes for matrix in expert) >= SMALL_BYTES
 
 
-def add_experts(acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert) -> jax.Array:
+def add_experts(
+    acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert, kernel: str = "xla"
+) -> jax.Array:
     """acc [N, D] plus the given experts of x [N, D], expert i weighted by weights[i] ([n, N]). Inside `on_native_kernels`, unless experts
-    are small, one call of theirs, which skips rows of weight zero."""
-    if calls_native() and native_for(experts[0]):
+    are small or another kernel is asked for, one call of theirs, which skips rows of weight zero."""
+    if kernel == "xla" and calls_native() and native_for(experts[0]):
         return ffi.experts(acc, x, weights, *experts)
-    return add_experts_reference(acc, x, weights, *experts)
+    return add_experts_reference(acc, x, weights, *experts, kernel=kernel)
 
 
-def add_experts_reference(acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert) -> jax.Array:
+def add_experts_reference(
+    acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert, kernel: str = "xla"
+) -> jax.Array:
     for column, expert in zip(weights, experts, strict=True):
-        acc = acc + column[:, None] * expert_forward(expert, x)
+        acc = acc + column[:, None] * expert_forward(expert, x, kernel)
     return acc
 
 

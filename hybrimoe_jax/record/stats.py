@@ -107,6 +107,7 @@ class RunStats:
     cache_ratio: float
     clock: str
     host_kernel: str
+    device_kernel: str
     cores: dict[str, int]
     costs: dict
     slots: list[int]
@@ -175,6 +176,7 @@ class RunStats:
             "slots": self.slots,
             "expert_format": self.expert_format,
             "host_kernel": self.host_kernel,
+            "device_kernel": self.device_kernel,
             "cores": self.cores,
             "clock": self.clock,
             "costs": self.costs,

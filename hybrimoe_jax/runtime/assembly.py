@@ -17,11 +17,12 @@ from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
+from hybrimoe_jax.host_kernels.layout import is_format
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.record.stats import RunStats
-from hybrimoe_jax.runtime import budget, threads, warmup
+from hybrimoe_jax.runtime import budget, programs, threads, warmup
 from hybrimoe_jax.runtime.callback import CallbackForward
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
@@ -60,6 +61,7 @@ class Parts:
     footprint: budget.Footprint
     cores: threads.CoreSplit
     expert_format: str
+    device_kernel: str
     lookahead: int = 0
     slots: list[int] = dataclasses.field(default_factory=list)
     planner: Planner | None = None
@@ -95,6 +97,7 @@ class Parts:
             cache_ratio=sum(self.slots) / experts if experts else 0.0,
             clock=self.options.clock,
             host_kernel=self.host.kernel.describe() if self.host else {},
+            device_kernel=self.device_kernel,
             cores=dataclasses.asdict(self.cores),
             costs=self.costs.describe() if self.costs else {},
             slots=self.slots,
@@ -146,6 +149,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     model.own_norm = system.predictor == "gate-input"
     num_layers = len(model.moe_layers)
     expert_format, dtype = device_format(store, device)
+    check_device_kernel(options.device_kernel, device, expert_format)
+    model.device_kernel = options.device_kernel
     expert_bytes = costs_of.expert_bytes(config.hidden_size, config.moe_width, expert_format)
     buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
     fixed = budget.Footprint(
@@ -222,6 +227,9 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         footprint,
         cores,
         expert_format,
+        options.device_kernel
+        if options.executor == "callback"
+        else programs.runs(pool.some(1)[0], options.device_kernel),
         lookahead,
         slots,
         planner,
@@ -238,6 +246,22 @@ def device_format(store, device: jax.Device) -> tuple[str, np.dtype]:
     if store.layout is None and device.platform == "cpu":
         return "f32", np.dtype(np.float32)
     return store.format, store.dtype
+
+
+def check_device_kernel(kernel: str, device: jax.Device, expert_format: str) -> None:
+    """Raises UserError where `kernel` cannot compute experts of this format on the device."""
+    if kernel == "xla":
+        return
+    if not is_format(expert_format):
+        raise UserError(f"device kernel {kernel!r} computes quantised experts, and these are {expert_format}; use xla")
+    from hybrimoe_jax.models import packed_triton
+
+    if not packed_triton.available():
+        raise UserError(
+            f"device kernel {kernel!r} needs the Triton backend of Pallas, which jax {jax.__version__} has not; use xla"
+        )
+    if kernel == "pallas" and device.platform == "cpu":
+        raise UserError("device kernel 'pallas' needs a GPU, and jax finds none; use xla")
 
 
 def _slots(system, options, fixed, expert_bytes, num_layers, num_experts, frequencies) -> list[int]:
@@ -309,4 +333,5 @@ def _dense_parts(config, model, store, options, system, device, cores, max_conte
     work = budget.workspace_bytes(config, 1, chunk, max_context, 0, 16, store.layout is not None)
     footprint = budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held)
     slots = [config.num_experts] * len(model.moe_layers)
-    return Parts(options, system, device, model, forward, footprint, cores, device_format(store, device)[0], 0, slots)
+    expert_format = device_format(store, device)[0]
+    return Parts(options, system, device, model, forward, footprint, cores, expert_format, "xla", 0, slots)

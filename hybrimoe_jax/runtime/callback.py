@@ -23,11 +23,11 @@ from hybrimoe_jax.runtime.routing import HostRouting
 
 
 @functools.cache
-def moe_program(graphdef):
-    """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part."""
+def moe_program(graphdef, kernel: str = "xla"):
+    """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part and device kernel."""
 
     def moe(params, acc, x, slot_weights, slots, host):
-        return HybridMoE(merge(graphdef, params).ffn)(acc, x, slot_weights, slots, host)
+        return HybridMoE(merge(graphdef, params).ffn, kernel)(acc, x, slot_weights, slots, host)
 
     return _program(moe)
 
@@ -117,4 +117,5 @@ class CallbackForward(HybridForward):
             mine = np.isin(routing.ids[routing.valid], list(cpu))
             ids[routing.valid] = np.where(mine, routing.ids[routing.valid], -1)
             host = (self._handle, np.int32(layer.ordinal), ids, np.ascontiguousarray(routing.row_weights))
-        return moe_program(layer.graphdef)(layer.params, acc, x, slot_weights, given, host)
+        moe = moe_program(layer.graphdef, self.model.device_kernel)
+        return moe(layer.params, acc, x, slot_weights, given, host)

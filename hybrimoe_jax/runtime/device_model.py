@@ -36,9 +36,11 @@ class DeviceModel:
 
     On the CPU backend plain weights are float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured).
     `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their own norms.
+    `device_kernel`: as in EngineConfig.
     """
 
     own_norm = False
+    device_kernel = "xla"
 
     def __init__(self, config, dense: Mapping[str, np.ndarray], device: jax.Device):
         self.config, self.device = config, device

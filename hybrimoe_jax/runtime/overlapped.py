@@ -129,7 +129,8 @@ class OverlappedForward(HybridForward):
         if not slots:
             return acc
         started = self.clock.now()
-        acc = programs.add_device_experts(acc, x, slots, routing.rows, routing.weights)
+        kernel = self.model.device_kernel
+        acc = programs.add_device_experts(acc, x, slots, routing.rows, routing.weights, kernel)
         if self.timeline is not None:
             expert = slots[0][0]
             self.timeline.watch(

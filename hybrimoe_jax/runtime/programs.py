@@ -116,23 +116,23 @@ def _all_logits(norm, head, h, acc, host, eps):
     return product(rms_norm(_join(h, acc, host), norm, eps), head)
 
 
-def _dense_rows(acc, x, weights, *slots):
+def _dense_rows(acc, x, weights, *slots, kernel="xla"):
     """acc [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
     with jax.named_scope("device_experts"):
-        return add_experts(acc, x, weights, *slots)
+        return add_experts(acc, x, weights, *slots, kernel=kernel)
 
 
-def _gathered_rows(acc, x, rows, weights, slot):
+def _gathered_rows(acc, x, rows, weights, slot, kernel="xla"):
     """acc [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
     with jax.named_scope("device_experts"):
-        return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows]))
+        return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows], kernel))
 
 
 embed = _program(_embed)
 last_logits = _program(_last_logits, static_argnames="eps")
 all_logits = _program(_all_logits, static_argnames="eps")
-dense_rows = _program(_dense_rows)
-gathered_rows = _program(_gathered_rows)
+dense_rows = _program(_dense_rows, static_argnames="kernel")
+gathered_rows = _program(_gathered_rows, static_argnames="kernel")
 
 
 def bucket(n: int, smallest: int = 1) -> int:
@@ -140,16 +140,22 @@ def bucket(n: int, smallest: int = 1) -> int:
     return max(smallest, 1 << max(0, n - 1).bit_length())
 
 
-def add_device_experts(acc, x, experts, rows_of, weights_of):
+def runs(slot, kernel: str) -> str:
+    """What computes an expert in such a slot for few tokens where `kernel` is asked for: that one, `xla`, or `native` in its place."""
+    return "native" if kernel == "xla" and native_here() and native_for(slot) else kernel
+
+
+def add_device_experts(acc, x, experts, rows_of, weights_of, kernel="xla"):
     """Adds device experts to acc [N, D], asynchronously.
 
     Args:
       experts: list of (expert id, its slot: (gate_up, down) or a PackedExpert).
       rows_of, weights_of: per expert id, the rows [load] routed to it and their weights [load] (numpy).
+      kernel: an `EngineConfig.device_kernel`.
     """
     rows_in_call = x.shape[0]
     few = rows_in_call <= DENSE_ROWS
-    if few or (experts and native_here() and native_for(experts[0][1])):
+    if few or (experts and runs(experts[0][1], kernel) == "native"):
         for start in range(0, len(experts), SLOTS_PER_CALL):
             part = experts[start : start + SLOTS_PER_CALL]
             slots = [slot for _, slot in part]
@@ -158,7 +164,7 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
             weights = np.zeros((len(slots), rows_in_call), np.float32)
             for i, (expert, _) in enumerate(part):
                 weights[i, rows_of[expert]] = weights_of[expert]
-            acc = dense_rows(acc, x, weights, *slots)
+            acc = dense_rows(acc, x, weights, *slots, kernel=kernel)
         return acc
     for expert, slot in experts:
         load = len(rows_of[expert])
@@ -166,5 +172,5 @@ def add_device_experts(acc, x, experts, rows_of, weights_of):
         rows = np.zeros(size, np.int32)
         weights = np.zeros(size, np.float32)
         rows[:load], weights[:load] = rows_of[expert], weights_of[expert]
-        acc = gathered_rows(acc, x, rows, weights, slot)
+        acc = gathered_rows(acc, x, rows, weights, slot, kernel=kernel)
     return acc

@@ -132,13 +132,14 @@ def _device_samples(
         rows, mix = {0: np.arange(load)}, {0: np.ones(load, np.float32)}
 
         def expert(x=x, rows=rows, mix=mix):
-            jax.block_until_ready(programs.add_device_experts(x, x, [(0, next(rotation))], rows, mix))
+            slot = next(rotation)
+            jax.block_until_ready(programs.add_device_experts(x, x, [(0, slot)], rows, mix, model.device_kernel))
 
         def shared(x=x):
             jax.block_until_ready(layer.programs.shared(layer.params, x))
 
         samples.device.append(
-            (load, _timed(clock, expert) + (_dispatch(clock, x, slots[0], rows, mix) if inline else 0))
+            (load, _timed(clock, expert) + (_dispatch(model, clock, x, slots[0], rows, mix) if inline else 0))
         )
         if layer.programs.shared is not None:
             samples.shared.append((load, _timed(clock, shared)))
@@ -147,12 +148,12 @@ def _device_samples(
             samples.layer.append((load, _timed(clock, lambda front=front: jax.block_until_ready(front()))))
 
 
-def _dispatch(clock: WallClock, x: jax.Array, slot, rows, mix) -> float:
+def _dispatch(model: DeviceModel, clock: WallClock, x: jax.Array, slot, rows, mix) -> float:
     """Seconds until the call returns, with the device's work still to be done."""
     times = []
     for _ in range(REPEATS):
         start = clock.now()
-        result = programs.add_device_experts(x, x, [(0, slot)], rows, mix)
+        result = programs.add_device_experts(x, x, [(0, slot)], rows, mix, model.device_kernel)
         times.append(clock.now() - start)
         jax.block_until_ready(result)
     return statistics.median(times)
