@@ -1,6 +1,6 @@
 """`python scripts/gpu_facts.py`: what the engine's design rests on, measured on the device that jax finds.
 
-Seven parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
+Eight parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
 
   read-back  how long the host waits for a layer's expert ids
   transfer   device_put from plain, aligned and pinned host memory, alone and beside compute, and whether the two overlap
@@ -9,6 +9,7 @@ Seven parts, each a question that the design answers by assumption until it is m
   dispatch   what a layer costs when its programs do nothing
   threads    device_put from a second thread while the first writes donated slots
   packed     a quantised expert at load 1: does its program read the packed bytes and little else, or write a dequantised matrix first
+  pallas     the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth, largest difference
 
 Needs jax, numpy and this package. On the CPU backend sizes are small and an aligned device_put aliases host memory, so there the
 figures only show that the script works. A table for people, then ONE JSON line. Exit code 1 if any part failed.
@@ -301,19 +302,28 @@ def measure_threads(sizes, repeats) -> dict[str, float]:
     return found
 
 
+def packed_slots(sizes, format: str, count: int) -> list:
+    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device: enough of them, run in turn, that none stays in a cache."""
+    import jax
+
+    from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert
+
+    width, hidden = (2048, 1408) if max(sizes) > 4 else (512, 352)
+    layout = ExpertLayout(Format.parse(format), width, hidden)
+    data = np.random.default_rng(0).integers(0, 63, (count, layout.nbytes), np.uint8)  # below 63: finite float16 scales
+    return [PackedExpert(jax.device_put(row), layout) for row in data]
+
+
 def measure_packed(sizes, repeats) -> dict[str, float]:
-    """An int4-g64 expert of DeepSeek-V2-Lite's shape (an eighth of it if small) from several slots in turn, so that none stays in a cache."""
+    """An int4-g64 expert from several slots in turn."""
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert
     from hybrimoe_jax.models.packed import packed_forward
 
-    width, hidden = (2048, 1408) if max(sizes) > 4 else (512, 352)
-    layout = ExpertLayout(Format.parse("int4-g64"), width, hidden)
+    slots = packed_slots(sizes, "int4-g64", 16)
+    layout, width, hidden = slots[0].layout, slots[0].width, slots[0].hidden
     rng = np.random.default_rng(0)
-    data = rng.integers(0, 63, (16, layout.nbytes), np.uint8)  # any bytes below 63 make finite float16 scales
-    slots = [PackedExpert(jax.device_put(row), layout) for row in data]
     plain = [jax.device_put(rng.standard_normal((3, hidden, width), np.float32)) for _ in range(4)]
     x = jnp.ones((1, width), jnp.float32)
     packed = jax.jit(packed_forward)
@@ -328,6 +338,42 @@ def measure_packed(sizes, repeats) -> dict[str, float]:
         "float32 bytes read (GB/s)": 12 * width * hidden / floats / 1e9,
         "temporary memory over a float32 matrix (1: it is written out)": max(temporary, 1) / (4 * width * hidden),
     }
+
+
+def measure_pallas(sizes, repeats) -> dict[str, float]:
+    """Both forms of a quantised expert, alternately: programs of several experts, so that issuing one is not what is timed."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.models.moe import expert_forward
+
+    small = max(sizes) <= 4
+    kernel = "pallas-interpret" if jax.devices()[0].platform == "cpu" else "pallas"
+    memory = jnp.ones((4 if small else 256) << 18, jnp.float32)
+    total = jax.jit(jnp.sum)
+    bandwidth = memory.nbytes / timed(lambda: total(memory).block_until_ready(), repeats)
+    found = {"bandwidth: sum of a large array (GB/s)": bandwidth / 1e9}
+    for format, load in [("int4-g64", 1), ("int4-g64", 8), ("int8-g64", 1)]:
+        slots = packed_slots(sizes, format, 2 if small else 16)
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((load, slots[0].width), np.float32))
+        programs, times, label = {}, {"xla": [], "pallas": []}, f"{format}, load {load}"
+        for name, chosen in (("xla", "xla"), ("pallas", kernel)):
+            run = jax.jit(lambda slots, x, chosen=chosen: sum(expert_forward(slot, x, chosen) for slot in slots))
+            programs[name] = run.lower(slots, x).compile()
+        outputs = {name: np.asarray(run(slots, x)) for name, run in programs.items()}
+        for _ in range(repeats):
+            for name, run in programs.items():
+                start = time.perf_counter()
+                run(slots, x).block_until_ready()
+                times[name].append((time.perf_counter() - start) / len(slots))
+        for name, run in programs.items():
+            found[f"{label}, {name}: one expert (us)"] = 1e6 * median(times[name])
+            found[f"{label}, {name}: share of bandwidth"] = slots[0].nbytes / median(times[name]) / bandwidth
+            temporary = run.memory_analysis().temp_size_in_bytes
+            found[f"{label}, {name}: temporary memory (MB)"] = max(temporary, 1) / 1e6
+        difference = np.abs(outputs["pallas"] - outputs["xla"]).max() / np.abs(outputs["xla"]).max()
+        found[f"{label}: largest difference, over the output's (1e-6)"] = 1e6 * float(max(difference, 1e-9))
+    return found
 
 
 def callback_apart(small: bool) -> dict[str, float]:
@@ -347,6 +393,7 @@ PARTS = {
     "dispatch": measure_dispatch,
     "threads": measure_threads,
     "packed": measure_packed,
+    "pallas": measure_pallas,
 }
 
 

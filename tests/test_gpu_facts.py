@@ -35,11 +35,23 @@ def test_every_part_measures_something_on_the_cpu_backend():
     *table, last = done.stdout.splitlines()
     record = json.loads(last)
     assert record["platform"] == "cpu" and record["small"] and record["failed"] == {}
-    assert set(record["facts"]) == {"read-back", "transfer", "callback", "slots", "dispatch", "threads", "packed"}
+    assert set(record["facts"]) == {
+        "read-back",
+        "transfer",
+        "callback",
+        "slots",
+        "dispatch",
+        "threads",
+        "packed",
+        "pallas",
+    }
     for part, facts in record["facts"].items():
         assert part in table
         for name, value in facts.items():
             assert value >= 0 if "overlap" in name else value > 0, (part, name)
+    pallas = record["facts"]["pallas"]
+    assert max(value for name, value in pallas.items() if "difference" in name) < 10
+    assert {name.split(", ")[2].split(":")[0] for name in pallas if "(us)" in name} == {"xla", "pallas"}
     assert record["facts"]["slots"]["written in place (1 yes, 0 no)"] == 1
     assert any("aliases" in name for name in record["facts"]["transfer"])  # as the CPU backend does with aligned arrays
 

@@ -64,8 +64,8 @@ def slowed_engine(monkeypatch):
         time.sleep(SLOWED)
         return run_experts(*args)
 
-    def slow_device(acc, x, *rest):
-        return dense_rows(acc, delay(x), *rest)
+    def slow_device(acc, x, *rest, **options):
+        return dense_rows(acc, delay(x), *rest, **options)
 
     monkeypatch.setattr(host, "run_experts", slow_host)
     monkeypatch.setattr(programs, "dense_rows", slow_device)
@@ -93,5 +93,5 @@ def test_a_step_takes_as_long_as_the_slower_lane(slowed_engine):
 def test_without_overlap_the_same_step_takes_the_sum(slowed_engine, monkeypatch):
     """So that the test above is about something: waiting for the device at dispatch makes every step miss the limit."""
     dispatch = programs.dense_rows
-    monkeypatch.setattr(programs, "dense_rows", lambda *args: jax.block_until_ready(dispatch(*args)))
+    monkeypatch.setattr(programs, "dense_rows", lambda *args, **kw: jax.block_until_ready(dispatch(*args, **kw)))
     assert min(step.seconds for step in both_lanes(*slowed_engine)) > LIMIT

@@ -216,10 +216,17 @@ def test_a_random_checkpoint_generates_the_same_in_every_executor(tmp_path):
     out = run("convert", "--random", tmp_path / "config.json", tmp_path / "ckpt", "--format", "int4-g32", "--seed", "3")
     assert out.stdout.startswith(f"{tmp_path / 'ckpt'}: ")
     tokens = {}
-    for executor in ("dense", "overlapped", "callback"):
+    for executor, kernel in (
+        ("dense", "xla"),
+        ("overlapped", "xla"),
+        ("callback", "xla"),
+        ("callback", "pallas-interpret"),
+    ):
         flags = [
             "--executor",
             executor,
+            "--device-kernel",
+            kernel,
             "--host-kernel",
             "reference",
             "--stats",
@@ -233,11 +240,12 @@ def test_a_random_checkpoint_generates_the_same_in_every_executor(tmp_path):
             flags += ["--debug", "--verify", "--cache-ratio", "0.5"]
         done = run("generate", "--model", tmp_path / "ckpt", "--prompt-ids", "5,7,11", *flags)
         record = json.loads(done.stdout.splitlines()[-1])
-        tokens[executor] = record["token_ids"]
+        tokens[executor, kernel] = record["token_ids"]
+        assert executor == "overlapped" or record["device_kernel"] == kernel
         assert record["expert_format"] == "int4-g32"
         assert record["host_bytes"] == 3 * 8 * expert_bytes(32, 24, "int4-g32")
         assert executor == "dense" or record["costs"]["expert_bytes"] == expert_bytes(32, 24, "int4-g32")
-    assert len(tokens["dense"]) == 12 and len(set(map(tuple, tokens.values()))) == 1, tokens
+    assert len(tokens["dense", "xla"]) == 12 and len(set(map(tuple, tokens.values()))) == 1, tokens
 
 
 def test_formats_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
@@ -254,6 +262,10 @@ def test_formats_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
     assert "host kernel 'onednn' computes float32 and bfloat16 experts" in refused(
         "generate", *given, "--host-kernel", "onednn"
     )
+    if tiny.on_cpu():
+        assert "device kernel 'pallas' needs a GPU, and jax finds none; use xla" in refused(
+            "generate", *given, "--device-kernel", "pallas"
+        )
     assert "holds int4-g64" in refused("convert", "--export-hf", path, tmp_path / "no", "--format", "int8-g64")
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": "int8-g64"}))
