@@ -24,6 +24,7 @@ import contextvars
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.host_kernels.packing import PackedMatrix
@@ -59,24 +60,26 @@ def calls_native() -> bool:
 
 def product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
     """x [..., K] times the transpose of a matrix [R, K] -> float32 [..., R]."""
-    rows = x.size // x.shape[-1]
-    if calls_native() and (
-        isinstance(weight, PackedMatrix) or (weight.dtype == x.dtype and worthwhile(rows, weight.size))
-    ):
+    if calls_native() and (always_native(weight) or worthwhile(x.size // x.shape[-1], weight.size)):
         return ffi.matmul(x, weight)
     return product_reference(x, weight)
 
 
 def several(x: jax.Array, *weights: jax.Array | PackedMatrix) -> list[jax.Array]:
-    """`product` of x with each; packed matrices of one kind are one call of the kernels, of which each costs some microseconds."""
-    packed = all([isinstance(weight, PackedMatrix) for weight in weights])
-    if calls_native() and packed and len({ffi.kind(weight) for weight in weights}) == 1:
+    """`product` of x with each; packed or bfloat16 matrices of one kind are one call of the kernels, of which each costs some microseconds."""
+    together = calls_native() and all([always_native(weight) for weight in weights])
+    if together and len({ffi.kind(weight) for weight in weights}) == 1:
         return ffi.matmuls(x, *weights)
     return [product(x, weight) for weight in weights]
 
 
+def always_native(weight: jax.Array | PackedMatrix) -> bool:
+    """Whether XLA would have to unpack or widen the matrix at every call."""
+    return isinstance(weight, PackedMatrix) or weight.dtype == jnp.bfloat16
+
+
 def worthwhile(rows: int, size: int) -> bool:
-    """Whether the kernels are the faster ones for a plain matrix of `size` weights."""
+    """Whether the kernels are the faster ones for a float32 matrix of `size` weights."""
     return rows in PLAIN_ROWS or (rows == 1 and size >= LARGE)
 
 
