@@ -196,7 +196,8 @@ def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
     """
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
     nope, heads = q.shape[-1], q.shape[2]
-    up = (dequantise(up) if isinstance(up, PackedMatrix) else up).reshape(heads, -1, latent.shape[-1])
+    up = dequantise(up) if isinstance(up, PackedMatrix) else up.astype(jnp.float32)
+    up = up.reshape(heads, -1, latent.shape[-1])
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, up.shape[1] - nope)))
     logits = einsum("bthr,bsr->bhts", einsum("bthm,hmr->bthr", q, up), latent)
     logits = (logits + einsum("bthr,bsr->bhts", q_rope, rope)) * scale

@@ -133,18 +133,41 @@ def custom_calls(function, *operands) -> int:
 
 @needs_ffi
 def test_one_seam_decides_what_multiplies():
-    plain, packed = matrix(32, 64, "f32"), matrix(32, 64, "int4-g32")
+    plain, packed, narrow = (matrix(32, 64, format) for format in ("f32", "int4-g32", "bf16"))
 
     def inside(x, weight):
         with products.on_native_kernels():
             return products.product(x, weight)
 
-    for weight, rows, native in ((plain, 1, 0), (plain, 8, 1), (plain, 128, 0), (packed, 1, 1), (packed, 128, 1)):
+    cases = (
+        (plain, 1, 0),
+        (plain, 8, 1),
+        (plain, 128, 0),
+        (packed, 1, 1),
+        (packed, 128, 1),
+        (narrow, 1, 1),
+        (narrow, 128, 1),
+    )
+    for weight, rows, native in cases:
         x = tokens(rows, 64)
         assert custom_calls(inside, x, weight) == native
         assert custom_calls(products.product, x, weight) == 0, "outside of the engine's programs it is jax.numpy"
         close(jax.jit(inside)(x, weight), products.product_reference(x, weight))
     assert not products.calls_native()
+
+
+@needs_ffi
+def test_matrices_that_need_no_xla_are_one_call_where_they_are_of_one_kind():
+    def inside(x, *weights):
+        with products.on_native_kernels():
+            return products.several(x, *weights)
+
+    x = tokens(3, 64)
+    for formats, calls in ((("bf16", "bf16", "bf16"), 1), (("bf16", "int4-g32"), 2), (("f32", "f32"), 2)):
+        weights = [matrix(32 + 8 * i, 64, format, i) for i, format in enumerate(formats)]
+        assert custom_calls(inside, x, *weights) == calls, formats
+        for got, weight in zip(jax.jit(inside)(x, *weights), weights, strict=True):
+            close(got, products.product_reference(x, weight))
 
 
 @needs_ffi

@@ -158,6 +158,37 @@ Helpers& helpers() {
     return one;
 }
 
+// The threads of all calls under way. A call takes what is left of the most that one ever asked for, and where nothing is left it
+// waits: more threads than processors take turns on them, and whoever waits for a phase's end then waits for all the others' turns (measured on two
+// cores, a prompt of 128 tokens whose shared experts ran beside the host's: 1.5 times as long).
+class Seats {
+   public:
+    int64_t take(int64_t wanted) {
+        std::unique_lock<std::mutex> hold(mutex_);
+        if (wanted > all_) all_ = wanted;
+        freed_.wait(hold, [this] { return taken_ < all_; });
+        const int64_t got = wanted < all_ - taken_ ? wanted : all_ - taken_;
+        taken_ += got;
+        return got;
+    }
+
+    void leave(int64_t got) {
+        std::lock_guard<std::mutex> hold(mutex_);
+        taken_ -= got;
+        freed_.notify_all();
+    }
+
+   private:
+    std::mutex mutex_;
+    std::condition_variable freed_;
+    int64_t all_ = 0, taken_ = 0;
+};
+
+Seats& seats() {
+    static Seats& one = *new Seats;
+    return one;
+}
+
 int64_t grow(int64_t wanted) {
     Helpers& pool = helpers();
     if (wanted > MAX_HELPERS) wanted = MAX_HELPERS;
@@ -182,9 +213,7 @@ int64_t grow(int64_t wanted) {
     return wanted;
 }
 
-}  // namespace
-
-void run_team(Phase* phases, int64_t count, int64_t threads) {
+void run_on(Phase* phases, int64_t count, int64_t threads) {
     Job job{phases, count, threads < 1 ? 1 : threads < MAX_RANGES ? threads : MAX_RANGES};
     for (Phase* phase = phases; phase < phases + count; ++phase)
         for (int64_t i = 0; i < job.ranges; ++i) {
@@ -206,6 +235,15 @@ void run_team(Phase* phases, int64_t count, int64_t threads) {
         pause();
         if (++polls >= POLLS) std::this_thread::yield();
     }
+}
+
+}  // namespace
+
+void run_team(Phase* phases, int64_t count, int64_t threads) {
+    if (threads <= 1) return run_on(phases, count, 1);
+    const int64_t got = seats().take(threads);
+    run_on(phases, count, got);
+    seats().leave(got);
 }
 
 void end_helpers() {

@@ -1,7 +1,8 @@
 // Helper threads that are started once, spin briefly for the next work and then sleep.
 //
 // A team is the calling thread plus whichever helpers are free: calls from several threads share the helpers, and a call
-// that finds none (or whose helpers wake late) simply does everything itself. Work is claimed item by item.
+// whose helpers wake late simply does everything itself. Work is claimed item by item. Calls of several threads have together no more
+// than the most that one of them asked for, and wait for each other where that is used up; a call of one thread never waits.
 #pragma once
 
 #include <atomic>

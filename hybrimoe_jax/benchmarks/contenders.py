@@ -28,7 +28,6 @@ class EngineContender:
 
     def __init__(self, model: str, systems: list[str], threads: int, cache_ratio: float):
         from hybrimoe_jax.config import EngineConfig
-        from hybrimoe_jax.host_kernels.packing import PackedMatrix
         from hybrimoe_jax.runtime import threads as cores
 
         cores.divide(threads, "overlapped")
@@ -51,10 +50,11 @@ class EngineContender:
         config = checkpoint.config
         expert = 3 * config.hidden_size * config.moe_width
         routed = store.expert_bytes * config.num_experts_per_tok * len(config.moe_layers)
-        read = [a for name, a in dense.items() if name != "model.embed_tokens.weight"]
+        model = next(iter(self.engines.values()))._parts.model
+        read = [model.norm, model.head, *(array for layer in model.layers for array in layer.params.values())]
         self.about = {
             "parameters": sum(a.size for a in dense.values()) + expert * store.num_experts * store.num_layers,
-            "bytes_per_token": routed + sum(a.nbytes if isinstance(a, PackedMatrix) else 4 * a.size for a in read),
+            "bytes_per_token": routed + sum(array.nbytes for array in read),
             "moe_layers": len(config.moe_layers),
         }
 

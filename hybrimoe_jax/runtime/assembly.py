@@ -20,6 +20,7 @@ from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurem
 from hybrimoe_jax.host_kernels.layout import is_format
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.record.stats import RunStats
 from hybrimoe_jax.runtime import budget, programs, threads, warmup
@@ -132,7 +133,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     cores = threads.divide(options.threads, options.executor)
     threads.settle_dispatch(options.executor)
     device, clock = jax.devices()[0], WallClock()
-    model = DeviceModel(config, dense, device)
+    model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
     if options.executor == "dense":
         return _dense_parts(config, model, store, options, system, device, cores, max_context, clock)
 

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import aligned_copy
+from hybrimoe_jax.host_kernels.formats import BF16, F32, aligned_copy
 from hybrimoe_jax.host_kernels.numa import spread
 from hybrimoe_jax.host_kernels.packing import PackedMatrix
+from hybrimoe_jax.models.dense_packing import is_projection
 from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.products import LARGE
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.runtime.programs import LayerPrograms, layer_programs
+
+TABLE = "model.embed_tokens.weight"
 
 
 @dataclasses.dataclass
@@ -32,9 +36,11 @@ class DeviceLayer:
 
 
 class DeviceModel:
-    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix).
+    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix); `native`: whether
+    the programs that will read them may call the native kernels.
 
-    On the CPU backend plain weights are float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured).
+    On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured);
+    but with `native` the large matrices stay bfloat16 (`stays_narrow`).
     `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their own norms.
     `device_kernel`: as in EngineConfig.
     """
@@ -42,21 +48,21 @@ class DeviceModel:
     own_norm = False
     device_kernel = "xla"
 
-    def __init__(self, config, dense: Mapping[str, np.ndarray], device: jax.Device):
+    def __init__(self, config, dense: Mapping[str, np.ndarray], device: jax.Device, native: bool = False):
         self.config, self.device = config, device
         model = build_model(config)
         self.eps = config.rms_norm_eps
 
         def put(name: str) -> jax.Array | PackedMatrix:
+            # A copy, so that no device array aliases (and keeps alive) the loader's memory.
             array = dense[name]
             if isinstance(array, PackedMatrix):
-                return jax.device_put(dataclasses.replace(array, data=spread(aligned_copy(array.data))), device)
-            if device.platform == "cpu":
-                # A copy, so that no device array aliases (and keeps alive) the loader's memory.
-                array = np.array(array, dtype=np.float32, copy=True)
+                array = dataclasses.replace(array, data=spread(aligned_copy(array.data)))
+            elif device.platform == "cpu":
+                array = spread(aligned_copy(array, None if native and stays_narrow(name, array) else F32))
             return jax.device_put(array, device)
 
-        self.table = put("model.embed_tokens.weight")
+        self.table = put(TABLE)
         self.norm = put("model.norm.weight")
         self.head = self.table if config.tie_word_embeddings else put("lm_head.weight")
         self.layers: list[DeviceLayer] = []
@@ -120,6 +126,12 @@ class DeviceModel:
                 for layer in range(last + 1)
             ]
         return self._routers[distance][ordinal]
+
+
+def stays_narrow(name: str, array: np.ndarray) -> bool:
+    """Whether a dense weight is a large bfloat16 matrix that is only multiplied with, through `products`, or looked up by row."""
+    read = name == TABLE or is_projection(name, array.shape)
+    return read and array.dtype == BF16 and array.size >= LARGE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
