@@ -241,9 +241,11 @@ void run_on(Phase* phases, int64_t count, int64_t threads) {
 
 void run_team(Phase* phases, int64_t count, int64_t threads) {
     if (threads <= 1) return run_on(phases, count, 1);
-    const int64_t got = seats().take(threads);
-    run_on(phases, count, got);
-    seats().leave(got);
+    struct Taken {
+        int64_t count;
+        ~Taken() { seats().leave(count); }
+    } const taken = {seats().take(threads)};
+    run_on(phases, count, taken.count);
 }
 
 void end_helpers() {
