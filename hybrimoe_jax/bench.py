@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -174,8 +175,8 @@ def _kernels(args: argparse.Namespace) -> int:
             Format.parse(format)
     shapes = benchmark.parse_shapes(args.shapes) if args.shapes else benchmark.SHAPES
     loads, threads = _numbers("--loads", args.loads), _numbers("--threads", args.threads)
-    if args.seconds <= 0:
-        raise UserError("--seconds must be above 0")
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds {args.seconds} must be a number above 0")
     options = benchmark.Options(peers, formats, shapes, loads, threads, args.seconds)
     print(json.dumps(benchmark.run(options, lambda line: print(line, flush=True))))
     return 0
@@ -183,7 +184,7 @@ def _kernels(args: argparse.Namespace) -> int:
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(f"{option} {text!r}: write numbers of at least 1 separated by commas")
     return tuple(int(part) for part in parts)
 

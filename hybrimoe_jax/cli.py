@@ -6,6 +6,8 @@ Exit codes: 0 done, 2 bad input (argparse's own code too), 130 interrupted, 141 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +18,13 @@ from hybrimoe_jax.errors import UserError
 T = TypeVar("T")
 
 
+INTERRUPTED = 130
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and exits; bad input becomes one line on stderr, never a traceback."""
+    if sys.stdout is None:
+        sys.exit(fail("standard output is closed"))
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -25,15 +32,30 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
+        _forget_output()
         code = 141
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if error.filename is not None and error.strerror is not None:
+            code = fail(f"{error.filename}: {error.strerror}")
+        elif error.errno == errno.ENOSPC:
+            _forget_output()
+            code = fail(f"cannot write the output: {error.strerror}")
+        else:
             raise
-        code = fail(f"{error.filename}: {error.strerror}")
+    if code == INTERRUPTED:
+        # At once: threads of XLA may still run a program, and the interpreter's end would take from under them what they read.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _forget_output() -> None:
+    """Lets what is still to be written go nowhere: the interpreter flushes again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),
             file=sys.stderr,
         )
-        return 130
+        return cli.INTERRUPTED
     total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     print(f"{path}: {total / 1e6:.1f} MB")
     if args.src.endswith(".gguf"):

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from hybrimoe_jax.cli import Parser, lookahead, run
+from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.decide.costs import is_profile
 from hybrimoe_jax.decide.systems import SCOPES, SYSTEMS
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     elif engine.stats is not None and args.stats == "text":
         sys.stdout.flush()
         print("\n" + stats_text(engine.stats), file=sys.stderr)
-    return 130 if interrupted else 0
+    return INTERRUPTED if interrupted else 0
 
 
 def extend_profile(engine, path: str) -> None:

@@ -84,6 +84,8 @@ def test_a_contender_computes_the_expert_that_its_format_stands_for(format):
         (["--formats", "int3"], "is not known"),
         (["--loads", "0"], "at least 1"),
         (["--seconds", "0"], "above 0"),
+        (["--seconds", "nan"], "above 0"),
+        (["--loads", "\N{SUPERSCRIPT TWO}"], "numbers of at least 1"),
     ],
 )
 def test_wrong_options_are_named(options, says):

@@ -3,18 +3,22 @@
     {"run": "prefill", "name": ..., "tokens": n}  ->  {"seconds": time to the first token}
     {"run": "decode", "name": ..., "tokens": n, "new": m}  ->  {"seconds": seconds a token, "token_ids": [...]}
 
+An answer {"error": message} ends it: what was asked for cannot be done.
+
 `python -m hybrimoe_jax.benchmarks.contenders KIND MODEL ...` starts one; the first line it prints says what it is.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
 
 import numpy as np
 
+from hybrimoe_jax.cli import INTERRUPTED
 from hybrimoe_jax.errors import UserError
 
 
@@ -246,7 +250,7 @@ class LlamaCppContender:
 CONTENDERS = {"engine": EngineContender, "transformers": TransformersContender, "llama.cpp": LlamaCppContender}
 
 
-def main() -> None:
+def serve() -> None:
     kind, options = sys.argv[1], json.loads(sys.argv[2])
     contender = CONTENDERS[kind](**options)
     print(json.dumps({"names": contender.names(), **contender.about}), flush=True)
@@ -257,4 +261,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        serve()
+    except UserError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+    except (KeyboardInterrupt, BrokenPipeError):  # the benchmark was ended, and says so
+        os._exit(INTERRUPTED)

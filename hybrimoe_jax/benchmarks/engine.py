@@ -7,6 +7,7 @@ of 128. Times are wall-clock and without compilation (a first round is thrown aw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -59,14 +60,18 @@ class Contender:
         return self._read()
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
-        if not line:
-            raise UserError("a benchmark process ended early; its own error is above")
-        return json.loads(line)
+        answer = json.loads(line or '{"error": "a benchmark process ended early; its own error is above"}')
+        if "error" in answer:
+            self.close()
+            raise UserError(answer["error"])
+        return answer
 
 
 def read_bandwidth(seconds: float = 0.5) -> float:

@@ -206,7 +206,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         sizes = part.split("x")
         if part in known:
             found.append(known[part])
-        elif len(sizes) == 2 and all(size.isdigit() and int(size) for size in sizes):
+        elif len(sizes) == 2 and all(size.isdecimal() and int(size) for size in sizes):
             found.append(Shape(part, int(sizes[0]), int(sizes[1])))
         else:
             raise UserError(f"--shapes {part!r}: say {', '.join(known)} or widths like 1024x512")
