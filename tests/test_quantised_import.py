@@ -203,6 +203,16 @@ REFUSED = [
     ("awq", {"bits": 3}, {}, "AWQ with 3 bits"),
     ("awq", {}, {"encode": lambda c: c.awq() | {"scales": c.awq()["scales"][:, 8:]}}, "do not belong together"),
     ("compressed-tensors", {"transform_config": {"config_groups": {"u": {}}}}, {}, "transform_config is not supported"),
+    ("gptq", {"quant_method": []}, {}, r"quantization_config \(\[\]\) is not supported"),
+    ("gptq", {"checkpoint_format": ["gptq"]}, {}, "quantization_config, or .* cannot be read: .*unhashable type"),
+    ("compressed-tensors", {"config_groups": ["Linear"]}, {}, "config_groups must be an object of objects"),
+    ("compressed-tensors", {"config_groups": {"g": {"weights": "x"}}}, {}, "weights 'x' is not supported"),
+    (
+        "compressed-tensors",
+        {},
+        {"encode": lambda c: c.compressed() | {"weight_shape": np.array([1, 2, 3], np.int64)}},
+        "config.json: quantization_config, or .* cannot be read: .*too many values to unpack",
+    ),
     ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, {}, "format 'nvfp4-pack-quantized' is not supported"),
     (
         "compressed-tensors",

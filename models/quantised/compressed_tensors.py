@@ -99,6 +99,8 @@ class PackedTensor(QuantisedTensor):
 def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> dict[str, Any]:
     """`stored` with the parts of every quantised matrix `X` replaced by one `PackedTensor` named `X.weight`."""
     groups = settings.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise UserError("config.json: compressed-tensors config_groups must be an object of objects")
     for name, group in groups.items():
         check(name, settings.get("format"), group)
     for key in ("kv_cache_scheme", "transform_config"):
@@ -121,7 +123,9 @@ def check(name: str, overall: str | None, group: Mapping[str, Any]) -> None:
     """Raises UserError for a scheme that is not a plain group or channel quantisation of weights."""
     weights, style = group.get("weights") or {}, group.get("format") or overall
     what = None
-    if style != "pack-quantized":
+    if not isinstance(weights, Mapping):
+        what = f"weights {weights!r} (an object is)"
+    elif style != "pack-quantized":
         what = f"format {style!r} (pack-quantized is)"
     elif group.get("input_activations") or group.get("output_activations"):
         what = "quantised activations (weights alone are)"
