@@ -314,6 +314,10 @@ REFUSED = {
         dict(tamper=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)),
         "rope scaling 'longrope'",
     ),
+    "a text for a number": (
+        dict(tamper=lambda w: w.add_string("qwen2moe.rope.scaling.factor", "x")),
+        r"m\.gguf: its metadata cannot be read: .*ValueError",
+    ),
     "rope factors": (dict(tamper=lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))), "rope_freqs"),
     "unknown tensors": (
         dict(tamper=lambda w: w.add_tensor("blk.0.mystery.weight", np.ones(8, np.float32))),
@@ -327,6 +331,7 @@ UNREAD = [
     ("rope.scaling.yarn_attn_factor", 0.5, 1.0),
     ("rope.scaling.yarn_ext_factor", 1.0, -1.0),
     ("attention.sliding_window", 16, 0),
+    ("attention.sliding_window", 127, 128),
     ("attention.scale", 0.5, 0.25),
     ("attention.clamp_kqv", 3.0, 0.0),
     ("rope.dimension_count", 8, 16),

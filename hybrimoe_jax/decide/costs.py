@@ -92,7 +92,7 @@ class CostModel:
                 if not isinstance(value, str):
                     raise UserError(f"cost model: source must be a text, not {value!r}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {value!r}")
+                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {repr(value)[:40]}")
         for name in ("bandwidth", "bandwidth_cpu_busy"):
             if getattr(self, name) <= 0:
                 raise UserError(f"cost model: {name} must be above 0 bytes per second")

@@ -197,7 +197,7 @@ def load_profile(name: str | Path) -> MachineProfile:
             or (rate and not value)
         ):
             raise UserError(
-                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {value!r}"
+                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {repr(value)[:40]}"
             )
         if not isinstance(entry.get("source"), str) or not entry["source"].strip():
             raise UserError(f"profile {name}: {field} has no source; every figure says where it comes from")

@@ -23,7 +23,6 @@ SOFTMAX = 1  # of `expert_gating_func`
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
     "rope.scaling.yarn_attn_factor": (1,),
-    "attention.sliding_window": (0,),
     "expert_gating_func": (0, SOFTMAX),
     "expert_weights_scale": (0, 1),
     "attention.clamp_kqv": (0,),
@@ -115,6 +114,7 @@ def check_rest(arch: str, get, raw: Mapping[str, Any], where: object) -> None:
     yarn = get("rope.scaling.type") == "yarn"
     neutral = NEUTRAL | {
         "rope.dimension_count": (head,),
+        "attention.sliding_window": (0, max(get("attention.sliding_window", 0), raw["max_position_embeddings"])),
         "attention.scale": (0, rounded(head**-0.5)),
         "rope.scaling.yarn_ext_factor": (-1, int(yarn)),
         "expert_weights_norm": (raw.get("norm_topk_prob", True),),
