@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from hybrimoe_jax.decide.systems import get_system
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, get_system
 from hybrimoe_jax.errors import UserError
 
 EXECUTORS = ("overlapped", "callback", "dense")
@@ -82,7 +82,7 @@ class EngineConfig:
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
         if self.prefetch is not None:
-            _one_of("prefetch", self.prefetch, ("impact", "next-layer", "none"))
+            _one_of("prefetch", self.prefetch, PREFETCH_MODES)
         # unknown parts of a system are refused here too, before anything is loaded
         get_system(self.system).override(
             cache=self.cache,
@@ -115,15 +115,15 @@ class EngineConfig:
 def parse_bytes(size: int | str, what: str) -> int:
     """Bytes of 4096, "4096", "1.5GiB" or "800MB"; UserError for anything else."""
     if isinstance(size, (int, float)):
-        value = int(size)
+        value = size
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", size)
         if not match or match[2].lower() not in _UNITS:
             raise UserError(f'{what} {size!r} is not a size; write bytes or e.g. "4GiB", "800MB"')
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
-    if value <= 0:
-        raise UserError(f"{what} {size!r} must be positive")
-    return value
+        value = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= value < 2**63:
+        raise UserError(f"{what} {str(size)[:40]} must be at least a byte and less than 8 EiB")
+    return int(value)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

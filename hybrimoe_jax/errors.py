@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong, where, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns what a value of the wrong kind raises in the block, wherever it is used first, into a UserError: `what` cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"{what} cannot be read: a value in it is malformed ({type(error).__name__}: {error})"
+        ) from error

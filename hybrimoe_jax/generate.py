@@ -13,9 +13,13 @@ import sys
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.decide.caching import POLICIES
 from hybrimoe_jax.decide.costs import is_profile
-from hybrimoe_jax.decide.systems import SCOPES, SYSTEMS
+from hybrimoe_jax.decide.predictors import PREDICTORS
+from hybrimoe_jax.decide.schedule import SCHEDULERS
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.atomic import check_writable
 from hybrimoe_jax.simulation.profile import PROFILES
 
 ENGINE_FLAGS = {
@@ -26,18 +30,15 @@ ENGINE_FLAGS = {
     "vram_budget": dict(metavar="SIZE", help='device memory instead of a ratio, e.g. "4GiB"'),
     "cache": dict(
         metavar="NAME",
-        help="replace the system's cache policy: mrs, lru, lfu, lfru, slru, s3-fifo, echo, static, random, "
-        "or a class of yours as package.module:Class",
+        help=f"replace the system's cache policy: {', '.join(POLICIES)}, or a class of yours as package.module:Class",
     ),
     "cache_scope": dict(choices=SCOPES, help="pooled: all layers share their slots"),
-    "scheduler": dict(
-        metavar="NAME", help="replace its scheduler: paper, released, cpu-misses, fetch-misses, device-only"
-    ),
-    "prefetch": dict(metavar="MODE", help="replace its prefetcher: impact, next-layer, none"),
+    "scheduler": dict(metavar="NAME", help=f"replace its scheduler: {', '.join(SCHEDULERS)}"),
+    "prefetch": dict(metavar="MODE", help=f"replace its prefetcher: {', '.join(PREFETCH_MODES)}"),
     "lookahead": dict(type=lookahead, metavar="N", help='layers predicted ahead, or "adaptive"'),
     "predictor": dict(
         metavar="NAME",
-        help="what predicts them: gate-reuse, gate-input, corrected, co-activation, previous, recorded:TRACE",
+        help=f"what predicts them: {', '.join(name for name in PREDICTORS if name != 'perfect')}, recorded:TRACE",
     ),
     "stream_prefill": dict(
         action=argparse.BooleanOptionalAction,
@@ -53,7 +54,8 @@ ENGINE_FLAGS = {
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),
     "prefill_chunk": dict(type=int, metavar="N", help="prompt tokens computed at once (default 512)"),
     "profile": dict(
-        metavar="P", help="costs: a file (read if it exists, else measured and written) or a machine's name"
+        metavar="P",
+        help=f"costs: a file (read if it exists, else measured and written) or a machine: {', '.join(PROFILES)}",
     ),
     "clock": dict(choices=CLOCKS, help="virtual: times are those of the profile's machine, computed (default wall)"),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         saves_profile = options.profile
         options = dataclasses.replace(options, profile=None)
     prompt = read_prompt(args)
-    check_folders(args)
+    check_files(args)
     from hybrimoe_jax.loading import load
 
     engine = load(args.model, options)
@@ -211,12 +213,14 @@ def extend_profile(engine, path: str) -> None:
             print(f"note: {error}; host kernels will be measured again", file=sys.stderr)
 
 
-def check_folders(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> None:
     """Files that are written at the end must have a place to go: better said now than after the run."""
-    for flag in ("trace", "timeline", "profile"):
-        path = getattr(args, flag)
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+    for flag in ("trace", "timeline"):
+        if getattr(args, flag):
+            check_writable(getattr(args, flag), f"--{flag}")
+    profile = args.profile
+    if profile not in (None, *PROFILES) and (os.path.isdir(profile) or not os.path.exists(profile)):
+        check_writable(profile, "--profile")
 
 
 def recorders(args: argparse.Namespace, engine):

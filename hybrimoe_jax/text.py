@@ -125,6 +125,10 @@ class Tokenizer:
         if isinstance(template, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise UserError(
+                f"{self.folder / 'tokenizer_config.json'}: chat_template is no text; download or save it again"
+            )
         return template
 
 
@@ -183,7 +187,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; download or save it again")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.quantised.folder import expand, method_of
@@ -53,7 +53,8 @@ def layer_of(name: str) -> int | None:
 
 def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor outside the routed experts, in the model's order."""
-    return {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
+    with reading("config.json: its sizes make no model; it"):
+        return {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
 
 
 def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
@@ -67,7 +68,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
 
 
@@ -100,7 +101,9 @@ def open_hf(folder: str | Path) -> Weights:
     config = parse_config(raw)
     tensors, paths = read_tensors(folder)
     if settings:
-        tensors = expand(settings, tensors, dense_shapes(config))
+        known = dense_shapes(config)
+        with reading(f"{folder / 'config.json'}: quantization_config, or a tensor that it is about,"):
+            tensors = expand(settings, tensors, known)
     pieces = match_names(config, tensors, folder)
     return Weights(config, raw, pieces, folder, {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths})
 

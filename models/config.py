@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -110,10 +111,17 @@ class ModelConfig(abc.ABC):
         for field in fields:
             kind = str(field.type).removesuffix(" | None")
             value = values.get(field.name)
+            if kind == "list[int]" and value is not None:
+                if not isinstance(value, list) or not all(type(item) is int for item in value):
+                    raise UserError(f"config.json: {field.name} must be a list of whole numbers, not {value!r}")
             if value is None or kind not in KINDS:
                 continue
             if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
                 raise UserError(f"config.json: {field.name} must be of type {kind}, not {value!r}")
+            if kind == "int" and value < 0 and not field.name.endswith("token_id"):
+                raise UserError(f"config.json: {field.name} must be at least 0, not {value}")
+            if kind == "float" and not abs(value) <= sys.float_info.max:
+                raise UserError(f"config.json: {field.name} must be a finite number, not {value!r}")
         config = cls(**values)
         config.check(raw)
         return config
@@ -122,8 +130,8 @@ class ModelConfig(abc.ABC):
         """Refuses what the family cannot honour; families extend it. `raw` is the whole `config.json` mapping."""
         if self.hidden_act not in ("silu", "swish"):
             raise UserError(f"config.json: hidden_act {self.hidden_act!r} is not supported (silu is)")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unknown")
+        if settings := raw.get("quantization_config"):
+            method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
             raise UserError(
                 f"config.json: quantization_config ({method}) is not supported; use an unquantised checkpoint"
             )
@@ -135,6 +143,8 @@ class ModelConfig(abc.ABC):
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")
+        if self.rms_norm_eps < 0:
+            raise UserError(f"config.json: rms_norm_eps must be at least 0, not {self.rms_norm_eps}")
         if self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds the {self.num_experts} experts"
@@ -149,6 +159,8 @@ class ModelConfig(abc.ABC):
                 "config.json: hidden_size is not a multiple of num_attention_heads and head_dim is not given"
             )
         kinds = raw.get("layer_types") or ()
+        if not isinstance(kinds, (list, tuple)):
+            raise UserError(f"config.json: layer_types must be a list, not {kinds!r}")
         if kinds and len(kinds) != self.num_hidden_layers:
             raise UserError(f"config.json: layer_types has {len(kinds)} entries for {self.num_hidden_layers} layers")
         for layer, kind in enumerate(kinds):
@@ -213,7 +225,10 @@ def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     raw = dict(raw)
     rope = raw.pop("rope_parameters", None)
-    rope = dict(raw.get("rope_scaling") or rope or {})
+    rope = raw.get("rope_scaling") or rope or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"config.json: rope_scaling must be an object, not {rope!r}")
+    rope = dict(rope)
     nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(f"config.json: rope_parameters per layer type ({', '.join(nested)}) are not supported")

@@ -68,6 +68,7 @@ class DeepseekV2Config(ModelConfig):
         if self.moe_layer_freq < 1:
             raise UserError(f"config.json: moe_layer_freq must be at least 1, not {self.moe_layer_freq}")
         super().check(raw)
+        _ = self.attention_scale  # needs the numbers of its scaling rule
         if self.topk_method not in METHODS:
             raise UserError(
                 f"config.json: topk_method {self.topk_method!r} is not supported for deepseek_v2 ({', '.join(METHODS)} are)"

@@ -32,6 +32,8 @@ class OlmoeConfig(ModelConfig):
 
     def check(self, raw: Mapping[str, Any]) -> None:
         super().check(raw)
+        if self.clip_qkv is not None and self.clip_qkv <= 0:
+            raise UserError(f"config.json: clip_qkv must be above 0, not {self.clip_qkv}")
         if self.hidden_size != self.head_width * self.num_attention_heads:
             raise UserError("config.json: hidden_size is not a multiple of num_attention_heads")
         if raw.get("head_dim") not in (None, self.head_width):

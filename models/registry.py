@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM
@@ -73,10 +73,14 @@ def family_of(model_type: str) -> Family:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Parses a `config.json` mapping into its family's dataclass; UserError where the family or a feature is unsupported."""
+    """Parses a `config.json` mapping into its family's dataclass; UserError where the family or a feature is unsupported, or a value is of
+    the wrong kind."""
     if not isinstance(raw, Mapping) or "model_type" not in raw:
         raise UserError("config.json: no model_type key; is this a Hugging Face model folder?")
-    return family_of(raw["model_type"]).config.from_dict(raw)
+    if not isinstance(raw["model_type"], str):
+        raise UserError(f"config.json: model_type must be a text, not {raw['model_type']!r}")
+    with reading("config.json"):
+        return family_of(raw["model_type"]).config.from_dict(raw)
 
 
 def build_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> CausalLM:

@@ -44,23 +44,31 @@ def make_rope(
       max_position_embeddings: stands in for a missing `original_max_position_embeddings`.
 
     Raises:
-      UserError: odd width, an unknown rule, or one of its numbers missing.
+      UserError: odd width, an unknown rule, or one of its numbers missing or out of range.
     """
     if width % 2:
         raise UserError(f"config.json: the rotary width {width} is odd")
+    if not 0 < theta <= LARGEST:
+        raise UserError(f"config.json: rope_theta must be a number above 0, not {theta}")
     base = (1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(
         np.float32
     )
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise UserError(f"config.json: rope_scaling type {kind!r} is not supported ({', '.join(SCALINGS)} are)")
     if scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = max_position_embeddings
+    for name in POSITIVE:
+        value = scaling.get(name)
+        if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
+            raise UserError(f"config.json: rope_scaling {kind!r}: {name} must be a number above 0, not {value!r}")
     try:
         frequencies, factor = SCALINGS[kind](base, width, float(theta), scaling, max_position_embeddings)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"config.json: rope_scaling {kind!r} is incomplete or malformed ({error!r})") from error
+    if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
+        raise UserError(f"config.json: rope_theta {theta} and rope_scaling {kind!r} do not give finite frequencies")
     return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor))
 
 
@@ -114,4 +122,14 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+LARGEST = float(np.finfo(np.float32).max)
+POSITIVE = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
 SCALINGS = {"default": plain, "linear": linear, "llama3": llama3, "yarn": yarn}

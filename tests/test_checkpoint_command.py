@@ -76,6 +76,10 @@ def bad_json(folder) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen2_moe",')
 
 
+def nested_json(folder) -> None:
+    (folder / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
 def config_is_a_list(folder) -> None:
     (folder / "config.json").write_text("[]")
 
@@ -106,6 +110,7 @@ FAULTS = [
     (foreign_file, ["neither model.safetensors nor", "(found consolidated.safetensors)"]),
     (no_config, ["no config.json"]),
     (bad_json, ["config.json: not valid JSON"]),
+    (nested_json, ["config.json: not valid JSON"]),
     (config_is_a_list, ["config.json: not a JSON object"]),
     (quantised, ["model.layers.0.mlp.experts.0.down_proj.weight is stored as I8"]),
     (prediction_layer, ["layer 2 beyond num_hidden_layers 2: multi-token-prediction"]),

@@ -154,6 +154,7 @@ def test_save_and_load_round_trip(tmp_path):
         (lambda raw: raw.update(cpu_token=-1), "cpu_token must be a finite number"),
         (lambda raw: raw.update(cpu_token="fast"), "cpu_token must be a finite number"),
         (lambda raw: raw.update(cpu_token=float("nan")), "cpu_token must be a finite number"),
+        (lambda raw: raw.update(cpu_token=10**400), "cpu_token must be a finite number"),
         (lambda raw: raw.update(bandwidth=0), "bandwidth must be above 0"),
         (
             lambda raw: raw.update(bandwidth_cpu_busy=2 * raw["bandwidth"]),
@@ -173,7 +174,7 @@ def test_a_malformed_profile_is_one_clear_error(tmp_path, change, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", pytest.param("[" * 100_000 + "]" * 100_000, id="nested")])
 def test_a_file_that_is_no_profile(tmp_path, text):
     path = tmp_path / "p.json"
     path.write_text(text)

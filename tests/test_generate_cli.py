@@ -12,7 +12,11 @@ import sys
 import pytest
 import tiny_checkpoint
 
+from hybrimoe_jax import generate
+from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
 from hybrimoe_jax.record.trace import load_trace
+from hybrimoe_jax.simulation.profile import PROFILES
 
 PROMPT = "héllo the and"
 KEYS = {
@@ -209,6 +213,12 @@ def test_ctrl_c_prints_what_there_is(checkpoint, profile, decode, first):
     assert decode(stats["token_ids"]).startswith(text.rstrip("\ufffd")) and text
 
 
+def test_the_help_names_everything_that_is_registered():
+    words = set(generate.parser().format_help().replace(",", " ").split())
+    live = {*SYSTEMS, *POLICIES, *SCHEDULERS, *PREFETCH_MODES, *PROFILES, *PREDICTORS} - {"perfect"}
+    assert live - words == set()
+
+
 def one_line(done) -> bool:
     """Refused as every bad input is: exit code 2, one line on stderr, nothing on stdout."""
     return done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
@@ -223,11 +233,15 @@ def one_line(done) -> bool:
         (("--prompt", "x", "--cache-ratio", "1.5"), "1.5"),
         (("--prompt", "x", "--cache-ratio", "0.5", "--vram-budget", "1GiB"), "not both"),
         (("--prompt", "x", "--vram-budget", "lots"), "'lots'"),
+        (("--prompt", "x", "--vram-budget", "9" * 400), "less than 8 EiB"),
         (("--prompt", "x", "--vram-budget", "10KiB"), "too small"),
         (("--prompt", "x", "--max-tokens", "5000"), "max_context"),
         (("--prompt", "x", "--max-context", "100000"), "max_position_embeddings"),
         (("--prompt", "x", "--stop", ""), "stop string"),
         (("--prompt", "x", "--trace", "/nowhere/trace.npz"), "/nowhere"),
+        (("--prompt", "x", "--profile", "/proc/x.json"), "--profile /proc/x.json: cannot be written"),
+        (("--prompt", "x", "--profile", "/tmp"), "--profile /tmp: it is a folder"),
+        (("--prompt", "x", "--timeline", "/tmp"), "--timeline /tmp: it is a folder"),
         (("--prompt", ""), "empty"),
         (("--prompt", "-"), "empty"),
         (("--prompt-ids", "1,x"), "'1,x'"),

@@ -314,12 +314,59 @@ REFUSED = {
         dict(tamper=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)),
         "rope scaling 'longrope'",
     ),
+    "a text for a number": (
+        dict(tamper=lambda w: w.add_string("qwen2moe.rope.scaling.factor", "x")),
+        r"m\.gguf: its metadata cannot be read: .*ValueError",
+    ),
     "rope factors": (dict(tamper=lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))), "rope_freqs"),
     "unknown tensors": (
         dict(tamper=lambda w: w.add_tensor("blk.0.mystery.weight", np.ones(8, np.float32))),
         "blk.0.mystery",
     ),
 }
+
+
+UNREAD = [
+    ("rope.scaling.attn_factor", 0.5, 1.0),
+    ("rope.scaling.yarn_attn_factor", 0.5, 1.0),
+    ("rope.scaling.yarn_ext_factor", 1.0, -1.0),
+    ("attention.sliding_window", 16, 0),
+    ("attention.sliding_window", 127, 128),
+    ("attention.scale", 0.5, 0.25),
+    ("attention.clamp_kqv", 3.0, 0.0),
+    ("rope.dimension_count", 8, 16),
+    ("expert_weights_scale", 2.5, 1.0),
+    ("expert_weights_norm", True, False),
+    ("expert_gating_func", 2, 1),
+    ("final_logit_softcapping", 30.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("key, value, neutral", UNREAD, ids=lambda value: str(value))
+def test_keys_that_would_change_the_answer_are_not_dropped(tmp_path, key, value, neutral):
+    def tamper(number):
+        kind = {bool: "bool", int: "uint32", float: "float32"}[type(number)]
+        return lambda writer: getattr(writer, f"add_{kind}")(f"qwen2moe.{key}", number)
+
+    for name, number in (("bad", value), ("good", neutral)):
+        write(tmp_path / f"{name}.gguf", "qwen2moe", "Q8_0", tamper=tamper(number))
+    assert open_gguf(tmp_path / "good.gguf").config.rope_scaling is None
+    with pytest.raises(UserError, match=rf"qwen2moe\.{key} {value} is not supported"):
+        open_gguf(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rope_factor_without_a_type_is_linear(tmp_path, key):
+    for name, factor in (("scaled", 4.0), ("plain", 1.0), ("zero", 0.0)):
+        write(
+            tmp_path / name,
+            "qwen3moe",
+            "Q8_0",
+            tamper=lambda writer, f=factor: writer.add_float32(f"qwen3moe.{key}", f),
+        )
+    want = parse_config({**COMMON, **MODELS["qwen3moe"], "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert open_gguf(tmp_path / "scaled").config.rope == want.rope
+    assert open_gguf(tmp_path / "plain").config.rope_scaling is open_gguf(tmp_path / "zero").config.rope_scaling is None
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -124,6 +124,43 @@ def test_a_coarse_group_goes_into_a_finer_format(tmp_path):
         np.testing.assert_array_equal(dequantise(matrix), want)
 
 
+def unlisted(method):
+    """A matrix's parts without the list that says which group an input is in."""
+    encode = {"gptq": Coded.gptq, "compressed-tensors": Coded.compressed}[method]
+    return lambda made: {part: array for part, array in encode(made).items() if part != "g_idx"}
+
+
+def grouped_by(method, size):
+    if method == "gptq":
+        return {"group_size": size}
+    scheme = {"group_size": size, "strategy": "group"} if size != -1 else {"strategy": "channel"}
+    return {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int", **scheme}}}}
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("size", [48, 40, 32, -1])
+def test_group_sizes_that_no_list_of_groups_gives(tmp_path, method, size):
+    """3 groups of 48 of 128 inputs are not 3 of 43, and 4 of 40 not 4 of 32."""
+    made = coded(group=size if size > 0 else 1 << 20)
+    values, _ = write(tmp_path / "hf", method, make=made, encode=unlisted(method), settings=grouped_by(method, size))
+    weights = open_hf(tmp_path / "hf")
+    for name, tensor in [item for piece in weights.pieces for item in piece.dense.items()]:
+        np.testing.assert_array_equal(tensor.read(), values[name], err_msg=name)
+    for have, part in zip(weights.pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+        np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
+    if size in (40, 48):
+        with pytest.raises(UserError, match="no runs of 32 inputs"):
+            quantised_format(weights)
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("size", [64, None, "32"])
+def test_a_group_size_that_belies_the_number_of_groups_is_refused(tmp_path, method, size):
+    write(tmp_path / "hf", method, encode=unlisted(method), settings=grouped_by(method, size))
+    with pytest.raises(UserError, match=r"layers\.0\..*: [24] groups of .* inputs do not follow"):
+        open_hf(tmp_path / "hf")
+
+
 def test_made_up_biases_are_dropped(tmp_path):
     def encode(made):
         return made.gptq() | {"bias": np.zeros(made.codes.shape[0], np.float16)}
@@ -165,6 +202,17 @@ REFUSED = [
     ("awq", {"version": "gemv"}, {}, "version 'gemv' is not supported"),
     ("awq", {"bits": 3}, {}, "AWQ with 3 bits"),
     ("awq", {}, {"encode": lambda c: c.awq() | {"scales": c.awq()["scales"][:, 8:]}}, "do not belong together"),
+    ("compressed-tensors", {"transform_config": {"config_groups": {"u": {}}}}, {}, "transform_config is not supported"),
+    ("gptq", {"quant_method": []}, {}, r"quantization_config \(\[\]\) is not supported"),
+    ("gptq", {"checkpoint_format": ["gptq"]}, {}, "quantization_config, or .* cannot be read: .*unhashable type"),
+    ("compressed-tensors", {"config_groups": ["Linear"]}, {}, "config_groups must be an object of objects"),
+    ("compressed-tensors", {"config_groups": {"g": {"weights": "x"}}}, {}, "weights 'x' is not supported"),
+    (
+        "compressed-tensors",
+        {},
+        {"encode": lambda c: c.compressed() | {"weight_shape": np.array([1, 2, 3], np.int64)}},
+        "config.json: quantization_config, or .* cannot be read: .*too many values to unpack",
+    ),
     ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, {}, "format 'nvfp4-pack-quantized' is not supported"),
     (
         "compressed-tensors",

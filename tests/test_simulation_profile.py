@@ -98,6 +98,7 @@ def test_a_saved_warm_up_serves_its_own_model_only(tmp_path):
         (lambda p: p["figures"].pop("cpu_first"), "'cpu_first' is missing"),
         (lambda p: p["figures"].update(turbo={"value": 1, "source": "x"}), "'turbo' is unknown"),
         (lambda p: p["figures"]["cpu_first"].update(value=-1), "cpu_first.value"),
+        (lambda p: p["figures"]["cpu_first"].update(value=10**400), "cpu_first.value"),
         (lambda p: p["figures"]["cpu_bandwidth"].update(value=0), "above 0"),
         (lambda p: p["figures"]["cpu_first"].update(value="fast"), "cpu_first.value"),
         (lambda p: p["figures"].update(cpu_first=3), "cpu_first.value"),
@@ -117,8 +118,9 @@ def test_a_wrong_profile_is_one_clear_error(tmp_path, edit, message):
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="laptop-8gb"):
         load_costs("a7000", SHAPE, "int4")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(UserError, match="invalid JSON"):
-        load_costs(tmp_path / "broken.json", SHAPE, "int4")
+    for text in ("{", "[" * 100_000 + "]" * 100_000):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(UserError, match="invalid JSON"):
+            load_costs(tmp_path / "broken.json", SHAPE, "int4")
     with pytest.raises(UserError, match="known: "):
         get_shape("gpt-5")

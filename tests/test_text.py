@@ -207,7 +207,9 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer(tmp_path)
     saved(tmp_path, byte_level())
-    for text, why in (("{", "not valid JSON"), ("[]", "not a JSON object")):
+    deep = "[" * 100_000 + "]" * 100_000
+    wrong = '{"chat_template": 5}', "chat_template is no text"
+    for text, why in (("{", "not valid JSON"), (deep, "not valid JSON"), ("[]", "not a JSON object"), wrong):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(UserError, match=rf"tokenizer_config\.json: {why}"):
             Tokenizer(tmp_path)

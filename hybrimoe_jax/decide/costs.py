@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,10 +91,8 @@ class CostModel:
             if name == "source":
                 if not isinstance(value, str):
                     raise UserError(f"cost model: source must be a text, not {value!r}")
-            elif (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0
-            ):
-                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {repr(value)[:40]}")
         for name in ("bandwidth", "bandwidth_cpu_busy"):
             if getattr(self, name) <= 0:
                 raise UserError(f"cost model: {name} must be above 0 bytes per second")
@@ -185,7 +183,7 @@ def is_profile(path: str | Path) -> bool:
     """Whether the file is one that `CostModel.save` wrote, usable or not."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("kind") == _KIND
 
@@ -196,7 +194,7 @@ def read_profile(path: str | Path) -> tuple[CostModel, list[dict]]:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
     if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
         raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")

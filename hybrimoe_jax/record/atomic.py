@@ -31,3 +31,21 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike, what: str) -> None:
+    """Refuses, before long work begins, a file that `replacing` could not write when it ends; leaves nothing behind.
+
+    Raises UserError that begins with `what` for a folder or device, and for a file whose folder is missing or takes no files.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{what} {path}: it is {'a folder' if path.is_dir() else 'no plain file'}; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{what} {path}: there is no folder {path.parent}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.touch(exist_ok=False)
+        beside.unlink()
+    except OSError as error:
+        raise UserError(f"{what} {path}: cannot be written ({error.strerror or error})") from None

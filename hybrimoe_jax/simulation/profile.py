@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def load_profile(name: str | Path) -> MachineProfile:
         raise UserError(
             f"profile {name}: neither a known one ({known}) nor a readable file ({error.strerror})"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"profile {name}: not a profile: invalid JSON ({error})") from None
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
@@ -193,12 +193,11 @@ def load_profile(name: str | Path) -> MachineProfile:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < 0
+            or not 0 <= value <= sys.float_info.max
             or (rate and not value)
         ):
             raise UserError(
-                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {value!r}"
+                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {repr(value)[:40]}"
             )
         if not isinstance(entry.get("source"), str) or not entry["source"].strip():
             raise UserError(f"profile {name}: {field} has no source; every figure says where it comes from")

@@ -63,7 +63,7 @@ class AwqTensor(QuantisedTensor):
         return Kind(4, fitting_group(columns // groups, columns), True, scale_type(self.scales))
 
     def group_of(self) -> np.ndarray:
-        return groups_in_order(self.shape[1], self.scales.shape[0])
+        return groups_in_order(self.shape[1], self.shape[1] // self.scales.shape[0])
 
     def codes(self) -> Codes:
         codes, zeros = (in_order(part.integers()) for part in (self.qweight, self.qzeros))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,9 +143,25 @@ def groups_listed(g_idx: Any, groups: int, where: str) -> np.ndarray:
     return of
 
 
-def groups_in_order(columns: int, groups: int) -> np.ndarray:
-    """The group of each column, [K], where groups are runs of one size."""
-    return np.arange(columns) // -(-columns // groups)
+def groups_in_order(columns: int, size: int) -> np.ndarray:
+    """The group of each column, [K], where groups are runs of `size` columns."""
+    return np.arange(columns) // size
+
+
+def check_group_size(sizes: Collection[Any], columns: int, groups: int, where: str) -> int:
+    """The columns of a group, where no list says which group a column is in: the one of `sizes` (those that the configuration
+    names; -1 is a whole row) that makes `groups` of `columns`. UserError where none does, or several do and differ."""
+    whole = {columns if size == -1 else size for size in sizes if isinstance(size, int) and (size == -1 or size > 0)}
+    fitting = {min(size, columns) for size in whole if -(-columns // size) == groups}
+    if not whole and groups == 1:
+        return columns
+    if len(fitting) != 1:
+        named = ", ".join(str(size) for size in sizes) or "not given"
+        raise UserError(
+            f"{where}: {groups} groups of {columns} inputs do not follow from config.json, whose group_size is {named}; "
+            "download both again"
+        )
+    return fitting.pop()
 
 
 def scale_type(scales: Any) -> str:

@@ -23,6 +23,7 @@ from hybrimoe_jax.models.quantised.codes import (
     Kind,
     QuantisedTensor,
     centred,
+    check_group_size,
     fitting_group,
     gathered,
     groups_in_order,
@@ -44,6 +45,7 @@ class PackedTensor(QuantisedTensor):
     g_idx: FileTensor | None
     shape: tuple[int, int]
     bits: int
+    group_sizes: tuple[Any, ...]  # those of the configuration; -1 is a whole row
 
     def __post_init__(self):
         rows, columns = self.shape
@@ -59,6 +61,8 @@ class PackedTensor(QuantisedTensor):
                 f"{self.where}: weight_packed {list(self.packed.shape)} and weight_scale {list(self.scale.shape)} do not "
                 f"belong to {self.bits} bits of shape {list(self.shape)}; download it again"
             )
+        if self.g_idx is None:
+            _ = self.group_size  # refuses a number of groups that no size of the configuration gives
 
     @property
     def where(self) -> str:
@@ -66,7 +70,8 @@ class PackedTensor(QuantisedTensor):
 
     @property
     def group_size(self) -> int:
-        return -(-self.shape[1] // self.scale.shape[1])
+        """The inputs of a group, where there is no `weight_g_idx`."""
+        return check_group_size(self.group_sizes, self.shape[1], self.scale.shape[1], self.where)
 
     @property
     def kind(self) -> Kind:
@@ -78,7 +83,7 @@ class PackedTensor(QuantisedTensor):
 
     def group_of(self) -> np.ndarray:
         if self.g_idx is None:
-            return groups_in_order(self.shape[1], self.scale.shape[1])
+            return groups_in_order(self.shape[1], self.group_size)
         return groups_listed(self.g_idx, self.scale.shape[1], self.where)
 
     def codes(self) -> Codes:
@@ -94,17 +99,22 @@ class PackedTensor(QuantisedTensor):
 def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> dict[str, Any]:
     """`stored` with the parts of every quantised matrix `X` replaced by one `PackedTensor` named `X.weight`."""
     groups = settings.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise UserError("config.json: compressed-tensors config_groups must be an object of objects")
     for name, group in groups.items():
         check(name, settings.get("format"), group)
-    if settings.get("kv_cache_scheme"):
-        raise UserError("config.json: compressed-tensors kv_cache_scheme is not supported; save it without")
+    for key in ("kv_cache_scheme", "transform_config"):
+        if settings.get(key):
+            raise UserError(f"config.json: compressed-tensors {key} is not supported; save it without")
+    weights = [group["weights"] for group in groups.values()]
+    sizes = tuple(-1 if one["strategy"] == "channel" else one.get("group_size") for one in weights)
 
     def matrix(found: dict[str, FileTensor], stem: str) -> PackedTensor:
         packed = found["weight_packed"]
         rows, columns = (int(n) for n in found["weight_shape"].integers())
         bits = 8 if packed.shape[1] * 4 >= columns else 4
         optional = found.get("weight_zero_point"), found.get("weight_g_idx")
-        return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits)
+        return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits, sizes)
 
     return gathered(stored, PARTS, ("weight_packed", "weight_scale", "weight_shape"), matrix)
 
@@ -113,7 +123,9 @@ def check(name: str, overall: str | None, group: Mapping[str, Any]) -> None:
     """Raises UserError for a scheme that is not a plain group or channel quantisation of weights."""
     weights, style = group.get("weights") or {}, group.get("format") or overall
     what = None
-    if style != "pack-quantized":
+    if not isinstance(weights, Mapping):
+        what = f"weights {weights!r} (an object is)"
+    elif style != "pack-quantized":
         what = f"format {style!r} (pack-quantized is)"
     elif group.get("input_activations") or group.get("output_activations"):
         what = "quantised activations (weights alone are)"

@@ -16,7 +16,7 @@ METHODS = {"gptq": gptq.tensors, "awq": awq.tensors, "compressed-tensors": compr
 def method_of(settings: Any) -> str:
     """The `quant_method`; raises UserError where it is not one of `METHODS`."""
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(
             f"config.json: quantization_config ({method}) is not supported ({', '.join(METHODS)} are); "
             "use an unquantised checkpoint"

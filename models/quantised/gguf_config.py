@@ -20,6 +20,25 @@ ARCHITECTURES = {
     "deepseek2": "deepseek_v2",
 }
 SOFTMAX = 1  # of `expert_gating_func`
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "expert_gating_func": (0, SOFTMAX),
+    "expert_weights_scale": (0, 1),
+    "attention.clamp_kqv": (0,),
+    "attn_logit_softcapping": (0,),
+    "router_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+}
+"""Keys that would change the answer and that no configuration here can say -> the values under which they change nothing."""
+HONOURED = {
+    "deepseek2": ("expert_weights_scale", "expert_weights_norm", "expert_gating_func", "rope.dimension_count"),
+    "olmoe": ("attention.clamp_kqv",),
+}
+"""By architecture: those that are read all the same."""
 
 
 def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
@@ -83,7 +102,29 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         raw["head_dim"] = get("attention.key_length", get("rope.dimension_count"))
     if arch == "deepseek2":
         raw |= deepseek(get, need, heads, experts, where)
+    check_rest(arch, get, raw, where)
     return raw
+
+
+def check_rest(arch: str, get, raw: Mapping[str, Any], where: object) -> None:
+    """Refuses by name what `raw` does not say and what would change the answer."""
+    head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    if arch == "deepseek2":
+        head = raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
+    yarn = get("rope.scaling.type") == "yarn"
+    neutral = NEUTRAL | {
+        "rope.dimension_count": (head,),
+        "attention.sliding_window": (0, max(get("attention.sliding_window", 0), raw["max_position_embeddings"])),
+        "attention.scale": (0, rounded(head**-0.5)),
+        "rope.scaling.yarn_ext_factor": (-1, int(yarn)),
+        "expert_weights_norm": (raw.get("norm_topk_prob", True),),
+    }
+    for key, values in neutral.items():
+        value = get(key)
+        if value is None or key in HONOURED.get(arch, ()):
+            continue
+        if (rounded(value) if isinstance(value, float) else value) not in values:
+            raise UserError(f"{where}: {arch}.{key} {value!r} is not supported for this architecture")
 
 
 def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, Any]:
@@ -118,12 +159,14 @@ def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, An
 
 
 def rope_scaling(get, where: object) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type", "none")
+    """llama.cpp's rules: without a type scaling is linear, a factor of 0 is none, and `rope.scale_linear` is the factor's old name."""
+    factor = rounded(get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0)
+    kind = get("rope.scaling.type", "linear" if factor != 1 else "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{where}: rope scaling {kind!r} is not supported in GGUF (linear and yarn are)")
-    scaling = {"rope_type": kind, "factor": rounded(get("rope.scaling.factor", 1.0))}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
         for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):

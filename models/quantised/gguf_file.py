@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.checkpoint import match_names
 from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor
 from hybrimoe_jax.models.quantised.gguf_config import hf_config
@@ -139,7 +139,8 @@ def open_gguf(path: str | Path) -> Weights:
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{path}: not a whole GGUF file ({error}); download it again") from None
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in stored.items()}
-    raw = hf_config(fields, shapes, path)
+    with reading(f"{path}: its metadata"):
+        raw = hf_config(fields, shapes, path)
     config = parse_config(raw)
     tensors = original(config, fields["general.architecture"], stored, shapes, path)
     status = path.stat()

@@ -24,6 +24,7 @@ from hybrimoe_jax.models.quantised.codes import (
     Kind,
     QuantisedTensor,
     centred,
+    check_group_size,
     fitting_group,
     gathered,
     groups_in_order,
@@ -49,6 +50,7 @@ class GptqTensor(QuantisedTensor):
     symmetric: bool
     sorted_inputs: bool  # act-order: `g_idx` must be read to know the groups
     add: int
+    group_size: Any  # as the configuration has it; without `g_idx` it is all that tells where a group ends
 
     def __post_init__(self):
         groups, rows = self.scales.shape
@@ -62,6 +64,8 @@ class GptqTensor(QuantisedTensor):
                 f"{[list(s) for s in want]} as {self.bits} bits and scales {list(self.scales.shape)} need; "
                 "download it again"
             )
+        if self.g_idx is None:
+            _ = self.run  # refuses a number of groups that `group_size` does not give
 
     @property
     def where(self) -> str:
@@ -72,18 +76,24 @@ class GptqTensor(QuantisedTensor):
         return self.scales.shape[1], self.qweight.shape[0] * 32 // self.bits
 
     @property
+    def run(self) -> int:
+        """The inputs of a group, where there is no `g_idx`."""
+        return check_group_size([self.group_size], self.shape[1], self.scales.shape[0], self.where)
+
+    @property
     def kind(self) -> Kind:
         groups, columns = self.scales.shape[0], self.shape[1]
         if self.sorted_inputs and self.g_idx is not None:
             group = run_length(self.group_of())
         else:
-            group = fitting_group(-(-columns // groups), columns)
+            size = -(-columns // groups) if self.g_idx is not None else self.run
+            group = fitting_group(size, columns)
         return Kind(self.bits, group, not self.symmetric, scale_type(self.scales))
 
     def group_of(self) -> np.ndarray:
         groups, columns = self.scales.shape[0], self.shape[1]
         if self.g_idx is None:
-            return groups_in_order(columns, groups)
+            return groups_in_order(columns, self.run)
         return groups_listed(self.g_idx, groups, self.where)
 
     def codes(self) -> Codes:
@@ -117,6 +127,7 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
             raise UserError(f"{qweight.path}: {stem} has {bits:g} bits; GPTQ with 4 or 8 is supported")
         symmetric, sorted_inputs = bool(settings.get("sym", False)), bool(settings.get("desc_act", False))
         tensors = (qweight, found["qzeros"], found["scales"], g_idx)
-        return GptqTensor(*tensors, int(bits), symmetric, sorted_inputs, VERSIONS[version])
+        size = settings.get("group_size")
+        return GptqTensor(*tensors, int(bits), symmetric, sorted_inputs, VERSIONS[version], size)
 
     return gathered(stored, PARTS, PARTS[:3], matrix)
