@@ -161,6 +161,13 @@ def test_a_group_size_that_belies_the_number_of_groups_is_refused(tmp_path, meth
         open_hf(tmp_path / "hf")
 
 
+def test_sorted_inputs_without_a_list_of_groups_are_refused(tmp_path):
+    settings = grouped_by("gptq", 32) | {"desc_act": True}
+    write(tmp_path / "hf", "gptq", encode=unlisted("gptq"), settings=settings)
+    with pytest.raises(UserError, match="desc_act is set, but there is no g_idx"):
+        open_hf(tmp_path / "hf")
+
+
 def test_made_up_biases_are_dropped(tmp_path):
     def encode(made):
         return made.gptq() | {"bias": np.zeros(made.codes.shape[0], np.float16)}

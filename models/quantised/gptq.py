@@ -64,6 +64,10 @@ class GptqTensor(QuantisedTensor):
                 f"{[list(s) for s in want]} as {self.bits} bits and scales {list(self.scales.shape)} need; "
                 "download it again"
             )
+        if self.g_idx is None and self.sorted_inputs:
+            raise UserError(
+                f"{self.where}: desc_act is set, but there is no g_idx to say which group an input is in; download it again"
+            )
         if self.g_idx is None:
             _ = self.run  # refuses a number of groups that `group_size` does not give
 
