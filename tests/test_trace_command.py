@@ -174,10 +174,10 @@ def test_info_counts_as_one_would_by_hand(tmp_path):
         products.append(sum((c / 28) ** 2 for c in counts) / 2)
     assert said["skew"]["hottest_quarter"] == pytest.approx(np.mean(quarters))
     assert said["overlap"]["popularity_chance"] == pytest.approx(np.mean(products))
-    order = sorted({(int(a), int(b), int(c)) for a, b, c in zip(trace.step, trace.sequence, trace.position)})
+    order = sorted({(int(a), int(b), int(c)) for a, b, c in zip(trace.sequence, trace.step, trace.position)})
     distances, firsts, uses = [], 0, 0
     for layer in range(3):
-        walk = [chosen[s, layer, p] for _, s, p in order]
+        walk = [chosen[s, layer, p] for s, _, p in order]
         for now, experts in enumerate(walk):
             for expert in experts:
                 uses += 1

@@ -1,7 +1,7 @@
 """`bench cache`: hits and misses of cache policies on recorded routing, replayed token by token from a cold start.
 
 Rules: event-atomic; every miss is kept (and, apart, only those that the policy admits: bypass); slots = max(top-k, round(ratio * experts)) a
-layer; one token a step, in the order of the trace; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
+layer; one token a step, one sequence after another; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
 misses between MRS and Belady's rule that a policy saves.
 """
 
