@@ -164,12 +164,18 @@ class TraceRecorder:
             stacked([row[7] for row in rows], facts.experts, np.float32),
             {d: stacked([row[8].get(d) for row in rows], facts.experts, np.float32) for d in distances},
             dict(self.about),
-            {name: np.array(rows, np.int32) for name, rows in self._notes.items()},
+            {name: np.array(rows, np.int32) for name, rows in self._notes.items() if rows},
         )
 
     def note(self, name: str, row: tuple[int, ...]) -> None:
-        """Adds a row to the extra array `x_<name>`."""
+        """Adds a row to the extra array `x_<name>`; its first number is the step it belongs to."""
         self._notes.setdefault(name, []).append(row)
+
+    def drop_from(self, step: int) -> None:
+        """Forgets all of the steps from this one on; the next forward pass gets its number."""
+        self._rows = [row for row in self._rows if row[0] < step]
+        self._notes = {name: [row for row in rows if row[0] < step] for name, rows in self._notes.items()}
+        self.step = min(self.step, step - 1)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what has been recorded so far; see `save_trace`."""
