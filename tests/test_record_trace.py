@@ -97,8 +97,8 @@ def test_additions_of_other_programs_survive(tmp_path):
     assert np.array_equal(load_trace(tmp_path / "t.npz").extra["landed"], np.arange(27) * 0.5)
 
 
-def with_row(column: str, row: int, value) -> dict:
-    changed = np.array(getattr(recorded()[0].trace(), column))
+def with_row(column: str, row, value, dtype=None) -> dict:
+    changed = np.array(getattr(recorded()[0].trace(), column), dtype)
     changed[row] = value
     return {column: changed}
 
@@ -118,6 +118,11 @@ def with_row(column: str, row: int, value) -> dict:
         (with_row("step", 0, -1), r"record 0 .*step is negative"),
         (with_row("phase", 17, 0), r"record 17 .*phase differs from the phase of its step"),
         (with_row("phase", 0, 2), r"record 0 .*phase is 2"),
+        (with_row("phase", slice(5), -1, np.int64), r"record 0 .*phase is -1"),
+        (with_row("sequence", 7, 2**32, np.int64), r"record 7 .*sequence 4294967296.*: sequence is above 2147483647"),
+        (with_row("sequence", 7, 2**63 + 1, np.uint64), r"record 7 .*sequence is above 2147483647"),
+        (with_row("step", slice(21, None), 2**33, np.int64), r"record 21 .*step is above 2147483647"),
+        (with_row("position", 3, 2**31, np.int64), r"record 3 .*position is above 2147483647"),
         (with_row("position", 6, 0), r"record 6 .*the same token twice"),
         (with_row("position", 6, -3), r"record 6 .*position is negative"),
         (with_row("weights", 9, [0.5, np.inf]), r"record 9 .*weights \[0.5, inf\]"),
