@@ -107,14 +107,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def repeat(paths: list[str]) -> int:
     """Replays the very runs that traces were recorded from: a JSON line each."""
-    for path in paths:
+    for path, name in grid.trace_names(paths).items():
         trace = open_trace(path)
         planner, result = replay_run(trace, path)
         c = result.counters
         times = {phase: sum(s.seconds for s in result.steps if s.phase == phase) for phase in ("prefill", "decode")}
         virtual = trace.about.get("clock") == "virtual"
         record = {
-            "trace": os.path.basename(path),
+            "trace": name,
             "system": planner.system.name,
             "clock": "virtual" if virtual else "none: counts only, a replay measures nothing",
             "hits": c.hits,

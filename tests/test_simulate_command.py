@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hybrimoe_jax import simulate
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.record.facts import MODELS
 from hybrimoe_jax.record.trace import Trace, save_trace
+from hybrimoe_jax.simulation.grid import trace_names
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,34 @@ def test_a_replaced_part_is_in_the_record(trace, tmp_path):
     (record,) = map(json.loads, out.read_text().splitlines())
     assert (record["choices"]["cache"], record["choices"]["scheduler"]) == ("lru", "fetch-misses")
     assert record["cpu_experts"] == 0 and record["steps"] == 6
+
+
+def test_parts_that_cannot_be_replaced_are_said(trace, tmp_path, capsys):
+    flags = ["--systems", "oracle,belady,hybrimoe", "--cache-ratios", "0.25", "--starts", "cold", "--steps", "2"]
+    simulate.main(["--trace", trace, *flags, "--cache-scope", "pooled", "--cache", "lru", "--lookahead", "0"])
+    note = "oracle, belady: parts are fixed: --cache, --lookahead, --cache-scope replaced nothing"
+    assert note in capsys.readouterr().out
+    simulate.main(["--trace", trace, *flags])
+    assert "fixed" not in capsys.readouterr().out
+
+
+def test_traces_that_end_alike_are_kept_apart(trace, tmp_path, capsys):
+    from hybrimoe_jax.simulation.plots import _words
+
+    for folder in ("d1/x", "d2/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.npz").write_bytes(Path(trace).read_bytes())
+    paths = [str(tmp_path / folder / "run.npz") for folder in ("d1/x", "d2/x")]
+    flags = ["--systems", "cpu-only", "--cache-ratios", "0.5", "--starts", "cold", "--steps", "1"]
+    simulate.main(["--trace", *paths, *flags, "--out", str(tmp_path / "r.jsonl")])
+    names = [json.loads(line)["trace"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert names == ["d1/x/run.npz", "d2/x/run.npz"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "simulated times" in line] == names
+    assert len(set(_words([*names, "d1/x/run.csv"]).values())) == 3
+    assert trace_names(["a/x/run.npz", "x/run.npz", "run.npz"]) == {
+        "a/x/run.npz": "a/x/run.npz", "x/run.npz": "x/run.npz", "run.npz": "run.npz"
+    }  # fmt: skip
+    assert trace_names(["/a/b/c/run.npz"]) == {"/a/b/c/run.npz": "c/run.npz"}
 
 
 @pytest.mark.parametrize(
