@@ -92,14 +92,29 @@ def routing(path: str, part: str, layers: int | None) -> Routing:
     return Routing(path, part, layers)
 
 
+def parsed(spec: str) -> tuple[type, dict]:
+    """(policy, its parameters)."""
+    return (Belady, {}) if spec == "belady" else parse_policy(spec)
+
+
+def hindrance(path: str, spec: str, options: Options) -> str | None:
+    """Why a policy cannot be measured on a trace; None where it can."""
+    policy, _ = parsed(spec)
+    if options.pooled and not policy.comparable:
+        return "its layers cannot share slots (--pooled)"
+    fold = routing(path, options.part, options.layers).fold
+    if policy is Static and fold.all():
+        return "it is counted on other sequences, and there is one only"
+    return None
+
+
 def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
-    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured (a static
-    placement has no other sequence to be counted on; layers of the policy cannot share slots)."""
+    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured."""
+    if hindrance(path, spec, options):
+        return None
     trace = routing(path, options.part, options.layers)
     num_layers = trace.ids.shape[1]
-    policy, parameters = (Belady, {}) if spec == "belady" else parse_policy(spec)
-    if options.pooled and not policy.comparable:
-        return None
+    policy, parameters = parsed(spec)
     slots = {ratio: slots_for(ratio, trace.num_experts, trace.top_k) for ratio in options.ratios}
     cells = [(ratio, bypass) for ratio in options.ratios for bypass in (False, True)]
 
@@ -116,10 +131,7 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         return replay(policies, trace.visits(keep), caches)
 
     if policy is Static:
-        folds = [fold for fold in (trace.fold, ~trace.fold) if fold.any()]
-        if len(folds) < 2:
-            return None
-        halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in folds]
+        halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in (trace.fold, ~trace.fold)]
         found = [Outcome(*map(sum, zip(*pair))) for pair in zip(*halves)]
     elif policy is Belady:
         future = [layer[layer[:, 0] >= 0].tolist() for layer in trace.ids.swapaxes(0, 1)]
@@ -139,10 +151,12 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
     A policy's key is its name as given, without the parameters where that leaves no two alike; those are then under "parameters".
     """
     for spec in options.policies:  # refused before anything runs
-        if spec != "belady":
-            parse_policy(spec)
+        parsed(spec)
     for path in paths:
-        routing(path, options.part, options.layers)
+        hindrances = {spec: hindrance(path, spec, options) for spec in options.policies}
+        if all(hindrances.values()):
+            said = "; ".join(f"{spec}: {reason}" for spec, reason in hindrances.items())
+            raise UserError(f"trace {path}: no policy can be measured ({said})")
     with ExitStack() as stack:
         pool = jobs > 1 and stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
         record = {}
