@@ -11,7 +11,7 @@ import os
 import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, progress, run
-from hybrimoe_jax.decide.systems import SCOPES
+from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.record.importers import open_trace
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         path = getattr(args, flag)
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+    check_lookahead(args.lookahead)
     if args.as_recorded:
         return repeat(args.trace)
     cases = grid.cases_of(
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         [_number(word, "--cache-ratios", 0, 1) for word in _words(args.cache_ratios, "--cache-ratios")],
         fmt=args.format,
         starts=_words(args.starts, "--starts"),
-        lengths=[int(_number(w, "--prompt-lengths", 1)) for w in args.prompt_lengths.split(",") if w.strip()],
+        lengths=[_whole(word, "--prompt-lengths") for word in args.prompt_lengths.split(",") if word.strip()],
         prompts=args.prompts,
         parts=grid.parts_of(vars(args)),
         shape=args.shape,
@@ -136,6 +137,12 @@ def _words(text: str, flag: str) -> list[str]:
     if not words:
         raise UserError(f"{flag} is empty")
     return words
+
+
+def _whole(word: str, flag: str) -> int:
+    if not word.strip().isdecimal() or len(word) > 9 or int(word) < 1:
+        raise UserError(f"{flag}: {word.strip()!r} is not a number of tokens, at least 1")
+    return int(word)
 
 
 def _number(word: str, flag: str, low: float, high: float = float("inf")) -> float:

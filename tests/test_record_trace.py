@@ -176,6 +176,11 @@ def test_of_several_bad_records_the_first_is_named(tmp_path):
         ({"facts": {"model_type": "x"}}, {}, "its facts must be model_type, layers, experts, top_k"),
         ({"facts": {"model_type": "x", "layers": 0, "experts": 4, "top_k": 1}}, {}, "layers is 0; a positive integer"),
         ({"facts": {"model_type": "x", "layers": 1, "experts": 4, "top_k": 5}}, {}, "top_k is 5 of only 4 experts"),
+        ({"facts": {"model_type": "x", "layers": 10**9, "experts": 4, "top_k": 1}}, {}, "layers is above 65536"),
+        ({"facts": {"model_type": "x", "layers": 10**30, "experts": 4, "top_k": 1}}, {}, "layers is above 65536"),
+        ({"about": {"a": [float("nan")]}}, {}, "not the JSON of a trace"),
+        ({}, {"lookahead_²": np.zeros((27, 8), np.float32)}, "unknown array 'lookahead_²'"),
+        ({}, {f"lookahead_{10**20}": np.full((27, 8), np.nan, np.float32)}, "unknown array 'lookahead_1000"),
         ({}, {"step": None, "ids": None}, "lacks the arrays step, ids"),
         ({}, {"surprise": np.zeros(3)}, "unknown array 'surprise'"),
         ({}, {"step": np.array(3)}, r"array step has shape \[\]"),
@@ -207,6 +212,11 @@ def test_files_that_are_no_trace_are_one_clear_error(tmp_path):
     np.savez(path, meta=np.array("{nonsense"))
     with pytest.raises(UserError, match="not the JSON of a trace"):
         load_trace(path)
+    head = '{"format": "hybrimoe-trace", "version": 1, "about": '
+    for text in ("[" * 100_000 + "]" * 100_000, "1e999"):
+        np.savez(path, meta=np.array(head + text + "}"))
+        with pytest.raises(UserError, match="not the JSON of a trace"):
+            load_trace(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("step.npy", b"not an array")
     with pytest.raises(UserError, match=r"t.npz"):
@@ -259,3 +269,5 @@ def test_facts_and_about_are_checked():
         TraceFacts("x", layers=1, experts=2, top_k=1, expert_bytes={"f32": 0})
     with pytest.raises(UserError, match="`about` holds something"):
         TraceRecorder(FACTS, made=object()).save("never-written.npz")
+    with pytest.raises(UserError, match="`about` holds something"):
+        TraceRecorder(FACTS, rate=float("nan")).save("never-written.npz")

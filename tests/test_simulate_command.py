@@ -122,6 +122,10 @@ def test_traces_that_end_alike_are_kept_apart(trace, tmp_path, capsys):
         (["--as-recorded"], "carries no run"),
         (["--systems", ","], "is empty"),
         (["--prompt-lengths", "4096"], "do not hold a prompt"),
+        (["--prompt-lengths", "inf"], "'inf' is not a number of tokens"),
+        (["--prompt-lengths", "2,2.7"], "'2.7' is not a number of tokens"),
+        (["--lookahead", "99"], "lookahead 99 is outside 0..8"),
+        (["--lookahead", "1" + 23 * "0"], "is outside 0..8"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(trace, flags, message, capsys):
