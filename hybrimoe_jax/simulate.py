@@ -68,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         path = getattr(args, flag)
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+        if path and os.path.isdir(path):
+            raise UserError(f"--{flag} {path}: a folder; a file is needed")
+    if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
+        raise UserError(f"--plots {args.plots}: a file; a folder is needed")
     check_lookahead(args.lookahead)
     if args.as_recorded:
         return repeat(args.trace)
@@ -94,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
         grid.prepared(case)  # what cannot be is said before anything runs
     records = list(progress(grid.run_cases(cases, args.jobs), len(cases), "simulating"))
-    print(table(records))
     if args.out:
         with replacing(args.out) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+    print(table(records), flush=True)
     if args.timeline:
         grid.timeline_of(cases, TIMELINE_STEPS).write(args.timeline)
     if args.plots:

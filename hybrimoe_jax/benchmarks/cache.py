@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import repeat
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from hybrimoe_jax.decide.caching.replay import Outcome, PerLayer, Pooled, Visit,
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.record.tokens import by_token, token_of_row
+from hybrimoe_jax.simulation.workers import workers
 
 # MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
@@ -158,7 +157,7 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
             said = "; ".join(f"{spec}: {reason}" for spec, reason in hindrances.items())
             raise UserError(f"trace {path}: no policy can be measured ({said})")
     with ExitStack() as stack:
-        pool = jobs > 1 and stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
+        pool = jobs > 1 and stack.enter_context(workers(jobs))
         record = {}
         for path in paths:
             results = (pool.map if pool else map)(measure, repeat(path), options.policies, repeat(options))

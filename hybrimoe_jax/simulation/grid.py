@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from hybrimoe_jax.simulation.records import measures, versions
 from hybrimoe_jax.simulation.replay import Result, replay
 from hybrimoe_jax.simulation.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.simulation.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulation.workers import workers
 from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
@@ -263,7 +263,7 @@ def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:
     if jobs <= 1 or len(cases) == 1:
         yield from map(run_case, cases)
         return
-    with ProcessPoolExecutor(min(jobs, len(cases)), mp_context=get_context("spawn")) as pool:
+    with workers(min(jobs, len(cases))) as pool:
         numbers = {pool.submit(run_case, case): number for number, case in enumerate(cases)}
         done: dict[int, dict] = {}
         following = 0
