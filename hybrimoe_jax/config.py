@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from hybrimoe_jax.decide.systems import PREFETCH_MODES, get_system
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
 
 EXECUTORS = ("overlapped", "callback", "dense")
@@ -99,8 +99,7 @@ class EngineConfig:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
             raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
-        if isinstance(self.lookahead, int) and not 0 <= self.lookahead <= 8:
-            raise UserError(f"lookahead {self.lookahead} is outside 0..8")
+        check_lookahead(self.lookahead)
         for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

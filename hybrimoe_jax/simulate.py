@@ -11,7 +11,7 @@ import os
 import sys
 
 from hybrimoe_jax.cli import Parser, lookahead, progress, run
-from hybrimoe_jax.decide.systems import SCOPES
+from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.record.importers import open_trace
@@ -68,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         path = getattr(args, flag)
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+        if path and os.path.isdir(path):
+            raise UserError(f"--{flag} {path}: a folder; a file is needed")
+    if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
+        raise UserError(f"--plots {args.plots}: a file; a folder is needed")
+    check_lookahead(args.lookahead)
     if args.as_recorded:
         return repeat(args.trace)
     cases = grid.cases_of(
@@ -77,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         [_number(word, "--cache-ratios", 0, 1) for word in _words(args.cache_ratios, "--cache-ratios")],
         fmt=args.format,
         starts=_words(args.starts, "--starts"),
-        lengths=[int(_number(w, "--prompt-lengths", 1)) for w in args.prompt_lengths.split(",") if w.strip()],
+        lengths=[_whole(word, "--prompt-lengths") for word in args.prompt_lengths.split(",") if word.strip()],
         prompts=args.prompts,
         parts=grid.parts_of(vars(args)),
         shape=args.shape,
@@ -93,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
         grid.prepared(case)  # what cannot be is said before anything runs
     records = list(progress(grid.run_cases(cases, args.jobs), len(cases), "simulating"))
-    print(table(records))
     if args.out:
         with replacing(args.out) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+    print(table(records), flush=True)
     if args.timeline:
         grid.timeline_of(cases, TIMELINE_STEPS).write(args.timeline)
     if args.plots:
@@ -107,14 +112,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def repeat(paths: list[str]) -> int:
     """Replays the very runs that traces were recorded from: a JSON line each."""
-    for path in paths:
+    for path, name in grid.trace_names(paths).items():
         trace = open_trace(path)
         planner, result = replay_run(trace, path)
         c = result.counters
         times = {phase: sum(s.seconds for s in result.steps if s.phase == phase) for phase in ("prefill", "decode")}
         virtual = trace.about.get("clock") == "virtual"
         record = {
-            "trace": os.path.basename(path),
+            "trace": name,
             "system": planner.system.name,
             "clock": "virtual" if virtual else "none: counts only, a replay measures nothing",
             "hits": c.hits,
@@ -136,6 +141,12 @@ def _words(text: str, flag: str) -> list[str]:
     if not words:
         raise UserError(f"{flag} is empty")
     return words
+
+
+def _whole(word: str, flag: str) -> int:
+    if not word.strip().isdecimal() or len(word) > 9 or int(word) < 1:
+        raise UserError(f"{flag}: {word.strip()!r} is not a number of tokens, at least 1")
+    return int(word)
 
 
 def _number(word: str, flag: str, low: float, high: float = float("inf")) -> float:

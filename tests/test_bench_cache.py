@@ -142,10 +142,15 @@ def test_a_policy_of_one_s_own_runs_live(tmp_path, monkeypatch):
         (("--trace", "t.npz", "--policies", "fifo"), "'fifo' is unknown"),
         (("--trace", "t.npz", "--policies", "nowhere:X"), "importing nowhere failed"),
         (("--trace", "t.npz", "--jobs", "0"), "--jobs must be at least 1"),
+        (
+            ("--trace", "t.npz", "one.npz", "--policies", "static"),
+            "one.npz: no policy can be measured (static: it is counted on other",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     small_trace(tmp_path / "t.npz", tokens=4)
+    small_trace(tmp_path / "one.npz", tokens=1)
     done = run(*arguments, cwd=tmp_path, code=2)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
 

@@ -215,6 +215,26 @@ def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
     assert np.array_equal(recorded._count, before), "it learns no further"
 
 
+def test_a_recorded_table_of_a_batch_is_that_of_its_sequences_one_by_one(tmp_path):
+    rng = np.random.default_rng(6)
+    runs = [steps(rng, [1] * 5) for _ in range(3)]
+    tables = []
+    for name, passes in {
+        "apart": [([number], at) for number in range(3) for at in range(5)],
+        "together": [([0, 1, 2], at) for at in range(5)],
+    }.items():
+        recorder = TraceRecorder(TraceFacts("toy", LAYERS, EXPERTS, TOP_K))
+        for sequences, at in passes:
+            recorder.next_step()
+            for layer in range(LAYERS):
+                ids = np.concatenate([runs[number][at][layer].ids for number in sequences])
+                recorder.add(layer, "decode", sequence=sequences, position=[at] * len(sequences), ids=ids)
+        recorder.save(tmp_path / f"{name}.npz")
+        tables.append(build_predictor(f"recorded:{tmp_path / name}.npz", *MODEL))
+    for table in ("_across", "_after", "_count", "_tokens"):
+        assert np.array_equal(getattr(tables[0], table), getattr(tables[1], table)), table
+
+
 def test_the_correction_finds_a_constant_shift():
     rng = np.random.default_rng(0)
     shift = rng.normal(size=(LAYERS, DISTANCES, EXPERTS)) * 2

@@ -97,8 +97,8 @@ def test_additions_of_other_programs_survive(tmp_path):
     assert np.array_equal(load_trace(tmp_path / "t.npz").extra["landed"], np.arange(27) * 0.5)
 
 
-def with_row(column: str, row: int, value) -> dict:
-    changed = np.array(getattr(recorded()[0].trace(), column))
+def with_row(column: str, row, value, dtype=None) -> dict:
+    changed = np.array(getattr(recorded()[0].trace(), column), dtype)
     changed[row] = value
     return {column: changed}
 
@@ -118,6 +118,11 @@ def with_row(column: str, row: int, value) -> dict:
         (with_row("step", 0, -1), r"record 0 .*step is negative"),
         (with_row("phase", 17, 0), r"record 17 .*phase differs from the phase of its step"),
         (with_row("phase", 0, 2), r"record 0 .*phase is 2"),
+        (with_row("phase", slice(5), -1, np.int64), r"record 0 .*phase is -1"),
+        (with_row("sequence", 7, 2**32, np.int64), r"record 7 .*sequence 4294967296.*: sequence is above 2147483647"),
+        (with_row("sequence", 7, 2**63 + 1, np.uint64), r"record 7 .*sequence is above 2147483647"),
+        (with_row("step", slice(21, None), 2**33, np.int64), r"record 21 .*step is above 2147483647"),
+        (with_row("position", 3, 2**31, np.int64), r"record 3 .*position is above 2147483647"),
         (with_row("position", 6, 0), r"record 6 .*the same token twice"),
         (with_row("position", 6, -3), r"record 6 .*position is negative"),
         (with_row("weights", 9, [0.5, np.inf]), r"record 9 .*weights \[0.5, inf\]"),
@@ -171,6 +176,11 @@ def test_of_several_bad_records_the_first_is_named(tmp_path):
         ({"facts": {"model_type": "x"}}, {}, "its facts must be model_type, layers, experts, top_k"),
         ({"facts": {"model_type": "x", "layers": 0, "experts": 4, "top_k": 1}}, {}, "layers is 0; a positive integer"),
         ({"facts": {"model_type": "x", "layers": 1, "experts": 4, "top_k": 5}}, {}, "top_k is 5 of only 4 experts"),
+        ({"facts": {"model_type": "x", "layers": 10**9, "experts": 4, "top_k": 1}}, {}, "layers is above 65536"),
+        ({"facts": {"model_type": "x", "layers": 10**30, "experts": 4, "top_k": 1}}, {}, "layers is above 65536"),
+        ({"about": {"a": [float("nan")]}}, {}, "not the JSON of a trace"),
+        ({}, {"lookahead_²": np.zeros((27, 8), np.float32)}, "unknown array 'lookahead_²'"),
+        ({}, {f"lookahead_{10**20}": np.full((27, 8), np.nan, np.float32)}, "unknown array 'lookahead_1000"),
         ({}, {"step": None, "ids": None}, "lacks the arrays step, ids"),
         ({}, {"surprise": np.zeros(3)}, "unknown array 'surprise'"),
         ({}, {"step": np.array(3)}, r"array step has shape \[\]"),
@@ -202,6 +212,11 @@ def test_files_that_are_no_trace_are_one_clear_error(tmp_path):
     np.savez(path, meta=np.array("{nonsense"))
     with pytest.raises(UserError, match="not the JSON of a trace"):
         load_trace(path)
+    head = '{"format": "hybrimoe-trace", "version": 1, "about": '
+    for text in ("[" * 100_000 + "]" * 100_000, "1e999"):
+        np.savez(path, meta=np.array(head + text + "}"))
+        with pytest.raises(UserError, match="not the JSON of a trace"):
+            load_trace(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("step.npy", b"not an array")
     with pytest.raises(UserError, match=r"t.npz"):
@@ -254,3 +269,5 @@ def test_facts_and_about_are_checked():
         TraceFacts("x", layers=1, experts=2, top_k=1, expert_bytes={"f32": 0})
     with pytest.raises(UserError, match="`about` holds something"):
         TraceRecorder(FACTS, made=object()).save("never-written.npz")
+    with pytest.raises(UserError, match="`about` holds something"):
+        TraceRecorder(FACTS, rate=float("nan")).save("never-written.npz")

@@ -1,8 +1,13 @@
 """`python -m hybrimoe_jax.simulate` as a user runs it: table, records, timeline, and one clear error for what cannot be."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,21 @@ from hybrimoe_jax import simulate
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.record.facts import MODELS
 from hybrimoe_jax.record.trace import Trace, save_trace
+from hybrimoe_jax.simulation.grid import trace_names
+
+SLOW = """
+import os, time
+from pathlib import Path
+from hybrimoe_jax.simulation import grid
+
+def run_case(case):
+    Path(case.trace, str(os.getpid())).touch()
+    time.sleep(60)
+
+def main(marks):
+    grid.run_case = run_case
+    list(grid.run_cases([grid.Case(marks, "", "", ratio) for ratio in range(6)], jobs=2))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +97,34 @@ def test_a_replaced_part_is_in_the_record(trace, tmp_path):
     assert record["cpu_experts"] == 0 and record["steps"] == 6
 
 
+def test_parts_that_cannot_be_replaced_are_said(trace, tmp_path, capsys):
+    flags = ["--systems", "oracle,belady,hybrimoe", "--cache-ratios", "0.25", "--starts", "cold", "--steps", "2"]
+    simulate.main(["--trace", trace, *flags, "--cache-scope", "pooled", "--cache", "lru", "--lookahead", "0"])
+    note = "oracle, belady: parts are fixed: --cache, --lookahead, --cache-scope replaced nothing"
+    assert note in capsys.readouterr().out
+    simulate.main(["--trace", trace, *flags])
+    assert "fixed" not in capsys.readouterr().out
+
+
+def test_traces_that_end_alike_are_kept_apart(trace, tmp_path, capsys):
+    from hybrimoe_jax.simulation.plots import _words
+
+    for folder in ("d1/x", "d2/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.npz").write_bytes(Path(trace).read_bytes())
+    paths = [str(tmp_path / folder / "run.npz") for folder in ("d1/x", "d2/x")]
+    flags = ["--systems", "cpu-only", "--cache-ratios", "0.5", "--starts", "cold", "--steps", "1"]
+    simulate.main(["--trace", *paths, *flags, "--out", str(tmp_path / "r.jsonl")])
+    names = [json.loads(line)["trace"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert names == ["d1/x/run.npz", "d2/x/run.npz"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "simulated times" in line] == names
+    assert len(set(_words([*names, "d1/x/run.csv"]).values())) == 3
+    assert trace_names(["a/x/run.npz", "x/run.npz", "run.npz"]) == {
+        "a/x/run.npz": "a/x/run.npz", "x/run.npz": "x/run.npz", "run.npz": "run.npz"
+    }  # fmt: skip
+    assert trace_names(["/a/b/c/run.npz"]) == {"/a/b/c/run.npz": "c/run.npz"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -92,6 +140,10 @@ def test_a_replaced_part_is_in_the_record(trace, tmp_path):
         (["--as-recorded"], "carries no run"),
         (["--systems", ","], "is empty"),
         (["--prompt-lengths", "4096"], "do not hold a prompt"),
+        (["--prompt-lengths", "inf"], "'inf' is not a number of tokens"),
+        (["--prompt-lengths", "2,2.7"], "'2.7' is not a number of tokens"),
+        (["--lookahead", "99"], "lookahead 99 is outside 0..8"),
+        (["--lookahead", "1" + 23 * "0"], "is outside 0..8"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(trace, flags, message, capsys):
@@ -99,6 +151,54 @@ def test_what_cannot_be_is_one_clear_error(trace, flags, message, capsys):
 
     with pytest.raises(UserError, match=message):
         simulate.main(["--trace", trace, *flags])
+
+
+@pytest.mark.parametrize("flag", ["--out", "--timeline", "--plots"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(flag, trace, tmp_path, monkeypatch):
+    from hybrimoe_jax.errors import UserError
+
+    monkeypatch.setattr(simulate.grid, "run_cases", lambda *_: pytest.fail("it had begun"))
+    (tmp_path / "file").write_text("mine")
+    place = tmp_path / "file" if flag == "--plots" else tmp_path
+    with pytest.raises(UserError, match=f"{flag} .* is needed"):
+        simulate.main(["--trace", trace, flag, str(place)])
+
+
+def test_records_are_written_before_the_table_is_printed(trace, tmp_path, monkeypatch):
+    def broken(records):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(simulate, "table", broken)
+    flags = ["--systems", "cpu-only", "--cache-ratios", "0.5", "--starts", "cold", "--steps", "1"]
+    with pytest.raises(BrokenPipeError):
+        simulate.main(["--trace", trace, *flags, "--out", str(tmp_path / "r.jsonl")])
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupt_ends_the_workers_too(tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    (tmp_path / "slow.py").write_text(SLOW)
+    program = f"import slow, sys; from hybrimoe_jax import cli; cli.run(lambda: slow.main({str(marks)!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(marks.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130 and error == "interrupted\n" and time.monotonic() - began < 10
+        running = [int(mark.name) for mark in marks.iterdir()]
+        assert len(running) == 2
+        for worker in running:
+            with pytest.raises(ProcessLookupError):
+                os.kill(worker, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):

@@ -136,6 +136,38 @@ def test_what_cannot_be_repeated_is_said(tmp_path):
         replay_run(trace.recorder.trace())
 
 
+@pytest.mark.parametrize("clock", ["virtual", "wall"])
+def test_a_step_that_was_broken_off_is_not_in_the_trace(tmp_path, clock, monkeypatch):
+    engine = tiny.engine("qwen2_moe", system="adapmoe", cache_ratio=0.4, clock=clock)
+    trace = EngineTrace(engine)
+    engine.record(trace)
+    config, _, _ = tiny.weights("qwen2_moe")
+    steps = engine.steps(tiny.prompts(config, (21,)), max_new_tokens=12)
+    for _ in range(5):
+        next(steps)
+    compute = engine._forward.compute
+
+    def interrupted(layer, *rest):
+        if layer.ordinal == 2:
+            raise KeyboardInterrupt
+        return compute(layer, *rest)
+
+    monkeypatch.setattr(engine._forward, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    monkeypatch.setattr(engine._forward, "compute", compute)
+    trace.save(tmp_path / "run.npz")
+    saved = load_trace(tmp_path / "run.npz")
+    assert saved.step.max() == 4 and max(saved.extra.get("landed", [[0]]), key=lambda row: row[0])[0] <= 4
+    _, result = replay_run(saved)
+    assert [step.hits for step in result.steps] == [step.total("hits") for step in engine.stats.steps]
+    engine.generate(tiny.prompts(config, (4,)), max_new_tokens=2)
+    trace.save(tmp_path / "run.npz")
+    engine.close()
+    with pytest.raises(UserError, match="went on after a step that was broken off, before step 5"):
+        replay_run(load_trace(tmp_path / "run.npz"))
+
+
 def test_the_command_runs_the_bundled_model_on_a_named_machine(tmp_path):
     def run(*flags):
         arguments = ["--prompt", "My lord,", "--max-tokens", "8", "--stats", "json", *flags]

@@ -1,12 +1,17 @@
 """Systems beside the clairvoyant one and the bound; placements; synthetic routing has the statistics it states."""
 
+import json
+from importlib.resources import files
+
+import numpy as np
 import pytest
 
 from hybrimoe_jax.decide import SYSTEMS, Problem, get_scheduler, get_system
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
 from hybrimoe_jax.simulation.grid import ORACLE, Case, run_case
 from hybrimoe_jax.simulation.profile import load_profile
-from hybrimoe_jax.simulation.shapes import get_shape
+from hybrimoe_jax.simulation.shapes import SHAPES, get_shape, shape_of
 from hybrimoe_jax.simulation.synthetic import KNOBS, statistics, synthetic_trace
 
 QWEN = "synthetic:qwen2-57b-a14b"
@@ -30,6 +35,20 @@ def test_prompts_of_the_oracle_are_foreseen_too():
         for s in ("hybrimoe", ORACLE)
     }
     assert times[ORACLE] <= times["hybrimoe"] * 1.001
+
+
+def test_a_trace_of_the_bundled_model_is_simulated_as_it_is(tmp_path):
+    config = json.loads((files("hybrimoe_jax") / "assets/bundled/config.json").read_text())
+    assert SHAPES["bundled"] == shape_of(config, "bundled")
+    recorder, rng = TraceRecorder(TraceFacts("qwen2_moe", 6, 32, 4), clock="wall"), np.random.default_rng(0)
+    for step in range(3):
+        recorder.next_step()
+        for layer in range(6):
+            ids = rng.permutation(32)[None, :4]
+            recorder.add(layer, "decode", sequence=[0], position=[step], ids=ids)
+    recorder.save(tmp_path / "run.npz")
+    record = run_case(Case(str(tmp_path / "run.npz"), "laptop-8gb", "hybrimoe", 0.25))
+    assert record["model"] == "bundled" and record["seconds_per_step"]["mean"] > 0
 
 
 def test_a_warm_start_knows_more_than_a_cold_one():

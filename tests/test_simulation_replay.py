@@ -1,6 +1,7 @@
 """A trace through planner and machine: against a replay that shares no code with them, and what a trace lacks."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from hybrimoe_jax.decide import Planner
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.facts import facts_of
-from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.record.trace import Trace, check_trace
 from hybrimoe_jax.simulation import grid
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_profile
@@ -119,6 +120,20 @@ def test_steps_hold_what_the_trace_holds():
         counted.sum() == 9 * LAYERS * TOP_K
         and (counted[0] == np.bincount(trace.ids[: 9 * LAYERS : LAYERS].ravel(), minlength=EXPERTS)).all()
     )
+
+
+def test_sequences_decoded_together_are_replayed_one_after_another():
+    apart = routing((5, 5, 5, 5))
+    step = apart.position.copy()  # four sequences a step
+    order = np.lexsort((apart.sequence, apart.layer, step))
+    names = ("layer", "phase", "sequence", "position", "ids", "weights")
+    together = dataclasses.replace(apart, step=step[order], **{name: getattr(apart, name)[order] for name in names})
+    check_trace(together, "batch")
+    assert [step.tokens for step in recorded_steps(together)] == [4] * 5
+    one, other = TokenSteps(apart), TokenSteps(together)
+    for sequences in ([0, 1, 2, 3], [1, 3]):
+        for a, b in zip(one.steps(sequences), other.steps(sequences), strict=True):
+            assert a[:4] == b[:4] and [x[:3] for x in a.layers] == [x[:3] for x in b.layers]
 
 
 def test_prompts_are_consecutive_tokens_in_one_step():

@@ -143,6 +143,41 @@ def test_bad_files_are_one_line_and_exit_2(tmp_path):
     assert done.returncode == 2 and "another name" in done.stderr and len(open_trace(good)) == len(trace)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("n_layer=5 n_expert=16 n_expert_used=2", "n_layer=0 n_expert=16 n_expert_used=0", "layers is 0"),
+        ("n_layer=5", "n_layer=99999999999", "layers is above 65536"),
+        ("expert_bytes=1003", "expert_bytes=" + "9" * 400, "line 6: expert_bytes 9+ is outside"),
+        (",1,1000\n", ",300,1000\n", "line 10: residency 300 is outside 0..127"),
+        ("\n0,0,0,0,0,", "\n" + "9" * 20 + ",0,0,0,0,", "line 9: a number beyond 2147483647"),
+        ("\n0,0,0,0,0,", "\n0,0,0,0,0," + "9" * 20, "line 9: a number beyond 2147483647"),
+        ("\n0,1,", "\n0,-1,", "phase is -1"),
+    ],
+)
+def test_a_route_trace_with_impossible_numbers_is_refused(old, new, said, tmp_path):
+    path = route_csv(tmp_path / "t.route.csv")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"t.route.csv: .*{said}"):
+        open_trace(path)
+
+
+def test_fingerprints_with_impossible_contents_are_refused(tmp_path):
+    path = tmp_path / "t.json"
+    ids, weights = routing(GPT_OSS, 1)
+    fingerprint_json(path, ids, weights / 1e4, first=10**20 - 1)
+    whole = path.read_text()
+    for text, said in {"[]": "no reply", whole: "whole numbers", "[" * 100_000 + "]" * 100_000: "JSON"}.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"t.json: .*{said}"):
+            open_trace(path)
+    np.savez(tmp_path / "t.npz", expert_ids=ids.astype(np.int64) + 2**32, probs=weights / 1e4, seq_lens=[1])
+    with pytest.raises(UserError, match=r"expert id 42949.* is outside 0..31"):
+        open_trace(tmp_path / "t.npz")
+
+
 def test_rows_missing_from_one_layer_are_noticed(tmp_path):
     trace = recorded()
     keep = np.arange(len(trace)) != 7
@@ -174,10 +209,10 @@ def test_info_counts_as_one_would_by_hand(tmp_path):
         products.append(sum((c / 28) ** 2 for c in counts) / 2)
     assert said["skew"]["hottest_quarter"] == pytest.approx(np.mean(quarters))
     assert said["overlap"]["popularity_chance"] == pytest.approx(np.mean(products))
-    order = sorted({(int(a), int(b), int(c)) for a, b, c in zip(trace.step, trace.sequence, trace.position)})
+    order = sorted({(int(a), int(b), int(c)) for a, b, c in zip(trace.sequence, trace.step, trace.position)})
     distances, firsts, uses = [], 0, 0
     for layer in range(3):
-        walk = [chosen[s, layer, p] for _, s, p in order]
+        walk = [chosen[s, layer, p] for s, _, p in order]
         for now, experts in enumerate(walk):
             for expert in experts:
                 uses += 1

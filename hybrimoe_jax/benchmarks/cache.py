@@ -1,7 +1,7 @@
 """`bench cache`: hits and misses of cache policies on recorded routing, replayed token by token from a cold start.
 
 Rules: event-atomic; every miss is kept (and, apart, only those that the policy admits: bypass); slots = max(top-k, round(ratio * experts)) a
-layer; one token a step, in the order of the trace; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
+layer; one token a step, one sequence after another; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
 misses between MRS and Belady's rule that a policy saves.
 """
 
@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import repeat
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from hybrimoe_jax.decide.caching.replay import Outcome, PerLayer, Pooled, Visit,
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.record.tokens import by_token, token_of_row
+from hybrimoe_jax.simulation.workers import workers
 
 # MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
@@ -92,14 +91,29 @@ def routing(path: str, part: str, layers: int | None) -> Routing:
     return Routing(path, part, layers)
 
 
+def parsed(spec: str) -> tuple[type, dict]:
+    """(policy, its parameters)."""
+    return (Belady, {}) if spec == "belady" else parse_policy(spec)
+
+
+def hindrance(path: str, spec: str, options: Options) -> str | None:
+    """Why a policy cannot be measured on a trace; None where it can."""
+    policy, _ = parsed(spec)
+    if options.pooled and not policy.comparable:
+        return "its layers cannot share slots (--pooled)"
+    fold = routing(path, options.part, options.layers).fold
+    if policy is Static and fold.all():
+        return "it is counted on other sequences, and there is one only"
+    return None
+
+
 def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
-    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured (a static
-    placement has no other sequence to be counted on; layers of the policy cannot share slots)."""
+    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured."""
+    if hindrance(path, spec, options):
+        return None
     trace = routing(path, options.part, options.layers)
     num_layers = trace.ids.shape[1]
-    policy, parameters = (Belady, {}) if spec == "belady" else parse_policy(spec)
-    if options.pooled and not policy.comparable:
-        return None
+    policy, parameters = parsed(spec)
     slots = {ratio: slots_for(ratio, trace.num_experts, trace.top_k) for ratio in options.ratios}
     cells = [(ratio, bypass) for ratio in options.ratios for bypass in (False, True)]
 
@@ -116,10 +130,7 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         return replay(policies, trace.visits(keep), caches)
 
     if policy is Static:
-        folds = [fold for fold in (trace.fold, ~trace.fold) if fold.any()]
-        if len(folds) < 2:
-            return None
-        halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in folds]
+        halves = [run(cells, fold, frequencies=trace.frequencies(~fold)) for fold in (trace.fold, ~trace.fold)]
         found = [Outcome(*map(sum, zip(*pair))) for pair in zip(*halves)]
     elif policy is Belady:
         future = [layer[layer[:, 0] >= 0].tolist() for layer in trace.ids.swapaxes(0, 1)]
@@ -139,12 +150,14 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
     A policy's key is its name as given, without the parameters where that leaves no two alike; those are then under "parameters".
     """
     for spec in options.policies:  # refused before anything runs
-        if spec != "belady":
-            parse_policy(spec)
+        parsed(spec)
     for path in paths:
-        routing(path, options.part, options.layers)
+        hindrances = {spec: hindrance(path, spec, options) for spec in options.policies}
+        if all(hindrances.values()):
+            said = "; ".join(f"{spec}: {reason}" for spec, reason in hindrances.items())
+            raise UserError(f"trace {path}: no policy can be measured ({said})")
     with ExitStack() as stack:
-        pool = jobs > 1 and stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
+        pool = jobs > 1 and stack.enter_context(workers(jobs))
         record = {}
         for path in paths:
             results = (pool.map if pool else map)(measure, repeat(path), options.policies, repeat(options))

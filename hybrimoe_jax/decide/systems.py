@@ -33,6 +33,14 @@ SCOPES = ("layer", "pooled")
 GUARDS = ("value", "expected", "none")
 MAX_DEPTH = 6
 """Layers that `lookahead="adaptive"` looks ahead at most."""
+MOST_LOOKAHEAD = 8
+"""Layers that a user may ask for."""
+
+
+def check_lookahead(lookahead: int | str | None) -> None:
+    """UserError for a number of layers that is out of range."""
+    if isinstance(lookahead, int) and not 0 <= lookahead <= MOST_LOOKAHEAD:
+        raise UserError(f"lookahead {lookahead} is outside 0..{MOST_LOOKAHEAD}")
 
 
 @dataclasses.dataclass(frozen=True)

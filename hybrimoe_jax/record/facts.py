@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from hybrimoe_jax.decide.costs import FORMATS, expert_bytes
 from hybrimoe_jax.errors import UserError
 
+MOST = 2**16
+"""Of layers, of experts and of experts per token: no model comes near it, and tables of that size still fit memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TraceFacts:
@@ -27,6 +30,8 @@ class TraceFacts:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"trace facts: {name} is {value!r}; a positive integer is needed")
+            if value > MOST:
+                raise UserError(f"trace facts: {name} is above {MOST}")
         if self.top_k > self.experts:
             raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
         sizes = self.expert_bytes

@@ -99,7 +99,7 @@ def _count(column: np.ndarray) -> int:
 
 def _checked(trace: Trace, where: str) -> Trace:
     check_trace(trace, where)
-    return dataclasses.replace(trace, phase=trace.phase.astype(np.uint8))
+    return dataclasses.replace(trace, phase=trace.phase.astype(np.uint8), ids=trace.ids.astype(np.int32))
 
 
 def _head(path: Path, where: str) -> bytes:

@@ -22,6 +22,7 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.facts import MODELS, TraceFacts
 from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.record.trace_check import LARGEST
 
 ESFT_ARRAYS = {"expert_ids", "weights_e4", "seq_lens"}
 FINGERPRINT_ARRAYS = {"expert_ids", "probs", "seq_lens"}
@@ -112,7 +113,7 @@ def _whole_prompts(facts: TraceFacts, ids: np.ndarray, weights: np.ndarray, leng
         phase=np.full(tokens * layers, PREFILL, np.uint8),
         sequence=by_layer.copy(),
         position=np.tile(position, layers)[order].astype(np.int32),
-        ids=rows(ids).astype(np.int32),
+        ids=rows(ids).astype(np.int64),
         weights=rows(weights),
         about={"source": "ESFT expert scores", "model": "DeepSeek-V2-Lite", "file": name},
     )
@@ -140,9 +141,9 @@ def _prompt_lengths(path: Path, lengths: np.ndarray) -> np.ndarray | None:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         prompts = np.array([line["n_prompt_tokens"] for line in lines], np.int64)
         steps = [line["n_decode_steps"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a line of JSON for every sequence ({error})") from None
-    if steps != lengths.tolist() or prompts.min(initial=0) < 0:
+    if steps != lengths.tolist() or prompts.min(initial=0) < 0 or (prompts + lengths).max(initial=0) > LARGEST:
         raise UserError(f"{path}: its sequences are not those of the arrays beside it; remove the one that is wrong")
     return prompts
 
@@ -151,8 +152,10 @@ def fingerprint_json(text: str, path: Path, where: str) -> Trace:
     """One reply's fingerprint, or a list of them."""
     try:
         read = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not whole JSON ({error})") from None
+    if read == []:
+        raise UserError(f"{where}: an empty list, no reply in it")
     ids, probs, lengths, prompts = [], [], [], []
     for number, reply in enumerate(read if isinstance(read, list) else [read]):
         steps = reply.get("router_data") if isinstance(reply, dict) else None
@@ -184,7 +187,7 @@ def _fingerprint_step(step: Any, where: str) -> tuple[int, np.ndarray, np.ndarra
         position = int(name.removeprefix("token_"))
         chosen = [layers[f"layer_{i}"] for i in range(len(layers))]
         ids = [layer["selected_experts"] for layer in chosen]
-        if position < 0 or not all(type(e) is int for row in ids for e in row):
+        if not 0 <= position <= LARGEST or not all(type(e) is int for row in ids for e in row):
             raise ValueError("ids and positions are whole numbers")
         probs = np.array([layer["selected_probs"] for layer in chosen], np.float32)
         table = np.array(ids, np.int64)
@@ -219,7 +222,7 @@ def _token_steps(facts, ids, weights, lengths, prompts, about) -> Trace:
         phase=np.full(tokens * layers, DECODE, np.uint8),
         sequence=rows(np.repeat(np.arange(len(lengths)), lengths)),
         position=rows(_counted(lengths) + np.repeat(first, lengths)),
-        ids=ids.reshape(-1, top_k).astype(np.int32),
+        ids=ids.reshape(-1, top_k).astype(np.int64),
         weights=weights.reshape(-1, top_k).astype(np.float32),
         about=about,
     )

@@ -16,6 +16,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.record.facts import MODELS, TraceFacts
 from hybrimoe_jax.record.layouts import PREFILL, whole_lines
 from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.record.trace_check import LARGEST
 
 ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 
@@ -28,7 +29,9 @@ def route_csv(text: str, path: Path, where: str) -> Trace:
             if line.startswith("#"):
                 pairs = dict(part.split("=", 1) for part in line[1:].split() if "=" in part)
                 if "layer" in pairs:
-                    sizes[int(pairs["layer"])] = int(pairs["expert_bytes"])
+                    sizes[int(pairs["layer"])] = size = int(pairs["expert_bytes"])
+                    if not 0 < size <= LARGEST:
+                        raise ValueError(f"expert_bytes {size} is outside 1..{LARGEST}")
                 header |= pairs
             elif not begun:
                 if line.strip() != ROUTE_COLUMNS:
@@ -39,6 +42,10 @@ def route_csv(text: str, path: Path, where: str) -> Trace:
                 rows.append((number, *map(int, integers), float(weight), int(residency), int(size)))
                 if len(rows[-1]) != 10:
                     raise ValueError("9 values are needed")
+                if max(map(abs, (*rows[-1][1:7], rows[-1][9]))) > LARGEST:
+                    raise ValueError(f"a number beyond {LARGEST}")
+                if not 0 <= rows[-1][8] <= 127:
+                    raise ValueError(f"residency {rows[-1][8]} is outside 0..127")
         except (ValueError, KeyError, OverflowError) as error:
             raise UserError(f"{where}: line {number}: {error}") from None
     try:
@@ -47,11 +54,15 @@ def route_csv(text: str, path: Path, where: str) -> Trace:
         raise UserError(f"{where}: its # lines lack n_layer, n_expert and n_expert_used as numbers") from None
     if not begun or not rows:
         raise UserError(f"{where}: no rows; it is truncated")
+    try:
+        facts = TraceFacts(header.get("arch", "unknown"), layers, experts, top_k)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     named = next((n for n, f in MODELS.items() if (f.layers, f.experts) == (layers, experts)), None)
     known = dict(MODELS[named].expert_bytes) if named else {}
     if sorted(sizes) == list(range(layers)):
         known["as-stored"] = round(sum(sizes.values()) / layers)
-    facts = TraceFacts(header.get("arch", "unknown"), layers, experts, top_k, known)
+    facts = dataclasses.replace(facts, expert_bytes=known)
     about = {"source": "route_trace", "model": header.get("model", "").rpartition("/")[2], "file": path.name}
     trace = _route_rows(rows, facts, where)
     if "as-stored" in known:

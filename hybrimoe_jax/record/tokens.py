@@ -1,6 +1,6 @@
 """A trace by tokens instead of by steps: one table, and the trace as it would be if every token were a step of its own.
 
-T tokens, L MoE layers, k experts per token. Tokens are in the order of (step, sequence, position).
+T tokens, L MoE layers, k experts per token. Tokens are in the order of (sequence, step, position): one sequence after another, also where several ran in one batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 def token_of_row(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """(number of each row's token [R], a row of each token [T])."""
-    columns = (trace.step, trace.sequence, trace.position)
+    columns = (trace.sequence, trace.step, trace.position)
     order = np.lexsort(columns[::-1])
     new = np.ones(len(trace), bool)
     new[1:] = False
@@ -60,7 +60,7 @@ def one_token_steps(trace: Trace) -> Trace:
     """
     token, first = token_of_row(trace)
     order = np.lexsort((trace.layer, token))
-    split = bool(((np.diff(trace.step[first]) == 0) & (trace.phase[first][1:] == 0)).any()) if len(first) else False
+    split = len(np.unique(prefill := trace.step[first][trace.phase[first] == 0])) < len(prefill)
 
     def rows(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else array[order]

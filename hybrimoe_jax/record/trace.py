@@ -29,7 +29,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -164,12 +166,18 @@ class TraceRecorder:
             stacked([row[7] for row in rows], facts.experts, np.float32),
             {d: stacked([row[8].get(d) for row in rows], facts.experts, np.float32) for d in distances},
             dict(self.about),
-            {name: np.array(rows, np.int32) for name, rows in self._notes.items()},
+            {name: np.array(rows, np.int32) for name, rows in self._notes.items() if rows},
         )
 
     def note(self, name: str, row: tuple[int, ...]) -> None:
-        """Adds a row to the extra array `x_<name>`."""
+        """Adds a row to the extra array `x_<name>`; its first number is the step it belongs to."""
         self._notes.setdefault(name, []).append(row)
+
+    def drop_from(self, step: int) -> None:
+        """Forgets all of the steps from this one on; the next forward pass gets its number."""
+        self._rows = [row for row in self._rows if row[0] < step]
+        self._notes = {name: [row for row in rows if row[0] < step] for name, rows in self._notes.items()}
+        self.step = min(self.step, step - 1)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what has been recorded so far; see `save_trace`."""
@@ -182,8 +190,8 @@ def save_trace(trace: Trace, path: str | os.PathLike) -> None:
     check_arrays(arrays, trace.facts, f"trace for {path}")
     facts = {**dataclasses.asdict(trace.facts), "expert_bytes": dict(trace.facts.expert_bytes)}
     try:
-        meta = json.dumps({"format": FORMAT, "version": VERSION, "facts": facts, "about": trace.about})
-    except (TypeError, ValueError) as error:
+        meta = json.dumps({"format": FORMAT, "version": VERSION, "facts": facts, "about": trace.about}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"trace for {path}: `about` holds something that JSON cannot ({error})") from None
     with replacing(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in {"meta": np.array(meta), **arrays}.items():
@@ -247,7 +255,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         if name in needed:
             kinds, words = "iu", "integers"
             shape = (rows, facts.top_k) if name == "ids" else (rows,)
-        elif name in ("weights", "scores") or (name.startswith(LOOKAHEAD) and name[len(LOOKAHEAD) :].isdigit()):
+        elif name in ("weights", "scores") or re.fullmatch(LOOKAHEAD + "[1-9][0-9]{0,5}", name):
             kinds, words = "f", "floats"
             shape = (rows, facts.top_k if name == "weights" else facts.experts)
         elif name.startswith(EXTRA):
@@ -273,13 +281,21 @@ def _f32(array: np.ndarray | None) -> np.ndarray | None:
     return None if array is None else array.astype(np.float32, copy=False)
 
 
+def _finite(text: str) -> float:
+    """A number of the file's JSON; ValueError for one that JSON has no word for."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
 def _read_meta(meta: np.ndarray | None, where: str) -> tuple[TraceFacts, dict]:
     if meta is None or meta.ndim or meta.dtype.kind != "U":
         raise UserError(f"{where}: no `meta` text, so not a {FORMAT} file (`generate --trace FILE` writes one)")
     try:
-        read = json.loads(str(meta))
+        read = json.loads(str(meta), parse_constant=_finite, parse_float=_finite)
         kind, version = read["format"], read["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{where}: its `meta` is not the JSON of a trace") from None
     if kind != FORMAT:
         raise UserError(f"{where}: its format is {kind!r}; {FORMAT!r} is needed")

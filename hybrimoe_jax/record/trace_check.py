@@ -11,6 +11,9 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 
+LARGEST = 2**31 - 1
+"""Of a step, a sequence or a position: they are kept in 32 bits."""
+
 Rule = tuple[np.ndarray, Callable[[int], str]]
 
 
@@ -34,10 +37,11 @@ def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
     phase, ids = arrays["phase"], arrays["ids"]
     for name in ("step", "sequence", "position"):
         yield arrays[name] < 0, lambda row, name=name: f"{name} is negative"
+        yield arrays[name] > LARGEST, lambda row, name=name: f"{name} is above {LARGEST}"
     yield (layer < 0) | (layer >= facts.layers), lambda row: f"layer is outside 0..{facts.layers - 1}"
     order = step * (1 + facts.layers) + layer
     yield _after(order[1:] < order[:-1]), lambda row: "comes after a later step or layer"
-    yield phase > 1, lambda row: f"phase is {phase[row]} (0 is prefill, 1 decode)"
+    yield (phase < 0) | (phase > 1), lambda row: f"phase is {phase[row]} (0 is prefill, 1 decode)"
     changed = _after((step[1:] == step[:-1]) & (phase[1:] != phase[:-1]))
     yield changed, lambda row: "its phase differs from the phase of its step"
     yield (

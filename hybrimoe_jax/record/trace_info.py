@@ -78,10 +78,8 @@ def _counts(tokens: Tokens, facts) -> np.ndarray:
 
 def _overlap(tokens: Tokens, facts) -> dict[str, float] | None:
     ids, k = tokens.ids, facts.top_k
-    order = np.lexsort((tokens.position, tokens.step, tokens.sequence))
-    ids, sequence = ids[order], tokens.sequence[order]
     here, before = ids[1:], ids[:-1]
-    pairs = (sequence[1:] == sequence[:-1])[:, None] & (here[:, :, 0] >= 0) & (before[:, :, 0] >= 0)
+    pairs = (tokens.sequence[1:] == tokens.sequence[:-1])[:, None] & (here[:, :, 0] >= 0) & (before[:, :, 0] >= 0)
     if not pairs.any():
         return None
     shared = np.zeros(pairs.shape)

@@ -78,9 +78,17 @@ class HybridForward(Forward):
     def forward(self, step, caches):
         if self._torn:
             self.repair()
+        trace = self.trace
+        if trace is not None:
+            trace.begin_step()
         self._torn = True  # until the step is whole: an interrupt may come at any line
-        result = self._step(step, caches)
-        self._torn = False
+        try:
+            result = self._step(step, caches)
+            self._torn = False
+        except BaseException:
+            if trace is not None:
+                trace.abandon_step()
+            raise
         return result
 
     def repair(self) -> None:

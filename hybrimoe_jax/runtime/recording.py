@@ -89,16 +89,27 @@ class EngineTrace:
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)
 
+    def begin_step(self) -> None:
+        """A step begins."""
+        self.recorder.next_step()
+
+    def abandon_step(self) -> None:
+        """The current step was broken off: nothing of it is kept, as the run's statistics keep nothing.
+
+        What the planner saw of it stays with the planner, so a run that goes on after it cannot be repeated exactly: its record says so.
+        """
+        step = self.recorder.step
+        self.recorder.drop_from(step)
+        if "run" in self.recorder.about:
+            self.recorder.about["run"].setdefault("broken_off", step)
+
     def landed(self, before: int, layer: int, expert: int) -> None:
-        """Notes a prefetch that was committed before layer `before` of the coming or current step was planned."""
-        step = self.recorder.step + (before == 0)
-        self.recorder.note("landed", (step, before, layer, expert))
+        """Notes a prefetch that was committed before layer `before` of the current step was planned."""
+        self.recorder.note("landed", (self.recorder.step, before, layer, expert))
 
     def __call__(self, layer: int, step, routing) -> None:
         rows = routing.valid
         width = step.ids.shape[1]
-        if layer == 0:
-            self.recorder.next_step()
         self.recorder.add(
             layer,
             step.phase,

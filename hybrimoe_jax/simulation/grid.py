@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,14 @@ from hybrimoe_jax.simulation.records import measures, versions
 from hybrimoe_jax.simulation.replay import Result, replay
 from hybrimoe_jax.simulation.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.simulation.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulation.workers import workers
 from hybrimoe_jax.simulation.workload import Step, TokenSteps
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
 OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope", "stream_prefill")
+FLAGS = {"scope": "cache-scope", "stream_prefill": "stream-prefill"}
+"""Flags of `simulate` that are not called as their override is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Case:
       prompts: how many prompts in each half. shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
       steps: at most so many steps of each half, None for all.
       blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
+      name: what results call the trace; None for the end of its path.
     """
 
     trace: str
@@ -65,6 +68,7 @@ class Case:
     shape: str | None = None
     steps: int | None = None
     blind: bool = False
+    name: str | None = None
 
 
 ORACLE = CLAIRVOYANT.name
@@ -79,6 +83,27 @@ def tokens_of(path: str) -> TokenSteps:
             raise UserError(f"trace {path}: there is synthetic routing of {', '.join(KNOBS)} only")
         return TokenSteps(synthetic_trace(name))
     return TokenSteps(open_trace(path))
+
+
+def trace_names(paths: Iterable[str]) -> dict[str, str]:
+    """What results call traces: the last two parts of their paths, or as many more as it takes to tell them apart."""
+    paths = list(dict.fromkeys(paths))
+
+    def ends(path: str, count: int) -> str:
+        return path if path.startswith(PREFIX) else str(Path(*Path(path).parts[-count:]))
+
+    names = {}
+    for path in paths:
+        longest = max(2, len(Path(path).parts))
+        others = [other for other in paths if other != path]
+        unique = (n for n in range(2, longest) if ends(path, n) not in [ends(other, n) for other in others])
+        names[path] = ends(path, next(unique, longest))
+    return names
+
+
+def trace_name(case: Case) -> str:
+    """What results call the case's trace."""
+    return case.name or trace_names([case.trace])[case.trace]
 
 
 def system_of(case: Case, tokens: TokenSteps) -> System:
@@ -170,6 +195,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
     if case.trace.startswith(PREFIX):
         notes.append("synthetic routing, see hybrimoe_jax/simulation/synthetic.py")
+    if knows_the_future(case.system) and case.parts:
+        flags = ", ".join(f"--{FLAGS.get(name, name)}" for name, _ in case.parts)
+        notes.append(f"parts are fixed: {flags} replaced nothing")
     if case.blind:
         notes.append("placed without frequencies: each layer's lowest ids")
     buffers = BUFFERED_LAYERS * tokens.facts.experts * costs.expert_bytes if system.stream_prefill else 0
@@ -180,9 +208,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "kind": KIND,
         "version": VERSION,
         "clock": "virtual",
-        "trace": Path(case.trace).name
-        if Path(case.trace).parent == Path()
-        else str(Path(*Path(case.trace).parts[-2:])),
+        "trace": trace_name(case),
         "model": costs.describe().get("model", facts.model_type),
         "profile": case.profile if not Path(case.profile).exists() else Path(case.profile).name,
         "format": case.fmt,
@@ -237,7 +263,7 @@ def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:
     if jobs <= 1 or len(cases) == 1:
         yield from map(run_case, cases)
         return
-    with ProcessPoolExecutor(min(jobs, len(cases)), mp_context=get_context("spawn")) as pool:
+    with workers(min(jobs, len(cases))) as pool:
         numbers = {pool.submit(run_case, case): number for number, case in enumerate(cases)}
         done: dict[int, dict] = {}
         following = 0
@@ -253,9 +279,10 @@ def cases_of(
     starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
 ) -> list[Case]:  # fmt: skip
     """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt length."""
+    names = trace_names(traces)
     return [
-        Case(trace, profile, system, ratio, fmt, start, length, **common)
-        for trace in traces
+        Case(trace, profile, system, ratio, fmt, start, length, name=names[trace], **common)
+        for trace in names
         for ratio in ratios
         for start in starts
         for system in systems

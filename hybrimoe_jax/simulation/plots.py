@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,17 +55,20 @@ def write_all(records: Sequence[dict], cases: Sequence[grid.Case], folder: str |
         written.append(path)
 
     with plt.rc_context(STYLE):
+        words = _words(dict.fromkeys(map(grid.trace_name, cases)))
         for key in dict.fromkeys((r["trace"], r["rows"], r["start"], r["profile"]) for r in records):
             chosen = [r for r in records if (r["trace"], r["rows"], r["start"], r["profile"]) == key]
-            save(times(plt, chosen), "-".join(["ttft" if chosen[0]["prompt_tokens"] else "tbt", *map(_word, key)]))
+            what = "ttft" if chosen[0]["prompt_tokens"] else "tbt"
+            save(times(plt, chosen), "-".join([what, words[key[0]], *map(_word, key[1:])]))
         for trace in dict.fromkeys(case.trace for case in cases):
             case = next(c for c in cases if c.trace == trace and c.prompt is None)
-            save(capacity(plt, case), f"hits-{_word(trace)}")
+            word = words[grid.trace_name(case)]
+            save(capacity(plt, case), f"hits-{word}")
             tokens = grid.tokens_of(trace)
             prompt = min(PROMPT, *(tokens.count(sequences) for sequences, _ in grid.halves(tokens)))
             for length, name in ((None, "decode"), (prompt, "prefill")):
-                save(gantt(plt, case, length), f"lanes-{name}-{_word(trace)}")
-            save(accuracy(plt, case), f"prediction-{_word(trace)}")
+                save(gantt(plt, case, length), f"lanes-{name}-{word}")
+            save(accuracy(plt, case), f"prediction-{word}")
     return written
 
 
@@ -133,7 +136,7 @@ def capacity(plt, case: grid.Case):
         )
     axes.set_xlabel("slots [% of a layer's experts]")
     axes.set_ylabel("hit rate [%]")
-    axes.set_title(f"{_word(case.trace)}: one token a step, every miss kept, warm start", fontsize=6)
+    axes.set_title(f"{grid.trace_name(case)}: one token a step, every miss kept, warm start", fontsize=6)
     axes.legend()
     return figure
 
@@ -217,12 +220,22 @@ def accuracy(plt, case: grid.Case):
     axes.set_xlabel("lookahead distance [layers]")
     axes.set_ylabel("predicted experts\nthat were asked for [%]")
     axes.set_ylim(0, 100)
-    axes.set_title(_word(case.trace), fontsize=6)
+    axes.set_title(grid.trace_name(case), fontsize=6)
     axes.legend(fontsize=5.5, ncols=2)
     return figure
 
 
+def _words(names: Iterable[str]) -> dict[str, str]:
+    """Each trace's part of a file name, no two alike."""
+    words: dict[str, str] = {}
+    for name in names:
+        word, number = _word(name), 2
+        while word in words.values():
+            word, number = f"{_word(name)}-{number}", number + 1
+        words[name] = word
+    return words
+
+
 def _word(text: str) -> str:
-    return "".join(
-        c if c.isalnum() or c in ".-" else "-" for c in "-".join(Path(str(text)).with_suffix("").parts[-2:])
-    )[:60]
+    parts = [part.strip("/") for part in Path(str(text)).with_suffix("").parts]
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in "-".join(filter(None, parts)))[:60]

@@ -80,6 +80,11 @@ def replay_run(trace: Trace, where: str | Path = "trace") -> tuple[Planner, Resu
             f"{where}: recording began after {run['steps_before']} layers had been planned; start it with the run"
         )
     try:
+        broken_off = run.get("broken_off")
+        if broken_off is not None and len(trace) and int(trace.step[-1]) >= broken_off:
+            raise UserError(
+                f"{where}: the run went on after a step that was broken off, before step {broken_off}: it cannot be repeated"
+            )
         costs = _costs(run)
         system = System(**run["system"])
         facts = trace.facts

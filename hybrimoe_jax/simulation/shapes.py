@@ -116,8 +116,9 @@ _CONFIGS: dict[str, dict] = {
         num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408, intermediate_size=10944, kv_lora_rank=512,
         qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, vocab_size=102400,
     ),
+    "bundled": dict(zip(_GQA, (192, 6, 4, 2, 48, 32, 4, 64, 2048))) | {"shared_expert_intermediate_size": 192},
 }  # fmt: skip
-"""The fields that count of each model's public config.json."""
+"""The fields that count of each model's public config.json; the bundled model's lies in `hybrimoe_jax/assets/bundled`."""
 
 SHAPES: dict[str, ModelShape] = {name: shape_of(config, name) for name, config in _CONFIGS.items()}
 
