@@ -248,12 +248,8 @@ def test_exit_codes(capsys, tmp_path):
     def bad():
         raise UserError("first\n  second")
 
-    def stopped():
-        raise KeyboardInterrupt
-
     assert exit_of(lambda: None, capsys) == (0, "")
     assert exit_of(bad, capsys) == (2, "error: first second\n")
-    assert exit_of(stopped, capsys) == (130, "interrupted\n")
     assert exit_of(lambda: open(tmp_path / "absent"), capsys) == (
         2,
         f"error: {tmp_path / 'absent'}: No such file or directory\n",
