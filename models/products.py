@@ -67,10 +67,14 @@ def product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
 
 
 def several(x: jax.Array, *weights: jax.Array | PackedMatrix) -> list[jax.Array]:
-    """`product` of x with each; packed or bfloat16 matrices of one kind are one call of the kernels, of which each costs some microseconds."""
-    together = calls_native() and all([always_native(weight) for weight in weights])
-    if together and len({ffi.kind(weight) for weight in weights}) == 1:
-        return ffi.matmuls(x, *weights)
+    """`product` of x with each; matrices of one kind are one call of the kernels, of which each costs some microseconds.
+
+    Measured (466 M model, float32, a decode step, both forms in turns in one process): query, key and value in one call, gate and up in another
+    take 0.95 to 0.97 of the time.
+    """
+    if calls_native() and len({ffi.kind(weight) for weight in weights}) == 1:
+        if always_native(weights[0]) or worthwhile(x.size // x.shape[-1], sum([weight.size for weight in weights])):
+            return ffi.matmuls(x, *weights)
     return [product(x, weight) for weight in weights]
 
 

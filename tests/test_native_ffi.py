@@ -157,15 +157,23 @@ def test_one_seam_decides_what_multiplies():
 
 
 @needs_ffi
-def test_matrices_that_need_no_xla_are_one_call_where_they_are_of_one_kind():
+def test_matrices_of_one_kind_are_one_call():
     def inside(x, *weights):
         with products.on_native_kernels():
             return products.several(x, *weights)
 
-    x = tokens(3, 64)
-    for formats, calls in ((("bf16", "bf16", "bf16"), 1), (("bf16", "int4-g32"), 2), (("f32", "f32"), 2)):
-        weights = [matrix(32 + 8 * i, 64, format, i) for i, format in enumerate(formats)]
-        assert custom_calls(inside, x, *weights) == calls, formats
+    cases = (
+        (("bf16", "bf16", "bf16"), 3, 32, 1),
+        (("bf16", "int4-g32"), 3, 32, 2),
+        (("f32", "f32"), 3, 32, 1),
+        (("f32", "f32"), 1, 32, 0),  # small ones read from the cache: XLA's
+        (("f32", "f32"), 1, products.LARGE // 128, 1),
+        (("f32", "f32"), 64, products.LARGE // 128, 0),
+    )
+    for formats, count, outputs, calls in cases:
+        x = tokens(count, 64)
+        weights = [matrix(outputs + 8 * i, 64, format, i) for i, format in enumerate(formats)]
+        assert custom_calls(inside, x, *weights) == calls, (formats, count, outputs)
         for got, weight in zip(jax.jit(inside)(x, *weights), weights, strict=True):
             close(got, products.product_reference(x, weight))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -69,6 +70,86 @@ def test_statistics_are_the_layer_by_layer_ones():
     assert runs[True] == runs[False]
 
 
+def steps_started_ahead(engine) -> list[bool]:
+    """For every whole step that follows: whether it had been started before it was asked for."""
+    whole, seen = engine._forward.whole, []
+    started = whole._started
+
+    def watched(*args):
+        results = started(*args)
+        seen.append(results is not None)
+        return results
+
+    whole._started = watched
+    return seen
+
+
+def test_the_next_greedy_step_is_started_ahead():
+    engine = whole_engine()
+    seen = steps_started_ahead(engine)
+    prompt = tiny.prompts(engine.config, (9,))
+    engine.generate(prompt, max_new_tokens=6)
+    assert seen == [False, True, True, True, True]
+    assert engine._forward.whole._ahead is None, "nothing follows the last token"
+    seen.clear()
+    engine.generate(prompt, max_new_tokens=6, temperature=0.7)
+    assert seen == [False] * 5, "which token is drawn is not known before"
+
+
+def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
+    """A sampler that takes the second likeliest token."""
+    from hybrimoe_jax.runtime.sampling import Sampler
+
+    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    prompt = tiny.prompts(engine.config, (9,))
+    greedy = engine.generate(prompt, max_new_tokens=12).token_ids
+    monkeypatch.setattr(Sampler, "__call__", lambda self, row, logits: int(np.argsort(logits)[-2]))
+    seen = steps_started_ahead(engine)
+    other = engine.generate(prompt, max_new_tokens=12).token_ids
+    assert not any(seen) and other != greedy
+    assert other == dense.generate(prompt, max_new_tokens=12).token_ids
+
+
+def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
+    engine = whole_engine()
+    prompts = tiny.prompts(engine.config, (9, 21), seed=5)
+    want = [engine.generate([prompt], max_new_tokens=8).token_ids for prompt in prompts]
+    run = engine.steps([prompts[0]], max_new_tokens=8)
+    for _ in range(4):
+        next(run)
+    ahead = engine._forward.whole._ahead
+    assert ahead is not None and ahead.cache() is not None
+    with pytest.raises(StopIteration):
+        run.send(0)
+    del run
+    assert ahead.cache() is None, "the caches are the caller's, and he has left"
+    for prompt, tokens in zip(prompts, want, strict=True):
+        assert engine.generate([prompt], max_new_tokens=8).token_ids == tokens
+
+
+def test_a_recorder_attached_between_steps_sees_the_same_tokens():
+    from hybrimoe_jax.runtime.recording import EngineTrace
+
+    engine = whole_engine()
+    prompt = tiny.prompts(engine.config, (9,))
+    want = engine.generate(prompt, max_new_tokens=10).token_ids[0]
+    tokens = []
+    for emitted in engine.steps(prompt, max_new_tokens=10):
+        tokens += [token for _, token in emitted.tokens]
+        if len(tokens) == 5:
+            engine.record(trace=EngineTrace(engine))
+        if len(tokens) == 8:
+            engine.record()
+    assert tokens == want
+
+
+def test_the_callers_own_time_is_not_a_steps():
+    engine = whole_engine()
+    for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=6):
+        time.sleep(0.2)
+        assert emitted.stats.phase == "prefill" or emitted.stats.seconds < 0.2
+
+
 def test_every_step_yielded_has_its_statistics():
     engine = whole_engine()
     for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=5):
@@ -98,6 +179,16 @@ def test_other_engines_have_no_whole_step(options):
     config = tiny.weights("qwen2_moe")[0]
     engine = tiny.engine(**{"host_kernel": "native", "profile": foregone_costs(config), **options})
     assert engine._forward.whole is None
+
+
+def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(monkeypatch):
+    """That would mean: there is no such program."""
+    from hybrimoe_jax.runtime import warmup
+
+    engine = whole_engine()
+    timed, seconds = warmup._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment
+    monkeypatch.setattr(warmup, "_timed", lambda *args: next(seconds, None) or timed(*args))
+    assert 0 < warmup._handover(engine._parts.model, engine.clock, 256) < 1
 
 
 def test_a_machine_with_a_device_of_its_own_has_no_whole_step():

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 
-FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 2, 6
-"""Weights tried: the first of them and one more for so many experts. Few experts are sooner enumerated than bounded well."""
+FEW_ITEMS, FEWEST_WEIGHTS, ITEMS_PER_WEIGHT = 8, 2, 6
+"""Weights tried: none for so few experts, which are sooner enumerated than bounded well; else the second, and one more for so many experts."""
 _HERE, _FLYING, _ABSENT = range(3)
 _CLOSE = 1.0 - 1e-12
 _NEVER = float("inf")
@@ -102,7 +102,7 @@ def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict
         end = instance.landing(q, cpu) + least_device if q else 0.0
         bounds[q] = max(cpu, end, fixed_device)
     best, seen = instance.makespan(choice), set()
-    for _ in range(FEWEST_WEIGHTS + len(items) // ITEMS_PER_WEIGHT):
+    for _ in range(FEWEST_WEIGHTS + len(items) // ITEMS_PER_WEIGHT if len(items) > FEW_ITEMS else 0):
         lowest = bounds.index(min(bounds))
         if bounds[lowest] >= best * _CLOSE:
             break
