@@ -148,11 +148,12 @@ def test_nothing_saturates_at_the_extremes(isa, name, sign):
         groups = 256 // format.group
         zeros = np.full((16, groups), 255 if code == 0 else 0, np.uint8) if format.zeros else None
         matrix = pack(format, codes, np.ones((16, groups), np.float32), zeros)
-        x = np.full((5, 256), sign * 127, np.float32)
+        x = np.full((20, 256), sign * 127, np.float32)
         x[1] *= np.where(np.arange(256) % 2, 1, -1)
-        x[2:] = 127 * np.sign(tokens_of(3, 256))
+        x[2:18] = 127 * np.sign(tokens_of(16, 256))
         want = x.astype(np.float64) @ dequantise(matrix).astype(np.float64).T
-        np.testing.assert_array_equal(kernel.product(matrix, x), want)
+        for tokens in (1, 5, 20):  # streams of one and of several, and a block
+            np.testing.assert_array_equal(kernel.product(matrix, x[:tokens]), want[:tokens])
 
 
 @every_isa
