@@ -123,6 +123,7 @@ def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
         run.send(0)
     del run
     assert ahead.cache() is None, "the caches are the caller's, and he has left"
+    assert ahead.results.logits.is_ready(), "nothing reads the experts any more"
     for prompt, tokens in zip(prompts, want, strict=True):
         assert engine.generate([prompt], max_new_tokens=8).token_ids == tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -154,7 +155,8 @@ class Engine:
         except StopIteration:
             pass
         finally:
-            self._finish(stats)
+            if not sys.is_finalizing():  # left suspended at the interpreter's end, when jax is no longer there
+                self._finish(stats)
 
     def generate(
         self,
@@ -219,6 +221,7 @@ class Engine:
         return stats
 
     def _finish(self, stats: RunStats) -> None:
+        self._forward.rest()
         parts = self._parts
         before, after = self._counters, parts.counters()
         stats.prefetch = PrefetchStats(

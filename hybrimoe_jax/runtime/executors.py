@@ -112,6 +112,10 @@ class HybridForward(Forward):
         if self.whole is not None:
             self.whole.settle()
 
+    def rest(self) -> None:
+        if self.whole is not None:
+            self.whole.rest()
+
     def _runs_whole(self, step: StepInput) -> bool:
         """Whether the step is one program. Recorders want its layers one by one; a prefetch still under way must land first."""
         watched = self.trace is not None or self.timeline is not None

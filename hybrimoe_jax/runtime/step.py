@@ -61,6 +61,10 @@ class Forward(abc.ABC):
     @abc.abstractmethod
     def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
 
+    @abc.abstractmethod
+    def rest(self) -> None:
+        """Returns when nothing that its steps started is computed any more: after a run, whose last step may have been broken off."""
+
 
 class DenseForward(Forward):
     """The oracle: the whole Flax model in one executable, every expert on the device."""
@@ -76,6 +80,9 @@ class DenseForward(Forward):
         logits = np.asarray(logits)
         seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
         return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
+
+    def rest(self) -> None:
+        """Its steps end before they return."""
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

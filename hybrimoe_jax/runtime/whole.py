@@ -71,6 +71,9 @@ class WholeStep:
         self.threads = jax.device_put(np.int32(1), model.device)
         self._owed: Late | None = None
         self._ahead: _Ahead | None = None
+        self._latest: list[_Results] = []
+        """Of the step that XLA was given last; those before it are done when it is."""
+        weakref.finalize(self, jax.block_until_ready, self._latest)  # the interpreter must not end under it
         self._handed_out = 0.0
         """When the latest step's logits were."""
         self._waited_s = 0.0
@@ -81,7 +84,15 @@ class WholeStep:
         outer = (model.table, model.norm, model.head)
         ids = jax.device_put(ids, model.device)  # as it comes from a step before, so that there is one executable
         *results, caches = self._program(self._params, outer, self._tables, ids, caches, positions, self.threads, span)
-        return _Results(*results), caches
+        self._latest[:] = [_Results(*results)]
+        return self._latest[0], caches
+
+    def rest(self) -> None:
+        """Returns when no step is being computed: one that was started ahead and not asked for, or was broken off, reads experts
+        by their addresses, wherever those who own them may be."""
+        self._ahead = None
+        jax.block_until_ready(self._latest)
+        self._latest.clear()
 
     def _started(self, step: StepInput, caches) -> _Results | None:
         """The step's results, if it was started ahead."""
