@@ -110,13 +110,41 @@ def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
     assert other == dense.generate(prompt, max_new_tokens=12).token_ids
 
 
+def occupy() -> None:
+    """Gives XLA some tenths of a second of work before what this thread gives it next, once the latest step has begun."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.full((600, 600), 1e-3)
+    jax.jit(lambda a: jax.lax.fori_loop(0, 60, lambda _, b: b @ a, a))(a)
+
+
+def test_a_step_that_fails_is_told_once():
+    import jax
+
+    engine = whole_engine()
+    prompt, pair = tiny.prompts(engine.config, (9,)), tiny.prompts(engine.config, (9, 5))
+    want = engine.generate(prompt, max_new_tokens=4).token_ids
+    whole = engine._forward.whole
+    tables = whole._tables
+    whole._tables = [jax.device_put(np.zeros_like(table)) for table in tables]  # no expert has a record
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the routing does not fit the experts"):
+        engine.generate(prompt, max_new_tokens=4)
+    whole._tables = tables
+    assert engine.logits(prompt[0]).shape == (9, engine.config.vocab_size)
+    engine.generate(pair, max_new_tokens=2)
+    assert engine.generate(prompt, max_new_tokens=4).token_ids == want
+
+
 def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
     engine = whole_engine()
     prompts = tiny.prompts(engine.config, (9, 21), seed=5)
     want = [engine.generate([prompt], max_new_tokens=8).token_ids for prompt in prompts]
     run = engine.steps([prompts[0]], max_new_tokens=8)
-    for _ in range(4):
+    for _ in range(3):
         next(run)
+    occupy()  # so that the step ahead is still to be computed when the run ends
+    next(run)
     ahead = engine._forward.whole._ahead
     assert ahead is not None and ahead.cache() is not None
     with pytest.raises(StopIteration):

@@ -18,6 +18,7 @@ Shapes: D model width, E experts, k experts per token, L MoE layers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -72,8 +73,8 @@ class WholeStep:
         self._owed: Late | None = None
         self._ahead: _Ahead | None = None
         self._latest: list[_Results] = []
-        """Of the step that XLA was given last; those before it are done when it is."""
-        weakref.finalize(self, jax.block_until_ready, self._latest)  # the interpreter must not end under it
+        """Of the step that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a thread's programs in order."""
+        weakref.finalize(self, _wait, self._latest)  # the interpreter must not end under it
         self._handed_out = 0.0
         """When the latest step's logits were."""
         self._waited_s = 0.0
@@ -84,15 +85,15 @@ class WholeStep:
         outer = (model.table, model.norm, model.head)
         ids = jax.device_put(ids, model.device)  # as it comes from a step before, so that there is one executable
         *results, caches = self._program(self._params, outer, self._tables, ids, caches, positions, self.threads, span)
-        self._latest[:] = [_Results(*results)]
-        return self._latest[0], caches
+        made = _Results(*results)
+        self._latest[:] = [made]
+        return made, caches
 
     def rest(self) -> None:
-        """Returns when no step is being computed: one that was started ahead and not asked for, or was broken off, reads experts
-        by their addresses, wherever those who own them may be."""
+        """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked for, or whose
+        waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
         self._ahead = None
-        jax.block_until_ready(self._latest)
-        self._latest.clear()
+        _wait(self._latest)
 
     def _started(self, step: StepInput, caches) -> _Results | None:
         """The step's results, if it was started ahead."""
@@ -150,7 +151,7 @@ class WholeStep:
         if waits:
             self._waited_s = ran - compile_s
         else:
-            ran = min(ran, self._waited_s)
+            ran = min(ran, self._waited_s + compile_s)
         self._owed = Late(functools.partial(self._plan, packed, ran - compile_s, step.valid, planner))
         return logits, caches, StepStats(step.phase, 1, ran, compile_s, self._owed)
 
@@ -174,6 +175,13 @@ class WholeStep:
             layers.append(LayerStats(ordinal, routing.loads, hits, misses, plan.cpu, (), (), 0, share + busy, lanes))
         planner.finish_step()
         return layers
+
+
+def _wait(latest: list[_Results]) -> None:
+    """Until they are there or have failed: whoever asked for the step was told, and of one that nobody asked for nobody wants to know."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(latest)
+    latest.clear()
 
 
 def _some(caches: list) -> jax.Array:
