@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import BF16, F32, aligned_copy
-from hybrimoe_jax.host_kernels.numa import spread
+from hybrimoe_jax.host_kernels.formats import BF16, F32, Arena, aligned_copy
 from hybrimoe_jax.host_kernels.packing import PackedMatrix
 from hybrimoe_jax.models.dense_packing import is_projection
 from hybrimoe_jax.models.parameters import split
@@ -53,13 +52,15 @@ class DeviceModel:
         model = build_model(config)
         self.eps = config.rms_norm_eps
 
+        arena = Arena() if device.platform == "cpu" else None  # XLA's CPU backend takes aligned memory as it is
+
         def put(name: str) -> jax.Array | PackedMatrix:
             # A copy, so that no device array aliases (and keeps alive) the loader's memory.
             array = dense[name]
             if isinstance(array, PackedMatrix):
-                array = dataclasses.replace(array, data=spread(aligned_copy(array.data)))
-            elif device.platform == "cpu":
-                array = spread(aligned_copy(array, None if native and stays_narrow(name, array) else F32))
+                array = dataclasses.replace(array, data=aligned_copy(array.data, arena=arena))
+            elif arena:
+                array = aligned_copy(array, None if native and stays_narrow(name, array) else F32, arena)
             return jax.device_put(array, device)
 
         self.table = put(TABLE)
