@@ -35,6 +35,8 @@ from hybrimoe_jax.models.precision import einsum
 PLAIN_ROWS = range(2, 33)
 LARGE = 1 << 19
 
+Weight = jax.Array | PackedMatrix | ffi.AddressedMatrix
+
 _native = contextvars.ContextVar("native kernels in what is being traced", default=False)
 
 
@@ -59,28 +61,28 @@ def calls_native() -> bool:
     return _native.get()
 
 
-def product(x: jax.Array, weight: jax.Array | PackedMatrix) -> jax.Array:
+def product(x: jax.Array, weight: Weight) -> jax.Array:
     """x [..., K] times the transpose of a matrix [R, K] -> float32 [..., R]."""
     if calls_native() and (always_native(weight) or worthwhile(x.size // x.shape[-1], weight.size)):
         return ffi.matmul(x, weight)
     return product_reference(x, weight)
 
 
-def several(x: jax.Array, *weights: jax.Array | PackedMatrix) -> list[jax.Array]:
+def several(x: jax.Array, *weights: Weight) -> list[jax.Array]:
     """`product` of x with each; matrices of one kind are one call of the kernels, of which each costs some microseconds.
 
     Measured (466 M model, float32, a decode step, both forms in turns in one process): query, key and value in one call, gate and up in another
     take 0.95 to 0.97 of the time.
     """
     if calls_native() and len({ffi.kind(weight) for weight in weights}) == 1:
-        if always_native(weights[0]) or worthwhile(x.size // x.shape[-1], sum([weight.size for weight in weights])):
+        if any(map(always_native, weights)) or worthwhile(x.size // x.shape[-1], sum([weight.size for weight in weights])):
             return ffi.matmuls(x, *weights)
     return [product(x, weight) for weight in weights]
 
 
-def always_native(weight: jax.Array | PackedMatrix) -> bool:
-    """Whether XLA would have to unpack or widen the matrix at every call."""
-    return isinstance(weight, PackedMatrix) or weight.dtype == jnp.bfloat16
+def always_native(weight: Weight) -> bool:
+    """Whether XLA would have to unpack or widen the matrix at every call, or is not handed it at all."""
+    return isinstance(weight, (PackedMatrix, ffi.AddressedMatrix)) or weight.dtype == jnp.bfloat16
 
 
 def worthwhile(rows: int, size: int) -> bool:

@@ -68,24 +68,38 @@ ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slot
     return ffi::Error::Success();
 }
 
-// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose.
-ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, int64_t isa,
-                      int64_t threads) {
+// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose. `places`: of each matrix, where in a table of addresses
+// [n, 2] (halves, lower one first) its own stands, or -1 where it is the next of `matrices`, of which the first is the table where there is one.
+ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, ffi::Span<const int64_t> places,
+                      int64_t isa, int64_t threads) {
     static thread_local std::vector<int64_t> rows;
     static thread_local std::vector<const void*> read;
     static thread_local std::vector<float*> outs;
     const auto shape = x.dimensions();
-    if (shape.size() != 2 || matrices.size() != results.size()) return wrong("matmul: x [N, K] and a result a matrix are needed");
+    const int64_t addressed = std::count_if(places.begin(), places.end(), [](int64_t place) { return place >= 0; });
+    if (shape.size() != 2 || places.size() != results.size() || matrices.size() != results.size() - addressed + (addressed > 0))
+        return wrong("matmul: x [N, K] and a result a matrix are needed");
+    const void* const* table = nullptr;
+    int64_t next = 0, known = 0;
+    if (addressed) {
+        const auto given = matrices.get<ffi::Buffer<ffi::U32>>(next++);
+        if (!given) return wrong("matmul: a table of addresses [n, 2] is needed");
+        table = reinterpret_cast<const void* const*>(given->typed_data()), known = given->element_count() / 2;
+    }
     rows.clear();
     read.clear();
     outs.clear();
-    for (size_t i = 0; i < matrices.size(); ++i) {
-        const auto matrix = matrices.get<ffi::AnyBuffer>(i);
+    for (size_t i = 0; i < results.size(); ++i) {
         auto result = results.get<Floats>(i);
-        if (!matrix || !result) return wrong("matmul: a matrix or result is no array");
+        if (!result || (*result)->dimensions().size() != 2 || (*result)->dimensions()[0] != shape[0])
+            return wrong("matmul: results [N, R] are needed");
         const auto made = (*result)->dimensions();
-        if (made.size() != 2 || made[0] != shape[0]) return wrong("matmul: results [N, R] are needed");
-        const void* data = weights_of(*matrix, format, matrix_bytes(format, made[1], shape[1]));
+        const void* data = nullptr;
+        if (places[i] >= 0) {
+            data = places[i] < known ? table[places[i]] : nullptr;
+        } else if (const auto matrix = matrices.get<ffi::AnyBuffer>(next++)) {
+            data = weights_of(*matrix, format, matrix_bytes(format, made[1], shape[1]));
+        }
         if (!data) return wrong("matmul: a matrix has not the type or size of its format");
         rows.push_back(made[1]);
         read.push_back(data);
@@ -122,6 +136,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_matmuls, experts::run_matmul,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int64_t>("format")
+                                  .Attr<xla::ffi::Span<const int64_t>>("places")
                                   .Attr<int64_t>("isa")
                                   .Attr<int64_t>("threads"));
 

@@ -11,8 +11,10 @@ helpers; XLA's own pool is idle meanwhile, for the programs here are chains in w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,39 +60,65 @@ def threads() -> int:
     return int(os.environ.get("NPROC") or cores)
 
 
+@dataclasses.dataclass(frozen=True)
+class AddressedMatrix:
+    """A matrix [rows, columns] that a program is not handed but finds: at the address in row `index` of `table`, uint32 [n, 2] (lower half
+    first). Whoever made the table keeps it alive until every call has ended. `code`: its format's number."""
+
+    table: Any
+    index: int
+    code: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
 def _call(name: str, results, *operands, **attributes: int):
     if not available():
         raise UserError(
             f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
         )
     numbers = {**attributes, "isa": library.library().experts_best_isa(), "threads": threads()}
-    return jax.ffi.ffi_call(name, results)(*operands, **{key: np.int64(number) for key, number in numbers.items()})
+    attributes = {key: number if isinstance(number, np.ndarray) else np.int64(number) for key, number in numbers.items()}
+    return jax.ffi.ffi_call(name, results)(*operands, **attributes)
 
 
-def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix) -> jax.Array:
+def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix | AddressedMatrix) -> jax.Array:
     """x [..., K] float32 times the transpose of a matrix [R, K], float32, bfloat16 or packed -> float32 [..., R]."""
     return matmuls(x, matrix)[0]
 
 
-def kind(matrix: jax.Array | PackedMatrix) -> tuple[int, int]:
+def kind(matrix: jax.Array | PackedMatrix | AddressedMatrix) -> tuple[int, int]:
     """The number of a matrix's format, and K: matrices alike in both go into one call."""
+    if isinstance(matrix, AddressedMatrix):
+        return matrix.code, matrix.columns
     if isinstance(matrix, PackedMatrix):
         return format_code(matrix.layout.format), matrix.layout.columns
     return PLAIN[matrix.dtype.name], matrix.shape[1]
 
 
-def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix) -> list[jax.Array]:
-    """x times the transpose of each of several matrices of one kind, in one call."""
+def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix | AddressedMatrix) -> list[jax.Array]:
+    """x times the transpose of each of several matrices of one kind, in one call. Those with an address share one table."""
     code, columns = kind(matrices[0])
     if x.shape[-1] != columns or any([kind(matrix) != (code, columns) for matrix in matrices]):
         raise ValueError(
             f"x is {x.shape}, the matrices are {[kind(m) for m in matrices]} (format, columns): they do not fit"
         )
     rows = x.reshape(-1, columns)
-    packed = isinstance(matrices[0], PackedMatrix)
-    outputs = [m.layout.rows if packed else m.shape[0] for m in matrices]
-    results = [jax.ShapeDtypeStruct((rows.shape[0], width), jnp.float32) for width in outputs]
-    made = _call(MATMUL, results, rows, *(m.data if packed else m for m in matrices), format=code)
+    results, arrays, tables, places = [], [], [], []
+    for matrix in matrices:
+        addressed = isinstance(matrix, AddressedMatrix)
+        places.append(matrix.index if addressed else -1)
+        if addressed:
+            tables.append(matrix.table)
+        else:
+            arrays.append(matrix.data if isinstance(matrix, PackedMatrix) else matrix)
+        width = matrix.rows if addressed else matrix.shape[0]
+        results.append(jax.ShapeDtypeStruct((rows.shape[0], width), jnp.float32))
+    made = _call(MATMUL, results, rows, *tables[:1], *arrays, format=code, places=np.array(places, np.int64))
     return [y.reshape(*x.shape[:-1], -1) for y in made]
 
 

@@ -23,12 +23,22 @@ def table(addresses: Sequence[int]) -> np.ndarray:
 
 
 def routed(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, table: jax.Array, threads: jax.Array, isa: int
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    table: jax.Array,
+    threads: jax.Array,
+    isa: int,
+    first: int = 0,
+    count: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """x [N, D] float32, ids [N, k] int32, weights [N, k] float32, threads int32 [] -> sum over each token's experts [N, D], seconds [1].
+
+    The layer's experts are `count` of the table's from `first` on; all of them where that is not said.
 
     The error of an id outside the table is XLA's. CPU backend only.
     """
     register(NAME, "experts_ffi_routed")
     results = (jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32))
-    return jax.ffi.ffi_call(NAME, results)(x, ids, weights, table, threads, isa=np.int64(isa))
+    numbers = {"isa": isa, "first": first, "experts": len(table) if count is None else count}
+    return jax.ffi.ffi_call(NAME, results)(x, ids, weights, table, threads, **{k: np.int64(v) for k, v in numbers.items()})

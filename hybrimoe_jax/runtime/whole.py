@@ -36,6 +36,7 @@ from hybrimoe_jax.models.products import product
 from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
 from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
+from hybrimoe_jax.runtime.gathered import gather, restore
 from hybrimoe_jax.runtime.programs import _program
 from hybrimoe_jax.runtime.routing import read_routing
 from hybrimoe_jax.runtime.step import StepInput
@@ -65,10 +66,10 @@ class WholeStep:
 
     def __init__(self, model: DeviceModel, addresses: Sequence[Sequence[int]], isa: int):
         self.model = model
+        self._params, places = gather([layer.params for layer in model.layers], model.device)
         kinds = tuple((layer.graphdef, layer.ordinal is not None) for layer in model.layers)
-        self._program = whole_program(kinds, model.eps, isa)
-        self._params = [layer.params for layer in model.layers]
-        self._tables = [jax.device_put(table(layer), model.device) for layer in addresses]
+        self._program = whole_program(kinds, places, model.eps, isa)
+        self._table = jax.device_put(table([address for layer in addresses for address in layer]), model.device)
         self.threads = jax.device_put(np.int32(1), model.device)
         self._owed: Late | None = None
         self._ahead: _Ahead | None = None
@@ -84,7 +85,7 @@ class WholeStep:
         model = self.model
         outer = (model.table, model.norm, model.head)
         ids = jax.device_put(ids, model.device)  # as it comes from a step before, so that there is one executable
-        *results, caches = self._program(self._params, outer, self._tables, ids, caches, positions, self.threads, span)
+        *results, caches = self._program(self._params, outer, self._table, ids, caches, positions, self.threads, span)
         made = _Results(*results)
         self._latest[:] = [made]
         return made, caches
@@ -190,15 +191,16 @@ def _some(caches: list) -> jax.Array:
 
 
 @functools.cache
-def whole_program(layers: tuple, eps: float, isa: int):
-    """The jitted step of a model whose layers have these (graphdef, whether it has experts)."""
+def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
+    """The jitted step of a model whose layers have these (graphdef, whether it has experts) and places of their parameters."""
 
-    def run(params, outer, tables, ids, caches, positions, threads, span):
+    def run(params, outer, experts, ids, caches, positions, threads, span):
         embedding, norm, head = outer
         h = embedding[ids].astype(jnp.float32)
-        tables, kept, packed = iter(tables), [], []
-        for (graphdef, is_moe), own, cache in zip(layers, params, caches):
-            layer = merge(graphdef, own)
+        kept, packed = [], []
+        count = len(experts) // sum(is_moe for _, is_moe in layers)
+        for index, ((graphdef, is_moe), cache) in enumerate(zip(layers, caches)):
+            layer = merge(graphdef, restore(params, index, places[index]))
             h, cache = layer.attend(h, cache, positions, span)
             kept.append(cache)
             x = layer.ffn_input(h)
@@ -206,7 +208,7 @@ def whole_program(layers: tuple, eps: float, isa: int):
                 h = h + layer.ffn(x).reshape(h.shape)
                 continue
             routing = layer.ffn.route(x)
-            y, seconds = routed(x, routing.ids, routing.weights, next(tables), threads, isa)
+            y, seconds = routed(x, routing.ids, routing.weights, experts, threads, isa, len(packed) * count, count)
             shared = layer.ffn.shared(x)
             h = h + (y if shared is None else y + shared).reshape(h.shape)
             parts = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, seconds[None]]
