@@ -75,7 +75,9 @@ def several(x: jax.Array, *weights: Weight) -> list[jax.Array]:
     take 0.95 to 0.97 of the time.
     """
     if calls_native() and len({ffi.kind(weight) for weight in weights}) == 1:
-        if any(map(always_native, weights)) or worthwhile(x.size // x.shape[-1], sum([weight.size for weight in weights])):
+        if any(map(always_native, weights)) or worthwhile(
+            x.size // x.shape[-1], sum([weight.size for weight in weights])
+        ):
             return ffi.matmuls(x, *weights)
     return [product(x, weight) for weight in weights]
 

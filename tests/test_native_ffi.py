@@ -247,3 +247,24 @@ def test_several_matrices_in_one_call_are_each_ones_product_bit_for_bit(format, 
         np.testing.assert_array_equal(got, ffi.matmul(x, weight))
     with pytest.raises(ValueError, match="do not fit"):
         ffi.matmuls(x, weights[0], matrix(9, 33, format))
+
+
+@needs_ffi
+@pytest.mark.parametrize("format", ["f32", "bf16", "int4-g32-a8"])
+def test_a_matrix_is_found_by_its_address_beside_one_that_is_handed_over(format):
+    from hybrimoe_jax.host_kernels.native.routed import table
+
+    x, weights = tokens(3, 77), [matrix(outputs, 77, format, outputs) for outputs in (45, 8, 131)]
+    buffers = [weight.data if isinstance(weight, PackedMatrix) else weight for weight in weights]
+    addresses = jnp.asarray(table([buffer.unsafe_buffer_pointer() for buffer in buffers]))
+
+    def found(addresses, index):
+        return ffi.AddressedMatrix(addresses, index, *ffi.kind(weights[index])[:1], *weights[index].shape)
+
+    got = jax.jit(lambda x, table, handed: ffi.matmuls(x, found(table, 2), handed, found(table, 0)))(
+        x, addresses, weights[1]
+    )
+    for made, weight in zip(got, (weights[2], weights[1], weights[0]), strict=True):
+        np.testing.assert_array_equal(made, ffi.matmul(x, weight))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="type or size"):
+        jax.block_until_ready(ffi.matmul(x, found(addresses[:2], 2)))

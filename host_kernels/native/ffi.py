@@ -72,6 +72,10 @@ class AddressedMatrix:
     columns: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
     def size(self) -> int:
         return self.rows * self.columns
 
@@ -82,7 +86,9 @@ def _call(name: str, results, *operands, **attributes: int):
             f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
         )
     numbers = {**attributes, "isa": library.library().experts_best_isa(), "threads": threads()}
-    attributes = {key: number if isinstance(number, np.ndarray) else np.int64(number) for key, number in numbers.items()}
+    attributes = {
+        key: number if isinstance(number, np.ndarray) else np.int64(number) for key, number in numbers.items()
+    }
     return jax.ffi.ffi_call(name, results)(*operands, **attributes)
 
 
@@ -116,8 +122,7 @@ def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix | AddressedMatrix)
             tables.append(matrix.table)
         else:
             arrays.append(matrix.data if isinstance(matrix, PackedMatrix) else matrix)
-        width = matrix.rows if addressed else matrix.shape[0]
-        results.append(jax.ShapeDtypeStruct((rows.shape[0], width), jnp.float32))
+        results.append(jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0]), jnp.float32))
     made = _call(MATMUL, results, rows, *tables[:1], *arrays, format=code, places=np.array(places, np.int64))
     return [y.reshape(*x.shape[:-1], -1) for y in made]
 

@@ -3,7 +3,8 @@
 Large matrices are found by their addresses, which lie in one table, and vectors are slices of one vector; the rest is handed over as it is.
 For the CPU backend, whose native kernels read weights where they lie.
 
-Measured (466 M model, 8 layers): 142 arrays become 31.
+Measured (466 M model, 8 layers, int4, 2 cores with AVX2): 143 arrays become 42, a call takes two thirds of the time of its thread, a token 0.93 of its
+(float32 0.96).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Place(NamedTuple):
     matrix: tuple[int, int, int] | None = None
 
 
-def gather(layers: Sequence[Mapping[str, jax.Array | PackedMatrix]], device: jax.Device) -> tuple[Handed, tuple[tuple[Place, ...], ...]]:
+def gather(
+    layers: Sequence[Mapping[str, jax.Array | PackedMatrix]], device: jax.Device
+) -> tuple[Handed, tuple[tuple[Place, ...], ...]]:
     """-> what to hand over, and each layer's places (hashable)."""
     others, addresses, vectors, all_places, length = [], [], [], [], 0
     for params in layers:
