@@ -125,7 +125,10 @@ def compared(
         "read_bandwidth_gb_s": statistics.median(bandwidth) / 1e9,
         "prefill_tokens_s": {name: PROMPT / medians[name, "prefill"] for name in contenders},
         "decode_tokens_s": {name: 1 / medians[name, "decode"] for name in contenders},
-        "ratios": {what: medians[THEIRS, what] / medians[OURS, what] for what in ("prefill", "decode")},
+        "ratios": {  # of each round, since a machine's speed drifts over rounds and both with it
+            what: statistics.median(b / a for a, b in zip(seconds[OURS, what], seconds[THEIRS, what], strict=True))
+            for what in ("prefill", "decode")
+        },
         "ratio_ranges": {
             what: [
                 min(seconds[THEIRS, what]) / max(seconds[OURS, what]),
@@ -138,7 +141,7 @@ def compared(
 
 
 def table(results: list[dict]) -> str:
-    """Tokens a second of both, and their ratio."""
+    """Tokens a second of both, medians, and the median of the rounds' ratios."""
     lines = [
         f"{'':34}{'prefill of ' + str(PROMPT) + ', tokens/s':^34}{'decode, tokens/s':^34}",
         f"{'model and format':34}{OURS:>11}{THEIRS:>12}{'ratio':>9}  {OURS:>11}{THEIRS:>12}{'ratio':>9}",
