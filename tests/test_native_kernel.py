@@ -83,6 +83,23 @@ def test_a_token_gets_the_same_bits_alone_and_in_company_and_on_any_number_of_th
         assert np.array_equal(alone[0], together[0][token])
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("hidden", [200, 201])
+def test_a_token_s_bits_are_those_of_any_number_of_tokens(isa, dtype, hidden):
+    experts, x, _, _ = layer(7, 1100, hidden, 40, 1, dtype)  # several blocks deep
+    kernel = NativeKernel(isa=isa)
+    handles = [kernel.prepare(expert) for expert in experts]
+
+    def first(count: int) -> np.ndarray:
+        every = [np.arange(count)]
+        return run_experts(kernel, handles, x[:count], every, [np.ones(count, np.float32)], np.zeros_like(x[:count]), 2)
+
+    want = first(40)
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 19, 24, 25):
+        assert np.array_equal(first(count), want[:count]), count
+
+
 @needs_native
 def test_several_threads_call_at_once_and_share_the_helpers():
     kernel = NativeKernel()

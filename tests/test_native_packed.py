@@ -152,7 +152,7 @@ def test_nothing_saturates_at_the_extremes(isa, name, sign):
         x[1] *= np.where(np.arange(256) % 2, 1, -1)
         x[2:18] = 127 * np.sign(tokens_of(16, 256))
         want = x.astype(np.float64) @ dequantise(matrix).astype(np.float64).T
-        for tokens in (1, 5, 20):  # streams of one and of several, and a block
+        for tokens in (1, 5, 20):  # streams of one and of several; three streams or a block
             np.testing.assert_array_equal(kernel.product(matrix, x[:tokens]), want[:tokens])
 
 

@@ -22,7 +22,7 @@ struct Expert {
 // At most so many tokens are quicker with Isa::few, which reads one stream where `quantised` may read two, but computes less at a
 // time (AVX-512 with VNNI: int8 0.71 instead of 0.75 of the bandwidth at 3 tokens, 0.76 and 0.82 at 4; int4 0.80 instead of 0.73 at 2).
 EVERYWHERE int64_t few_of(Kind kind) { return kind == INT8 ? 3 : 1; }
-constexpr int64_t FEW_TOKENS = 6;  // at most: plain weights are read once
+constexpr int64_t FEW_TOKENS = 6;  // at most: plain weights are read once, by one tile
 constexpr int64_t MAX_ROWS = 64;   // of weights that a product takes at once
 
 // c[t * stride + r] for `rows` rows from row `from` on (a multiple of 8) and n tokens, each a row of floats, padded with

@@ -115,7 +115,7 @@ ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets 
 
 extern "C" {
 EXPORTED XLA_FFI_Error* ffi_experts(XLA_FFI_CallFrame*);
-EXPORTED XLA_FFI_Error* ffi_matmuls(XLA_FFI_CallFrame*);
+EXPORTED XLA_FFI_Error* ffi_products(XLA_FFI_CallFrame*);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_experts, experts::run_experts,
@@ -130,7 +130,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_experts, experts::run_experts,
                                   .Attr<int64_t>("isa")
                                   .Attr<int64_t>("threads"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_matmuls, experts::run_matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ffi_products, experts::run_matmul,
                               xla::ffi::Ffi::Bind()
                                   .Arg<experts::Floats>()
                                   .RemainingArgs()

@@ -29,7 +29,7 @@ EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
 GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
 HANDLERS = {
     EXPERTS: "ffi_experts",
-    MATMUL: "ffi_matmuls",
+    MATMUL: "ffi_products",
     GROUPED: "ffi_grouped_attention",
     LATENT: "ffi_latent_attention",
 }
@@ -80,7 +80,7 @@ class AddressedMatrix:
         return self.rows * self.columns
 
 
-def _call(name: str, results, *operands, **attributes: int):
+def _call(name: str, results, *operands, **attributes: int | np.ndarray):
     if not available():
         raise UserError(
             f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
@@ -123,6 +123,8 @@ def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix | AddressedMatrix)
         else:
             arrays.append(matrix.data if isinstance(matrix, PackedMatrix) else matrix)
         results.append(jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0]), jnp.float32))
+    if any(other is not tables[0] for other in tables):
+        raise ValueError("matrices of one call are looked up in one table")
     made = _call(MATMUL, results, rows, *tables[:1], *arrays, format=code, places=np.array(places, np.int64))
     return [y.reshape(*x.shape[:-1], -1) for y in made]
 

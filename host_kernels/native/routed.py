@@ -17,8 +17,8 @@ NAME = "hybrimoe_routed"
 
 
 def table(addresses: Sequence[int]) -> np.ndarray:
-    """What `routed` looks experts up in: uint32 [E, 2] of the addresses of their records (`HostKernel.record`); the handles they came
-    from must outlive every call."""
+    """Addresses as a program is handed them, uint32 [n, 2]. `routed` looks up in them the records of experts (`HostKernel.record`),
+    `ffi.matmuls` matrices; what they came from must outlive every call."""
     return np.array(addresses, "<u8").view("<u4").reshape(-1, 2)
 
 

@@ -8,7 +8,7 @@
 
 namespace experts {
 
-constexpr int64_t FEW_ROWS = 32;  // of plain weights in an item, where a few tokens read each once: two cache lines of output
+constexpr int64_t FEW_ROWS = 32;  // of plain weights in an item, where a few tokens read each once, in one tile: two cache lines of output
 constexpr int64_t TOKENS = 128;   // between looks at the same rows, which stay in the second-level cache
 constexpr int64_t SCRATCH_BYTES = 16 << 20;
 // A thread more for every so many multiply-adds, where a weight read counts as READ of them: some 20 us of one core

@@ -49,6 +49,7 @@ def gather(
 ) -> tuple[Handed, tuple[tuple[Place, ...], ...]]:
     """-> what to hand over, and each layer's places (hashable)."""
     others, addresses, vectors, all_places, length = [], [], [], [], 0
+    jax.block_until_ready(layers)  # nothing waits for what is behind an address
     for params in layers:
         rest, places = {}, []
         for name, value in params.items():

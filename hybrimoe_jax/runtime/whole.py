@@ -6,7 +6,7 @@ one executable, which hands out every layer's routing at its end. The planner th
 statistics count the same; the program has done what those plans say.
 
 Where the next step takes this one's likeliest token, it is started before this one has ended: the program hands the token on
-by itself, and handing the program to XLA (0.5 ms of a 466 M model's token, with cold caches), sampling and everything between two
+by itself, and handing the program to XLA (0.4 ms of a 466 M model's token, with cold caches), sampling and everything between two
 steps happen meanwhile. Whatever the next step turns out to be, the caches serve it: what was written ahead lies at its own
 position, which it writes first.
 
