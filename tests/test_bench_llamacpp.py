@@ -115,5 +115,6 @@ def test_a_ratio_is_the_median_of_the_rounds_where_the_machine_drifts(monkeypatc
     sides = {llamacpp.OURS: Turns([1.0, 3.0, 1.5, 4.0]), llamacpp.THEIRS: Turns([2.0, 3.0, 3.0, 8.0])}
     result = llamacpp.compared("mid", "f32", sides, llamacpp.Options(rounds=4), lambda text: None)
     assert result["ratios"] == {"prefill": 2.0, "decode": 2.0}
+    assert result["ratios_of_medians"] == {"prefill": 3.0 / 2.25, "decode": 3.0 / 2.25}
     assert result["decode_tokens_s"] == {llamacpp.OURS: 1 / 2.25, llamacpp.THEIRS: 1 / 3.0}
     assert "2.00x" in llamacpp.table([result])

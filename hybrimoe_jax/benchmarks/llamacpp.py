@@ -129,6 +129,7 @@ def compared(
             what: statistics.median(b / a for a, b in zip(seconds[OURS, what], seconds[THEIRS, what], strict=True))
             for what in ("prefill", "decode")
         },
+        "ratios_of_medians": {what: medians[THEIRS, what] / medians[OURS, what] for what in ("prefill", "decode")},
         "ratio_ranges": {
             what: [
                 min(seconds[THEIRS, what]) / max(seconds[OURS, what]),

@@ -3,8 +3,8 @@
 Large matrices are found by their addresses, which lie in one table, and vectors are slices of one vector; the rest is handed over as it is.
 For the CPU backend, whose native kernels read weights where they lie.
 
-Measured (466 M model, 8 layers, int4, 2 cores with AVX2): 143 arrays become 42, a call takes two thirds of the time of its thread, a token 0.93 of its
-(float32 0.96).
+Measured (466 M model, 8 layers, 2 cores with AVX2): 143 arrays become 42. With dense weights on huge pages, two processes in turns, a token is 1.07 and 1.11
+times as fast in int4, 0.98 and 1.10 in int8, 1.04 in float32.
 """
 
 from __future__ import annotations
