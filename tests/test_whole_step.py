@@ -10,6 +10,8 @@ import pytest
 import tiny
 
 from hybrimoe_jax.host_kernels.native import ffi, library
+from hybrimoe_jax.runtime.step import StepInput
+from hybrimoe_jax.runtime.whole_program import MOST
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
@@ -73,14 +75,27 @@ def test_statistics_are_the_layer_by_layer_ones():
 def steps_started_ahead(engine) -> list[bool]:
     """For every whole step that follows: whether it had been started before it was asked for."""
     whole, seen = engine._forward.whole, []
-    started = whole._started
+    find = whole._find
 
     def watched(*args):
-        results = started(*args)
-        seen.append(results is not None)
-        return results
+        call = find(*args)
+        seen.append(call is not None)
+        return call
 
-    whole._started = watched
+    whole._find = watched
+    return seen
+
+
+def steps_of_calls(engine, most: int = MOST) -> list[int]:
+    """How many steps XLA was given in each call that follows."""
+    whole, seen = engine._forward.whole, []
+    start, whole.most = whole._start, most
+
+    def watched(before, position, steps, *rest):
+        seen.append(steps)
+        return start(before, position, steps, *rest)
+
+    whole._start = watched
     return seen
 
 
@@ -94,6 +109,66 @@ def test_the_next_greedy_step_is_started_ahead():
     seen.clear()
     engine.generate(prompt, max_new_tokens=6, temperature=0.7)
     assert seen == [False] * 5, "which token is drawn is not known before"
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "most", "calls"), [(22, 8, [1, 2, 4, 8, 6]), (9, 3, [1, 2, 3, 2]), (4, 1, [1, 1, 1])]
+)
+def test_steps_share_calls_that_grow_and_end_with_the_run(new_tokens, most, calls):
+    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    seen, prompt = steps_of_calls(engine, most), tiny.prompts(engine.config, (9,))
+    made = engine.generate(prompt, max_new_tokens=new_tokens)
+    assert seen == calls
+    assert made.token_ids == dense.generate(prompt, max_new_tokens=new_tokens).token_ids
+    assert len(made.stats.steps) == new_tokens and all(step.seconds > 0 for step in made.stats.steps)
+
+
+def test_no_call_reads_beyond_the_span_that_its_program_was_made_for():
+    """A call begins where attention must read more of the cache, and ends before."""
+    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    prompt = tiny.prompts(engine.config, (250,))
+    seen = steps_of_calls(engine)
+    made = engine.generate(prompt, max_new_tokens=20).token_ids
+    assert seen == [1, 2, 3, 1, 2, 4, 6]
+    assert made == dense.generate(prompt, max_new_tokens=20).token_ids
+
+
+def test_nothing_is_computed_behind_a_token_that_ends_the_sequence():
+    engine = whole_engine()
+    prompt = tiny.prompts(engine.config, (9,))
+    tokens = engine.generate(prompt, max_new_tokens=20).token_ids[0]
+    at = next(i for i in range(5, 15) if tokens[i] not in tokens[:i])
+    engine.eos = (tokens[at],)
+    whole, given = engine._forward.whole, []
+    start, whole.most = whole._start, MOST
+    whole._start = lambda *args: given.append(start(*args)) or given[-1]
+    assert engine.generate(prompt, max_new_tokens=20).token_ids[0] == tokens[: at + 1]
+    computed = [int(np.asarray(call.results.tokens)[1]) for call, _ in given]
+    assert sum(computed) == at and computed[-1] == 0, "the last call is given the ending token"
+
+
+def test_a_token_that_ends_sequences_can_be_given():
+    engine = whole_engine()
+    model, whole = engine._parts.model, engine._forward.whole
+    zero = np.zeros((1, 1), np.int32)
+    logits = []
+    for ends in ((), (0,)):
+        step = StepInput(zero, zero + 3, 256, "decode", np.zeros(1, np.int64), 4, ends)
+        logits.append(whole.logits(step, model.init_cache(1, 256))[0])
+        whole.rest()
+    np.testing.assert_array_equal(*logits)
+    assert np.abs(logits[0]).max() > 0
+
+
+def test_steps_looked_at_late_and_out_of_order_are_planned_in_order():
+    runs = {}
+    for order in ("first", "last"):
+        engine = whole_engine(cache_ratio=0.5)
+        steps = [emitted.stats for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=12)]
+        for step in steps if order == "first" else steps[::-1]:
+            assert len(step.layers)
+        runs[order] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
+    assert runs["first"] == runs["last"]
 
 
 def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
@@ -141,7 +216,7 @@ def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
     prompts = tiny.prompts(engine.config, (9, 21), seed=5)
     want = [engine.generate([prompt], max_new_tokens=8).token_ids for prompt in prompts]
     run = engine.steps([prompts[0]], max_new_tokens=8)
-    for _ in range(3):
+    for _ in range(2):
         next(run)
     occupy()  # so that the step ahead is still to be computed when the run ends
     next(run)

@@ -51,7 +51,7 @@ struct Isa {
     const Quantised* quantised;
     const Quantised* few;  // the same for few_of(kind) tokens
     // For the probes below: a sum of floats, and a number of multiply-adds, which is returned.
-    float (*read_all)(const float* data, int64_t count);
+    float (*read_all)(const float* data, int64_t count, bool several);
     int64_t (*multiply_adds)(int64_t rounds, float* result);
     // For attention: c[t * stride + k] = sum over r of p[t * pitch + r] * weights[r * row + k] for n tokens and `width` columns; the
     // same for one token and `rows` packed rows from `from` on, multiples of 8, and all columns, padding too; and x[i] = exp(scale * (x[i] - the greatest x)), of which it returns the sum.
@@ -112,7 +112,7 @@ EXPORTED void experts_silu_times(int64_t isa, const float* gate, const float* up
 
 // What the machine can do at most: reads `bytes` of memory on `threads` threads; returns how many it read. Makes about `count`
 // floating-point operations in registers on each thread; returns how many in all.
-EXPORTED int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads);
+EXPORTED int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads, int64_t several);
 EXPORTED int64_t probe_arithmetic(int64_t isa, int64_t count, int64_t threads);
 
 // Ends and joins the helper threads; the next call starts new ones. No call may be under way.

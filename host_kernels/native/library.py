@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
         ]
         found.matrix_run.argtypes = [*[_INTEGER] * 4, _POINTER, _INTEGER, _POINTER, _POINTER, _INTEGER]
         found.matrix_bytes.argtypes, found.matrix_bytes.restype = [_INTEGER] * 3, _INTEGER
-        found.probe_read.argtypes = [_INTEGER, _POINTER, _INTEGER, _INTEGER]
+        found.probe_read.argtypes = [_INTEGER, _POINTER, *[_INTEGER] * 3]
         found.probe_arithmetic.argtypes = [_INTEGER] * 3
         found.probe_read.restype = found.probe_arithmetic.restype = _INTEGER
         found.experts_best_isa.restype = _INTEGER

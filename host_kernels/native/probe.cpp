@@ -14,12 +14,13 @@ struct Reading {
     const Isa* isa;
     const char* data;
     int64_t bytes;
+    bool several;
 };
 
 void read_chunk(const void* context, int64_t item) {
     const Reading& all = *static_cast<const Reading*>(context);
     const int64_t from = item * CHUNK, bytes = std::min(CHUNK, all.bytes - from);
-    volatile float total = all.isa->read_all(reinterpret_cast<const float*>(all.data + from), bytes / 4);
+    volatile float total = all.isa->read_all(reinterpret_cast<const float*>(all.data + from), bytes / 4, all.several);
     (void)total;
 }
 
@@ -45,8 +46,9 @@ using namespace experts;
 
 extern "C" {
 
-int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads) {
-    const Reading reading = {&isa_number(isa), static_cast<const char*>(data), bytes};
+// `several`: each thread reads several streams side by side.
+int64_t probe_read(int64_t isa, const void* data, int64_t bytes, int64_t threads, int64_t several) {
+    const Reading reading = {&isa_number(isa), static_cast<const char*>(data), bytes, several != 0};
     Phase phase = {read_chunk, &reading, (bytes + CHUNK - 1) / CHUNK};
     run_team(&phase, 1, threads);
     return bytes;

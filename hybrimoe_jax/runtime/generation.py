@@ -124,8 +124,9 @@ def generate_steps(
         yield from hand_over(Emitted(tokens, finished, stats))
     while live.any():
         positions = np.where(live, lengths + made - 1, capacity).astype(np.int32)[:, None]
-        greedy = sampling.temperature == 0 and made[live].min() + 1 < new_tokens
-        step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", np.zeros(batch, np.int64), greedy)
+        follow = new_tokens - int(made[live].min()) - 1 if sampling.temperature == 0 else 0
+        last = np.zeros(batch, np.int64)
+        step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos))
         logits, caches, stats = forward.forward(step, caches)
         tokens, finished = choose(logits, np.flatnonzero(live).tolist())
         yield from hand_over(Emitted(tokens, finished, stats))

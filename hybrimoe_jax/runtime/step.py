@@ -24,8 +24,8 @@ SMALLEST_SPAN = 256
 class StepInput:
     """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
 
-    `last` [B] picks each row's token whose logits are wanted; None asks for all. `greedy`: unless the sequence ends with the likeliest token after
-    this one, a step follows that takes it, so that it may be started ahead.
+    `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each taking the likeliest token of
+    the one before, unless that is one of `ends`; so they may be started ahead.
     """
 
     ids: np.ndarray
@@ -33,7 +33,8 @@ class StepInput:
     capacity: int
     phase: str
     last: np.ndarray | None
-    greedy: bool = False
+    follow: int = 0
+    ends: tuple[int, ...] = ()
 
     @property
     def valid(self) -> np.ndarray:

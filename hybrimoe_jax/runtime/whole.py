@@ -1,64 +1,74 @@
-"""A decode step as one program, for machines without a device of their own: nothing has to be decided between its layers.
+"""Decode steps as one program, for machines without a device of their own: nothing has to be decided between their layers.
 
 Where the planner says that a step of one token gives every expert to the CPU whatever the routing (`Planner.foregone`), the layers
 need not come back to Python in turn: attention, routers, shared experts and, through an XLA FFI handler, the host experts run as
-one executable, which hands out every layer's routing at its end. The planner then plans each layer as ever, so that caches learn and
+one executable (`whole_program`), which hands out every layer's routing at its end. The planner then plans each layer as ever, so that caches learn and
 statistics count the same; the program has done what those plans say.
 
-Where the next step takes this one's likeliest token, it is started before this one has ended: the program hands the token on
-by itself, and handing the program to XLA (0.4 ms of a 466 M model's token, with cold caches), sampling and everything between two
-steps happen meanwhile. Whatever the next step turns out to be, the caches serve it: what was written ahead lies at its own
-position, which it writes first.
+Where the next step takes this one's likeliest token, it is started before this one has ended, and more steps behind it in the same call: twice
+as many as in the call before, up to as many as make their tokens come no later than `BURST_S`. So what Python does between two steps
+happens while later ones run, and a run that is stopped has started few steps that nobody wants. Whatever the next step turns out to
+be, the caches serve it: what was written ahead lies at its own position, which it writes first.
 
-Measured (bundled model, 2 cores, AVX-512, one run): 0.35 ms a token as one program, 0.44 ms as one per layer, 1.14 ms layer by layer
+Measured (bundled model, 2 cores, AVX-512, one run, a step a call): 0.35 ms a token as one program, 0.44 ms as one per layer, 1.14 ms layer by layer
 through Python.
-
-Shapes: D model width, E experts, k experts per token, L MoE layers.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.host_kernels.native.routed import routed, table
-from hybrimoe_jax.models.layers import rms_norm
-from hybrimoe_jax.models.parameters import merge
-from hybrimoe_jax.models.products import product
+from hybrimoe_jax.host_kernels.native.routed import table
 from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
 from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.gathered import gather, restore
-from hybrimoe_jax.runtime.programs import _program
+from hybrimoe_jax.runtime.gathered import gather
 from hybrimoe_jax.runtime.routing import read_routing
 from hybrimoe_jax.runtime.step import StepInput
+from hybrimoe_jax.runtime.whole_program import MOST, Numbers, Results, whole_program
 
 REPEATS = 9
+BURST_S = 0.1
+"""Tokens of one call come together; what takes no longer than this seems immediate to people."""
 
 
-class _Results(NamedTuple):
-    """What a step gives beside the caches. `likeliest` [1, 1]: the token with the greatest logit; the others as in `WholeStep.logits`."""
+@dataclasses.dataclass
+class _Call:
+    """Steps that XLA was given in one call.
 
-    logits: jax.Array
-    packed: jax.Array
-    likeliest: jax.Array
+    Attributes:
+      before: `Results.tokens` that begin with the first step's token. position: the first step's.
+      steps: how many they are at most; a token of `ends`, unless it is the `sure` first one, ends them.
+      cache: an array by which the caches are known that they must be asked for with.
+      handed: how many were handed out. seconds: of each.
+    """
 
-
-class _Ahead(NamedTuple):
-    """A step that runs before it was asked for: its token and position, what it writes into (by one array: the caches are the caller's)."""
-
-    token: jax.Array
+    before: jax.Array
     position: int
+    steps: int
+    sure: int
+    ends: tuple[int, ...]
+    results: Results
     cache: weakref.ref
-    results: _Results
+    handed: int = 0
+    seconds: float = 0.0
+
+    def is_next(self, step: StepInput, caches: list) -> bool:
+        """Whether this is the step that comes next in it; waits for nothing but the call before."""
+        row, token = self.handed, step.ids.item()
+        if self.cache() is not _some(caches) or step.positions.item() != self.position + row or row == self.steps:
+            return False
+        if row == 0:
+            return np.asarray(self.before)[0] == token and (self.sure > 0 or token not in self.ends)
+        tokens = np.asarray(self.results.tokens)
+        return row < tokens[1] and tokens[2 + row] == token
 
 
 class WholeStep:
@@ -70,97 +80,137 @@ class WholeStep:
         kinds = tuple((layer.graphdef, layer.ordinal is not None) for layer in model.layers)
         self._program = whole_program(kinds, places, model.eps, isa)
         self._table = jax.device_put(table([address for layer in addresses for address in layer]), model.device)
-        self.threads = jax.device_put(np.int32(1), model.device)
-        self._owed: Late | None = None
-        self._ahead: _Ahead | None = None
-        self._latest: list[_Results] = []
-        """Of the step that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a thread's programs in order."""
+        self.threads, self.most = 1, MOST
+        """Those that run a layer's experts; steps in a call."""
+        self._owed: collections.deque[tuple[int, Late]] = collections.deque()
+        self._numbered = 0
+        self._call: _Call | None = None
+        """The one whose steps are being handed out, and the one behind it."""
+        self._ahead: _Call | None = None
+        self._latest: list[Results] = []
+        """Of the call that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a thread's programs in order."""
         weakref.finalize(self, _wait, self._latest)  # the interpreter must not end under it
         self._handed_out = 0.0
-        """When the latest step's logits were."""
+        """When the first step of the latest call was."""
         self._waited_s = 0.0
-        """What the latest step took that was waited for."""
+        """What each step took of the latest call that was waited for."""
 
-    def _start(self, ids, caches, positions, span: int) -> tuple[_Results, list]:
+    def _start(self, before, position: int, steps: int, sure: int, step: StepInput, caches: list) -> tuple[_Call, list]:
+        """Gives XLA so many steps. `before`: `Results.tokens` that begin with the first one's token."""
         model = self.model
         outer = (model.table, model.norm, model.head)
-        ids = jax.device_put(ids, model.device)  # as it comes from a step before, so that there is one executable
-        *results, caches = self._program(self._params, outer, self._table, ids, caches, positions, self.threads, span)
-        made = _Results(*results)
+        numbers = np.array(Numbers(position, steps, sure, self.threads), np.int32)
+        ends = np.array(step.ends, np.int32)
+        *results, caches = self._program(self._params, outer, self._table, before, caches, numbers, ends, step.span)
+        made = Results(*results)
         self._latest[:] = [made]
-        return made, caches
+        return _Call(before, position, steps, sure, step.ends, made, weakref.ref(_some(caches))), caches
+
+    def _start_behind(self, call: _Call, step: StepInput, caches: list) -> list:
+        """Starts what follows the call, of which `step` is the first step, if that is known."""
+        position = call.position + call.steps
+        steps = min(2 * call.steps, self.most, step.follow - call.steps + 1, step.span - position)
+        if steps < 1:
+            return caches
+        self._ahead, caches = self._start(call.results.tokens, position, steps, 0, step, caches)
+        call.cache = self._ahead.cache
+        return caches
 
     def rest(self) -> None:
         """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked for, or whose
         waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
-        self._ahead = None
+        self._call = self._ahead = None
         _wait(self._latest)
 
-    def _started(self, step: StepInput, caches) -> _Results | None:
-        """The step's results, if it was started ahead."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead.cache() is not _some(caches) or ahead.position != step.positions.item():
-            return None
-        return ahead.results if ahead.token.item() == step.ids.item() else None
-
-    def _results(self, step: StepInput, caches, results: _Results | None) -> tuple[np.ndarray, list, np.ndarray]:
-        """Starts the step, unless it was, and the one after it, if that is known, and waits for it."""
-        if results is None:
-            results, caches = self._start(step.ids, caches, step.positions, step.span)
-        after = dataclasses.replace(step, positions=step.positions + 1)
-        if step.greedy and len(after.valid) and after.span == step.span:
-            coming, caches = self._start(results.likeliest, caches, after.positions, after.span)
-            self._ahead = _Ahead(results.likeliest, after.positions.item(), weakref.ref(_some(caches)), coming)
-        self.settle()  # the step before's, while this one runs
-        return np.array(results.logits, copy=True), caches, np.array(results.packed, copy=True)
+    def _find(self, step: StepInput, caches: list) -> _Call | None:
+        """The call that has the step, if it was started ahead."""
+        for call in (self._call, self._ahead):
+            if call is not None and call.is_next(step, caches):
+                return call
+        return None
 
     def logits(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
         """A step of one token -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last, the
         seconds of its experts, [L, 2k + E + 1]."""
-        return self._results(step, caches, self._started(step, caches))
+        return self._take(self._find(step, caches), step, caches)
+
+    def _take(self, call: _Call | None, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
+        """The same, from the call that has it, if one has. A call's first step waits for the call, and has the next one started before."""
+        try:
+            if call is None:
+                before = np.zeros(MOST + 2, np.int32)
+                before[0] = step.ids.item()
+                before = jax.device_put(
+                    before, self.model.device
+                )  # as a call gives it, so that there is one executable
+                call, caches = self._start(before, step.positions.item(), 1, 1, step, caches)
+            if not call.handed:
+                self._call, self._ahead = call, None
+                caches = self._start_behind(call, step, caches)
+                self.settle()  # what the call before left, while this one runs
+            row, call.handed = call.handed, call.handed + 1
+            logits, packed = np.asarray(call.results.logits), np.asarray(call.results.packed)
+            return logits[row : row + 1].copy(), caches, packed[row].copy()
+        except BaseException:
+            self._call = self._ahead = None
+            raise
 
     def calibrate(self, clock, capacity: int, most_threads: int) -> None:
-        """Sets `threads`, of those that run a layer's experts: one or `most_threads`, whichever makes the step faster."""
+        """Sets `threads`, one or `most_threads`, whichever makes the step faster, and `most`."""
         caches = self.model.init_cache(1, capacity)
         ids, positions = np.zeros((1, 1), np.int32), np.full((1, 1), capacity // 2, np.int32)
         step = StepInput(ids, positions, capacity, "decode", np.zeros(1, np.int64))
         best: dict[int, float] = {}
         for threads in (1, most_threads) * (REPEATS + 1):  # in turns; the first of all compiles
-            self.threads = jax.device_put(np.int32(threads), self.model.device)
+            self.threads = threads
             start = clock.now()
             _, caches, _ = self.logits(step, caches)
             seconds = clock.now() - start
             best[threads] = min(best.get(threads, seconds), seconds)
-        self.threads = jax.device_put(np.int32(min(best, key=best.__getitem__)), self.model.device)
+        self.threads = min(best, key=best.__getitem__)
+        self.most = max(1, min(MOST, int(BURST_S / best[self.threads])))
 
     def step(self, step: StepInput, caches, planner, clock) -> tuple[np.ndarray, list, StepStats]:
-        """Runs a decode step of one sequence. Its layers are planned while the next step's program runs, or when they are looked
-        at. Layers' times are shares: what the program took beside the experts is divided among them.
+        """Runs a decode step of one sequence. Its layers are planned while the next call's program runs, or when they are looked
+        at. Layers' times are shares: what the program took beside the experts is divided among them, and what a call took among its steps.
 
-        A step that was started ahead counts from when the one before was handed out. If it was done before it was asked for, it waited
-        for the caller; then it counts no longer than the latest that was waited for.
+        A call that was started ahead counts from when the one before was there. If it was done before it was asked for, it waited
+        for the caller; then its steps count no longer than the latest that were waited for.
         """
         start, compiled = clock.now(), compile_clock().seconds
-        results = self._started(step, caches)
-        waits = results is None or not results.logits.is_ready()
-        if results is not None:
+        call = self._find(step, caches)
+        waits = call is None or not call.results.logits.is_ready()
+        if call is not None:
             start = self._handed_out
-        logits, caches, packed = self._results(step, list(caches), results)
-        compile_s = compile_clock().seconds - compiled
-        self._handed_out = clock.now()
-        ran = self._handed_out - start
-        if waits:
-            self._waited_s = ran - compile_s
-        else:
-            ran = min(ran, self._waited_s + compile_s)
-        self._owed = Late(functools.partial(self._plan, packed, ran - compile_s, step.valid, planner))
-        return logits, caches, StepStats(step.phase, 1, ran, compile_s, self._owed)
+        logits, caches, packed = self._take(call, step, list(caches))
+        compile_s, call = compile_clock().seconds - compiled, self._call
+        if call.handed == 1:
+            self._handed_out = clock.now()
+            call.seconds = (self._handed_out - start - compile_s) / int(np.asarray(call.results.tokens)[1])
+            if waits:
+                self._waited_s = call.seconds
+            else:
+                call.seconds = min(call.seconds, self._waited_s)
+        late = self._owe(lambda: self._plan(packed, call.seconds, step.valid, planner))
+        return logits, caches, StepStats(step.phase, 1, call.seconds + compile_s, compile_s, late)
+
+    def _owe(self, plan: Callable[[], list[LayerStats]]) -> Late:
+        """Steps are planned in their order, whichever of them is looked at first."""
+        number = self._numbered = self._numbered + 1
+
+        def make() -> list[LayerStats]:
+            while self._owed and self._owed[0][0] < number:
+                self._owed.popleft()[1].settle()
+            return plan()
+
+        late = Late(make)
+        self._owed.append((number, late))
+        return late
 
     def settle(self) -> None:
-        """Plans what a step has left to be planned."""
-        if self._owed is not None:
-            owed, self._owed = self._owed, None
-            owed.settle()
+        """Plans what the steps have left to be planned."""
+        while self._owed:
+            self._owed.popleft()[1].settle()
 
     def _plan(self, packed: np.ndarray, seconds: float, valid: np.ndarray, planner) -> list[LayerStats]:
         config, layers = self.model.config, []
@@ -178,7 +228,7 @@ class WholeStep:
         return layers
 
 
-def _wait(latest: list[_Results]) -> None:
+def _wait(latest: list[Results]) -> None:
     """Until they are there or have failed: whoever asked for the step was told, and of one that nobody asked for nobody wants to know."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.block_until_ready(latest)
@@ -188,32 +238,3 @@ def _wait(latest: list[_Results]) -> None:
 def _some(caches: list) -> jax.Array:
     """An array that tells caches from others."""
     return next(iter(caches[0].values()))
-
-
-@functools.cache
-def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
-    """The jitted step of a model whose layers have these (graphdef, whether it has experts) and places of their parameters."""
-
-    def run(params, outer, experts, ids, caches, positions, threads, span):
-        embedding, norm, head = outer
-        h = embedding[ids].astype(jnp.float32)
-        kept, packed = [], []
-        count = len(experts) // sum(is_moe for _, is_moe in layers)
-        for index, ((graphdef, is_moe), cache) in enumerate(zip(layers, caches)):
-            layer = merge(graphdef, restore(params, index, places[index]))
-            h, cache = layer.attend(h, cache, positions, span)
-            kept.append(cache)
-            x = layer.ffn_input(h)
-            if not is_moe:
-                h = h + layer.ffn(x).reshape(h.shape)
-                continue
-            routing = layer.ffn.route(x)
-            y, seconds = routed(x, routing.ids, routing.weights, experts, threads, isa, len(packed) * count, count)
-            shared = layer.ffn.shared(x)
-            h = h + (y if shared is None else y + shared).reshape(h.shape)
-            parts = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, seconds[None]]
-            packed.append(jnp.concatenate(parts, axis=-1))
-        logits = product(rms_norm(h[:, -1], norm, eps), head)
-        return logits, jnp.concatenate(packed), jnp.argmax(logits, -1, keepdims=True).astype(jnp.int32), kept
-
-    return _program(run, donate_argnums=4, static_argnums=7)
