@@ -142,7 +142,8 @@ def test_one_seam_decides_what_multiplies():
     cases = (
         (plain, 1, 0),
         (plain, 8, 1),
-        (plain, 128, 0),
+        (plain, 128, 1),
+        (plain, 256, 0),
         (packed, 1, 1),
         (packed, 128, 1),
         (narrow, 1, 1),
@@ -168,7 +169,7 @@ def test_matrices_of_one_kind_are_one_call():
         (("f32", "f32"), 3, 32, 1),
         (("f32", "f32"), 1, 32, 0),  # small ones read from the cache: XLA's
         (("f32", "f32"), 1, products.LARGE // 128, 1),
-        (("f32", "f32"), 64, products.LARGE // 128, 0),
+        (("f32", "f32"), 256, products.LARGE // 128, 0),
     )
     for formats, count, outputs, calls in cases:
         x = tokens(count, 64)
