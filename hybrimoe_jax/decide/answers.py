@@ -29,11 +29,13 @@ class Answers:
         self.foregone: Schedule | None = None
         self._equal = EqualLoads(rule, costs, **self.flags_for(1)) if rule.by_numbers else None
 
-    def forego(self, top_k: int, most_resident: int) -> None:
+    def forego(self, top_k: int, most_resident: int) -> float | None:
         """Lets a step of one token be answered beforehand, where that is the rule's answer whatever the routing; `most_resident`: experts of
-        a layer in slots at most."""
-        if isinstance(self.rule, SharedCoresScheduler):
-            self.foregone = self.rule.foregone(self.costs, top_k, most_resident, **self.flags)
+        a layer in slots at most. Returns what `CostModel.handover` must be for that, None where nothing would do."""
+        if not isinstance(self.rule, SharedCoresScheduler):
+            return None
+        needed, self.foregone = self.rule.forego(self.costs, top_k, most_resident, **self.flags)
+        return needed
 
     def schedule(
         self,

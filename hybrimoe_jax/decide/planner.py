@@ -109,8 +109,11 @@ class Planner:
         self._experts = frozenset(range(num_experts))
         self._next_clock = self._until_next = 0.0  # the latter from the start of the latest MoE block to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
-        if not self.depth(1):
-            self._answers.forego(top_k, setup.most_resident)
+        self.handover_to_forgo = self._answers.forego(
+            top_k, setup.most_resident
+        )  # what `costs.handover` must be for `foregone`
+        if self.foregone:  # whatever a prefetch might bring, it is not worth leaving the program for
+            self._scout.leave_out(1)
 
     @property
     def foregone(self) -> bool:
@@ -254,7 +257,7 @@ class Planner:
         return found
 
     def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
-        """Tells of one of the latest plan's `waits` how long its transfer held the link, and how long it was waited for, where that was measured."""
+        """Tells of one of the latest plan's `waits` how long its transfer held the link and it was waited for, where that was measured."""
         self._ledger.waited(layer, expert, seconds, wait)
 
     def finish_step(self) -> None:

@@ -65,6 +65,10 @@ class Scout:
             self._depths[tokens] = depth
         return depth
 
+    def leave_out(self, tokens: int) -> None:
+        """Looks ahead no more in steps of so many tokens."""
+        self._depths[tokens] = 0
+
     def rests(self, tokens: int) -> bool:
         """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
         while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""

@@ -18,7 +18,6 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
 from hybrimoe_jax.host_kernels.layout import is_format
-from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
@@ -29,11 +28,11 @@ from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.host import HostExecutor
+from hybrimoe_jax.runtime.one_program import can_be_one_program, decided_by_running, whole_step
 from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.step import DenseForward, Forward
 from hybrimoe_jax.runtime.transfer import Link, parts_of
-from hybrimoe_jax.runtime.whole import WholeStep
 from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.profile import load_costs
 from hybrimoe_jax.simulation.shapes import shape_of
@@ -177,20 +176,24 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     kernel = get_kernel(options.host_kernel, sample=store.get(0, 0), known=known)
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
-    one_program = _can_be_one_program(options, device, host)
+    one_program = can_be_one_program(options, device, host)
     costs = _costs(
         options, model, pool, link, host, store, INLINE_WAKES * wake_s, lookahead, expert_format, one_program
     )
-    planner = Planner(
-        system,
-        num_layers=num_layers,
-        num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        slots_per_layer=slots,
-        costs=costs,
-        frequencies=frequencies,
-        max_in_flight=IN_FLIGHT,
-    )
+
+    def plan_with(costs: CostModel) -> Planner:
+        return Planner(
+            system,
+            num_layers=num_layers,
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            slots_per_layer=slots,
+            costs=costs,
+            frequencies=frequencies,
+            max_in_flight=IN_FLIGHT,
+        )
+
+    planner = plan_with(costs)
 
     def verify(ordinal: int) -> None:
         if pool.residents(ordinal) != planner.resident(ordinal):
@@ -214,9 +217,13 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         polls = threads.available_cores() > 1 and costs.layer(1) < POLL_WAKES * wake_s
         spin_s = 2 * costs.layer(1) if polls else 0.0
         forward = OverlappedForward(**shared, host=host, wake_s=wake_s, spin_s=spin_s)
-        if one_program and planner.foregone:
-            forward.whole = _whole_step(model, host, config.num_experts)
-            forward.whole.calibrate(clock, WARMUP_CAPACITY, cores.total)
+        if one_program and (planner.foregone or (options.profile is None and planner.handover_to_forgo is not None)):
+            forward.whole = whole_step(model, host, config.num_experts)
+            if planner.foregone:
+                forward.whole.calibrate(clock, WARMUP_CAPACITY, cores.total)
+            else:
+                costs = decided_by_running(forward, plan_with, costs, WARMUP_CAPACITY, cores.total)
+                planner = forward.planner
     forward.fill()
     footprint = dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
     return Parts(
@@ -272,20 +279,6 @@ def _slots(system, options, fixed, expert_bytes, num_layers, num_experts, freque
         total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, num_layers * num_experts)
         return system.slots_for_total(total, num_layers, num_experts, frequencies)
     return system.slots_per_layer(ratio, num_layers, num_experts, frequencies)
-
-
-def _can_be_one_program(options: EngineConfig, device: jax.Device, host: HostExecutor) -> bool:
-    """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single tokens."""
-    plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
-    return plain and device.platform == "cpu" and ffi.available() and host.kernel.record(host.handle(0, 0)) is not None
-
-
-def _whole_step(model: DeviceModel, host: HostExecutor, num_experts: int) -> WholeStep:
-    records = [
-        [host.kernel.record(host.handle(layer, expert)) for expert in range(num_experts)]
-        for layer in range(len(model.moe_layers))
-    ]
-    return WholeStep(model, [[address for _, address in layer] for layer in records], records[0][0][0])
 
 
 def _costs(

@@ -19,6 +19,7 @@ from hybrimoe_jax.host_kernels.native.routed import routed
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import product
+from hybrimoe_jax.models.rope import Rope, answering
 from hybrimoe_jax.runtime.gathered import restore
 from hybrimoe_jax.runtime.programs import _program
 
@@ -85,19 +86,33 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
         def step(token, caches, i):
             return one(params, outer, experts, token, caches, position + i, threads, span)
 
+        ropes: dict[Rope, None] = {}
+
+        def note(rope, positions):
+            ropes[rope] = None
+            return rope.computed(positions)
+
+        with answering(note):
+            shapes = jax.eval_shape(step, before[0], caches, 0)[:2]
+        turns = {rope: rope.computed(position + jnp.arange(MOST)) for rope in ropes}
+
         def goes_on(state):
             i, token, *_ = state
             return (i < steps) & ((i < sure) | ~jnp.any(token == ends))
 
         def add(state):
             i, token, given, logits, packed, caches = state
-            some_logits, some_packed, caches = step(token, caches, i)
+
+            def look_up(rope, _):
+                return tuple(jax.lax.dynamic_slice_in_dim(turn, i, 1)[None] for turn in turns[rope])
+
+            with answering(look_up):
+                some_logits, some_packed, caches = step(token, caches, i)
             logits = jax.lax.dynamic_update_slice(logits, some_logits, (i, 0))
             packed = jax.lax.dynamic_update_slice(packed, some_packed[None], (i, 0, 0))
             given = jax.lax.dynamic_update_slice(given, token[None], (i,))
             return i + 1, jnp.argmax(some_logits[0]).astype(jnp.int32), given, logits, packed, caches
 
-        shapes = jax.eval_shape(step, before[0], caches, 0)[:2]
         empty = [jnp.zeros((MOST, *shape), jnp.float32) for shape in (shapes[0].shape[1:], shapes[1].shape)]
         state = (jnp.int32(0), before[0], jnp.zeros(MOST, jnp.int32), *empty, caches)
         made, token, given, logits, packed, caches = jax.lax.while_loop(goes_on, add, state)

@@ -6,7 +6,7 @@ what only it can, then the CPU takes every expert with all cores. What the rule 
 can work for nothing beside the other: no sooner done than the device's seconds and the CPU's, each with all cores, one after the other.
 
 Where the CPU takes every expert of every layer whatever the routing, nothing has to be decided between two layers, and a step can be one
-program (`foregone`).
+program (`forego`).
 """
 
 from __future__ import annotations
@@ -64,21 +64,19 @@ class SharedCoresScheduler(Scheduler):
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
-    def foregone(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> Schedule | None:
-        """The schedule of every layer of a step of one token (its experts called 0 .. top_k-1), where that is the CPU's whatever the routing:
-        however many experts are resident, the rule's own schedule saves less than leaving the device's program for it takes
-        (`costs.handover`). None where the routing matters."""
-        if not costs.handover:
-            return None
-        loads = dict.fromkeys(range(top_k), 1)
+    def forego(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> tuple[float | None, Schedule | None]:
+        """(what leaving the device's program for a layer must take for a step of one token to be foregone, the schedule of each of its layers, experts
+        called 0 .. top_k-1, where `costs.handover` is that much).
+
+        It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not have them all."""
+        loads, needed = dict.fromkeys(range(top_k), 1), 0.0
         for hits in range(min(top_k, most_resident) + 1):
             problem = Problem(loads, range(hits), costs, **flags)
-            found = self.rule.schedule(problem)
+            found, alone = self.rule.schedule(problem), self.alone(problem)
             if not self.may_take_all(problem, found):
-                return None
-            if self.alone(problem).makespan - self.charged(problem, found) > costs.handover:
-                return None
-        return self.alone(problem)
+                return None, None
+            needed = max(needed, alone.makespan - self.charged(problem, found))
+        return needed, alone if costs.handover and needed <= costs.handover else None
 
 
 def with_shared_cores(rule: Scheduler, costs: Any) -> Scheduler:

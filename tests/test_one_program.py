@@ -1,0 +1,65 @@
+"""Where a warm-up's costs say that leaving the one program pays, both ways are run before that is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import tiny
+from test_whole_step import foregone_costs
+
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.host_kernels.native import ffi
+from hybrimoe_jax.runtime import warmup
+from hybrimoe_jax.runtime.whole import WholeStep
+
+pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
+
+
+def misled(config):
+    """Costs of a warm-up in a bad moment: by them the device is far the faster where experts are resident."""
+    return dataclasses.replace(foregone_costs(config), alone_expert=1.0, cpu_expert=1.0, look=0.0)
+
+
+@pytest.fixture
+def engine_of_a_bad_moment(monkeypatch):
+    def make(**options):
+        config = tiny.weights("qwen2_moe")[0]
+        monkeypatch.setattr(warmup, "measure", lambda *args, **kwargs: misled(config))
+        return tiny.engine(host_kernel="native", profile=None, cache_ratio=0.5, **options)
+
+    return make
+
+
+def test_the_program_is_kept_where_it_is_the_faster(engine_of_a_bad_moment):
+    engine = engine_of_a_bad_moment()
+    config = engine.config
+    planner = Planner(
+        "hybrimoe", len(config.moe_layers), config.num_experts, config.num_experts_per_tok, 4, misled(config)
+    )
+    assert not planner.foregone and planner.depth(1) > 0, "by its costs alone"
+    assert engine._forward.whole is not None and engine.planner.foregone and engine.planner.depth(1) == 0
+    assert engine.costs.handover >= engine.planner.handover_to_forgo > 0
+    counters = engine.planner.counters
+    assert counters.hits == counters.misses == 0, "the steps that were tried are not counted"
+    prompt = tiny.prompts(config, (9,))
+    dense = tiny.engine(executor="dense")
+    assert engine.generate(prompt, max_new_tokens=12).token_ids == dense.generate(prompt, max_new_tokens=12).token_ids
+
+
+def test_it_is_left_where_layers_one_by_one_are_faster(engine_of_a_bad_moment, monkeypatch):
+    logits = WholeStep.logits
+    monkeypatch.setattr(WholeStep, "logits", lambda *args: time.sleep(0.05) or logits(*args))
+    engine = engine_of_a_bad_moment()
+    assert engine._forward.whole is None and not engine.planner.foregone
+    assert engine.costs == misled(engine.config)
+    prompt = tiny.prompts(engine.config, (9,))
+    dense = tiny.engine(executor="dense")
+    assert engine.generate(prompt, max_new_tokens=12).token_ids == dense.generate(prompt, max_new_tokens=12).token_ids
+
+
+def test_a_given_profile_is_believed():
+    config = tiny.weights("qwen2_moe")[0]
+    engine = tiny.engine(host_kernel="native", profile=misled(config), cache_ratio=0.5)
+    assert engine._forward.whole is None and engine.costs == misled(config)
