@@ -165,9 +165,7 @@ class Planner:
         hits = tuple([e for e in loads if e in resident])
         misses = tuple([e for e in loads if e not in resident]) if len(hits) < len(loads) else ()
         in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
-        link_busy = ledger.link_free - clock
-        if link_busy < 0.0:
-            link_busy = 0.0
+        link_busy = max(0.0, ledger.link_free - clock)
 
         buffered = ahead = ()
         if self._streaming:
@@ -203,8 +201,8 @@ class Planner:
             kept = sum([1 for f in waits + fetch if not f.stream])
             self._answers.view.fills.observe(layer, loads, tokens, kept)
         makespan = schedule.makespan
-        self._until_next = until_next = makespan + self.costs.layer(tokens)
-        self._next_clock, self._tokens = clock + until_next, tokens
+        self._until_next = makespan + self.costs.layer(tokens)
+        self._next_clock, self._tokens = clock + self._until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
             layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule, buffered,
