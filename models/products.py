@@ -11,7 +11,7 @@ Measured (2 cores, AVX-512, both on both cores; XLA's time over the kernels'), m
     192        0.8   1.6   1.5   1.4         1.0         1.0   0.9
 
 so a plain matrix goes to them from 2 rows on, to 128 (2 cores, AVX2, prompts of 64 and 128 tokens of a 466 M model in float32: 1.07 and 1.02 times as fast as
-with XLA's products from 33 rows on). At one row that was with weights in the cache; read from memory, those of a 466 M model
+with XLA's products from 33 rows on; even on AVX-512 by the table; not measured without either). At one row that was with weights in the cache; read from memory, those of a 466 M model
 in float32, a token took 11.7 ms with XLA's products and 8.8 with these (another run: 11.9 and 11.1), so large matrices go to them too. XLA has no product with packed ones, which it would have to unpack at every call:
 those go to them always, and so do bfloat16 ones, which it would widen at every call (2 cores, AVX2, from memory, against XLA's float32 product of the same
 numbers: 1.4 to 1.8 times as fast at one row, 1.1 to 1.6 at 32, 0.8 to 0.97 at 128 and 512). An expert is three products and its rows need no gathering: 1.0 to 1.5 times at one row, 1.1 to 2 above.

@@ -138,6 +138,20 @@ def test_matrix_products(isa, seed, rows, columns, total, threads, name):
 
 
 @every_isa
+@pytest.mark.parametrize("total", [1, 3, 5, 13, 30, 60, 129])
+@pytest.mark.parametrize("name", ["f32", "bf16"])
+def test_plain_products_deeper_than_a_block(isa, name, total):
+    """Few tokens, chunks of every size and panels, over several blocks of the depth and odd rows, against float64."""
+    rng = np.random.default_rng(total)
+    for rows, columns in ((67, 1411), (34, 2050), (5, 1300)):
+        x, kernel = tokens_of(total, columns, total), NativeKernel(isa=isa)
+        matrix = rng.standard_normal((rows, columns), np.float32).astype(BF16 if name == "bf16" else np.float32)
+        want = x.astype(np.float64) @ to_f32(matrix).astype(np.float64).T
+        got = kernel.product(matrix, x, threads=2)
+        assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+@every_isa
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ["int8-g128-a8", "int4-g128-a8", "int4z-g128-a8", "int8-g32-a8"])
 def test_nothing_saturates_at_the_extremes(isa, name, sign):

@@ -160,15 +160,87 @@ def test_a_token_that_ends_sequences_can_be_given():
     assert np.abs(logits[0]).max() > 0
 
 
-def test_steps_looked_at_late_and_out_of_order_are_planned_in_order():
+def test_steps_looked_at_out_of_order_are_planned_in_order():
+    """The steps of a call of four, the last first, while none of them has been planned."""
     runs = {}
-    for order in ("first", "last"):
+    for looks in (False, True):
         engine = whole_engine(cache_ratio=0.5)
-        steps = [emitted.stats for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=12)]
-        for step in steps if order == "first" else steps[::-1]:
-            assert len(step.layers)
-        runs[order] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
-    assert runs["first"] == runs["last"]
+        calls, steps = steps_of_calls(engine), []
+        for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=12):
+            steps.append(emitted.stats)
+            if looks and len(steps) == 8:  # the prompt's, one, two, four
+                assert calls[:3] == [1, 2, 4] and len(engine._forward.whole._owed) == 4
+                assert all(len(step.layers) for step in steps[::-1]) and not engine._forward.whole._owed
+        runs[looks] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
+    assert runs[False] == runs[True]
+
+
+def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read(monkeypatch):
+    engine = whole_engine()
+    prompt = tiny.prompts(engine.config, (9,))
+    want = engine.generate(prompt, max_new_tokens=12).token_ids
+    whole, plan, planned = engine._forward.whole, engine._forward.whole._plan, []
+
+    def interrupted(*args):
+        planned.append(1)
+        if len(planned) == 4:
+            raise KeyboardInterrupt
+        return plan(*args)
+
+    monkeypatch.setattr(whole, "_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt, max_new_tokens=12)
+    assert engine.stats.summary()["hits"] >= 0
+    assert engine.generate(prompt, max_new_tokens=12).token_ids == want
+
+
+def test_a_program_made_at_load_serves_models_with_ending_tokens():
+    from hybrimoe_jax.runtime.programs import executables
+
+    engine = whole_engine(eos=(95, 94))
+    prompt = tiny.prompts(engine.config, (9,))
+    engine._forward.whole, whole = None, engine._forward.whole
+    engine.generate(prompt, max_new_tokens=3)  # so that the prompt's are made
+    engine._forward.whole, made = whole, executables()
+    engine.generate(prompt, max_new_tokens=12)
+    assert executables() == made
+
+
+def test_runs_that_take_turns_compute_no_steps_for_nobody():
+    engine = whole_engine()
+    prompts = tiny.prompts(engine.config, (9, 12), seed=5)
+    want = [engine.generate([prompt], max_new_tokens=12).token_ids[0] for prompt in prompts]
+    calls, made = steps_of_calls(engine), [[], []]
+    for pair in zip(*(engine.steps([prompt], max_new_tokens=12) for prompt in prompts), strict=True):
+        for tokens, emitted in zip(made, pair, strict=True):
+            tokens += [token for _, token in emitted.tokens]
+    assert made == want
+    assert sum(calls) <= 2 * 11 + 2, "the first step could not know"
+
+
+def test_steps_share_the_time_of_their_calls():
+    engine = whole_engine()
+    engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20)
+    start = time.perf_counter()
+    steps = engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20).stats.steps
+    took = time.perf_counter() - start
+    assert 0 < sum(step.seconds for step in steps) <= took
+    decode = [step.seconds for step in steps if step.phase == "decode"]
+    assert decode[1] == decode[2] and len(set(decode[3:7])) == 1, "one, two, four"
+
+
+@pytest.mark.parametrize(("step_s", "most"), [(0.001, MOST), (0.03, 3), (0.5, 1)])
+def test_calls_hold_as_many_steps_as_take_a_tenth_of_a_second(step_s, most):
+    engine = whole_engine()
+    whole, now = engine._forward.whole, [0.0]
+
+    class Clock:
+        def now(self):
+            now[0] += step_s
+            return now[0]
+
+    whole.calibrate(Clock(), 256, 2)
+    assert whole.most == most
 
 
 def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):

@@ -8,7 +8,7 @@ ffi.cpp ffi_routed.cpp ffi_attention.cpp   handlers for jitted programs; their P
 rows.h rows.cpp          what both share: items, activations made ready
 layout.h layout.cpp      where packed weights lie
 kernels.inc isa_*.cpp    all arithmetic, written once and compiled for each instruction set:
-  vectors.inc plain.inc silu.inc probes.inc    vectors, plain weights, the activation, loops of the probes
+  vectors.inc plain*.inc silu.inc probes.inc   vectors, plain weights, the activation, loops of the probes
   lanes.inc packed*.inc  packed weights
 probe.cpp                what the machine can do at most
 team.h team.cpp          persistent helper threads

@@ -42,7 +42,7 @@ struct Isa {
     const char* name;
     bool (*supported)();
     // c[t * stride + r] = sum over k of weights[r, k] * x[t][k], for `rows` <= MAX_ROWS rows of `depth` weights and n tokens.
-    // `next`: the weights that will be wanted next, as many; they are prefetched meanwhile (any address will do).
+    // `next`: the weights that will be wanted next, as many; they may be prefetched meanwhile (any address will do).
     void (*product[PLAIN])(const void* weights, int64_t rows, int64_t depth, const void* const* x, int64_t n, float* c,
                            int64_t stride, const void* next);
     // out[i] = silu(gate[i]) * up[i]

@@ -57,7 +57,7 @@ class Late(Sequence):
 
     def settle(self) -> list:
         if self._make is not None:
-            make, self._make = self._make, None
+            make, self._make, self._made = self._make, None, []  # an interrupt leaves it empty
             self._made = make()
         return self._made
 

@@ -6,8 +6,8 @@ one executable (`whole_program`), which hands out every layer's routing at its e
 statistics count the same; the program has done what those plans say.
 
 Where the next step takes this one's likeliest token, it is started before this one has ended, and more steps behind it in the same call: twice
-as many as in the call before, up to as many as make their tokens come no later than `BURST_S`. So what Python does between two steps
-happens while later ones run, and a run that is stopped has started few steps that nobody wants. Whatever the next step turns out to
+as many as in the call before, up to MOST and to as many as take `BURST_S`. So what Python does between two steps
+happens while later ones run. A run that its caller stops has up to two calls' steps computed or under way that nobody wants, 15 at most. Whatever the next step turns out to
 be, the caches serve it: what was written ahead lies at its own position, which it writes first.
 
 Measured (bundled model, 2 cores, AVX-512, one run, a step a call): 0.35 ms a token as one program, 0.44 ms as one per layer, 1.14 ms layer by layer
@@ -30,13 +30,16 @@ from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
 from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.gathered import gather
+from hybrimoe_jax.runtime.programs import bucket
 from hybrimoe_jax.runtime.routing import read_routing
 from hybrimoe_jax.runtime.step import StepInput
 from hybrimoe_jax.runtime.whole_program import MOST, Numbers, Results, whole_program
 
 REPEATS = 9
 BURST_S = 0.1
-"""Tokens of one call come together; what takes no longer than this seems immediate to people."""
+"""Of one call, whose tokens come together; what takes no longer than this seems immediate to people. A run that is stopped waits for two calls at most."""
+ENDS = 8
+"""Tokens that end a sequence are handed over as this many (or a power of two that holds them), so that there is one executable."""
 
 
 @dataclasses.dataclass
@@ -82,11 +85,14 @@ class WholeStep:
         self._table = jax.device_put(table([address for layer in addresses for address in layer]), model.device)
         self.threads, self.most = 1, MOST
         """Those that run a layer's experts; steps in a call."""
-        self._owed: collections.deque[tuple[int, Late]] = collections.deque()
-        self._numbered = 0
+        self._owed: collections.deque[Late] = collections.deque()
         self._call: _Call | None = None
         """The one whose steps are being handed out, and the one behind it."""
         self._ahead: _Call | None = None
+        self._last_cache: weakref.ref | None = None
+        """Of the step handed out last."""
+        self._wary = False
+        """Whether runs take turns, so that what is started ahead is wanted by none."""
         self._latest: list[Results] = []
         """Of the call that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a thread's programs in order."""
         weakref.finalize(self, _wait, self._latest)  # the interpreter must not end under it
@@ -100,7 +106,8 @@ class WholeStep:
         model = self.model
         outer = (model.table, model.norm, model.head)
         numbers = np.array(Numbers(position, steps, sure, self.threads), np.int32)
-        ends = np.array(step.ends, np.int32)
+        ends = np.full(bucket(len(step.ends), ENDS), -1, np.int32)
+        ends[: len(step.ends)] = step.ends
         *results, caches = self._program(self._params, outer, self._table, before, caches, numbers, ends, step.span)
         made = Results(*results)
         self._latest[:] = [made]
@@ -120,6 +127,7 @@ class WholeStep:
         """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked for, or whose
         waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
         self._call = self._ahead = None
+        self._wary = False
         _wait(self._latest)
 
     def _find(self, step: StepInput, caches: list) -> _Call | None:
@@ -138,6 +146,7 @@ class WholeStep:
         """The same, from the call that has it, if one has. A call's first step waits for the call, and has the next one started before."""
         try:
             if call is None:
+                self._wary = not self._continues(caches) and (self._wary or self._has_unclaimed())
                 before = np.zeros(MOST + 2, np.int32)
                 before[0] = step.ids.item()
                 before = jax.device_put(
@@ -146,14 +155,23 @@ class WholeStep:
                 call, caches = self._start(before, step.positions.item(), 1, 1, step, caches)
             if not call.handed:
                 self._call, self._ahead = call, None
-                caches = self._start_behind(call, step, caches)
+                if not self._wary:
+                    caches = self._start_behind(call, step, caches)
                 self.settle()  # what the call before left, while this one runs
-            row, call.handed = call.handed, call.handed + 1
+            row, call.handed, self._last_cache = call.handed, call.handed + 1, weakref.ref(_some(caches))
             logits, packed = np.asarray(call.results.logits), np.asarray(call.results.packed)
             return logits[row : row + 1].copy(), caches, packed[row].copy()
         except BaseException:
             self._call = self._ahead = None
             raise
+
+    def _continues(self, caches: list) -> bool:
+        """Whether they are those of the step handed out last."""
+        return self._last_cache is not None and self._last_cache() is _some(caches)
+
+    def _has_unclaimed(self) -> bool:
+        """Whether steps were started that nobody has asked for."""
+        return self._ahead is not None or (self._call is not None and self._call.handed < self._call.steps)
 
     def calibrate(self, clock, capacity: int, most_threads: int) -> None:
         """Sets `threads`, one or `most_threads`, whichever makes the step faster, and `most`."""
@@ -196,21 +214,26 @@ class WholeStep:
 
     def _owe(self, plan: Callable[[], list[LayerStats]]) -> Late:
         """Steps are planned in their order, whichever of them is looked at first."""
-        number = self._numbered = self._numbered + 1
 
         def make() -> list[LayerStats]:
-            while self._owed and self._owed[0][0] < number:
-                self._owed.popleft()[1].settle()
+            while self._owed and self._owed[0] is not late:
+                self._owed[0].settle()
+            self._owed.popleft()
             return plan()
 
         late = Late(make)
-        self._owed.append((number, late))
+        self._owed.append(late)
         return late
 
     def settle(self) -> None:
         """Plans what the steps have left to be planned."""
         while self._owed:
-            self._owed.popleft()[1].settle()
+            late = self._owed[0]
+            late.settle()
+            if (
+                self._owed and self._owed[0] is late
+            ):  # its planning was interrupted once, when a later step was looked at
+                self._owed.popleft()
 
     def _plan(self, packed: np.ndarray, seconds: float, valid: np.ndarray, planner) -> list[LayerStats]:
         config, layers = self.model.config, []
