@@ -57,6 +57,51 @@ def test_logits_of_a_step_are_the_layer_by_layer_ones():
     assert np.abs(logits[True] - logits[False]).max() < 2e-5 * scale
 
 
+def test_a_narrow_embedding_is_handed_over_in_place_and_read_by_the_row():
+    """XLA would widen all of it in each call."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.runtime.whole_program import as_handed, row_of
+
+    rows = jax.device_put(np.random.default_rng(0).standard_normal((512, 256), np.float32).astype(jnp.bfloat16))
+    handed = as_handed(rows)
+    assert handed.unsafe_buffer_pointer() == rows.unsafe_buffer_pointer()
+
+    def last(table, token, steps):
+        def add(state):
+            i, token, total = state
+            row = row_of(table, token)
+            return i + 1, jnp.argmax(row[0]).astype(jnp.int32), total + row
+
+        return jax.lax.while_loop(lambda state: state[0] < steps, add, (0, token, jnp.zeros((1, 256))))[2]
+
+    compiled = jax.jit(last).lower(handed, np.int32(7), np.int32(1)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < handed.nbytes / 4
+    np.testing.assert_array_equal(compiled(handed, np.int32(7), np.int32(1))[0], np.asarray(rows[7], np.float32))
+
+
+def test_a_call_needs_no_memory_in_the_size_of_the_embedding():
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.runtime.whole_program import as_handed
+
+    engine = whole_engine()
+    whole, model = engine._forward.whole, engine._forward.model
+    table = jnp.zeros((1 << 16, model.table.shape[1]), jnp.bfloat16)
+    before, numbers = jax.device_put(np.zeros(MOST + 2, np.int32)), np.array([5, 1, 1, 1], np.int32)
+    arguments = (
+        whole._params,
+        (as_handed(table), model.norm, model.head),
+        whole._table,
+        before,
+        model.init_cache(1, 256),
+    )
+    lowered = whole._program.lower(*arguments, numbers, np.full(8, -1, np.int32), 256)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < table.nbytes / 4
+
+
 def test_statistics_are_the_layer_by_layer_ones():
     runs = {}
     for whole in (True, False):

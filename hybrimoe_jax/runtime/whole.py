@@ -33,7 +33,7 @@ from hybrimoe_jax.runtime.gathered import gather
 from hybrimoe_jax.runtime.programs import bucket
 from hybrimoe_jax.runtime.routing import read_routing
 from hybrimoe_jax.runtime.step import StepInput
-from hybrimoe_jax.runtime.whole_program import MOST, Numbers, Results, whole_program
+from hybrimoe_jax.runtime.whole_program import MOST, Numbers, Results, as_handed, whole_program
 
 REPEATS = 9
 BURST_S = 0.1
@@ -82,6 +82,7 @@ class WholeStep:
         self._params, places = gather([layer.params for layer in model.layers], model.device)
         kinds = tuple((layer.graphdef, layer.ordinal is not None) for layer in model.layers)
         self._program = whole_program(kinds, places, model.eps, isa)
+        self._embedding = as_handed(model.table)
         self._table = jax.device_put(table([address for layer in addresses for address in layer]), model.device)
         self.threads, self.most = 1, MOST
         """Those that run a layer's experts; steps in a call."""
@@ -104,7 +105,7 @@ class WholeStep:
     def _start(self, before, position: int, steps: int, sure: int, step: StepInput, caches: list) -> tuple[_Call, list]:
         """Gives XLA so many steps. `before`: `Results.tokens` that begin with the first one's token."""
         model = self.model
-        outer = (model.table, model.norm, model.head)
+        outer = (self._embedding, model.norm, model.head)
         numbers = np.array(Numbers(position, steps, sure, self.threads), np.int32)
         ends = np.full(bucket(len(step.ends), ENDS), -1, np.int32)
         ends[: len(step.ends)] = step.ends
