@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: venv demo test test-slow lint bench clean
 
 # The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
-BUILT := pyproject.toml setup.py $(wildcard host_kernels/native/*.cpp host_kernels/native/*.h host_kernels/native/*.inc)
+BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-FOLDER = Path("host_kernels/native")
+FOLDER = Path("hybrimoe_jax/host_kernels/native")
 ISAS = ["portable", "avx2", "avxvnni", "avx512", "avx512vl", "avx512vnni"]
 PARTS = ["attention", "experts", "layout", "probe", "product", "routed", "rows", "run", "team", "wave"]
 SOURCES = [f"{name}.cpp" for name in [*PARTS, *(f"isa_{name}" for name in ISAS)]]

@@ -14,12 +14,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONDONTWRITEBYTECODE=1
 
-# models/ and host_kernels/ are sub-packages by name only: a folder of links gives Python the installed layout.
-package=$(mktemp -d)
-trap 'rm -rf "$package"' EXIT
-mkdir "$package/hybrimoe_jax"
-ln -s "$PWD"/hybrimoe_jax/* "$PWD/models" "$PWD/host_kernels" "$package/hybrimoe_jax/"
-export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 environment() {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"

@@ -27,7 +27,7 @@ from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 
 ROOT = Path(__file__).parents[1]
-NATIVE = ROOT / "host_kernels" / "native"
+NATIVE = ROOT / "hybrimoe_jax" / "host_kernels" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -212,7 +212,7 @@ def test_the_executor_gives_a_layer_to_the_kernel_whole():
 @pytest.fixture
 def sources(tmp_path):
     """What the build needs, apart from this checkout's own build."""
-    shutil.copytree(NATIVE, tmp_path / "host_kernels" / "native", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(NATIVE, tmp_path / "hybrimoe_jax" / "host_kernels" / "native", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -234,10 +234,12 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(sources):
 @pytest.mark.slow
 @needs_compiler
 def test_it_builds_from_a_source_distribution(sources, tmp_path):
-    for name in ("hybrimoe_jax", "models", "host_kernels"):
-        shutil.copytree(
-            ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so", "assets"), dirs_exist_ok=True
-        )
+    shutil.copytree(
+        ROOT / "hybrimoe_jax",
+        sources / "hybrimoe_jax",
+        ignore=shutil.ignore_patterns("*.so", "assets"),
+        dirs_exist_ok=True,
+    )
     done = build(sources, "sdist", "--dist-dir", "made")
     assert done.returncode == 0, done.stderr
     archive = next((sources / "made").glob("*.tar.gz"))

@@ -128,8 +128,8 @@ def test_the_tree_leaves_no_module_out():
         "hybrimoe_jax/runtime",
         "hybrimoe_jax/record",
         "hybrimoe_jax/simulation",
-        "models",
-        "host_kernels",
+        "hybrimoe_jax/models",
+        "hybrimoe_jax/host_kernels",
     )
     modules = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).glob("*.py")]
     assert [str(path) for path in modules if path.name != "__init__.py" and str(path) not in named] == []

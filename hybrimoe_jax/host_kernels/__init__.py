@@ -14,6 +14,9 @@ from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
 
+if __name__ != "hybrimoe_jax.host_kernels":  # the link at the repository's root would load a second copy
+    raise ImportError("import this package as hybrimoe_jax.host_kernels")
+
 __all__ = ["KERNELS", "ExpertWeights", "HostKernel", "aligned_empty", "get_kernel", "run_experts"]
 
 KERNELS = ("auto", "reference", "onednn", "native")
