@@ -19,7 +19,7 @@ from hybrimoe_jax.decide.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.atomic import check_writable
+from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.simulation.profile import PROFILES
 
 ENGINE_FLAGS = {

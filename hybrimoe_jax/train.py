@@ -17,7 +17,7 @@ from typing import Any
 
 from hybrimoe_jax.cli import Parser
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -212,7 +212,11 @@ def test_the_executor_gives_a_layer_to_the_kernel_whole():
 @pytest.fixture
 def sources(tmp_path):
     """What the build needs, apart from this checkout's own build."""
-    shutil.copytree(NATIVE, tmp_path / "hybrimoe_jax" / "host_kernels" / "native", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        NATIVE,
+        tmp_path / "hybrimoe_jax" / "host_kernels" / "native",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path

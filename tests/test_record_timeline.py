@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 from hybrimoe_jax.record.timeline import LANES, Timeline
 
 

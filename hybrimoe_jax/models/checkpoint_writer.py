@@ -33,7 +33,7 @@ from hybrimoe_jax.models.pieces import (
     write_piece,
 )
 from hybrimoe_jax.models.weights import PackedExperts, Weights
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 
 Progress = Callable[[Iterable, int, str], Iterable]
 

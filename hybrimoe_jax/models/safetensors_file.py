@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = {"F32": np.dtype(np.float32), "BF16": BF16, "F16": np.dtype(np.float16)}

@@ -15,7 +15,7 @@ import json
 import os
 from typing import Any
 
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 
 LANES = ("cpu", "device", "link")
 TRACKS_PER_LANE = 1000  # track numbers: lane i owns 1000 i + 1 and up

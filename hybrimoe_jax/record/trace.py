@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.atomic import replacing
+from hybrimoe_jax.files import replacing
 from hybrimoe_jax.record.facts import TraceFacts
 from hybrimoe_jax.record.trace_check import check_rows
 

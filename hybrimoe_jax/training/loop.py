@@ -26,10 +26,10 @@ import optax
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import replacing
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.record.atomic import replacing
 from hybrimoe_jax.training import tokens
 from hybrimoe_jax.training.experts import GroupedExperts
 
