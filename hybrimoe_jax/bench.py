@@ -163,7 +163,7 @@ def _kernel_arguments(kernels) -> None:
 def _kernels(args: argparse.Namespace) -> int:
     from hybrimoe_jax.benchmarks import kernels as benchmark
     from hybrimoe_jax.benchmarks.kernel_contenders import PEERS
-    from hybrimoe_jax.host_kernels.packing import Format
+    from hybrimoe_jax.formats.packing import Format
 
     peers = tuple(filter(None, args.peers.split(",")))
     for peer in peers:

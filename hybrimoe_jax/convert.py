@@ -22,7 +22,7 @@ import numpy as np
 from hybrimoe_jax import cli
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.exporting import export_hf
-from hybrimoe_jax.host_kernels.packing import Format
+from hybrimoe_jax.formats.packing import Format
 from hybrimoe_jax.models.checkpoint import from_arrays, open_hf
 from hybrimoe_jax.models.checkpoint_writer import (
     Progress,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import ExpertWeights
-from hybrimoe_jax.host_kernels.packing import PackedMatrix, dequantise, plain_expert
+from hybrimoe_jax.formats.packing import PackedMatrix, dequantise, plain_expert
+from hybrimoe_jax.formats.plain import ExpertWeights
 from hybrimoe_jax.models.checkpoint import expert_names
 from hybrimoe_jax.models.checkpoint_writer import Progress, check_absent, copy_text_files, silent, workplace
 from hybrimoe_jax.models.pieces import DTYPES, FORMATS

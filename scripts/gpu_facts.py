@@ -306,7 +306,7 @@ def packed_slots(sizes, format: str, count: int) -> list:
     """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device: enough of them, run in turn, that none stays in a cache."""
     import jax
 
-    from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert
+    from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
 
     width, hidden = (2048, 1408) if max(sizes) > 4 else (512, 352)
     layout = ExpertLayout(Format.parse(format), width, hidden)

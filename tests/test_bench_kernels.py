@@ -9,9 +9,9 @@ from hybrimoe_jax import bench
 from hybrimoe_jax.benchmarks import ggml_peer, kernel_bars, kernel_contenders, kernels
 from hybrimoe_jax.benchmarks.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import BF16
+from hybrimoe_jax.formats.packing import Format, dequantise, pack_expert
+from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.host_kernels.native import library
-from hybrimoe_jax.host_kernels.packing import Format, dequantise, pack_expert
 
 needs_native = pytest.mark.skipif(not library.available(), reason="the package was installed without a C++ compiler")
 

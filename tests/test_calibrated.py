@@ -12,8 +12,8 @@ import tiny_checkpoint
 
 from hybrimoe_jax import convert as command
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.compensated import BLOCK, compensated, output_error
-from hybrimoe_jax.host_kernels.packing import Format, dequantise, pack, pack_expert, quantise
+from hybrimoe_jax.formats.gptq import BLOCK, compensated, output_error
+from hybrimoe_jax.formats.packing import Format, dequantise, pack, pack_expert, quantise
 from hybrimoe_jax.models import calibrated as module
 from hybrimoe_jax.models import checkpoint_writer
 from hybrimoe_jax.models.calibrated import calibrated, windows
@@ -47,7 +47,7 @@ def test_blocks_do_not_change_the_rounding(monkeypatch):
     rng, format = np.random.default_rng(1), Format.parse("int4-g64-s32")
     x, weights = correlated(rng, 300, 96), rng.standard_normal((8, 96), np.float32)
     whole = compensated(weights, x.T @ x, format)
-    monkeypatch.setattr("hybrimoe_jax.host_kernels.compensated.BLOCK", 7)
+    monkeypatch.setattr("hybrimoe_jax.formats.gptq.BLOCK", 7)
     codes, scales, _ = compensated(weights, x.T @ x, format)
     assert (codes != whole[0]).mean() < 0.02  # sums in another order may tip a value at a boundary
     np.testing.assert_array_equal(scales, whole[1])

@@ -14,7 +14,7 @@ import tiny
 from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.convert import convert, convert_random, export_hf, save
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import Format, PackedMatrix, dequantise, pack, quantise
+from hybrimoe_jax.formats.packing import Format, PackedMatrix, dequantise, pack, quantise
 from hybrimoe_jax.loading import load
 from hybrimoe_jax.models import dense_packing
 from hybrimoe_jax.models.checkpoint import open_hf

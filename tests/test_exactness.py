@@ -20,9 +20,9 @@ import tiny
 from exactness_cells import BUNDLED, CLEAR, Cell
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format, pack_expert
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library as native
-from hybrimoe_jax.host_kernels.packing import Format, pack_expert
 from hybrimoe_jax.loading import bundled_model
 
 MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])

@@ -9,7 +9,7 @@ import pytest
 
 from hybrimoe_jax import convert as command
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import Format, dequantise
+from hybrimoe_jax.formats.packing import Format, dequantise
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.quantised.experts import packed_expert, quantised_format

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
-from hybrimoe_jax.host_kernels.auto import PACKED as AUTO_PACKED
-from hybrimoe_jax.host_kernels.auto import AutoKernel
-from hybrimoe_jax.host_kernels.formats import (
+from hybrimoe_jax.formats.plain import (
     BF16,
     F32,
     Arena,
@@ -27,6 +24,9 @@ from hybrimoe_jax.host_kernels.formats import (
     to_bf16,
     to_f32,
 )
+from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
+from hybrimoe_jax.host_kernels.auto import PACKED as AUTO_PACKED
+from hybrimoe_jax.host_kernels.auto import AutoKernel
 from hybrimoe_jax.host_kernels.native import library as native_library
 from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, available_memory, bucket_of

@@ -12,11 +12,11 @@ import tiny_checkpoint
 
 from hybrimoe_jax import generate
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format, PackedExpert, pack_expert
 from hybrimoe_jax.host_kernels import ExpertWeights, choices
 from hybrimoe_jax.host_kernels.auto import AutoKernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, processor, read_measurement
 from hybrimoe_jax.host_kernels.native import library as native
-from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, pack_expert
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C++ compiler")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrimoe_jax.host_kernels.packing import Format, PackedMatrix, pack, quantise
+from hybrimoe_jax.formats.packing import Format, PackedMatrix, pack, quantise
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.deepseek_v2 import DeepseekV2Config, LatentAttention

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrimoe_jax.formats.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
 from hybrimoe_jax.host_kernels.native import ffi, library
-from hybrimoe_jax.host_kernels.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.layers import Linear, SwiGLU
 from hybrimoe_jax.models.moe import add_experts_reference, native_for

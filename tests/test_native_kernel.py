@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import assert_close, exact, make_expert, tokens_of
 
+from hybrimoe_jax.formats.plain import BF16, F32
 from hybrimoe_jax.host_kernels import run_experts
-from hybrimoe_jax.host_kernels.formats import BF16, F32
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 from hybrimoe_jax.runtime.clock import WallClock

@@ -11,11 +11,7 @@ from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import tokens_of
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels import run_experts
-from hybrimoe_jax.host_kernels.formats import BF16, to_f32
-from hybrimoe_jax.host_kernels.native import library
-from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
-from hybrimoe_jax.host_kernels.packing import (
+from hybrimoe_jax.formats.packing import (
     ExpertLayout,
     Format,
     MatrixLayout,
@@ -25,6 +21,10 @@ from hybrimoe_jax.host_kernels.packing import (
     pack,
     quantise_activations,
 )
+from hybrimoe_jax.formats.plain import BF16, to_f32
+from hybrimoe_jax.host_kernels import run_experts
+from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 
 EVERY = [
     f"{kind}-g{group}{scale}{a8}"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.host_kernels import formats, numa
-from hybrimoe_jax.host_kernels.formats import aligned_empty
+from hybrimoe_jax.formats import numa
+from hybrimoe_jax.formats import plain as formats
+from hybrimoe_jax.formats.plain import aligned_empty
 from hybrimoe_jax.runtime.expert_store import ExpertStore
 
 PAGE = mmap.PAGESIZE

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels import dequantised as host
-from hybrimoe_jax.host_kernels import get_kernel
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
-from hybrimoe_jax.host_kernels.packing import (
+from hybrimoe_jax.formats.packing import (
     PANEL,
     Format,
     PackedExpert,
@@ -24,6 +21,9 @@ from hybrimoe_jax.host_kernels.packing import (
     pack_expert,
     quantise_activations,
 )
+from hybrimoe_jax.formats.plain import ExpertWeights, aligned_copy
+from hybrimoe_jax.host_kernels import dequantised as host
+from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel, silu_times
 from hybrimoe_jax.models import packed
 from hybrimoe_jax.models.moe import DenseExperts, Routing, expert_forward

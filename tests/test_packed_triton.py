@@ -16,7 +16,7 @@ import tiny
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, dequantise_expert, pack_expert
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise_expert, pack_expert
 from hybrimoe_jax.models import packed_triton
 from hybrimoe_jax.models.hybrid import HybridMoE
 from hybrimoe_jax.models.moe import MoEBlock, expert_forward

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import (
+from hybrimoe_jax.formats.packing import (
     ExpertLayout,
     Format,
     dequantise,

@@ -12,7 +12,7 @@ import hybrimoe_jax
 from hybrimoe_jax import EngineConfig
 from hybrimoe_jax import convert as command
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import Format, dequantise
+from hybrimoe_jax.formats.packing import Format, dequantise
 from hybrimoe_jax.models.checkpoint import open_hf
 from hybrimoe_jax.models.quantised.codes import QuantisedTensor
 from hybrimoe_jax.models.quantised.experts import exact_format, holds, packed_expert, quantised_format

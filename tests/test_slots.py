@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+from hybrimoe_jax.formats.plain import ExpertWeights, aligned_copy
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.transfer import Link

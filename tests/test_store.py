@@ -14,7 +14,7 @@ import pytest
 
 from hybrimoe_jax.convert import convert
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import ExpertWeights
+from hybrimoe_jax.formats.plain import ExpertWeights
 from hybrimoe_jax.runtime.expert_store import ExpertStore
 from hybrimoe_jax.runtime.store import open_checkpoint
 

@@ -420,7 +420,7 @@ def test_a_machine_with_a_device_of_its_own_has_no_whole_step():
 def test_routed_experts_are_the_reference_kernels(tokens):
     import jax
 
-    from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_copy
+    from hybrimoe_jax.formats.plain import ExpertWeights, aligned_copy
     from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
     from hybrimoe_jax.host_kernels.native.routed import routed, table
     from hybrimoe_jax.host_kernels.reference import ReferenceKernel

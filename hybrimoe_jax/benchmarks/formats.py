@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, dequantise, pack_expert
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, dequantise, pack_expert
 from hybrimoe_jax.loading import bundled_model
 from hybrimoe_jax.models.calibrated import calibrated, windows
 from hybrimoe_jax.models.checkpoint import from_arrays

@@ -16,8 +16,8 @@ import numpy as np
 
 from hybrimoe_jax.benchmarks import ggml_peer
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import BF16, F32, Arena, ExpertWeights, aligned_copy, aligned_empty
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, pack_expert
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, pack_expert
+from hybrimoe_jax.formats.plain import BF16, F32, Arena, ExpertWeights, aligned_copy, aligned_empty
 
 PEERS = ("ggml", "torch", "onednn", "numpy")
 MIN_BYTES = 160 << 20

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
-from hybrimoe_jax.host_kernels.layout import ExpertLayout, Format, is_format
+from hybrimoe_jax.formats.layout import ExpertLayout, Format, is_format
 
 PROFILE_VERSION = 4
 """4 added `kernels`; the rest is as in 3, which is still read."""

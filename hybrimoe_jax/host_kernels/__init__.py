@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.choices import Measurement
-from hybrimoe_jax.host_kernels.formats import ExpertWeights, aligned_empty
+from hybrimoe_jax.formats.plain import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
-from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
+from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 
 if __name__ != "hybrimoe_jax.host_kernels":  # the link at the repository's root would load a second copy
     raise ImportError("import this package as hybrimoe_jax.host_kernels")

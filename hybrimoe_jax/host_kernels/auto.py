@@ -26,10 +26,10 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.choices import NATIVE, PACKED, PLAIN, REFERENCE, Measurement, file_digest, key_of
-from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_copy, check_expert
+from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_copy, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 from hybrimoe_jax.host_kernels.native.library import path as native_path
-from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed, pack_expert
+from hybrimoe_jax.formats.packing import HostExpert, PackedExpert, check_packed, pack_expert
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import HostExpert, format_of
+from hybrimoe_jax.formats.packing import HostExpert, format_of
 
 REFERENCE, NATIVE, PLAIN, PACKED = "reference", "native", "onednn", "onednn-packed"
 FORMS = frozenset((REFERENCE, NATIVE, PLAIN, PACKED))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_jax.host_kernels.kernel import Scratch
-from hybrimoe_jax.host_kernels.packing import PANEL, Format, PackedExpert, PackedMatrix, quantise_activations
+from hybrimoe_jax.formats.packing import PANEL, Format, PackedExpert, PackedMatrix, quantise_activations
 
 BLOCK_FLOATS = 64 * 1024
 NIBBLES = np.uint32(0x0F0F0F0F)

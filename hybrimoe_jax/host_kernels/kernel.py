@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.host_kernels.choices import Measurement
-from hybrimoe_jax.host_kernels.formats import aligned_empty
-from hybrimoe_jax.host_kernels.packing import HostExpert
+from hybrimoe_jax.formats.plain import aligned_empty
+from hybrimoe_jax.formats.packing import HostExpert
 
 
 class Scratch(threading.local):

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.host_kernels import onednn_api
-from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_empty, check_expert, to_f32
+from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty, check_expert, to_f32
 from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.onednn_api import ARG_SCRATCHPAD, ARG_SECOND_POST_OP_SRC, Argument
-from hybrimoe_jax.host_kernels.packing import HostExpert, refuse_packed
+from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 MAX_LOAD = 256

@@ -18,7 +18,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import aligned_empty
+from hybrimoe_jax.formats.plain import aligned_empty
 
 WHEEL = "onednn-cpu-gomp"
 ENGINE_CPU, STREAM_IN_ORDER, F32, FORMAT_ANY, FORWARD_INFERENCE = 1, 1, 3, 1, 96

@@ -23,9 +23,9 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_jax.host_kernels.dequantised import packed_expert
-from hybrimoe_jax.host_kernels.formats import BF16, check_expert, to_f32
+from hybrimoe_jax.formats.plain import BF16, check_expert, to_f32
 from hybrimoe_jax.host_kernels.kernel import HostKernel, Scratch
-from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert, check_packed
+from hybrimoe_jax.formats.packing import HostExpert, PackedExpert, check_packed
 
 GEMV_LOADS = range(2, 6)
 GEMV_BYTES = 512 * 1024  # smaller matrices are cached whole

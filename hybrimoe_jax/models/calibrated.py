@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.compensated import compensated
-from hybrimoe_jax.host_kernels.formats import aligned_empty
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, PackedExpert, dequantise, pack
+from hybrimoe_jax.formats.gptq import compensated
+from hybrimoe_jax.formats.plain import aligned_empty
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise, pack
 from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.registry import build_model

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import Format
+from hybrimoe_jax.formats.packing import Format
 from hybrimoe_jax.models.checkpoint import TEXT_FILES
 from hybrimoe_jax.models.pieces import (
     FORMATS,

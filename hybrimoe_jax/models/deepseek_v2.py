@@ -23,7 +23,7 @@ from flax import nnx
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import attention as native
-from hybrimoe_jax.host_kernels.packing import PANEL, PackedMatrix
+from hybrimoe_jax.formats.packing import PANEL, PackedMatrix
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble

@@ -12,8 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels.formats import aligned_empty
-from hybrimoe_jax.host_kernels.packing import PANEL, Format, MatrixLayout, PackedMatrix, pack, quantise
+from hybrimoe_jax.formats.plain import aligned_empty
+from hybrimoe_jax.formats.packing import PANEL, Format, MatrixLayout, PackedMatrix, pack, quantise
 from hybrimoe_jax.models.weights import Tensor
 
 BLOCK_FLOATS = 1 << 22

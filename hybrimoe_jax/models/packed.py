@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.host_kernels.packing import (
+from hybrimoe_jax.formats.packing import (
     PANEL,
     STEP,
     TINY,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from hybrimoe_jax.host_kernels.packing import PANEL, STEP, MatrixLayout, PackedExpert
+from hybrimoe_jax.formats.packing import PANEL, STEP, MatrixLayout, PackedExpert
 from hybrimoe_jax.models.packed import rounded_activations
 
 try:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, MatrixLayout, pack_expert
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, MatrixLayout, pack_expert
 from hybrimoe_jax.models.checkpoint import row_block
 from hybrimoe_jax.models.dense_packing import format_of, is_projection, pack_tensor
 from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrimoe_jax.host_kernels.native import ffi
-from hybrimoe_jax.host_kernels.packing import PackedMatrix
+from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.models import packed
 from hybrimoe_jax.models.precision import einsum
 

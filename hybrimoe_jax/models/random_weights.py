@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import BF16, F32, aligned_empty
-from hybrimoe_jax.host_kernels.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
+from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
+from hybrimoe_jax.formats.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
 from hybrimoe_jax.models.checkpoint import dense_shapes, layer_of, piece_name, read_json, row_block
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config

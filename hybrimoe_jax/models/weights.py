@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, PackedExpert, dequantise
+from hybrimoe_jax.formats.packing import ExpertLayout, PackedExpert, dequantise
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.safetensors_file import BF16
 

@@ -15,9 +15,9 @@ from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
-from hybrimoe_jax.host_kernels.layout import is_format
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import F32, Arena, ExpertWeights, aligned_copy, to_f32
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
+from hybrimoe_jax.formats.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
+from hybrimoe_jax.formats.plain import F32, Arena, ExpertWeights, aligned_copy, to_f32
 
 
 class ExpertStore:

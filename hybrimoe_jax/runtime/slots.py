@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.decide.plan import Victim
-from hybrimoe_jax.host_kernels.packing import ExpertLayout, HostExpert, PackedExpert
+from hybrimoe_jax.formats.packing import ExpertLayout, HostExpert, PackedExpert
 from hybrimoe_jax.models.moe import DeviceExpert
 
 

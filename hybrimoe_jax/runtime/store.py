@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import (
+from hybrimoe_jax.formats.packing import (
     Format,
     MatrixLayout,
     PackedMatrix,

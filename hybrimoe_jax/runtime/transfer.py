@@ -17,8 +17,8 @@ from collections.abc import Mapping
 
 import jax
 
-from hybrimoe_jax.host_kernels.formats import aligned_copy
-from hybrimoe_jax.host_kernels.packing import HostExpert, PackedExpert
+from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
+from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.workers import Worker

@@ -20,7 +20,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.packing import plain_expert, plain_matrix
+from hybrimoe_jax.formats.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.runtime.store import open_checkpoint

@@ -16,7 +16,7 @@ import numpy as np
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.ffi import GROUPED, HANDLERS, LATENT, register, threads
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
-from hybrimoe_jax.host_kernels.packing import PackedMatrix
+from hybrimoe_jax.formats.packing import PackedMatrix
 
 
 def _call(

@@ -23,7 +23,7 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
-from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
+from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 
 EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
 GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, check_expert
+from hybrimoe_jax.formats.plain import F32, ExpertWeights, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code, isas, library
-from hybrimoe_jax.host_kernels.packing import PackedExpert, PackedMatrix
+from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 
 I64 = np.dtype(np.int64)
 _byref, _char, _given = ctypes.byref, ctypes.c_char.from_buffer, partial(operator.is_not, None)

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.layout import GROUPS, Format
+from hybrimoe_jax.formats.layout import GROUPS, Format
 
 VARIABLE = "HYBRIMOE_NATIVE_LIBRARY"
 FILE = Path(__file__).with_name("libexperts.so")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.layout import GROUPS
+from hybrimoe_jax.formats.layout import GROUPS
 
 F32 = np.dtype(np.float32)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels.packing import Format, quantise, reciprocal
+from hybrimoe_jax.formats.packing import Format, quantise, reciprocal
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
 BLOCK = 128

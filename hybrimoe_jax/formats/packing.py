@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import F32, ExpertWeights, aligned_empty
-from hybrimoe_jax.host_kernels.layout import (
+from hybrimoe_jax.formats.layout import (
     PANEL,
     STEP,
     ExpertLayout,
@@ -18,6 +17,7 @@ from hybrimoe_jax.host_kernels.layout import (
     PackedExpert,
     PackedMatrix,
 )
+from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty
 
 TINY = np.float32(2.0**-100)
 """Groups of activations whose largest magnitude is below this count as zeros."""

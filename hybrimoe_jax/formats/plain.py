@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.numa import spread
+from hybrimoe_jax.formats.numa import spread
 
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.formats import ALIGNMENT
+from hybrimoe_jax.formats.plain import ALIGNMENT
 
 PANEL, STEP, PADDED = 8, 4, 32
 GROUPS = (32, 64, 128)

@@ -1,0 +1,1 @@
+"""Weight formats: their names, the layout of their bytes, packing and sizes. Imports no jax."""
