@@ -14,13 +14,13 @@ import sys
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.decide.caching import POLICIES
-from hybrimoe_jax.decide.costs import is_profile
 from hybrimoe_jax.decide.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
-from hybrimoe_jax.simulation.profile import PROFILES
+from hybrimoe_jax.machine.costs import is_profile
+from hybrimoe_jax.machine.profile import PROFILES
 
 ENGINE_FLAGS = {
     "system": dict(metavar="NAME", help=f"policies: {', '.join(SYSTEMS)}"),

@@ -14,9 +14,9 @@ from hybrimoe_jax.cli import Parser, lookahead, progress, run
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.simulation import grid
-from hybrimoe_jax.simulation.profile import PROFILES
 from hybrimoe_jax.simulation.recorded import replay_run
 from hybrimoe_jax.simulation.table import table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.schedule import Problem
+from hybrimoe_jax.machine.costs import CostModel
 
 
 def costs(*, cpu=(0.0, 1.0, 0.0), device=(1.0, 0.0), shared=2.0, transfer=3.0, transfer_busy=None) -> CostModel:

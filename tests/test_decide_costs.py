@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.cost_fit import Samples, fit
-from hybrimoe_jax.decide.costs import CostModel, expert_bytes
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel, expert_bytes
+from hybrimoe_jax.machine.fit import Samples, fit
 
 MODEL = CostModel(
     cpu_expert=2e-3,

@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.caching import POLICIES, policy_class
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import Prediction, predict
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

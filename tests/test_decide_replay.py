@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.decide.caching import policy_class
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler
+from hybrimoe_jax.machine.costs import CostModel
 
 DATA = Path(os.environ.get("HYBRIMOE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TRACES = DATA / "trace-deepseek-v2-lite-esft"

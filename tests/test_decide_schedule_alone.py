@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.cost_fit import Samples, fit
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
 from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.fit import Samples, fit
 
 COSTS = CostModel(
     cpu_expert=4.0, cpu_token=1.0, cpu_first=1.0, device_expert=5.0, device_token=0.5, shared_base=2.0, shared_token=0.0,

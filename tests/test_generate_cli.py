@@ -15,8 +15,8 @@ import tiny_checkpoint
 from hybrimoe_jax import generate
 from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
+from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.record.trace import load_trace
-from hybrimoe_jax.simulation.profile import PROFILES
 
 PROMPT = "héllo the and"
 KEYS = {

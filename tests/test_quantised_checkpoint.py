@@ -14,9 +14,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.convert import convert, convert_random, export_hf
-from hybrimoe_jax.decide.costs import expert_bytes
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, dequantise_expert, pack_expert, unpack
+from hybrimoe_jax.machine.costs import expert_bytes
 from hybrimoe_jax.models import checkpoint_writer, pieces
 from hybrimoe_jax.models.random_weights import random_packed
 from hybrimoe_jax.runtime.store import open_checkpoint

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
 from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulation.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
-from hybrimoe_jax.simulation.machine import Machine
 from hybrimoe_jax.simulation.replay import replay
 from hybrimoe_jax.simulation.workload import Asked, Step
 

@@ -7,8 +7,8 @@ import pytest
 
 from hybrimoe_jax.decide import CostModel
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulation.profile import FOLDER, PROFILES, load_costs, load_profile
-from hybrimoe_jax.simulation.shapes import SHAPES, find_shape, get_shape, shape_of
+from hybrimoe_jax.machine.profile import FOLDER, PROFILES, load_costs, load_profile
+from hybrimoe_jax.machine.shapes import SHAPES, find_shape, get_shape, shape_of
 
 SHAPE = get_shape("deepseek-v2-lite")
 

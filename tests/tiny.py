@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
-from hybrimoe_jax.decide.costs import CostModel, expert_bytes
+from hybrimoe_jax.machine.costs import CostModel, expert_bytes
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, parse_config
 

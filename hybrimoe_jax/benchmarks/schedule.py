@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Coming, Problem, get_scheduler
+from hybrimoe_jax.machine.costs import CostModel
 
 EXPERTS, TOP_K = 64, 8
 MACHINES = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from hybrimoe_jax.decide.costs import FORMATS, expert_bytes
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import FORMATS, expert_bytes
 
 MOST = 2**16
 """Of layers, of experts and of experts per token: no model comes near it, and tables of that size still fit memory."""

@@ -8,8 +8,6 @@ import jax
 import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
-from hybrimoe_jax.decide import costs as costs_of
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
@@ -18,6 +16,11 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
+from hybrimoe_jax.machine import costs as costs_of
+from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.profile import load_costs
+from hybrimoe_jax.machine.shapes import shape_of
+from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
@@ -33,9 +36,6 @@ from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.slots import SlotPool
 from hybrimoe_jax.runtime.step import DenseForward, Forward
 from hybrimoe_jax.runtime.transfer import Link, parts_of
-from hybrimoe_jax.simulation.machine import Machine
-from hybrimoe_jax.simulation.profile import load_costs
-from hybrimoe_jax.simulation.shapes import shape_of
 
 STAGING = 2
 """Staging slots: one fills while the other is read."""

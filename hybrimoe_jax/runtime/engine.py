@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.config import EngineConfig
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.record.stats import PrefetchStats, RunStats
 from hybrimoe_jax.runtime import assembly, budget
 from hybrimoe_jax.runtime.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks

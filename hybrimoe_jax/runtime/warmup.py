@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.cost_fit import Samples
-from hybrimoe_jax.decide.cost_fit import fit as fit_costs
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
+from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.fit import Samples
+from hybrimoe_jax.machine.fit import fit as fit_costs
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.clock import WallClock
 from hybrimoe_jax.runtime.device_model import DeviceModel

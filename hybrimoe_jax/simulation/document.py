@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybrimoe_jax.machine.profile import load_profile
+from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.simulation.comparisons import ablation, decode, hits, prefill
 from hybrimoe_jax.simulation.markdown import table
 from hybrimoe_jax.simulation.mixed_formats import Reloads
-from hybrimoe_jax.simulation.profile import load_profile
 from hybrimoe_jax.simulation.questions import questions
-from hybrimoe_jax.simulation.shapes import get_shape
 
 INTRO = """# The paper, side by side
 

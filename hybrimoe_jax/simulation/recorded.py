@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.profile import Figures, MachineCosts, MachineProfile
+from hybrimoe_jax.machine.shapes import ModelShape
+from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.record.trace import Trace
-from hybrimoe_jax.simulation.machine import Machine
-from hybrimoe_jax.simulation.profile import Figures, MachineCosts, MachineProfile
 from hybrimoe_jax.simulation.replay import Result, replay
-from hybrimoe_jax.simulation.shapes import ModelShape
 from hybrimoe_jax.simulation.workload import recorded_steps
 
 

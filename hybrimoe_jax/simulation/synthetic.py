@@ -12,9 +12,9 @@ import dataclasses
 
 import numpy as np
 
+from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.record.facts import facts_of
 from hybrimoe_jax.record.trace import Trace
-from hybrimoe_jax.simulation.shapes import get_shape
 
 PREFIX = "synthetic:"
 

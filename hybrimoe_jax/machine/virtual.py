@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.plan import LayerPlan
+from hybrimoe_jax.machine.link import LinkLane
 from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.simulation.link import LinkLane
 
 
 class Machine:

@@ -22,9 +22,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hybrimoe_jax.decide.costs import CostModel, is_profile
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulation.shapes import ModelShape
+from hybrimoe_jax.machine.costs import CostModel, is_profile
+from hybrimoe_jax.machine.shapes import ModelShape
 
 KIND, VERSION = "hybrimoe-jax machine profile", 1
 FOLDER = Path(__file__).parent / "profiles"

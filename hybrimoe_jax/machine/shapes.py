@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hybrimoe_jax.decide.costs import expert_bytes
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import expert_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from hybrimoe_jax.decide.costs import CostModel
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel
 
 Points = Sequence[tuple[float, float]]
 
