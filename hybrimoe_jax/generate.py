@@ -231,7 +231,7 @@ def recorders(args: argparse.Namespace, engine):
 
         trace = EngineTrace(engine)
     if args.timeline and engine.options.clock == "virtual":
-        from hybrimoe_jax.record.timeline import Timeline
+        from hybrimoe_jax.trace.timeline import Timeline
 
         options = engine.options
         timeline = Timeline(clock="virtual", system=options.system, profile=options.profile, costs=engine.costs.source)

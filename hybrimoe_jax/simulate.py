@@ -15,10 +15,10 @@ from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.profile import PROFILES
-from hybrimoe_jax.record.importers import open_trace
 from hybrimoe_jax.simulation import grid
 from hybrimoe_jax.simulation.recorded import replay_run
 from hybrimoe_jax.simulation.table import table
+from hybrimoe_jax.trace.importers import open_trace
 
 TIMELINE_STEPS = 4
 """Steps of every system that `--timeline` shows."""

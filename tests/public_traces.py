@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.record.facts import MODELS
+from hybrimoe_jax.trace.facts import MODELS
 
 DATA = Path(os.environ.get("HYBRIMOE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 ESFT, GPT_OSS = MODELS["DeepSeek-V2-Lite"], MODELS["gpt-oss-20b"]

@@ -14,8 +14,8 @@ import tiny
 from public_traces import ESFT, esft_folder, routing, shared
 
 from hybrimoe_jax.benchmarks import cache as bench
-from hybrimoe_jax.record.facts import TraceFacts
-from hybrimoe_jax.record.trace import TraceRecorder
+from hybrimoe_jax.trace.facts import TraceFacts
+from hybrimoe_jax.trace.file import TraceRecorder
 
 OWN = """
 from hybrimoe_jax.decide import CachePolicy

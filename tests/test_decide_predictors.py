@@ -17,9 +17,9 @@ from hybrimoe_jax.decide.prediction import Prediction, Shown
 from hybrimoe_jax.decide.predictors import PREDICTORS, CoActivation, build_predictor
 from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.importers import open_trace
-from hybrimoe_jax.record.tokens import by_token
-from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder, save_trace
+from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder, save_trace
+from hybrimoe_jax.trace.importers import open_trace
+from hybrimoe_jax.trace.tokens import by_token
 
 LAYERS, EXPERTS, TOP_K, DISTANCES = 4, 6, 2, 3
 MODEL = (LAYERS, EXPERTS, TOP_K, DISTANCES)

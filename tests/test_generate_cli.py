@@ -16,7 +16,7 @@ from hybrimoe_jax import generate
 from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
 from hybrimoe_jax.machine.profile import PROFILES
-from hybrimoe_jax.record.trace import load_trace
+from hybrimoe_jax.trace.file import load_trace
 
 PROMPT = "héllo the and"
 KEYS = {

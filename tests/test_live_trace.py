@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.record.trace_info import info, lacks
 from hybrimoe_jax.runtime.recording import EngineTrace
+from hybrimoe_jax.trace.info import info, lacks
 
 LAYERS = 3
 

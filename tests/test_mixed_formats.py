@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.decide.prediction import Shown
-from hybrimoe_jax.record.facts import facts_of
 from hybrimoe_jax.simulation.mixed_formats import RULES, reloads
 from hybrimoe_jax.simulation.workload import Asked, Step
+from hybrimoe_jax.trace.facts import facts_of
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 FACTS = facts_of("toy", LAYERS, EXPERTS, TOP_K, 8, 8)

@@ -11,9 +11,9 @@ import pytest
 from public_traces import ESFT, GPT_OSS, esft_folder, fingerprint, fingerprint_json, route_csv, routing, shared
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.facts import MODELS
-from hybrimoe_jax.record.importers import join_traces, open_trace
-from hybrimoe_jax.record.trace import save_trace
+from hybrimoe_jax.trace.facts import MODELS
+from hybrimoe_jax.trace.file import save_trace
+from hybrimoe_jax.trace.importers import join_traces, open_trace
 
 
 def table(trace, tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
-from hybrimoe_jax.record.timeline import LANES, Timeline
+from hybrimoe_jax.trace.timeline import LANES, Timeline
 
 
 def written(timeline: Timeline, path) -> dict:

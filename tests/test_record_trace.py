@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.trace import Trace, TraceFacts, TraceRecorder, load_trace, save_trace
+from hybrimoe_jax.trace.file import Trace, TraceFacts, TraceRecorder, load_trace, save_trace
 
 FACTS = TraceFacts("qwen2_moe", layers=3, experts=8, top_k=2, expert_bytes={"f32": 4096, "int4": 640})
 

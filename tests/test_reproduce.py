@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.record.facts import facts_of
-from hybrimoe_jax.record.trace import Trace
 from hybrimoe_jax.simulation import comparisons, experiments
 from hybrimoe_jax.simulation.records import versions
+from hybrimoe_jax.trace.facts import facts_of
+from hybrimoe_jax.trace.file import Trace
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,9 @@ import pytest
 
 from hybrimoe_jax import simulate
 from hybrimoe_jax.decide import SYSTEMS
-from hybrimoe_jax.record.facts import MODELS
-from hybrimoe_jax.record.trace import Trace, save_trace
 from hybrimoe_jax.simulation.grid import trace_names
+from hybrimoe_jax.trace.facts import MODELS
+from hybrimoe_jax.trace.file import Trace, save_trace
 
 SLOW = """
 import os, time

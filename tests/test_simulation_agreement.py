@@ -11,10 +11,10 @@ import tiny
 
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.record.trace import load_trace
 from hybrimoe_jax.runtime.recording import EngineTrace
 from hybrimoe_jax.simulation.recorded import replay_run
+from hybrimoe_jax.trace.file import load_trace
+from hybrimoe_jax.trace.timeline import Timeline
 
 
 def live(tmp_path, system, family="qwen2_moe", lengths=(21,), **options):

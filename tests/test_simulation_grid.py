@@ -10,9 +10,9 @@ from hybrimoe_jax.decide import SYSTEMS, Problem, get_scheduler, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, get_shape, shape_of
-from hybrimoe_jax.record.trace import TraceFacts, TraceRecorder
 from hybrimoe_jax.simulation.grid import ORACLE, Case, run_case
 from hybrimoe_jax.simulation.synthetic import KNOBS, statistics, synthetic_trace
+from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder
 
 QWEN = "synthetic:qwen2-57b-a14b"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, CostModel, Planner, predict
 from hybrimoe_jax.machine.link import LinkLane
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.trace.timeline import Timeline
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

@@ -18,9 +18,9 @@ import numpy as np
 from hybrimoe_jax.decide.caching import Belady, Static, parse_policy
 from hybrimoe_jax.decide.caching.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.importers import open_trace
-from hybrimoe_jax.record.tokens import by_token, token_of_row
 from hybrimoe_jax.simulation.workers import workers
+from hybrimoe_jax.trace.importers import open_trace
+from hybrimoe_jax.trace.tokens import by_token, token_of_row
 
 # MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()

@@ -128,8 +128,8 @@ def build_predictor(name: str, num_layers: int, num_experts: int, top_k: int, di
     model = (num_layers, num_experts, top_k, distances)
     if not name.startswith(RECORDED):
         return PREDICTORS[name](*model)
-    from hybrimoe_jax.record.importers import open_trace
-    from hybrimoe_jax.record.tokens import by_token
+    from hybrimoe_jax.trace.importers import open_trace
+    from hybrimoe_jax.trace.tokens import by_token
 
     trace = open_trace(name[len(RECORDED) :])
     facts = trace.facts

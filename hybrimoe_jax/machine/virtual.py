@@ -16,7 +16,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.machine.link import LinkLane
-from hybrimoe_jax.record.timeline import Timeline
+from hybrimoe_jax.trace.timeline import Timeline
 
 
 class Machine:

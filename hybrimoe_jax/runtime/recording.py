@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import jax
 
-from hybrimoe_jax.record.facts import facts_of
-from hybrimoe_jax.record.timeline import Timeline
-from hybrimoe_jax.record.trace import TraceRecorder
 from hybrimoe_jax.runtime.workers import Worker
 from hybrimoe_jax.simulation.recorded import run_record
+from hybrimoe_jax.trace.facts import facts_of
+from hybrimoe_jax.trace.file import TraceRecorder
+from hybrimoe_jax.trace.timeline import Timeline
 
 
 class EngineTimeline:

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hybrimoe_jax.decide.caching import policy_class
-from hybrimoe_jax.record.facts import TraceFacts
 from hybrimoe_jax.simulation.workload import Step
+from hybrimoe_jax.trace.facts import TraceFacts
 
 RULES = ("plain", "cost", "cost per byte")
 

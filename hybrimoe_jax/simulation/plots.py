@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.timeline import Timeline
 from hybrimoe_jax.simulation import grid
 from hybrimoe_jax.simulation.bound import BELADY
+from hybrimoe_jax.trace.timeline import Timeline
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}

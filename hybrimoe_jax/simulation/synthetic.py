@@ -13,8 +13,8 @@ import dataclasses
 import numpy as np
 
 from hybrimoe_jax.machine.shapes import get_shape
-from hybrimoe_jax.record.facts import facts_of
-from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.trace.facts import facts_of
+from hybrimoe_jax.trace.file import Trace
 
 PREFIX = "synthetic:"
 

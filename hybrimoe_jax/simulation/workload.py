@@ -15,8 +15,8 @@ import numpy as np
 
 from hybrimoe_jax.decide.prediction import Shown
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.tokens import one_token_steps
-from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.tokens import one_token_steps
 
 
 class Asked(NamedTuple):

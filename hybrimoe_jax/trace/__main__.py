@@ -9,7 +9,7 @@ import json
 
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.importers import READS, join_traces, open_trace
+from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 def _import(args) -> int:
     from pathlib import Path
 
-    from hybrimoe_jax.record.trace import save_trace
-    from hybrimoe_jax.record.trace_info import lacks
+    from hybrimoe_jax.trace.file import save_trace
+    from hybrimoe_jax.trace.info import lacks
 
     out = Path(args.destination)
     if any(Path(source).exists() and out.exists() and out.samefile(source) for source in args.sources):
@@ -45,7 +45,7 @@ def _import(args) -> int:
 
 
 def _check(args) -> int:
-    from hybrimoe_jax.record.trace_info import lacks
+    from hybrimoe_jax.trace.info import lacks
 
     for source in progress(args.sources, len(args.sources), "checking"):
         trace = open_trace(source)
@@ -56,7 +56,7 @@ def _check(args) -> int:
 
 
 def _info(args) -> int:
-    from hybrimoe_jax.record.trace_info import info
+    from hybrimoe_jax.trace.info import info
 
     for source in progress(args.sources, len(args.sources), "reading"):
         record = {"file": source, **info(open_trace(source))}

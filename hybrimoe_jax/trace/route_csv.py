@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.facts import MODELS, TraceFacts
-from hybrimoe_jax.record.layouts import PREFILL, whole_lines
-from hybrimoe_jax.record.trace import Trace
-from hybrimoe_jax.record.trace_check import LARGEST
+from hybrimoe_jax.trace.check import LARGEST
+from hybrimoe_jax.trace.facts import MODELS, TraceFacts
+from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.layouts import PREFILL, whole_lines
 
 ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.facts import MODELS, TraceFacts
-from hybrimoe_jax.record.trace import Trace
-from hybrimoe_jax.record.trace_check import LARGEST
+from hybrimoe_jax.trace.check import LARGEST
+from hybrimoe_jax.trace.facts import MODELS, TraceFacts
+from hybrimoe_jax.trace.file import Trace
 
 ESFT_ARRAYS = {"expert_ids", "weights_e4", "seq_lens"}
 FINGERPRINT_ARRAYS = {"expert_ids", "probs", "seq_lens"}

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record import layouts
-from hybrimoe_jax.record.route_csv import route_csv
-from hybrimoe_jax.record.trace import Trace, check_trace, read_arrays, trace_of
+from hybrimoe_jax.trace import layouts
+from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, trace_of
+from hybrimoe_jax.trace.route_csv import route_csv
 
 READS = (
     "a trace of ours (.npz with `meta`), ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.record.tokens import Tokens, by_token, token_of_row
-from hybrimoe_jax.record.trace import PHASES, Trace
+from hybrimoe_jax.trace.file import PHASES, Trace
+from hybrimoe_jax.trace.tokens import Tokens, by_token, token_of_row
 
 
 def lacks(trace: Trace) -> list[str]:

@@ -40,8 +40,8 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
-from hybrimoe_jax.record.facts import TraceFacts
-from hybrimoe_jax.record.trace_check import check_rows
+from hybrimoe_jax.trace.check import check_rows
+from hybrimoe_jax.trace.facts import TraceFacts
 
 FORMAT, VERSION = "hybrimoe-trace", 1
 PHASES = ("prefill", "decode")

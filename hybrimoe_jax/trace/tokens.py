@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax.record.trace import Trace
+from hybrimoe_jax.trace.file import Trace
 
 REPLAYED = "prefill, replayed token by token"
 
