@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.caching import (
+from hybrimoe_jax.decide.cache import (
     LFU,
     LRU,
     MRS,

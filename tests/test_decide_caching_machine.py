@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from hybrimoe_jax.decide.caching import POLICIES, policy_class
+from hybrimoe_jax.decide.cache import POLICIES, policy_class
 
 EXPERTS, TOP_K = 7, 2
 expert = st.integers(0, EXPERTS - 1)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.caching import POLICIES, Belady, Echo, echo, policy_class
-from hybrimoe_jax.decide.caching.replay import PerLayer, Pooled, Visit, replay, slots_for
+from hybrimoe_jax.decide.cache import POLICIES, Belady, Echo, echo, policy_class
+from hybrimoe_jax.decide.cache.replay import PerLayer, Pooled, Visit, replay, slots_for
 from hybrimoe_jax.errors import UserError
 
 EXPERTS = 5

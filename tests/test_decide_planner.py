@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.caching import POLICIES, policy_class
+from hybrimoe_jax.decide.cache import POLICIES, policy_class
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import Prediction, predict

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.decide.caching import POLICIES
+from hybrimoe_jax.decide.cache import POLICIES
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.errors import UserError
 

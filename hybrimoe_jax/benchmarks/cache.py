@@ -15,8 +15,8 @@ from itertools import repeat
 
 import numpy as np
 
-from hybrimoe_jax.decide.caching import Belady, Static, parse_policy
-from hybrimoe_jax.decide.caching.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
+from hybrimoe_jax.decide.cache import Belady, Static, parse_policy
+from hybrimoe_jax.decide.cache.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulation.workers import workers
 from hybrimoe_jax.trace.importers import open_trace

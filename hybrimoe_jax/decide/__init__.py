@@ -4,7 +4,7 @@
 `prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use the same objects.
 """
 
-from hybrimoe_jax.decide.caching import POLICIES, CachePolicy
+from hybrimoe_jax.decide.cache import POLICIES, CachePolicy
 from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown, predict

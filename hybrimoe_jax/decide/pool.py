@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from hybrimoe_jax.decide.caching import CachePolicy
-from hybrimoe_jax.decide.caching.offers import Offer, Offers
+from hybrimoe_jax.decide.cache import CachePolicy
+from hybrimoe_jax.decide.cache.victims import Offer, Offers
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import Fetch, Victim
 

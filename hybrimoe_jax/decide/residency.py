@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from hybrimoe_jax.decide import pool
-from hybrimoe_jax.decide.caching import CachePolicy
+from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Refused, Victim
 from hybrimoe_jax.decide.prediction import Prediction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hybrimoe_jax.decide.caching import CachePolicy, parse_policy
+from hybrimoe_jax.decide.cache import CachePolicy, parse_policy
 from hybrimoe_jax.decide.pool import capacity_of
 from hybrimoe_jax.decide.prediction import Predictor
 from hybrimoe_jax.decide.predictors import build_predictor

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.decide.caching import Belady
+from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulation.workload import Step
 

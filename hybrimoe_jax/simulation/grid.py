@@ -15,7 +15,7 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hybrimoe_jax.decide.caching import policy_class
+from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.simulation.workload import Step
 from hybrimoe_jax.trace.facts import TraceFacts
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
 
 

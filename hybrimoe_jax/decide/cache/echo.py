@@ -22,7 +22,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
 
 # Fixed on the development halves of the public traces (docs/log.md); the results are flat around all of them.

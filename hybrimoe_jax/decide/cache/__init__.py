@@ -10,11 +10,11 @@ import importlib
 import inspect
 from typing import Any
 
-from hybrimoe_jax.decide.caching.clairvoyant import Belady
-from hybrimoe_jax.decide.caching.echo import Echo
-from hybrimoe_jax.decide.caching.policy import CachePolicy
-from hybrimoe_jax.decide.caching.queues import S3FIFO, SLRU
-from hybrimoe_jax.decide.caching.scored import LFRU, LFU, LRU, MRS, Random, Static
+from hybrimoe_jax.decide.cache.clairvoyant import Belady
+from hybrimoe_jax.decide.cache.echo import Echo
+from hybrimoe_jax.decide.cache.policy import CachePolicy
+from hybrimoe_jax.decide.cache.queues import S3FIFO, SLRU
+from hybrimoe_jax.decide.cache.scored import LFRU, LFU, LRU, MRS, Random, Static
 from hybrimoe_jax.errors import UserError
 
 __all__ = [

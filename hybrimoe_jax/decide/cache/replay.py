@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from hybrimoe_jax.decide.caching.offers import Offers
-from hybrimoe_jax.decide.caching.policy import CachePolicy
+from hybrimoe_jax.decide.cache.policy import CachePolicy
+from hybrimoe_jax.decide.cache.victims import Offers
 
 
 class Visit(NamedTuple):
