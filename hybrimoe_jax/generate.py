@@ -14,7 +14,7 @@ import sys
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.decide.cache import POLICIES
-from hybrimoe_jax.decide.predictors import PREDICTORS
+from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.errors import UserError

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hybrimoe_jax.decide.cache import POLICIES, policy_class
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prediction import Prediction, predict
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, predict
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.errors import UserError

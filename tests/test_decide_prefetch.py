@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, predict
-from hybrimoe_jax.decide.prefetch import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler
 from hybrimoe_jax.machine.costs import CostModel
 

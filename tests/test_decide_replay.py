@@ -10,7 +10,7 @@ import pytest
 
 from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prediction import predict
+from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler
 from hybrimoe_jax.machine.costs import CostModel
 

@@ -4,7 +4,7 @@ import pytest
 from schedule_cases import costs
 
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch import Prediction
+from hybrimoe_jax.decide.prefetch.impact import Prediction
 from hybrimoe_jax.decide.schedule.lookahead import LookaheadOptimalScheduler
 from hybrimoe_jax.decide.view import Fills
 

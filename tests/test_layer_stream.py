@@ -8,7 +8,7 @@ import tiny
 
 from hybrimoe_jax.decide import CostModel, Planner, Prediction, get_system
 from hybrimoe_jax.decide.plan import Fetch
-from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulation.replay import replay
 from hybrimoe_jax.simulation.workload import Asked, Step

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.simulation.mixed_formats import RULES, reloads
 from hybrimoe_jax.simulation.workload import Asked, Step
 from hybrimoe_jax.trace.facts import facts_of

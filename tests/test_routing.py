@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.prediction import predict
+from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.runtime.routing import read_routing
 
 

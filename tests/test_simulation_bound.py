@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
-from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulation.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
 from hybrimoe_jax.simulation.replay import replay

@@ -7,8 +7,8 @@
 from hybrimoe_jax.decide.cache import POLICIES, CachePolicy
 from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown, predict
-from hybrimoe_jax.decide.predictors import PREDICTORS
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, predict
+from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
 from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
 from hybrimoe_jax.machine.costs import CostModel, expert_bytes

@@ -24,8 +24,8 @@ from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown, as_list
-from hybrimoe_jax.decide.prefetch import Forecast
+from hybrimoe_jax.decide.prefetch.impact import Forecast
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, as_list
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Scheduler
 from hybrimoe_jax.decide.scout import Scout

@@ -13,8 +13,8 @@ from hybrimoe_jax.decide import pool
 from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Refused, Victim
-from hybrimoe_jax.decide.prediction import Prediction
-from hybrimoe_jax.decide.prefetch import Target
+from hybrimoe_jax.decide.prefetch.impact import Target
+from hybrimoe_jax.decide.prefetch.prediction import Prediction
 
 _FREE = float("-inf")
 

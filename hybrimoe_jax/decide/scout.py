@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.plan import Prefetch
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction, Predictor, Shown
-from hybrimoe_jax.decide.prefetch import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
 

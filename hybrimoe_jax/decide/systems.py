@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from hybrimoe_jax.decide.cache import policy_class
-from hybrimoe_jax.decide.predictors import check_predictor
+from hybrimoe_jax.decide.prefetch.predictors import check_predictor
 from hybrimoe_jax.decide.schedule import get_scheduler
 from hybrimoe_jax.errors import UserError
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from hybrimoe_jax.decide.prefetch import Accuracy, Forecast
+from hybrimoe_jax.decide.prefetch.impact import Accuracy, Forecast
 from hybrimoe_jax.decide.residency import Residency
 from hybrimoe_jax.decide.schedule import Coming, Problem
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import Shown
 
 _FIRST_ROW = np.zeros(1, np.int64)
 

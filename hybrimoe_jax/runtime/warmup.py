@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.prediction import predict
+from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.predictors import Perfect
+from hybrimoe_jax.decide.prefetch.predictors import Perfect
 from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulation.workload import Step
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax.decide.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.tokens import one_token_steps

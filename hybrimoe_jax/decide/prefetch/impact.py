@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from hybrimoe_jax.decide.prediction import Accuracy, Prediction
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction
 from hybrimoe_jax.decide.schedule import Problem, Scheduler
 
 # Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each candidate.

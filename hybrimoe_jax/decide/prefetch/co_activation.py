@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hybrimoe_jax.decide.prediction import Prediction, Predictor, predict
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, predict
 
 ALIGNED_ROWS = 16
 """Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a prompt."""

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hybrimoe_jax.decide.co_activation import CoActivation
-from hybrimoe_jax.decide.prediction import Prediction, Predictor, Shown, loads_of, predict
+from hybrimoe_jax.decide.prefetch.co_activation import CoActivation
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, Shown, loads_of, predict
 from hybrimoe_jax.errors import UserError
 
 
