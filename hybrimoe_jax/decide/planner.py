@@ -21,12 +21,12 @@ from typing import Any
 
 from hybrimoe_jax.decide.answers import Answers
 from hybrimoe_jax.decide.cache import CachePolicy
-from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Forecast
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, as_list
-from hybrimoe_jax.decide.residency import Residency
+from hybrimoe_jax.decide.residency.inflight import Ledger
+from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.schedule import Scheduler
 from hybrimoe_jax.decide.scout import Scout
 from hybrimoe_jax.decide.setup import set_up

@@ -14,7 +14,7 @@ from typing import Any
 from hybrimoe_jax.decide.plan import Prefetch
 from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown
-from hybrimoe_jax.decide.residency import Residency
+from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
 
 REST_STEPS = 7

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.cache import CachePolicy, parse_policy
-from hybrimoe_jax.decide.pool import capacity_of
 from hybrimoe_jax.decide.prefetch.prediction import Predictor
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
+from hybrimoe_jax.decide.residency.pool import capacity_of
 from hybrimoe_jax.decide.schedule import Scheduler, get_scheduler
 from hybrimoe_jax.decide.schedule.alone import with_shared_cores
 from hybrimoe_jax.decide.systems import System, get_system

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from hybrimoe_jax.decide.prefetch.impact import Accuracy, Forecast
-from hybrimoe_jax.decide.residency import Residency
+from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.schedule import Coming, Problem
 
 _LARGE = 1e100

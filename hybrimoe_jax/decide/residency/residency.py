@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from hybrimoe_jax.decide import pool
 from hybrimoe_jax.decide.cache import CachePolicy
-from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Target
 from hybrimoe_jax.decide.prefetch.prediction import Prediction
+from hybrimoe_jax.decide.residency import pool
+from hybrimoe_jax.decide.residency.inflight import Ledger
 
 _FREE = float("-inf")
 

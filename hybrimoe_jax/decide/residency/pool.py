@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.cache.victims import Offer, Offers
-from hybrimoe_jax.decide.flights import Ledger
 from hybrimoe_jax.decide.plan import Fetch, Victim
+from hybrimoe_jax.decide.residency.inflight import Ledger
 
 _FREE = float("-inf")
 

@@ -1,0 +1,1 @@
+"""Who is in the slots, and what is on its way there."""
