@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+from hybrimoe_jax.decide.schedule.shared_cores import with_shared_cores
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit
 

@@ -7,8 +7,8 @@ from schedule_cases import costs
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler
-from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
+from hybrimoe_jax.decide.schedule.unit_load_cache import EqualLoads, apply
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.errors import UserError
 

@@ -19,16 +19,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrimoe_jax.decide.answers import Answers
 from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Forecast
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, as_list
+from hybrimoe_jax.decide.prefetch.prefetch_planner import Scout
 from hybrimoe_jax.decide.residency.inflight import Ledger
 from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.schedule import Scheduler
-from hybrimoe_jax.decide.scout import Scout
+from hybrimoe_jax.decide.schedule_cache import Answers
 from hybrimoe_jax.decide.setup import set_up
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.decide.view import View

@@ -10,7 +10,7 @@ from hybrimoe_jax.decide.prefetch.prediction import Predictor
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
 from hybrimoe_jax.decide.residency.pool import capacity_of
 from hybrimoe_jax.decide.schedule import Scheduler, get_scheduler
-from hybrimoe_jax.decide.schedule.alone import with_shared_cores
+from hybrimoe_jax.decide.schedule.shared_cores import with_shared_cores
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 

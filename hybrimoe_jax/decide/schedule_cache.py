@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler
-from hybrimoe_jax.decide.schedule.alone import SharedCoresScheduler
-from hybrimoe_jax.decide.schedule.equal import EqualLoads, apply
+from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
+from hybrimoe_jax.decide.schedule.unit_load_cache import EqualLoads, apply
 from hybrimoe_jax.decide.view import View
 
 
