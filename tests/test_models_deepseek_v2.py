@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.deepseek_v2 import DeepseekV2Block, DeepseekV2Config, LatentAttention
+from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Block, DeepseekV2Config, LatentAttention
 
 RAW = dict(
     model_type="deepseek_v2",

@@ -13,7 +13,7 @@ from hybrimoe_jax.convert import export_hf, save
 from hybrimoe_jax.loading import load
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.checkpoint import open_hf
-from hybrimoe_jax.models.deepseek_v2 import absorbed_attention
+from hybrimoe_jax.models.families.deepseek_v2 import absorbed_attention
 from hybrimoe_jax.runtime import assembly, device_model
 from hybrimoe_jax.runtime.store import open_checkpoint
 

@@ -11,7 +11,7 @@ from flax import nnx
 from hybrimoe_jax.formats.packing import Format, PackedMatrix, pack, quantise
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.attention import Attention
-from hybrimoe_jax.models.deepseek_v2 import DeepseekV2Config, LatentAttention
+from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Config, LatentAttention
 from hybrimoe_jax.models.rope import Rope
 
 pytestmark = pytest.mark.skipif(not products.native_here(), reason="the package was installed without its FFI handlers")

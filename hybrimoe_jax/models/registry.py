@@ -9,7 +9,11 @@ from typing import Any
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError, reading
-from hybrimoe_jax.models import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
+from hybrimoe_jax.models.families import deepseek_v2
+from hybrimoe_jax.models.families import mixtral
+from hybrimoe_jax.models.families import olmoe
+from hybrimoe_jax.models.families import qwen2_moe
+from hybrimoe_jax.models.families import qwen3_moe
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM
 
