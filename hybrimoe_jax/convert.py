@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax import cli
+from hybrimoe_jax.checkpoint.quantised.experts import as_packed
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.exporting import export_hf
 from hybrimoe_jax.formats.packing import Format
@@ -33,7 +34,6 @@ from hybrimoe_jax.models.checkpoint_writer import (
     write_checkpoint,
 )
 from hybrimoe_jax.models.pieces import FORMATS
-from hybrimoe_jax.models.quantised.experts import as_packed
 from hybrimoe_jax.models.random_weights import random_weights
 from hybrimoe_jax.models.weights import PackedExperts, Weights
 

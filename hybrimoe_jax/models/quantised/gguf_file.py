@@ -21,7 +21,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.checkpoint import match_names
-from hybrimoe_jax.models.quantised.codes import Codes, Kind, QuantisedTensor
+from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
 from hybrimoe_jax.models.quantised.gguf_config import hf_config
 from hybrimoe_jax.models.registry import family_of, parse_config
 from hybrimoe_jax.models.safetensors_file import BF16

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.quantised.codes import (
+from hybrimoe_jax.checkpoint.quantised.codes import (
     Codes,
     Kind,
     QuantisedTensor,
@@ -33,6 +32,7 @@ from hybrimoe_jax.models.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.quantised.codes import (
+from hybrimoe_jax.checkpoint.quantised.codes import (
     Codes,
     Kind,
     QuantisedTensor,
@@ -32,6 +31,7 @@ from hybrimoe_jax.models.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")

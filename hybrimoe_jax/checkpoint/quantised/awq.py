@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.quantised.codes import (
+from hybrimoe_jax.checkpoint.quantised.codes import (
     Codes,
     Kind,
     QuantisedTensor,
@@ -27,6 +26,7 @@ from hybrimoe_jax.models.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("qweight", "qzeros", "scales")
