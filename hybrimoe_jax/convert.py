@@ -75,7 +75,7 @@ def open_source(src: Path) -> Weights:
         return open_hf(src)
     if not src.is_file():
         raise UserError(f"{src}: no such file")
-    from hybrimoe_jax.models.quantised.gguf_file import open_gguf
+    from hybrimoe_jax.checkpoint.gguf.file import open_gguf
 
     return open_gguf(src)
 

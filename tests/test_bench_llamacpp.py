@@ -8,9 +8,9 @@ import pytest
 from hybrimoe_jax import bench
 from hybrimoe_jax.benchmarks import llamacpp
 from hybrimoe_jax.benchmarks.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
+from hybrimoe_jax.checkpoint.gguf.file import open_gguf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.checkpoint import open_hf
-from hybrimoe_jax.models.quantised.gguf_file import open_gguf
 from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.runtime.store import open_checkpoint
 

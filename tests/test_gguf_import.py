@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax import convert as command
+from hybrimoe_jax.checkpoint.gguf.file import open_gguf
 from hybrimoe_jax.checkpoint.quantised.experts import packed_expert, quantised_format
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge, split
-from hybrimoe_jax.models.quantised.gguf_file import open_gguf
 from hybrimoe_jax.models.registry import build_model, parse_config
 
 gguf = pytest.importorskip("gguf")

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.gguf.config import hf_config
+from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
 from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.checkpoint import match_names
-from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
-from hybrimoe_jax.models.quantised.gguf_config import hf_config
 from hybrimoe_jax.models.registry import family_of, parse_config
 from hybrimoe_jax.models.safetensors_file import BF16
 from hybrimoe_jax.models.weights import ArrayTensor, Tensor, Weights

@@ -1,0 +1,1 @@
+"""GGUF files: their metadata as a configuration, their tensors as weights."""
