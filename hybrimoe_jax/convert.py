@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax import cli
+from hybrimoe_jax.checkpoint.export import export_hf
+from hybrimoe_jax.checkpoint.hugging_face import from_arrays, open_hf
 from hybrimoe_jax.checkpoint.quantised.experts import as_packed
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.exporting import export_hf
-from hybrimoe_jax.formats.packing import Format
-from hybrimoe_jax.models.checkpoint import from_arrays, open_hf
-from hybrimoe_jax.models.checkpoint_writer import (
+from hybrimoe_jax.checkpoint.random import random_weights
+from hybrimoe_jax.checkpoint.shards import FORMATS
+from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
+from hybrimoe_jax.checkpoint.writer import (
     Progress,
     check_absent,
     check_dense_format,
@@ -33,9 +34,8 @@ from hybrimoe_jax.models.checkpoint_writer import (
     silent,
     write_checkpoint,
 )
-from hybrimoe_jax.models.pieces import FORMATS
-from hybrimoe_jax.models.random_weights import random_weights
-from hybrimoe_jax.models.weights import PackedExperts, Weights
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format
 
 
 def convert(
@@ -82,7 +82,7 @@ def open_source(src: Path) -> Weights:
 
 def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
     """`models.calibrated` with a text file through the model's own tokenizer; UserError for what it cannot work with."""
-    from hybrimoe_jax.models.calibrated import calibrated, windows  # jax takes a second to import
+    from hybrimoe_jax.checkpoint.calibrate import calibrated, windows  # jax takes a second to import
     from hybrimoe_jax.text import Tokenizer
 
     if fmt is None or fmt in FORMATS:

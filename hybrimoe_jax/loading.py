@@ -24,8 +24,8 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     threads.settle_dispatch(options.executor)
     import jax
 
+    from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.runtime.engine import Engine
-    from hybrimoe_jax.runtime.store import open_checkpoint
     from hybrimoe_jax.text import eos_ids
 
     checkpoint = open_checkpoint(path or bundled_model())

@@ -136,7 +136,7 @@ def _round(cells: list[Cell], pairs=pairs) -> list[Cell]:
 
 @functools.lru_cache
 def _bundled():
-    from hybrimoe_jax.runtime.store import open_checkpoint
+    from hybrimoe_jax.checkpoint.reader import open_checkpoint
 
     checkpoint = open_checkpoint(bundled_model())
     return checkpoint, checkpoint.dense(), checkpoint.experts(dtype="float32", lazy=False)

@@ -9,10 +9,10 @@ from hybrimoe_jax import bench
 from hybrimoe_jax.benchmarks import llamacpp
 from hybrimoe_jax.benchmarks.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
 from hybrimoe_jax.checkpoint.gguf.file import open_gguf
+from hybrimoe_jax.checkpoint.hugging_face import open_hf
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.checkpoint import open_hf
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.runtime.store import open_checkpoint
 
 gguf = pytest.importorskip("gguf")
 QWEN = dict(MID, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)

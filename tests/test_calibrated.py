@@ -11,17 +11,17 @@ import tiny
 import tiny_checkpoint
 
 from hybrimoe_jax import convert as command
+from hybrimoe_jax.checkpoint import calibrate as module
+from hybrimoe_jax.checkpoint import writer as checkpoint_writer
+from hybrimoe_jax.checkpoint.calibrate import calibrated, windows
+from hybrimoe_jax.checkpoint.hugging_face import from_arrays
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.gptq import BLOCK, compensated, output_error
 from hybrimoe_jax.formats.packing import Format, dequantise, pack, pack_expert, quantise
-from hybrimoe_jax.models import calibrated as module
-from hybrimoe_jax.models import checkpoint_writer
-from hybrimoe_jax.models.calibrated import calibrated, windows
-from hybrimoe_jax.models.checkpoint import from_arrays
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.runtime.store import open_checkpoint
 
 
 def correlated(rng, tokens: int, columns: int) -> np.ndarray:

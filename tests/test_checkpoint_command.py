@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import cli
+from hybrimoe_jax.checkpoint.safetensors import read_header
 from hybrimoe_jax.convert import convert
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.safetensors_file import read_header
 
 
 def rewrite(folder, change) -> None:

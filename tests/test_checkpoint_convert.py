@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hybrimoe_jax import exporting
+from hybrimoe_jax.checkpoint import export as exporting
+from hybrimoe_jax.checkpoint import shards as pieces
+from hybrimoe_jax.checkpoint import writer as checkpoint_writer
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import convert, export_hf, save
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models import checkpoint_writer, pieces
-from hybrimoe_jax.runtime.store import open_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 command = importlib.import_module("hybrimoe_jax.convert")

@@ -287,7 +287,7 @@ def test_split_keys_and_values_are_joined(tmp_path):
 
 
 def test_the_command_packs_experts_without_rounding(tmp_path, capsys):
-    from hybrimoe_jax.runtime.store import open_checkpoint
+    from hybrimoe_jax.checkpoint.reader import open_checkpoint
 
     _, _, experts = write(tmp_path / "m.gguf", "qwen2moe", "Q4_0")
     assert command.main([str(tmp_path / "m.gguf"), str(tmp_path / "out")]) == 0

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
+from hybrimoe_jax.checkpoint.expert_store import ExpertStore
 from hybrimoe_jax.formats import numa
 from hybrimoe_jax.formats import plain as formats
 from hybrimoe_jax.formats.plain import aligned_empty
-from hybrimoe_jax.runtime.expert_store import ExpertStore
 
 PAGE = mmap.PAGESIZE
 GET_POLICY = {"x86_64": 239, "aarch64": 236}

@@ -13,13 +13,14 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from hybrimoe_jax.checkpoint import shards as pieces
+from hybrimoe_jax.checkpoint import writer as checkpoint_writer
+from hybrimoe_jax.checkpoint.random import random_packed
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import convert, convert_random, export_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, dequantise_expert, pack_expert, unpack
 from hybrimoe_jax.machine.costs import expert_bytes
-from hybrimoe_jax.models import checkpoint_writer, pieces
-from hybrimoe_jax.models.random_weights import random_packed
-from hybrimoe_jax.runtime.store import open_checkpoint
 
 FORMATS = ("int4-g64", "int8-g32-s32", "int4z-g128-a8")
 
@@ -118,8 +119,8 @@ def test_export_writes_the_numbers_that_the_codes_stand_for(tmp_path, fmt):
 
 
 def test_rounding_a_second_time_is_refused(tmp_path):
-    from hybrimoe_jax.models.checkpoint_writer import write_checkpoint
-    from hybrimoe_jax.models.random_weights import random_weights
+    from hybrimoe_jax.checkpoint.random import random_weights
+    from hybrimoe_jax.checkpoint.writer import write_checkpoint
 
     (tmp_path / "config.json").write_text(json.dumps(folders.CONFIG))
     weights = random_weights(tmp_path, "int8-g32")

@@ -11,12 +11,12 @@ from quantised_folders import Coded, write, write_plain
 import hybrimoe_jax
 from hybrimoe_jax import EngineConfig
 from hybrimoe_jax import convert as command
+from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.quantised.codes import QuantisedTensor
 from hybrimoe_jax.checkpoint.quantised.experts import exact_format, holds, packed_expert, quantised_format
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise
-from hybrimoe_jax.models.checkpoint import open_hf
-from hybrimoe_jax.runtime.store import open_checkpoint
 
 EXPERT = "model.layers.1.mlp.experts.3"
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import export_hf
 from hybrimoe_jax.loading import bundled_model
-from hybrimoe_jax.runtime.store import open_checkpoint
 from hybrimoe_jax.training import evaluation, export, loop
 from hybrimoe_jax.training.corpus import HELD_OUT, Text
 

@@ -35,8 +35,8 @@ class EngineContender:
         from hybrimoe_jax.runtime import threads as cores
 
         cores.divide(threads, "overlapped")
+        from hybrimoe_jax.checkpoint.reader import open_checkpoint
         from hybrimoe_jax.runtime.engine import Engine
-        from hybrimoe_jax.runtime.store import open_checkpoint
 
         checkpoint = open_checkpoint(model)
         dense, store = checkpoint.dense(), checkpoint.experts(dtype="float32", lazy=False)

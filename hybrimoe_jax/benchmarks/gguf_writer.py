@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.random import HEAD_SPREAD, ROUTER_SPREAD, generator
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.random_weights import HEAD_SPREAD, ROUTER_SPREAD, generator
 
 BLOCK = 32
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}

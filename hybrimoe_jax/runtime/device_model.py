@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.checkpoint.dense import is_projection
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.formats.plain import BF16, F32, Arena, aligned_copy
-from hybrimoe_jax.models.dense_packing import is_projection
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import LARGE
 from hybrimoe_jax.models.registry import build_model

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.checkpoint.dense import is_projection
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels.native.ffi import AddressedMatrix, kind
 from hybrimoe_jax.host_kernels.native.routed import table
-from hybrimoe_jax.models.dense_packing import is_projection
 from hybrimoe_jax.models.products import LARGE, always_native
 
 READ_APART = "kv_b_proj.weight"

@@ -19,11 +19,11 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.runtime.store import open_checkpoint
 from hybrimoe_jax.training.loop import Params
 from hybrimoe_jax.training.tokens import END_OF_TEXT
 

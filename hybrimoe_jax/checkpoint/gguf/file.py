@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.gguf.config import hf_config
+from hybrimoe_jax.checkpoint.hugging_face import match_names
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
+from hybrimoe_jax.checkpoint.safetensors import BF16
+from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights
 from hybrimoe_jax.errors import UserError, reading
-from hybrimoe_jax.models.checkpoint import match_names
 from hybrimoe_jax.models.registry import family_of, parse_config
-from hybrimoe_jax.models.safetensors_file import BF16
-from hybrimoe_jax.models.weights import ArrayTensor, Tensor, Weights
 
 BLOCK = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}

@@ -26,8 +26,8 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.checkpoint.safetensors import FileTensor
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -31,8 +31,8 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.checkpoint.safetensors import FileTensor
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor, run_length
+from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Piece, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, pack
 from hybrimoe_jax.formats.plain import aligned_empty
-from hybrimoe_jax.models.weights import Experts, ListedExperts, PackedExperts, Piece, Weights
 
 
 def is_coded(experts: Experts | None) -> bool:

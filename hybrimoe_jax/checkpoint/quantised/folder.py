@@ -7,8 +7,8 @@ from typing import Any
 
 from hybrimoe_jax.checkpoint.quantised import awq, compressed_tensors, gptq
 from hybrimoe_jax.checkpoint.quantised.codes import QuantisedTensor
+from hybrimoe_jax.checkpoint.safetensors import FileTensor
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.safetensors_file import FileTensor
 
 METHODS = {"gptq": gptq.tensors, "awq": awq.tensors, "compressed-tensors": compressed_tensors.tensors}
 

@@ -32,8 +32,8 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     scale_type,
     unpack_words,
 )
+from hybrimoe_jax.checkpoint.safetensors import FileTensor
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.safetensors_file import FileTensor
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSIONS = {"gptq": 1, "gptq_v2": 0}

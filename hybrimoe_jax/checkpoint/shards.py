@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
+from hybrimoe_jax.checkpoint.hugging_face import row_block
+from hybrimoe_jax.checkpoint.orbax import Leaf, open_leaf, read_rows, save_item
+from hybrimoe_jax.checkpoint.safetensors import BF16
+from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Piece, Tensor
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, MatrixLayout, pack_expert
-from hybrimoe_jax.models.checkpoint import row_block
-from hybrimoe_jax.models.dense_packing import format_of, is_projection, pack_tensor
-from hybrimoe_jax.models.orbax_io import Leaf, open_leaf, read_rows, save_item
-from hybrimoe_jax.models.safetensors_file import BF16
-from hybrimoe_jax.models.weights import Experts, PackedExperts, Piece, Tensor
 
 LAYOUT = "hybrimoe-jax checkpoint"
 PLAIN_VERSION, VERSION = 1, 2

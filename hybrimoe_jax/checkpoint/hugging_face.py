@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
+from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
+from hybrimoe_jax.checkpoint.weights import ArrayTensor, Experts, ListedExperts, Piece, StackedExperts, Tensor, Weights
 from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
-from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
-from hybrimoe_jax.models.safetensors_file import FileTensor, read_header
-from hybrimoe_jax.models.weights import ArrayTensor, Experts, ListedExperts, Piece, StackedExperts, Tensor, Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, piece_name, read_json, row_block
+from hybrimoe_jax.checkpoint.weights import ListedExperts, PackedExperts, Piece, Weights
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
 from hybrimoe_jax.formats.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
-from hybrimoe_jax.models.checkpoint import dense_shapes, layer_of, piece_name, read_json, row_block
+from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.models.weights import ListedExperts, PackedExperts, Piece, Weights
 
 ROUTER_SPREAD, HEAD_SPREAD = 3.0, 5.0
 """Standard deviations of router and output logits for an input of unit variance."""

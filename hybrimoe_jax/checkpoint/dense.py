@@ -12,9 +12,9 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.formats.plain import aligned_empty
+from hybrimoe_jax.checkpoint.weights import Tensor
 from hybrimoe_jax.formats.packing import PANEL, Format, MatrixLayout, PackedMatrix, pack, quantise
-from hybrimoe_jax.models.weights import Tensor
+from hybrimoe_jax.formats.plain import aligned_empty
 
 BLOCK_FLOATS = 1 << 22
 """Of the rows rounded at once."""

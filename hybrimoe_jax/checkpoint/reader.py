@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
+from hybrimoe_jax.checkpoint.hugging_face import read_json
+from hybrimoe_jax.checkpoint.orbax import open_leaf, read_leaves, read_rows
+from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import (
     Format,
     MatrixLayout,
     PackedMatrix,
 )
-from hybrimoe_jax.models.checkpoint import read_json
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.orbax_io import open_leaf, read_leaves, read_rows
-from hybrimoe_jax.models.pieces import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.runtime.expert_store import ExpertStore, held_dtype
 
 FREQUENCIES = "expert_frequencies.json"
 

@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Piece, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.gptq import compensated
-from hybrimoe_jax.formats.plain import aligned_empty
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise, pack
+from hybrimoe_jax.formats.plain import aligned_empty
 from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.models.weights import Experts, PackedExperts, Piece, Weights
 
 WINDOW, TOKENS, LEAST = 512, 32768, 64
 """Tokens of a window, at most of all windows, and at least."""

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.safetensors import BF16
 from hybrimoe_jax.formats.packing import ExpertLayout, PackedExpert, dequantise
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.safetensors_file import BF16
 
 
 class Tensor(Protocol):

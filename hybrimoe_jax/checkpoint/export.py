@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.hugging_face import expert_names
+from hybrimoe_jax.checkpoint.reader import Checkpoint, open_checkpoint
+from hybrimoe_jax.checkpoint.safetensors import Outgoing, write_folder
+from hybrimoe_jax.checkpoint.shards import DTYPES, FORMATS
+from hybrimoe_jax.checkpoint.writer import Progress, check_absent, copy_text_files, silent, workplace
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import PackedMatrix, dequantise, plain_expert
 from hybrimoe_jax.formats.plain import ExpertWeights
-from hybrimoe_jax.models.checkpoint import expert_names
-from hybrimoe_jax.models.checkpoint_writer import Progress, check_absent, copy_text_files, silent, workplace
-from hybrimoe_jax.models.pieces import DTYPES, FORMATS
-from hybrimoe_jax.models.safetensors_file import Outgoing, write_folder
-from hybrimoe_jax.runtime.store import Checkpoint, open_checkpoint
 
 
 def export_hf(

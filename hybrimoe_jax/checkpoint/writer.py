@@ -18,10 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.formats.packing import Format
-from hybrimoe_jax.models.checkpoint import TEXT_FILES
-from hybrimoe_jax.models.pieces import (
+from hybrimoe_jax.checkpoint.hugging_face import TEXT_FILES
+from hybrimoe_jax.checkpoint.shards import (
     FORMATS,
     LAYOUT,
     PLAIN_VERSION,
@@ -32,8 +30,10 @@ from hybrimoe_jax.models.pieces import (
     piece_is_whole,
     write_piece,
 )
-from hybrimoe_jax.models.weights import PackedExperts, Weights
+from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.formats.packing import Format
 
 Progress = Callable[[Iterable, int, str], Iterable]
 
