@@ -19,7 +19,7 @@ QUIET = (
     "hybrimoe_jax.trace.importers",
     "hybrimoe_jax.trace.info",
     "hybrimoe_jax.trace.timeline",
-    "hybrimoe_jax.simulation.replay",
+    "hybrimoe_jax.simulate.replay",
     "hybrimoe_jax.runtime.threads",
     "hybrimoe_jax.runtime.sampling",
     "hybrimoe_jax.runtime.routing",

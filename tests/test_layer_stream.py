@@ -10,8 +10,8 @@ from hybrimoe_jax.decide import CostModel, Planner, Prediction, get_system
 from hybrimoe_jax.decide.plan import Fetch
 from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation.replay import replay
-from hybrimoe_jax.simulation.workload import Asked, Step
+from hybrimoe_jax.simulate.replay import replay
+from hybrimoe_jax.simulate.workload import Asked, Step
 from hybrimoe_jax.trace.timeline import Timeline
 
 LAYERS, EXPERTS, TOP_K = 5, 8, 2

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.simulation import comparisons, experiments
-from hybrimoe_jax.simulation.records import versions
+from hybrimoe_jax.simulate import comparisons, experiments
+from hybrimoe_jax.simulate.records import versions
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace
 
@@ -32,7 +32,7 @@ def test_cases_are_in_the_order_that_the_document_reads_them():
 
 
 def test_no_prefetch_at_depth_zero():
-    from hybrimoe_jax.simulation.grid import Case, run_case
+    from hybrimoe_jax.simulate.grid import Case, run_case
 
     counts = [
         run_case(Case(experiments.QWEN, "a6000-paper", "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=4))

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax import simulate
 from hybrimoe_jax.decide import SYSTEMS
-from hybrimoe_jax.simulation.grid import trace_names
+from hybrimoe_jax.simulate import __main__ as simulate
+from hybrimoe_jax.simulate.grid import trace_names
 from hybrimoe_jax.trace.facts import MODELS
 from hybrimoe_jax.trace.file import Trace, save_trace
 
 SLOW = """
 import os, time
 from pathlib import Path
-from hybrimoe_jax.simulation import grid
+from hybrimoe_jax.simulate import grid
 
 def run_case(case):
     Path(case.trace, str(os.getpid())).touch()
@@ -107,7 +107,7 @@ def test_parts_that_cannot_be_replaced_are_said(trace, tmp_path, capsys):
 
 
 def test_traces_that_end_alike_are_kept_apart(trace, tmp_path, capsys):
-    from hybrimoe_jax.simulation.plots import _words
+    from hybrimoe_jax.simulate.plots import _words
 
     for folder in ("d1/x", "d2/x"):
         (tmp_path / folder).mkdir(parents=True)
@@ -225,7 +225,7 @@ def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
 
 def test_without_matplotlib_plots_say_what_to_install(trace, monkeypatch):
     from hybrimoe_jax.errors import UserError
-    from hybrimoe_jax.simulation import plots
+    from hybrimoe_jax.simulate import plots
 
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="install the extra"):

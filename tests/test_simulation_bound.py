@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
 from hybrimoe_jax.decide.prefetch.prediction import Shown
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
-from hybrimoe_jax.simulation.replay import replay
-from hybrimoe_jax.simulation.workload import Asked, Step
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
+from hybrimoe_jax.simulate.replay import replay
+from hybrimoe_jax.simulate.workload import Asked, Step
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 seconds = st.floats(0.01, 2.0)

@@ -11,10 +11,10 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import ModelShape
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation import grid
-from hybrimoe_jax.simulation.records import interval, measures
-from hybrimoe_jax.simulation.replay import replay
-from hybrimoe_jax.simulation.workload import TokenSteps, recorded_steps
+from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.records import interval, measures
+from hybrimoe_jax.simulate.replay import replay
+from hybrimoe_jax.simulate.workload import TokenSteps, recorded_steps
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace, check_trace
 

@@ -18,7 +18,7 @@ import numpy as np
 from hybrimoe_jax.decide.cache import Belady, Static, parse_policy
 from hybrimoe_jax.decide.cache.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulation.workers import workers
+from hybrimoe_jax.simulate.workers import workers
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.tokens import by_token, token_of_row
 

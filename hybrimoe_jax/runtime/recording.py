@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 
 from hybrimoe_jax.runtime.workers import Worker
-from hybrimoe_jax.simulation.recorded import run_record
+from hybrimoe_jax.simulate.recorded import run_record
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import TraceRecorder
 from hybrimoe_jax.trace.timeline import Timeline

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hybrimoe_jax.decide.cache import policy_class
-from hybrimoe_jax.simulation.workload import Step
+from hybrimoe_jax.simulate.workload import Step
 from hybrimoe_jax.trace.facts import TraceFacts
 
 RULES = ("plain", "cost", "cost per byte")

@@ -18,8 +18,8 @@ from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import Figures, MachineCosts, MachineProfile
 from hybrimoe_jax.machine.shapes import ModelShape
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation.replay import Result, replay
-from hybrimoe_jax.simulation.workload import recorded_steps
+from hybrimoe_jax.simulate.replay import Result, replay
+from hybrimoe_jax.simulate.workload import recorded_steps
 from hybrimoe_jax.trace.file import Trace
 
 

@@ -10,7 +10,7 @@ from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prefetch.predictors import Perfect
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation.workload import Step
+from hybrimoe_jax.simulate.workload import Step
 
 
 class StepResult(NamedTuple):

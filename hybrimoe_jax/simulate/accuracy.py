@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
-from hybrimoe_jax.simulation.workload import TokenSteps
+from hybrimoe_jax.simulate.workload import TokenSteps
 
 DISTANCES = 6
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulation import grid
-from hybrimoe_jax.simulation.bound import BELADY
+from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.trace.timeline import Timeline
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -202,7 +202,7 @@ def gantt(plt, case: grid.Case, prompt: int | None):
 
 def accuracy(plt, case: grid.Case):
     """Share of predicted experts that were asked for, by distance, for each predictor that the trace allows."""
-    from hybrimoe_jax.simulation.accuracy import recall_by_distance
+    from hybrimoe_jax.simulate.accuracy import recall_by_distance
 
     figure, axes = plt.subplots(figsize=(WIDTH, 2.0))
     tokens = grid.tokens_of(case.trace)

@@ -22,7 +22,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.simulation.workload import Step
+from hybrimoe_jax.simulate.workload import Step
 
 CLAIRVOYANT = System("oracle", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
 """Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,

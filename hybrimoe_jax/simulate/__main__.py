@@ -15,9 +15,9 @@ from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.profile import PROFILES
-from hybrimoe_jax.simulation import grid
-from hybrimoe_jax.simulation.recorded import replay_run
-from hybrimoe_jax.simulation.table import table
+from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.recorded import replay_run
+from hybrimoe_jax.simulate.table import table
 from hybrimoe_jax.trace.importers import open_trace
 
 TIMELINE_STEPS = 4
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.plots:
-        from hybrimoe_jax.simulation import plots
+        from hybrimoe_jax.simulate import plots
 
         plots.check()
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():

@@ -23,12 +23,12 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.simulation.bound import CLAIRVOYANT, foreknowledge, knows_the_future, least_seconds
-from hybrimoe_jax.simulation.records import measures, versions
-from hybrimoe_jax.simulation.replay import Result, replay
-from hybrimoe_jax.simulation.synthetic import KNOBS, PREFIX, synthetic_trace
-from hybrimoe_jax.simulation.workers import workers
-from hybrimoe_jax.simulation.workload import Step, TokenSteps
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, foreknowledge, knows_the_future, least_seconds
+from hybrimoe_jax.simulate.records import measures, versions
+from hybrimoe_jax.simulate.replay import Result, replay
+from hybrimoe_jax.simulate.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulate.workers import workers
+from hybrimoe_jax.simulate.workload import Step, TokenSteps
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.timeline import Timeline
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybrimoe_jax.simulation.replay import Result
+from hybrimoe_jax.simulate.replay import Result
 
 RESAMPLES = 1000
 
