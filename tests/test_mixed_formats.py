@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.reproduce.mixed_formats import RULES, reloads
 from hybrimoe_jax.simulate.workload import Asked, Step
-from hybrimoe_jax.simulation.mixed_formats import RULES, reloads
 from hybrimoe_jax.trace.facts import facts_of
 
 LAYERS, EXPERTS, TOP_K = 2, 6, 2

@@ -71,8 +71,8 @@ def test_one_command_writes_document_and_records(tmp_path):
 
 
 def test_a_folder_without_traces_is_one_clear_error(tmp_path):
-    from hybrimoe_jax import reproduce
     from hybrimoe_jax.errors import UserError
+    from hybrimoe_jax.reproduce import __main__ as reproduce
 
     with pytest.raises(UserError, match="holds none of"):
         reproduce.main(["--data", str(tmp_path), "--docs", str(tmp_path / "r.md")])

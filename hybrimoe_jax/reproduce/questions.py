@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hybrimoe_jax.simulation.experiments import DEPTHS, MIXED, SYNTHETIC
-from hybrimoe_jax.simulation.markdown import model_name, table
-from hybrimoe_jax.simulation.mixed_formats import Reloads
+from hybrimoe_jax.reproduce.experiments import DEPTHS, MIXED, SYNTHETIC
+from hybrimoe_jax.reproduce.markdown import model_name, table
+from hybrimoe_jax.reproduce.mixed_formats import Reloads
 
 
 def questions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hybrimoe_jax.simulation.experiments import CONTROLS
+from hybrimoe_jax.reproduce.experiments import CONTROLS
 
 
 def run_name(record: dict) -> str:

@@ -10,11 +10,11 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.reproduce.mixed_formats import RULES as WEIGHTS
+from hybrimoe_jax.reproduce.mixed_formats import Reloads, reloads
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.grid import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulate.replay import replay
-from hybrimoe_jax.simulation.mixed_formats import RULES as WEIGHTS
-from hybrimoe_jax.simulation.mixed_formats import Reloads, reloads
 from hybrimoe_jax.trace.file import Trace
 
 SYNTHETIC = {model: f"synthetic:{model}" for model in ("mixtral-8x7b", "qwen2-57b-a14b")}

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrimoe_jax.simulation.experiments import LENGTHS, VARIANTS
-from hybrimoe_jax.simulation.markdown import mean, model_name, run_name, slower, table, tokens_per_second
+from hybrimoe_jax.reproduce.experiments import LENGTHS, VARIANTS
+from hybrimoe_jax.reproduce.markdown import mean, model_name, run_name, slower, table, tokens_per_second
 
 PAPER = json.loads((Path(__file__).parent / "paper-numbers.json").read_text(encoding="utf-8"))
 BLIND = "ktransformers, blind"

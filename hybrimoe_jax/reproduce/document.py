@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
-from hybrimoe_jax.simulation.comparisons import ablation, decode, hits, prefill
-from hybrimoe_jax.simulation.markdown import table
-from hybrimoe_jax.simulation.mixed_formats import Reloads
-from hybrimoe_jax.simulation.questions import questions
+from hybrimoe_jax.reproduce.comparisons import ablation, decode, hits, prefill
+from hybrimoe_jax.reproduce.markdown import table
+from hybrimoe_jax.reproduce.mixed_formats import Reloads
+from hybrimoe_jax.reproduce.questions import questions
 
 INTRO = """# The paper, side by side
 

@@ -1,0 +1,1 @@
+"""The paper's experiments, side by side with its numbers."""
