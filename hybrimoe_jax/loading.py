@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hybrimoe_jax.config import EngineConfig
-from hybrimoe_jax.runtime import threads
+from hybrimoe_jax.engine.lanes import threads
 
 
 def bundled_model() -> Path:

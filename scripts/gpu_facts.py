@@ -159,8 +159,8 @@ def measure_slots(sizes, repeats) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    from hybrimoe_jax.engine.lanes.slots import write_slot
     from hybrimoe_jax.models.moe import expert_forward
-    from hybrimoe_jax.runtime.slots import write_slot
 
     size = sizes[1]
     hidden = max(16, int(size * 1e6) // (12 * WIDTH))
@@ -253,7 +253,7 @@ def measure_threads(sizes, repeats) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.runtime.slots import write_slot
+    from hybrimoe_jax.engine.lanes.slots import write_slot
 
     device, seconds = jax.devices()[0], 0.1 + 0.02 * repeats
     source = host_array(sizes[0], False)

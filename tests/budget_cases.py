@@ -12,7 +12,8 @@ import json
 import jax
 import tiny
 
-from hybrimoe_jax.runtime import assembly, executors, overlapped, slots, transfer, warmup
+from hybrimoe_jax.engine.lanes import slots, transfer
+from hybrimoe_jax.runtime import assembly, executors, overlapped, warmup
 
 FAMILY, CONTEXT, PROMPTS = "qwen2_moe", 160, (37, 20)
 EXPERTS = 24

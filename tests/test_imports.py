@@ -20,7 +20,7 @@ QUIET = (
     "hybrimoe_jax.trace.info",
     "hybrimoe_jax.trace.timeline",
     "hybrimoe_jax.simulate.replay",
-    "hybrimoe_jax.runtime.threads",
+    "hybrimoe_jax.engine.lanes.threads",
     "hybrimoe_jax.runtime.sampling",
     "hybrimoe_jax.runtime.routing",
     "hybrimoe_jax.runtime.budget",

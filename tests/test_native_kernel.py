@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import assert_close, exact, make_expert, tokens_of
 
+from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
 from hybrimoe_jax.formats.plain import BF16, F32
 from hybrimoe_jax.host_kernels import run_experts
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
-from hybrimoe_jax.runtime.clock import WallClock
-from hybrimoe_jax.runtime.host import HostExecutor, HostWork
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "hybrimoe_jax" / "host_kernels" / "native"

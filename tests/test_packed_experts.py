@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import (
     PANEL,
@@ -27,9 +30,6 @@ from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel, silu_times
 from hybrimoe_jax.models import packed
 from hybrimoe_jax.models.moe import DenseExperts, Routing, expert_forward
-from hybrimoe_jax.runtime.clock import WallClock
-from hybrimoe_jax.runtime.slots import SlotPool
-from hybrimoe_jax.runtime.transfer import Link
 
 PLAIN = ("int8-g32", "int8-g64-s32", "int4-g64", "int4-g128-s32", "int4z-g32", "int4z-g128")
 ROUNDED = ("int8-g32-a8", "int4-g64-a8", "int4z-g128-s32-a8")

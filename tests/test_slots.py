@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.formats.plain import ExpertWeights, aligned_copy
-from hybrimoe_jax.runtime.clock import WallClock
-from hybrimoe_jax.runtime.slots import SlotPool
-from hybrimoe_jax.runtime.transfer import Link
 
 D, F = 32, 24
 BYTES = 3 * D * F * 4

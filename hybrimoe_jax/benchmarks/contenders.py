@@ -32,7 +32,7 @@ class EngineContender:
 
     def __init__(self, model: str, systems: list[str], threads: int, cache_ratio: float):
         from hybrimoe_jax.config import EngineConfig
-        from hybrimoe_jax.runtime import threads as cores
+        from hybrimoe_jax.engine.lanes import threads as cores
 
         cores.divide(threads, "overlapped")
         from hybrimoe_jax.checkpoint.reader import open_checkpoint

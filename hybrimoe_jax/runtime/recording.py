@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax
 
-from hybrimoe_jax.runtime.workers import Worker
+from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.simulate.recorded import run_record
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import TraceRecorder

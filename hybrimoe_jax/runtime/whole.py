@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from hybrimoe_jax.engine.lanes.compilation import compile_clock
 from hybrimoe_jax.host_kernels.native.routed import table
 from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
-from hybrimoe_jax.runtime.compilation import compile_clock
 from hybrimoe_jax.runtime.device_model import DeviceModel
 from hybrimoe_jax.runtime.gathered import gather
 from hybrimoe_jax.runtime.programs import bucket

@@ -17,11 +17,11 @@ from collections.abc import Mapping
 
 import jax
 
+from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
 from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
-from hybrimoe_jax.runtime.clock import WallClock
-from hybrimoe_jax.runtime.workers import Worker
 
 
 @dataclasses.dataclass

@@ -12,9 +12,9 @@ import threading
 
 import numpy as np
 
+from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
-from hybrimoe_jax.runtime.clock import WallClock
-from hybrimoe_jax.runtime.workers import Worker
 
 
 @dataclasses.dataclass

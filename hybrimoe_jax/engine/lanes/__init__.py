@@ -1,0 +1,1 @@
+"""The effects: device slots, transfers, host threads, clocks."""
