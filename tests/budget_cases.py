@@ -13,7 +13,9 @@ import jax
 import tiny
 
 from hybrimoe_jax.engine.lanes import slots, transfer
-from hybrimoe_jax.runtime import assembly, executors, overlapped, warmup
+from hybrimoe_jax.engine.steps import layered as executors
+from hybrimoe_jax.engine.steps import overlapped
+from hybrimoe_jax.runtime import assembly, warmup
 
 FAMILY, CONTEXT, PROMPTS = "qwen2_moe", 160, (37, 20)
 EXPERTS = 24

@@ -17,6 +17,9 @@ from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link, parts_of
+from hybrimoe_jax.engine.steps.callback import CallbackForward
+from hybrimoe_jax.engine.steps.layered import HybridForward
+from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
@@ -31,11 +34,8 @@ from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.record.stats import RunStats
 from hybrimoe_jax.runtime import budget, programs, warmup
-from hybrimoe_jax.runtime.callback import CallbackForward
 from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.one_program import can_be_one_program, decided_by_running, whole_step
-from hybrimoe_jax.runtime.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.runtime.step import DenseForward, Forward
 
 STAGING = 2

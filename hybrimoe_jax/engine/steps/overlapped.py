@@ -13,10 +13,10 @@ import numpy as np
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.engine.lanes.compilation import compile_clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
+from hybrimoe_jax.engine.steps.layered import HybridForward
 from hybrimoe_jax.record.stats import Lanes
 from hybrimoe_jax.runtime import programs
 from hybrimoe_jax.runtime.device_model import DeviceLayer
-from hybrimoe_jax.runtime.executors import HybridForward
 from hybrimoe_jax.runtime.routing import HostRouting
 
 INLINE_WAKES = 4
