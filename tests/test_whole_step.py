@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
+from hybrimoe_jax.engine.fused.program import MOST
 from hybrimoe_jax.host_kernels.native import ffi, library
 from hybrimoe_jax.runtime.step import StepInput
-from hybrimoe_jax.runtime.whole_program import MOST
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
@@ -62,7 +62,7 @@ def test_a_narrow_embedding_is_handed_over_in_place_and_read_by_the_row():
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.runtime.whole_program import as_handed, row_of
+    from hybrimoe_jax.engine.fused.program import as_handed, row_of
 
     rows = jax.device_put(np.random.default_rng(0).standard_normal((512, 256), np.float32).astype(jnp.bfloat16))
     handed = as_handed(rows)
@@ -85,7 +85,7 @@ def test_a_call_needs_no_memory_in_the_size_of_the_embedding():
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.runtime.whole_program import as_handed
+    from hybrimoe_jax.engine.fused.program import as_handed
 
     engine = whole_engine()
     whole, model = engine._forward.whole, engine._forward.model

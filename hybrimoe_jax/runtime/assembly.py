@@ -12,6 +12,7 @@ from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.engine.fused.select import can_be_one_program, decided_by_running, whole_step
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
@@ -35,7 +36,6 @@ from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.record.stats import RunStats
 from hybrimoe_jax.runtime import budget, programs, warmup
 from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.one_program import can_be_one_program, decided_by_running, whole_step
 from hybrimoe_jax.runtime.step import DenseForward, Forward
 
 STAGING = 2

@@ -1,0 +1,1 @@
+"""Decode steps as one program, where nothing is decided inside a step."""
