@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {
-    "EngineConfig": "hybrimoe_jax.config",
+    "EngineConfig": "hybrimoe_jax.engine.config",
     "UserError": "hybrimoe_jax.errors",
-    "load": "hybrimoe_jax.loading",
-    "bundled_model": "hybrimoe_jax.loading",
-    "Engine": "hybrimoe_jax.runtime.engine",
-    "Generation": "hybrimoe_jax.runtime.engine",
-    "stream_generate": "hybrimoe_jax.streaming",
-    "StreamChunk": "hybrimoe_jax.streaming",
+    "load": "hybrimoe_jax.engine.load",
+    "bundled_model": "hybrimoe_jax.engine.load",
+    "Engine": "hybrimoe_jax.engine.engine",
+    "Generation": "hybrimoe_jax.engine.engine",
+    "stream_generate": "hybrimoe_jax.engine.streaming",
+    "StreamChunk": "hybrimoe_jax.engine.streaming",
 }
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"

@@ -12,11 +12,11 @@ import os
 import sys
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
-from hybrimoe_jax.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.decide.cache import POLICIES
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
+from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.machine.costs import is_profile
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         options = dataclasses.replace(options, profile=None)
     prompt = read_prompt(args)
     check_files(args)
-    from hybrimoe_jax.loading import load
+    from hybrimoe_jax.engine.load import load
 
     engine = load(args.model, options)
     if saves_profile:
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     trace, timeline = recorders(args, engine)
     engine.record(trace, timeline)
 
-    from hybrimoe_jax.streaming import stream_generate
+    from hybrimoe_jax.engine.streaming import stream_generate
 
     chunks = stream_generate(
         engine,
@@ -227,7 +227,7 @@ def recorders(args: argparse.Namespace, engine):
     """The trace and timeline recorders that the flags ask for."""
     trace = timeline = None
     if args.trace:
-        from hybrimoe_jax.runtime.recording import EngineTrace
+        from hybrimoe_jax.engine.recording import EngineTrace
 
         trace = EngineTrace(engine)
     if args.timeline and engine.options.clock == "virtual":
@@ -236,7 +236,7 @@ def recorders(args: argparse.Namespace, engine):
         options = engine.options
         timeline = Timeline(clock="virtual", system=options.system, profile=options.profile, costs=engine.costs.source)
     elif args.timeline:
-        from hybrimoe_jax.runtime.recording import EngineTimeline
+        from hybrimoe_jax.engine.recording import EngineTimeline
 
         timeline = EngineTimeline(engine)
     return trace, timeline

@@ -119,7 +119,7 @@ def load_corpus(args):
 
 def evaluate_folder(args, corpus) -> dict[str, Any]:
     """The evaluation of a model folder on the held-out works."""
-    from hybrimoe_jax.loading import bundled_model
+    from hybrimoe_jax.engine.load import bundled_model
     from hybrimoe_jax.training import evaluation, export
 
     folder = Path(args.evaluate) if args.evaluate else bundled_model()

@@ -12,10 +12,10 @@ import json
 import jax
 import tiny
 
+from hybrimoe_jax.engine import assembly, warmup
 from hybrimoe_jax.engine.lanes import slots, transfer
 from hybrimoe_jax.engine.steps import layered as executors
 from hybrimoe_jax.engine.steps import overlapped
-from hybrimoe_jax.runtime import assembly, warmup
 
 FAMILY, CONTEXT, PROMPTS = "qwen2_moe", 160, (37, 20)
 EXPERTS = 24

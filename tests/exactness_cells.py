@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import tiny
 
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.systems import SYSTEMS
-from hybrimoe_jax.loading import bundled_model
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.load import bundled_model
 
 TOLERANCE = 2e-5
 """Of the logits' own scale (their largest magnitude)."""
@@ -145,7 +145,7 @@ def _bundled():
 def _engine(model: str, **options):
     if model != BUNDLED:
         return tiny.engine(model, debug=True, **options)
-    from hybrimoe_jax.runtime.engine import Engine
+    from hybrimoe_jax.engine.engine import Engine
 
     checkpoint, dense, store = _bundled()
     if options["executor"] != "dense":

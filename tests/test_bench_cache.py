@@ -108,8 +108,8 @@ def test_a_policy_of_one_s_own(tmp_path):
     done = run("--trace", trace, "--policies", "lru", "mine:Oldest", "--ratios", "0.5", cwd=tmp_path)
     row = json.loads(done.stdout.splitlines()[-1])[str(trace)]["0.5"]
     assert row["mine:Oldest"] == row["lru"] and row["lru"]["gap_closed"] is None
-    from hybrimoe_jax.config import EngineConfig
     from hybrimoe_jax.decide.systems import get_system
+    from hybrimoe_jax.engine.config import EngineConfig
 
     sys.path.insert(0, str(tmp_path))
     try:

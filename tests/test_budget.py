@@ -13,9 +13,9 @@ import budget_cases
 import pytest
 import tiny
 
-from hybrimoe_jax.config import EngineConfig, parse_bytes
+from hybrimoe_jax.engine import budget
+from hybrimoe_jax.engine.config import EngineConfig, parse_bytes
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.runtime import budget
 
 EXPERT = 3 * tiny.COMMON["hidden_size"] * tiny.CONFIGS[budget_cases.FAMILY]["moe_intermediate_size"] * 4
 

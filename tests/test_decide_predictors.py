@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from public_traces import shared
 from test_decide_planner import COSTS, prefetching
 
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Shown
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS, CoActivation, build_predictor
 from hybrimoe_jax.decide.systems import get_system
+from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder, save_trace
 from hybrimoe_jax.trace.importers import open_trace

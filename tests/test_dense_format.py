@@ -15,11 +15,11 @@ from hybrimoe_jax.checkpoint import dense as dense_packing
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.checkpoint.weights import ArrayTensor
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.convert import convert, convert_random, export_hf, save
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.load import load
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, PackedMatrix, dequantise, pack, quantise
-from hybrimoe_jax.loading import load
 
 TOLERANCE = 2e-5  # of the logits' scale
 

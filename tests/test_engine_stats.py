@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 from hybrimoe_jax.decide.systems import SYSTEMS
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
-from hybrimoe_jax.runtime import programs
 
 TOP_K = 2
 

@@ -19,11 +19,11 @@ import pytest
 import tiny
 from exactness_cells import BUNDLED, CLEAR, Cell
 
+from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, pack_expert
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library as native
-from hybrimoe_jax.loading import bundled_model
 
 MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])
 QUANTISED = exactness_cells.quantised_matrix(list(tiny.CONFIGS))

@@ -11,13 +11,13 @@ from test_whole_step import foregone_costs, whole_engine
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore
 from hybrimoe_jax.checkpoint.weights import ArrayTensor
-from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.engine import device_model
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.engine import Engine
 from hybrimoe_jax.engine.fused import arguments as gathered
 from hybrimoe_jax.formats.packing import Format
 from hybrimoe_jax.formats.plain import BF16, aligned_copy
 from hybrimoe_jax.host_kernels.native import ffi
-from hybrimoe_jax.runtime import device_model
-from hybrimoe_jax.runtime.engine import Engine
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 

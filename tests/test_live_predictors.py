@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.runtime.recording import EngineTrace
+from hybrimoe_jax.engine.recording import EngineTrace
 
 NEW = 10
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.runtime.recording import EngineTrace
+from hybrimoe_jax.engine.recording import EngineTrace
 from hybrimoe_jax.trace.info import info, lacks
 
 LAYERS = 3

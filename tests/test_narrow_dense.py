@@ -10,12 +10,12 @@ import tiny
 
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.convert import export_hf, save
-from hybrimoe_jax.loading import load
+from hybrimoe_jax.engine import assembly, device_model
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.load import load
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.families.deepseek_v2 import absorbed_attention
-from hybrimoe_jax.runtime import assembly, device_model
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = 2e-5  # of the logits' scale

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.formats.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
 from hybrimoe_jax.host_kernels.native import ffi, library
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.layers import Linear, SwiGLU
 from hybrimoe_jax.models.moe import add_experts_reference, native_for
-from hybrimoe_jax.runtime import programs
 
 needs_ffi = pytest.mark.skipif(not products.native_here(), reason="the package was installed without its FFI handlers")
 FORMATS = ("f32", "bf16", "int8-g32", "int8-g64-s32-a8", "int4-g64", "int4z-g32", "int4-g128-a8")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe_jax.loading import bundled_model
+from hybrimoe_jax.engine.load import bundled_model
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tour.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]

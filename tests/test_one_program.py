@@ -10,9 +10,9 @@ import tiny
 from test_whole_step import foregone_costs
 
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.engine import warmup
 from hybrimoe_jax.engine.fused.decode import WholeStep
 from hybrimoe_jax.host_kernels.native import ffi
-from hybrimoe_jax.runtime import warmup
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 

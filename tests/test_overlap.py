@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.lanes import host
-from hybrimoe_jax.runtime import programs
 
 pytestmark = pytest.mark.alone
 SLOWED = 0.050

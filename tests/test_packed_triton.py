@@ -15,6 +15,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise_expert, pack_expert
 from hybrimoe_jax.models import packed_triton
@@ -22,7 +23,6 @@ from hybrimoe_jax.models.hybrid import HybridMoE
 from hybrimoe_jax.models.moe import MoEBlock, expert_forward
 from hybrimoe_jax.models.packed import packed_forward
 from hybrimoe_jax.models.products import native_here
-from hybrimoe_jax.runtime import programs
 
 FORMATS = [
     f"{kind}-g{group}{scale}{activations}"

@@ -51,7 +51,7 @@ def most_executables() -> int:
 def count_executables() -> dict:
     import tiny
 
-    from hybrimoe_jax.runtime.programs import executables
+    from hybrimoe_jax.engine.programs import executables
 
     engine = tiny.engine("qwen2_moe", cache_ratio=0.5, prefill_chunk=CHUNK, max_context=CONTEXT)
 
@@ -79,8 +79,8 @@ def generate_on_one_core(executor: str) -> dict:
     for variable in ("NPROC", "OMP_NUM_THREADS"):
         os.environ.pop(variable, None)
 
-    from hybrimoe_jax.config import EngineConfig
-    from hybrimoe_jax.loading import load
+    from hybrimoe_jax.engine.config import EngineConfig
+    from hybrimoe_jax.engine.load import load
 
     engine = load(sys.argv[3], EngineConfig(executor=executor, cache_ratio=0.25, prefill_chunk=512))
     ids = [(7 * i) % engine.config.vocab_size for i in range(400)]

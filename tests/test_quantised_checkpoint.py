@@ -172,8 +172,8 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize(("family", "fmt"), [("qwen2_moe", "int4-g32"), ("mixtral", None), ("deepseek_v2", "int8-g64")])
 def test_a_random_model_gives_finite_and_varied_logits(tmp_path, family, fmt):
-    from hybrimoe_jax.config import EngineConfig
-    from hybrimoe_jax.runtime.engine import Engine
+    from hybrimoe_jax.engine.config import EngineConfig
+    from hybrimoe_jax.engine.engine import Engine
 
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIGS[family]))
     checkpoint = open_checkpoint(convert_random(tmp_path, tmp_path / "ckpt", fmt))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.generate import ENGINE_FLAGS
-from hybrimoe_jax.loading import bundled_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.prefetch.prediction import predict
-from hybrimoe_jax.runtime.routing import read_routing
+from hybrimoe_jax.engine.routing import read_routing
 
 
 @st.composite

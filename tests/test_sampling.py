@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from hybrimoe_jax.engine.sampling import Sampler, Sampling, distribution
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.runtime.sampling import Sampler, Sampling, distribution
 
 LOGITS = arrays(np.float32, st.integers(1, 30), elements=st.floats(-60, 60, width=32))
 TEMPERATURES = st.floats(0.01, 50)

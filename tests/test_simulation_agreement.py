@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from hybrimoe_jax.decide import SYSTEMS
+from hybrimoe_jax.engine.recording import EngineTrace
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.runtime.recording import EngineTrace
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.file import load_trace
 from hybrimoe_jax.trace.timeline import Timeline

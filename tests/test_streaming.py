@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.engine.lanes import host
+from hybrimoe_jax.engine.streaming import StopBuffer, stream_generate
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.streaming import StopBuffer, stream_generate
 from hybrimoe_jax.text import Tokenizer
 
 PROMPT = "héllo the and"

@@ -12,7 +12,7 @@ import pytest
 
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import export_hf
-from hybrimoe_jax.loading import bundled_model
+from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.training import evaluation, export, loop
 from hybrimoe_jax.training.corpus import HELD_OUT, Text
 

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from hybrimoe_jax.engine.fused.program import MOST
+from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.host_kernels.native import ffi, library
-from hybrimoe_jax.runtime.step import StepInput
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
@@ -240,7 +240,7 @@ def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read
 
 
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
-    from hybrimoe_jax.runtime.programs import executables
+    from hybrimoe_jax.engine.programs import executables
 
     engine = whole_engine(eos=(95, 94))
     prompt = tiny.prompts(engine.config, (9,))
@@ -290,7 +290,7 @@ def test_calls_hold_as_many_steps_as_take_a_tenth_of_a_second(step_s, most):
 
 def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
     """A sampler that takes the second likeliest token."""
-    from hybrimoe_jax.runtime.sampling import Sampler
+    from hybrimoe_jax.engine.sampling import Sampler
 
     engine, dense = whole_engine(), tiny.engine(executor="dense")
     prompt = tiny.prompts(engine.config, (9,))
@@ -349,7 +349,7 @@ def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
 
 
 def test_a_recorder_attached_between_steps_sees_the_same_tokens():
-    from hybrimoe_jax.runtime.recording import EngineTrace
+    from hybrimoe_jax.engine.recording import EngineTrace
 
     engine = whole_engine()
     prompt = tiny.prompts(engine.config, (9,))
@@ -378,7 +378,7 @@ def test_every_step_yielded_has_its_statistics():
 
 
 def test_batches_and_recorders_go_layer_by_layer():
-    from hybrimoe_jax.runtime.recording import EngineTrace
+    from hybrimoe_jax.engine.recording import EngineTrace
 
     engine = whole_engine()
 
@@ -404,7 +404,7 @@ def test_other_engines_have_no_whole_step(options):
 
 def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(monkeypatch):
     """That would mean: there is no such program."""
-    from hybrimoe_jax.runtime import warmup
+    from hybrimoe_jax.engine import warmup
 
     engine = whole_engine()
     timed, seconds = warmup._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment

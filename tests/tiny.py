@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.machine.costs import CostModel, expert_bytes
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, parse_config
@@ -104,7 +104,7 @@ def costs(config, *, cpu=1.0, device=1.0, transfer=1.0, format: str = "f32") -> 
 def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, format: str = "f32", **options):
     """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a profile is given."""
     from hybrimoe_jax.checkpoint.expert_store import ExpertStore
-    from hybrimoe_jax.runtime.engine import Engine
+    from hybrimoe_jax.engine.engine import Engine
 
     config, dense, experts = weights(family, seed)
     options = {"host_kernel": "reference", "profile": costs(config, format=format), "prefill_chunk": 16, **options}

@@ -31,12 +31,12 @@ class EngineContender:
     """Our engine under several systems, in one process that shares host weights and executables."""
 
     def __init__(self, model: str, systems: list[str], threads: int, cache_ratio: float):
-        from hybrimoe_jax.config import EngineConfig
+        from hybrimoe_jax.engine.config import EngineConfig
         from hybrimoe_jax.engine.lanes import threads as cores
 
         cores.divide(threads, "overlapped")
         from hybrimoe_jax.checkpoint.reader import open_checkpoint
-        from hybrimoe_jax.runtime.engine import Engine
+        from hybrimoe_jax.engine.engine import Engine
 
         checkpoint = open_checkpoint(model)
         dense, store = checkpoint.dense(), checkpoint.experts(dtype="float32", lazy=False)
@@ -109,7 +109,7 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.runtime import programs
+    from hybrimoe_jax.engine import programs
 
     parts = engine._parts
     model, pool = parts.model, parts.pool

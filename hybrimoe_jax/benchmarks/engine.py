@@ -171,7 +171,7 @@ def run(models: list[str], options: Options, workdir: Path | None, note: Callabl
     """Benchmarks "bundled", "mid" (random, 466 M parameters) or a converted checkpoint folder; prints a table each."""
     from hybrimoe_jax.benchmarks.random_checkpoint import write_random_qwen2_moe
     from hybrimoe_jax.convert import convert, export_hf
-    from hybrimoe_jax.loading import bundled_model
+    from hybrimoe_jax.engine.load import bundled_model
 
     results = []
     with tempfile.TemporaryDirectory() as scratch:

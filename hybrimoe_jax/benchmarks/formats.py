@@ -29,9 +29,9 @@ from hybrimoe_jax.checkpoint.calibrate import calibrated, windows
 from hybrimoe_jax.checkpoint.hugging_face import from_arrays
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Weights
+from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, dequantise, pack_expert
-from hybrimoe_jax.loading import bundled_model
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.packed import rounded_activations
 from hybrimoe_jax.training.export import read_model

@@ -25,15 +25,15 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused.arguments import gather
 from hybrimoe_jax.engine.fused.program import MOST, Numbers, Results, as_handed, whole_program
 from hybrimoe_jax.engine.lanes.compilation import compile_clock
+from hybrimoe_jax.engine.programs import bucket
+from hybrimoe_jax.engine.routing import read_routing
+from hybrimoe_jax.engine.stats import Lanes, Late, LayerStats, StepStats
+from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.host_kernels.native.routed import table
-from hybrimoe_jax.record.stats import Lanes, Late, LayerStats, StepStats
-from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.programs import bucket
-from hybrimoe_jax.runtime.routing import read_routing
-from hybrimoe_jax.runtime.step import StepInput
 
 REPEATS = 9
 BURST_S = 0.1

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.engine.fused.arguments import restore
+from hybrimoe_jax.engine.programs import _program
 from hybrimoe_jax.host_kernels.native.routed import routed
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import product
 from hybrimoe_jax.models.rope import Rope, answering
-from hybrimoe_jax.runtime.programs import _program
 
 MOST = 8
 

@@ -13,15 +13,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused.decode import WholeStep
 from hybrimoe_jax.engine.lanes.host import HostExecutor
+from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.engine.steps.overlapped import OverlappedForward
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.machine.costs import CostModel
-from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.step import StepInput
 
 REPEATS = 5
 

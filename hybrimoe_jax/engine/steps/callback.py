@@ -13,13 +13,13 @@ import numpy as np
 
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.engine.lanes.host import HostExecutor
+from hybrimoe_jax.engine.programs import _program, bucket
+from hybrimoe_jax.engine.routing import HostRouting
+from hybrimoe_jax.engine.stats import Lanes
 from hybrimoe_jax.engine.steps.layered import HybridForward
 from hybrimoe_jax.host_kernels.kernel import run_experts
 from hybrimoe_jax.models.hybrid import HybridMoE, register_host
 from hybrimoe_jax.models.parameters import merge
-from hybrimoe_jax.record.stats import Lanes
-from hybrimoe_jax.runtime.programs import _program, bucket
-from hybrimoe_jax.runtime.routing import HostRouting
 
 
 @functools.cache

@@ -14,16 +14,16 @@ import numpy as np
 
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, LayerPlan
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.engine.fused.decode import WholeStep
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.compilation import compile_clock
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link
-from hybrimoe_jax.record.stats import Lanes, LayerStats, StepStats
-from hybrimoe_jax.runtime import programs
-from hybrimoe_jax.runtime.device_model import DeviceLayer, DeviceModel
-from hybrimoe_jax.runtime.routing import HostRouting, read_routing
-from hybrimoe_jax.runtime.step import Forward, StepInput
+from hybrimoe_jax.engine.routing import HostRouting, read_routing
+from hybrimoe_jax.engine.stats import Lanes, LayerStats, StepStats
+from hybrimoe_jax.engine.step import Forward, StepInput
 
 
 class HybridForward(Forward):

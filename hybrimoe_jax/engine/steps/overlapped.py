@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from hybrimoe_jax.decide.plan import LayerPlan
+from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.compilation import compile_clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
+from hybrimoe_jax.engine.routing import HostRouting
+from hybrimoe_jax.engine.stats import Lanes
 from hybrimoe_jax.engine.steps.layered import HybridForward
-from hybrimoe_jax.record.stats import Lanes
-from hybrimoe_jax.runtime import programs
-from hybrimoe_jax.runtime.device_model import DeviceLayer
-from hybrimoe_jax.runtime.routing import HostRouting
 
 INLINE_WAKES = 4
 """Host experts shorter than this many wake-ups of a thread are not handed to one."""

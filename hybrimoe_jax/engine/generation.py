@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from hybrimoe_jax.engine.programs import bucket
+from hybrimoe_jax.engine.sampling import Sampler, Sampling
+from hybrimoe_jax.engine.stats import StepStats
+from hybrimoe_jax.engine.step import SMALLEST_SPAN, Forward, StepInput
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.stats import StepStats
-from hybrimoe_jax.runtime.programs import bucket
-from hybrimoe_jax.runtime.sampling import Sampler, Sampling
-from hybrimoe_jax.runtime.step import SMALLEST_SPAN, Forward, StepInput
 
 SMALLEST_CHUNK = 16
 

@@ -7,17 +7,21 @@ import dataclasses
 import jax
 import numpy as np
 
-from hybrimoe_jax.config import EngineConfig
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.engine import budget, programs, warmup
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused.select import can_be_one_program, decided_by_running, whole_step
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link, parts_of
+from hybrimoe_jax.engine.stats import RunStats
+from hybrimoe_jax.engine.step import DenseForward, Forward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import HybridForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
@@ -33,10 +37,6 @@ from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.record.stats import RunStats
-from hybrimoe_jax.runtime import budget, programs, warmup
-from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.step import DenseForward, Forward
 
 STAGING = 2
 """Staging slots: one fills while the other is read."""

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.compilation import compile_clock
+from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge
-from hybrimoe_jax.record.stats import StepStats
-from hybrimoe_jax.runtime import programs
 
 SMALLEST_SPAN = 256
 

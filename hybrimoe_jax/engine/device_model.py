@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.checkpoint.dense import is_projection
+from hybrimoe_jax.engine.programs import LayerPrograms, layer_programs
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.formats.plain import BF16, F32, Arena, aligned_copy
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import LARGE
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.runtime.programs import LayerPrograms, layer_programs
 
 TABLE = "model.embed_tokens.weight"
 

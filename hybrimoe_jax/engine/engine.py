@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.engine import assembly, budget
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
+from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
-from hybrimoe_jax.record.stats import PrefetchStats, RunStats
-from hybrimoe_jax.runtime import assembly, budget
-from hybrimoe_jax.runtime.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
-from hybrimoe_jax.runtime.sampling import Sampling
-from hybrimoe_jax.runtime.step import StepInput
 
 LOGIT_ROWS = 16
 """Tokens whose logits `Engine.logits` holds on the device at once."""

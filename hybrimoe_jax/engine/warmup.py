@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.decide.prefetch.prediction import predict
+from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link
+from hybrimoe_jax.engine.routing import read_routing
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples
 from hybrimoe_jax.machine.fit import fit as fit_costs
-from hybrimoe_jax.runtime import programs
-from hybrimoe_jax.runtime.device_model import DeviceModel
-from hybrimoe_jax.runtime.routing import read_routing
 
 REPEATS = 7
 ROTATION_BYTES = 64 << 20

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybrimoe_jax.config import EngineConfig
+from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes import threads
 
 
 def bundled_model() -> Path:
     """The folder of the model that ships with the package."""
-    return Path(__file__).parent / "assets" / "bundled"
+    return Path(__file__).parents[1] / "assets" / "bundled"
 
 
 def load(path: str | Path | None = None, options: EngineConfig | None = None):
@@ -25,7 +25,7 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     import jax
 
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
-    from hybrimoe_jax.runtime.engine import Engine
+    from hybrimoe_jax.engine.engine import Engine
     from hybrimoe_jax.text import eos_ids
 
     checkpoint = open_checkpoint(path or bundled_model())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.record.stats import StepStats
 
 
 @dataclasses.dataclass
