@@ -13,8 +13,8 @@ import pytest
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import export_hf
 from hybrimoe_jax.engine.load import bundled_model
-from hybrimoe_jax.training import evaluation, export, loop
-from hybrimoe_jax.training.corpus import HELD_OUT, Text
+from hybrimoe_jax.train import evaluation, export, loop
+from hybrimoe_jax.train.corpus import HELD_OUT, Text
 
 EXCERPT = Path(__file__).parent / "data" / "macbeth-excerpt.txt"
 # Nats per byte on the excerpt of the byte trigram model fitted on all training works: `evaluation.trigram_loss`.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_train_loop import VERSES
 
-from hybrimoe_jax import train
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.train import __main__ as train
 
 SMALL = [
     *(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.training import corpus
+from hybrimoe_jax.train import corpus
 
 # The file names of the source package: modern spelling, then the First Folio's.
 MODERN = """alls_well_that_ends_well antony_and_cleopatra as_you_like_it comedy_of_errors coriolanus cymbeline hamlet

@@ -14,8 +14,8 @@ from test_train_loop import CONFIG, VERSES
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.training import evaluation, loop, tokens
-from hybrimoe_jax.training.corpus import Text
+from hybrimoe_jax.train import evaluation, loop, tokens
+from hybrimoe_jax.train.corpus import Text
 
 WORKS = [Text("one", "modern", VERSES), Text("two", "modern", VERSES[::-1] + "\u00e9\n")]
 

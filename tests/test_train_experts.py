@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.models.moe import DenseExperts, Routing
-from hybrimoe_jax.training.experts import GroupedExperts, assign_blocks
+from hybrimoe_jax.train.experts import GroupedExperts, assign_blocks
 
 EXPERTS, TOP_K, WIDTH, HIDDEN, TOKENS = 8, 2, 16, 12, 37
 

@@ -15,8 +15,8 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.registry import build_model, parse_config
-from hybrimoe_jax.training import evaluation, export, loop, tokens
-from hybrimoe_jax.training.corpus import Text
+from hybrimoe_jax.train import evaluation, export, loop, tokens
+from hybrimoe_jax.train.corpus import Text
 
 
 @pytest.fixture(scope="module")

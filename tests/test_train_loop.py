@@ -13,8 +13,8 @@ import pytest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.moe import Routing
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.training import loop, tokens
-from hybrimoe_jax.training.corpus import Text
+from hybrimoe_jax.train import loop, tokens
+from hybrimoe_jax.train.corpus import Text
 
 VERSES = """Shall I compare thee to a summer's day?
 Thou art more lovely and more temperate:

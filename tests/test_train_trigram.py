@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hybrimoe_jax.training.trigram import ByteTrigram
+from hybrimoe_jax.train.trigram import ByteTrigram
 
 TEXT = (b"the cat sat on the mat and the dog sat on the log; " * 40)[:1800]
 

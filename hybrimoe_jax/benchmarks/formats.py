@@ -34,8 +34,8 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, dequantise, pack_expert
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.packed import rounded_activations
-from hybrimoe_jax.training.export import read_model
-from hybrimoe_jax.training.loop import Params, make_forward
+from hybrimoe_jax.train.export import read_model
+from hybrimoe_jax.train.loop import Params, make_forward
 
 TEXTS = Path(__file__).parent.parent / "assets" / "text"
 DEFAULT = (

@@ -21,10 +21,10 @@ import optax
 import tokenizers
 
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.training import tokens
-from hybrimoe_jax.training.corpus import Text
-from hybrimoe_jax.training.loop import Params, make_forward
-from hybrimoe_jax.training.trigram import ByteTrigram
+from hybrimoe_jax.train import tokens
+from hybrimoe_jax.train.corpus import Text
+from hybrimoe_jax.train.loop import Params, make_forward
+from hybrimoe_jax.train.trigram import ByteTrigram
 
 MARGIN = 0.3  # nats per byte below the trigram model
 LEAST_SHARE = 0.1  # of the uniform share, for every expert of every layer

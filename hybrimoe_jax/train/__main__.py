@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     corpus = load_corpus(args)
     values = evaluate_folder(args, corpus) if args.evaluate is not None else run_training(args, corpus)
-    from hybrimoe_jax.training import evaluation
+    from hybrimoe_jax.train import evaluation
 
     print(evaluation.describe(values))
     print(json.dumps(values), flush=True)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_corpus(args):
-    from hybrimoe_jax.training import corpus
+    from hybrimoe_jax.train import corpus
 
     folder = args.text or corpus.fetch(Path.home() / ".cache" / "hybrimoe-jax")
     held_out = args.held_out.split(",") if args.held_out else corpus.HELD_OUT
@@ -120,7 +120,7 @@ def load_corpus(args):
 def evaluate_folder(args, corpus) -> dict[str, Any]:
     """The evaluation of a model folder on the held-out works."""
     from hybrimoe_jax.engine.load import bundled_model
-    from hybrimoe_jax.training import evaluation, export
+    from hybrimoe_jax.train import evaluation, export
 
     folder = Path(args.evaluate) if args.evaluate else bundled_model()
     config, params, tokenizer = export.read_model(folder)
@@ -137,7 +137,7 @@ def run_training(args, corpus) -> dict[str, Any]:
     import numpy as np
 
     from hybrimoe_jax.models.registry import parse_config
-    from hybrimoe_jax.training import evaluation, export, loop, tokens
+    from hybrimoe_jax.train import evaluation, export, loop, tokens
 
     shape = model_shape(args)
     args.run.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def run_tokenizer(args, corpus):
     """The run's own tokenizer: trained on the training works, or on resuming the one that is there."""
     import tokenizers
 
-    from hybrimoe_jax.training import tokens
+    from hybrimoe_jax.train import tokens
 
     path = args.run / "tokenizer.json"
     if args.resume and path.exists():

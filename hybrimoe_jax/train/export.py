@@ -24,8 +24,8 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
-from hybrimoe_jax.training.loop import Params
-from hybrimoe_jax.training.tokens import END_OF_TEXT
+from hybrimoe_jax.train.loop import Params
+from hybrimoe_jax.train.tokens import END_OF_TEXT
 
 
 def raw_config(tokenizer: tokenizers.Tokenizer, shape: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.training.corpus import Text
+from hybrimoe_jax.train.corpus import Text
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -30,8 +30,8 @@ from hybrimoe_jax.files import replacing
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import build_model
-from hybrimoe_jax.training import tokens
-from hybrimoe_jax.training.experts import GroupedExperts
+from hybrimoe_jax.train import tokens
+from hybrimoe_jax.train.experts import GroupedExperts
 
 Params = dict[str, dict[str, Any]]
 ADAM_NAMES = ("embed_tokens", "lm_head", "norm", "bias", ".gate.", "shared_expert_gate")
