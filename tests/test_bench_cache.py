@@ -13,7 +13,7 @@ import pytest
 import tiny
 from public_traces import ESFT, esft_folder, routing, shared
 
-from hybrimoe_jax.benchmarks import cache as bench
+from hybrimoe_jax.bench import cache as bench
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.file import TraceRecorder
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from hybrimoe_jax.benchmarks.contenders import device_kernel_seconds
+from hybrimoe_jax.bench.contenders import device_kernel_seconds
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])

@@ -5,8 +5,8 @@ import json
 import pytest
 import tiny_checkpoint
 
-from hybrimoe_jax import bench
-from hybrimoe_jax.benchmarks import formats
+from hybrimoe_jax.bench import __main__ as bench
+from hybrimoe_jax.bench import formats
 from hybrimoe_jax.errors import UserError
 
 

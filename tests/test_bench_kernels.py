@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from hybrimoe_jax import bench
-from hybrimoe_jax.benchmarks import ggml_peer, kernel_bars, kernel_contenders, kernels
-from hybrimoe_jax.benchmarks.kernel_contenders import SHAPES, Shape, Weights
+from hybrimoe_jax.bench import __main__ as bench
+from hybrimoe_jax.bench import ggml_peer, kernel_bars, kernel_contenders, kernels
+from hybrimoe_jax.bench.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, pack_expert
 from hybrimoe_jax.formats.plain import BF16

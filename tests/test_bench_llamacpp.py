@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybrimoe_jax import bench
-from hybrimoe_jax.benchmarks import llamacpp
-from hybrimoe_jax.benchmarks.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
+from hybrimoe_jax.bench import __main__ as bench
+from hybrimoe_jax.bench import llamacpp
+from hybrimoe_jax.bench.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
 from hybrimoe_jax.checkpoint.gguf.file import open_gguf
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
@@ -35,7 +35,7 @@ def tensors(weights) -> dict[str, np.ndarray]:
 def test_a_checkpoint_s_own_weights_are_written(kind, tmp_path):
     from safetensors import safe_open
 
-    from hybrimoe_jax.benchmarks.gguf_writer import write_gguf
+    from hybrimoe_jax.bench.gguf_writer import write_gguf
 
     hf = write_random_qwen2_moe(tmp_path / "hf", QWEN)
     with safe_open(hf / "model.safetensors", "np") as stored:
@@ -50,7 +50,7 @@ def test_a_checkpoint_s_own_weights_are_written(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F32", "Q4_0"])
 def test_random_weights_of_deepseek_s_shapes_are_read_and_keep_unit_variance(kind, tmp_path):
-    from hybrimoe_jax.benchmarks.gguf_writer import write_gguf
+    from hybrimoe_jax.bench.gguf_writer import write_gguf
 
     weights = open_gguf(write_gguf(tmp_path / "m.gguf", parse_config(DEEPSEEK), kind))
     for name, array in tensors(weights).items():
@@ -61,7 +61,7 @@ def test_random_weights_of_deepseek_s_shapes_are_read_and_keep_unit_variance(kin
 
 
 def test_other_families_are_refused():
-    from hybrimoe_jax.benchmarks.gguf_writer import layout
+    from hybrimoe_jax.bench.gguf_writer import layout
 
     with pytest.raises(UserError, match="no GGUF is written for mixtral"):
         layout(parse_config(dict(model_type="mixtral", hidden_size=64, num_attention_heads=4, num_hidden_layers=1,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hybrimoe_jax.benchmarks import schedule as bench
+from hybrimoe_jax.bench import schedule as bench
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 
 

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from hybrimoe_jax.benchmarks.engine import Contender
+from hybrimoe_jax.bench.engine import Contender
 from hybrimoe_jax.errors import UserError
 
 

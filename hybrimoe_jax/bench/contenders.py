@@ -5,7 +5,7 @@
 
 An answer {"error": message} ends it: what was asked for cannot be done.
 
-`python -m hybrimoe_jax.benchmarks.contenders KIND MODEL ...` starts one; the first line it prints says what it is.
+`python -m hybrimoe_jax.bench.contenders KIND MODEL ...` starts one; the first line it prints says what it is.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class GgmlExperts:
 @functools.cache
 def repacks(type: str) -> bool:
     """Whether ggml has a rearranged layout for this format on this processor."""
-    command = [sys.executable, "-m", "hybrimoe_jax.benchmarks.ggml_peer", type]
+    command = [sys.executable, "-m", "hybrimoe_jax.bench.ggml_peer", type]
     return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
 
 

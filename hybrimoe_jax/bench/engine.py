@@ -50,7 +50,7 @@ class Contender:
     """A running contender process."""
 
     def __init__(self, kind: str, **options):
-        command = [sys.executable, "-m", "hybrimoe_jax.benchmarks.contenders", kind, json.dumps(options)]
+        command = [sys.executable, "-m", "hybrimoe_jax.bench.contenders", kind, json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._read()
 
@@ -169,7 +169,7 @@ def table(result: dict) -> str:
 
 def run(models: list[str], options: Options, workdir: Path | None, note: Callable[[str], None]) -> dict:
     """Benchmarks "bundled", "mid" (random, 466 M parameters) or a converted checkpoint folder; prints a table each."""
-    from hybrimoe_jax.benchmarks.random_checkpoint import write_random_qwen2_moe
+    from hybrimoe_jax.bench.random_checkpoint import write_random_qwen2_moe
     from hybrimoe_jax.convert import convert, export_hf
     from hybrimoe_jax.engine.load import bundled_model
 

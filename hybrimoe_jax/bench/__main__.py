@@ -54,7 +54,7 @@ def _schedule(args: argparse.Namespace) -> int:
     if args.instances < 1:
         raise UserError("--instances must be at least 1")
 
-    from hybrimoe_jax.benchmarks import schedule
+    from hybrimoe_jax.bench import schedule
 
     print(json.dumps(schedule.run(args.instances, args.seed, progress)))
     return 0
@@ -65,7 +65,7 @@ def _engine(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
 
-    from hybrimoe_jax.benchmarks import engine as benchmark
+    from hybrimoe_jax.bench import engine as benchmark
 
     if not args.no_baseline:
         _need_transformers()
@@ -94,7 +94,7 @@ def _llamacpp_arguments(peer) -> None:
 
 
 def _llamacpp(args: argparse.Namespace) -> int:
-    from hybrimoe_jax.benchmarks import llamacpp as benchmark
+    from hybrimoe_jax.bench import llamacpp as benchmark
 
     models, formats = args.models.split(","), tuple(args.formats.split(",")) if args.formats else None
     for option, names, known in (("models", models, benchmark.MODELS), ("formats", formats or (), benchmark.TYPES)):
@@ -124,7 +124,7 @@ def _cache_arguments(cache) -> None:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from hybrimoe_jax.benchmarks import cache as benchmark
+    from hybrimoe_jax.bench import cache as benchmark
 
     for name in ("layers", "jobs"):
         value = getattr(args, name)
@@ -161,8 +161,8 @@ def _kernel_arguments(kernels) -> None:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from hybrimoe_jax.benchmarks import kernels as benchmark
-    from hybrimoe_jax.benchmarks.kernel_contenders import PEERS
+    from hybrimoe_jax.bench import kernels as benchmark
+    from hybrimoe_jax.bench.kernel_contenders import PEERS
     from hybrimoe_jax.formats.packing import Format
 
     peers = tuple(filter(None, args.peers.split(",")))
@@ -203,7 +203,7 @@ def _formats(args: argparse.Namespace) -> int:
     if args.calibrate and args.no_calibrate:
         raise UserError("--calibrate does not go with --no-calibrate")
 
-    from hybrimoe_jax.benchmarks import formats
+    from hybrimoe_jax.bench import formats
 
     def path(text: str | None) -> Path | None:
         return Path(text) if text else None

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from hybrimoe_jax.benchmarks import ggml_peer
+from hybrimoe_jax.bench import ggml_peer
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, pack_expert
 from hybrimoe_jax.formats.plain import BF16, F32, Arena, ExpertWeights, aligned_copy, aligned_empty

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hybrimoe_jax.benchmarks.kernel_bars import Row, bars, judge
-from hybrimoe_jax.benchmarks.kernel_contenders import SHAPES, Contender, Shape, Weights, native, peers_of
+from hybrimoe_jax.bench.kernel_bars import Row, bars, judge
+from hybrimoe_jax.bench.kernel_contenders import SHAPES, Contender, Shape, Weights, native, peers_of
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native.library import isas, library
 

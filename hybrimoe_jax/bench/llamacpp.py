@@ -20,8 +20,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from hybrimoe_jax.benchmarks.engine import SETTLE_S, Contender, read_bandwidth
-from hybrimoe_jax.benchmarks.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
+from hybrimoe_jax.bench.engine import SETTLE_S, Contender, read_bandwidth
+from hybrimoe_jax.bench.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.registry import parse_config
 
@@ -55,7 +55,7 @@ def require_peer() -> None:
 
 def prepare(model: str, format: str, base: Path) -> tuple[Path, Path]:
     """Our checkpoint and llama.cpp's file, made in `base` unless they are there."""
-    from hybrimoe_jax.benchmarks.gguf_writer import write_gguf
+    from hybrimoe_jax.bench.gguf_writer import write_gguf
     from hybrimoe_jax.convert import convert, convert_random
 
     ours, theirs = base / f"{model}-{format}", base / f"{model}-{TYPES[format]}.gguf"
