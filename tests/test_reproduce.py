@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.simulate import comparisons, experiments
+from hybrimoe_jax.reproduce import comparisons, experiments
 from hybrimoe_jax.simulate.records import versions
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace

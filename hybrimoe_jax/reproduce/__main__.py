@@ -15,8 +15,9 @@ from pathlib import Path
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.reproduce import experiments
 from hybrimoe_jax.reproduce.document import document
-from hybrimoe_jax.simulate import experiments, grid
+from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.trace.file import Trace, load_trace
 
 TRACES = {
