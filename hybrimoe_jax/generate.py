@@ -134,7 +134,7 @@ def stats_text(stats) -> str:
     if record["hit_rate"] is not None:
         lines += [
             f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses); experts run: "
-            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand loads"
+            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand fetches"
             + (f", {record['layer_streamed']} streamed with their layers" if record["layer_streamed"] else ""),
             f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
             f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",

@@ -75,13 +75,13 @@ def least_makespan(problem: Problem) -> float:
     cpu_time = {e: model.cpu_expert + model.cpu_token * loads[e] for e in loads}
     device_time = {e: model.device_expert + model.device_token * loads[e] for e in loads}
     beside, alone = model.transfer(True), model.transfer(False)
-    flying = problem.in_flight
-    link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *flying.values()])
+    in_flight = problem.in_flight
+    link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *in_flight.values()])
     shared = model.shared_base + model.shared_token * problem.tokens
     best = float("inf")
     lanes = []
     for e in sorted(loads, key=lambda e: -device_time[e]):
-        absent = e not in problem.resident and e not in flying
+        absent = e not in problem.resident and e not in in_flight
         may_cpu = problem.allow_cpu and (problem.allow_steal or e not in problem.resident)
         may_device = problem.allow_fetch or not absent
         lanes.append([(e, lane) for lane, may in (("cpu", may_cpu), ("device", may_device)) if may])
@@ -95,8 +95,8 @@ def least_makespan(problem: Problem) -> float:
             if lane == "device":
                 if e in problem.resident:
                     device += device_time[e]
-                elif e in flying:
-                    arrivals.append((flying[e], device_time[e]))
+                elif e in in_flight:
+                    arrivals.append((in_flight[e], device_time[e]))
                 else:
                     fetched += 1
                     slow = min(fetched, moved)

@@ -33,9 +33,9 @@ def contents(path: Path, dtype=None) -> dict[str, np.ndarray]:
     """A converted checkpoint under the Hugging Face names of its (Qwen2) source."""
     checkpoint = open_checkpoint(path)
     out, experts = checkpoint.dense(verify=True), checkpoint.experts(dtype=dtype, verify=True)
-    for ordinal, layer in enumerate(checkpoint.config.moe_layers):
+    for moe_layer, layer in enumerate(checkpoint.config.moe_layers):
         for e in range(experts.num_experts):
-            gate_up, down = experts.get(ordinal, e)
+            gate_up, down = experts.get(moe_layer, e)
             half = len(gate_up) // 2
             matrices = {"gate": gate_up[:half], "up": gate_up[half:], "down": down}
             out |= {folders.expert(layer, e, part): matrix for part, matrix in matrices.items()}

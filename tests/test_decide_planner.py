@@ -42,7 +42,7 @@ def one_each(*experts: int) -> dict[int, int]:
 
 
 def fetched(plan) -> list[int]:
-    return [f.expert for f in (*plan.fetch, *plan.waits)]
+    return [f.expert for f in (*plan.fetch, *plan.awaited)]
 
 
 def test_hits_run_on_the_device_and_misses_are_placed():
@@ -169,7 +169,7 @@ def test_a_prefetch_still_on_the_link_is_awaited_and_late():
     p.plan(0, one_each(0), None, 1)
     p.plan_prefetch(0, [Prediction(one_each(6))])
     plan = p.plan(1, one_each(6), None, 1)
-    assert (plan.waits, plan.late, plan.misses, plan.cpu) == ((Fetch(6, 0, False),), (6,), (6,), ())
+    assert (plan.awaited, plan.late, plan.misses, plan.cpu) == ((Fetch(6, 0, False),), (6,), (6,), ())
     assert p.resident(1) == {1, 6}
     p.finish_step()
     assert (p.counters.prefetch_late, p.counters.prefetch_wasted) == (1, 0)
@@ -257,7 +257,7 @@ def test_waiting_for_a_prefetch_of_an_earlier_step_is_not_late():
     p.plan(1, one_each(1), None, 1)
     p.finish_step()
     plan = p.plan(1, one_each(6), None, 1)
-    assert [f.expert for f in plan.waits] == [6] and plan.late == ()
+    assert [f.expert for f in plan.awaited] == [6] and plan.late == ()
     assert (p.counters.prefetch_wasted, p.counters.prefetch_late) == (1, 0)
 
 
@@ -435,10 +435,10 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
             assert sorted([*plan.device, *fetched(plan), *plan.cpu]) == sorted(loads)
             assert set(plan.hits) == before & loads.keys() and set(plan.misses) == loads.keys() - before
             assert set(plan.device) <= before
-            assert {(layer, f.expert) for f in plan.waits} <= under_way
+            assert {(layer, f.expert) for f in plan.awaited} <= under_way
             assert not {(layer, f.expert) for f in plan.fetch} & under_way
-            under_way -= {(layer, f.expert) for f in plan.waits}
-            for f in (*plan.waits, *plan.fetch):
+            under_way -= {(layer, f.expert) for f in plan.awaited}
+            for f in (*plan.awaited, *plan.fetch):
                 assert f.victim not in loads and f.victim not in [(layer, expert) for expert in loads]
                 if f.stream:
                     assert f.victim is None

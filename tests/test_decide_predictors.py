@@ -12,7 +12,7 @@ from public_traces import shared
 from test_decide_planner import COSTS, prefetching
 
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch.prediction import Prediction, Shown
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, RouterOutlook
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS, CoActivation, build_predictor
 from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.engine.config import EngineConfig
@@ -35,7 +35,7 @@ def steps(rng, sizes, gates: bool = True, skew: float = 1.0):
         noisy /= noisy.sum(axis=-1, keepdims=True)
         found.append(
             [
-                Shown(
+                RouterOutlook(
                     np.argsort(-scores[layer], axis=1)[:, :TOP_K],
                     scores[layer],
                     [noisy[min(layer + d, LAYERS - 1)] for d in range(1, DISTANCES + 1)] if gates else (),
@@ -84,7 +84,7 @@ def test_a_prediction_is_a_possible_demand_of_the_layers_ahead(name, recording, 
             found = predictor.predict(layer, shown, depth)
             assert np.array_equal(before[0], shown.ids) and np.array_equal(before[1], shown.scores)
             reach = min(depth, DISTANCES, LAYERS - 1 - layer)
-            assert len(found) == (reach if gates or not predictor.gates else 0)
+            assert len(found) == (reach if gates or not predictor.needs_routers else 0)
             if name == "perfect":
                 wanted = [sorted(later.ids.ravel().tolist()) for later in step[layer + 1 : layer + 1 + reach]]
                 assert [sorted(e for e, n in p.loads.items() for _ in range(n)) for p in found] == wanted
@@ -146,7 +146,7 @@ def test_one_token_alone_and_the_same_token_among_others_are_predicted_alike():
         predictor.finish_step()
     predictor.learn = False
     many = predictor.predict(0, run[0][0], DISTANCES)
-    alone = [predictor.predict(0, Shown(run[0][0].ids[n : n + 1]), DISTANCES) for n in range(20)]
+    alone = [predictor.predict(0, RouterOutlook(run[0][0].ids[n : n + 1]), DISTANCES) for n in range(20)]
     for d in range(DISTANCES):
         means = np.mean([one[d].scores for one in alone], axis=0)
         np.testing.assert_allclose(many[d].scores, means, rtol=1e-4)
@@ -160,7 +160,7 @@ def test_one_token_alone_and_the_same_token_among_others_are_predicted_alike():
 def test_what_is_not_asked_for_changes_no_later_prediction():
     """A planner asks only where a transfer could start; the tables follow every step all the same."""
     rng = np.random.default_rng(8)
-    for name in ("co-activation", "previous", "gate-reuse"):
+    for name in ("co-activation", "previous", "router-reuse"):
         always, sometimes = build_predictor(name, *MODEL), build_predictor(name, *MODEL)
         for step in steps(rng, [1] * 20 + [5, 1, 1, 3, 3]):
             for layer, shown in enumerate(step):
@@ -191,7 +191,7 @@ def test_a_planner_predicts_only_where_a_transfer_could_start():
         for ids in ([4, 5], [2, 3]):
             for layer in range(LAYERS):
                 planner.plan(layer, {e: 1 for e in ids}, None, 1)
-                planner.prefetch(layer, Shown(np.array([ids])))
+                planner.prefetch(layer, RouterOutlook(np.array([ids])))
             planner.finish_step()
         return list(asked)
 
@@ -205,13 +205,13 @@ def test_a_planner_predicts_only_where_a_transfer_could_start():
 def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
     online, recorded = CoActivation(*MODEL), build_predictor(f"recorded:{recording}", *MODEL)
     for record in open_trace(recording).records():
-        online.predict(record.layer, Shown(record.ids), DISTANCES)
+        online.predict(record.layer, RouterOutlook(record.ids), DISTANCES)
         if record.layer == LAYERS - 1:
             online.finish_step()
     for table in ("_across", "_after", "_count", "_tokens"):
         assert np.array_equal(getattr(online, table), getattr(recorded, table)), table
     before = recorded._count.copy()
-    recorded.predict(0, Shown(np.array([[0, 1]])), DISTANCES)
+    recorded.predict(0, RouterOutlook(np.array([[0, 1]])), DISTANCES)
     assert np.array_equal(recorded._count, before), "it learns no further"
 
 
@@ -238,7 +238,7 @@ def test_a_recorded_table_of_a_batch_is_that_of_its_sequences_one_by_one(tmp_pat
 def test_the_correction_finds_a_constant_shift():
     rng = np.random.default_rng(0)
     shift = rng.normal(size=(LAYERS, DISTANCES, EXPERTS)) * 2
-    plain, corrected = build_predictor("gate-reuse", *MODEL), build_predictor("corrected", *MODEL)
+    plain, corrected = build_predictor("router-reuse", *MODEL), build_predictor("corrected", *MODEL)
     right = {"plain": 0, "corrected": 0}
     for number in range(40):
         logits = rng.normal(size=(LAYERS, EXPERTS))
@@ -248,7 +248,7 @@ def test_the_correction_finds_a_constant_shift():
             for d in range(1, min(DISTANCES, LAYERS - 1 - layer) + 1):
                 seen = np.exp(logits[layer + d] - shift[layer, d - 1])
                 ahead.append((seen / seen.sum())[None])
-            shown = Shown(np.argsort(-scores[layer : layer + 1])[:, :TOP_K], scores[layer : layer + 1], ahead)
+            shown = RouterOutlook(np.argsort(-scores[layer : layer + 1])[:, :TOP_K], scores[layer : layer + 1], ahead)
             for name, predictor in (("plain", plain), ("corrected", corrected)):
                 for d, found in enumerate(predictor.predict(layer, shown, DISTANCES), 1):
                     true = set(np.argsort(-scores[layer + d])[:TOP_K].tolist())
@@ -278,7 +278,7 @@ def share_come_true(name: str, trace, tokens: int) -> list[float]:
     hits = {1: [], 3: []}
     for number, token in enumerate(ids):
         for layer in range(facts.layers):
-            found = predictor.predict(layer, Shown(token[layer : layer + 1]), 3)
+            found = predictor.predict(layer, RouterOutlook(token[layer : layer + 1]), 3)
             for d in (1, 3) if number >= tokens // 2 else ():
                 if d <= len(found):
                     hits[d].append(np.mean([e in found[d - 1].loads for e in token[layer + d].tolist()]))
@@ -293,7 +293,7 @@ def test_on_real_routing_co_activation_foresees_half_of_the_experts_three_layers
 
 
 def test_names_are_checked_before_anything_runs(recording, tmp_path):
-    with pytest.raises(UserError, match=r"predictor 'oracle' is unknown \(known: gate-reuse, .*recorded:TRACE\)"):
+    with pytest.raises(UserError, match=r"predictor 'oracle' is unknown \(known: router-reuse, .*recorded:TRACE\)"):
         get_system("hybrimoe").override(predictor="oracle")
     with pytest.raises(UserError, match="'perfect' knows the future"):
         EngineConfig(predictor="perfect")
@@ -308,7 +308,7 @@ def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth
     """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest; six layers are the limit."""
     costs = dataclasses.replace(COSTS, layer_base=1.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
     planner = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
-    assert planner.depth(1) == planner.gates(1) == depth
+    assert planner.depth(1) == planner.routers_wanted(1) == depth
     fixed = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=6)
     assert fixed.depth(1) == (6 if depth else 0)
 
@@ -316,16 +316,16 @@ def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth
 @pytest.mark.parametrize("name", ["co-activation", "previous"])
 def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(name):
     planner = Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS, predictor=name)
-    assert planner.depth(1) == 3 and planner.gates(1) == 0
-    assert Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS).gates(1) == 3
+    assert planner.depth(1) == 3 and planner.routers_wanted(1) == 0
+    assert Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS).routers_wanted(1) == 3
     for _ in range(6):
-        flying = []
+        in_flight = []
         for layer in range(LAYERS):
-            for prefetch in flying:
+            for prefetch in in_flight:
                 planner.landed(prefetch.layer, prefetch.expert)
             ids = np.array([[4, 5]]) if layer % 2 else np.array([[2, 3]])
             planner.plan(layer, {e: 1 for e in ids[0].tolist()}, None, 1)
-            flying = planner.prefetch(layer, Shown(ids))
+            in_flight = planner.prefetch(layer, RouterOutlook(ids))
         planner.finish_step()
     counters = planner.counters
     assert counters.prefetch_useful > 0 and planner.accuracy.came_true[1] > 0

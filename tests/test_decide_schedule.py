@@ -47,7 +47,7 @@ def test_paper_does_not_wait_for_a_prefetch_that_the_cpu_beats():
     near = Problem({0: 1}, set(), costs(shared=0.0, cpu=(5.0, 0.0, 0.0)), in_flight={0: 0.5})
     assert get_scheduler("paper").schedule(far).cpu == (0,)
     s = get_scheduler("paper").schedule(near)
-    assert (s.waits, s.device, s.fetch, s.makespan) == ((0,), (0,), (), 1.5)
+    assert (s.awaited, s.device, s.fetch, s.makespan) == ((0,), (0,), (), 1.5)
 
 
 def test_a_queued_transfer_delays_the_demand_loads():
@@ -157,8 +157,8 @@ def test_every_expert_once_and_the_times_are_true(rule, problem):
         return
     assert sorted(s.cpu + s.device) == sorted(problem.loads)
     assert set(s.fetch) == {e for e in s.device if e not in problem.resident and e not in problem.in_flight}
-    assert set(s.waits) == {e for e in s.device if e not in problem.resident and e in problem.in_flight}
-    assert len(set(s.fetch)) == len(s.fetch) and len(set(s.waits)) == len(s.waits)
+    assert set(s.awaited) == {e for e in s.device if e not in problem.resident and e in problem.in_flight}
+    assert len(set(s.fetch)) == len(s.fetch) and len(set(s.awaited)) == len(s.awaited)
     if not (problem.allow_cpu and scheduler.uses_cpu):
         assert not s.cpu
     if not (problem.allow_fetch and scheduler.uses_link):

@@ -33,7 +33,7 @@ def test_every_expert_once_and_alone_only_where_it_is_sooner(name, loads, reside
     plain, shared = rule.schedule(problem), with_shared_cores(rule, costs).schedule(problem)
     assert sorted(shared.cpu + shared.device) == sorted(loads)
     alone = costs.shared(1) + costs.alone_first + sum(costs.alone(load) for load in loads.values())
-    if not shared.alone:
+    if not shared.uses_all_cores:
         assert shared == plain
         return
     assert shared.cpu and not shared.device and not shared.fetch and shared.makespan == pytest.approx(alone)
@@ -47,13 +47,13 @@ def test_a_fast_cpu_gets_everything_and_a_slow_one_does_not():
     for alone, expected in ((1.0, True), (100.0, False)):
         costs = dataclasses.replace(SHARED, alone_expert=alone)
         schedule = with_shared_cores(rule, costs).schedule(Problem(loads, {0, 1}, costs))
-        assert schedule.alone is expected
+        assert schedule.uses_all_cores is expected
 
 
 def test_residents_stay_on_the_device_where_the_rule_keeps_them_there():
     rule = with_shared_cores(get_scheduler("cpu-misses"), SHARED)
-    assert not rule.schedule(Problem({0: 8, 1: 8}, {0}, SHARED)).alone
-    assert rule.schedule(Problem({0: 8, 1: 8}, (), SHARED)).alone
+    assert not rule.schedule(Problem({0: 8, 1: 8}, {0}, SHARED)).uses_all_cores
+    assert rule.schedule(Problem({0: 8, 1: 8}, (), SHARED)).uses_all_cores
 
 
 def test_a_machine_with_a_device_of_its_own_is_planned_as_before():
@@ -70,7 +70,7 @@ def test_the_planner_uses_it_and_a_profile_keeps_it(tmp_path):
     assert costs == SHARED
     planner = Planner("cpu-only", 1, 8, 2, 0, costs)
     plan = planner.plan(0, {1: 8, 2: 8}, None, 8)
-    assert plan.schedule.alone and plan.makespan == pytest.approx(2.0 + 0.5 + 2 * (2.0 + 4.0))
+    assert plan.schedule.uses_all_cores and plan.makespan == pytest.approx(2.0 + 0.5 + 2 * (2.0 + 4.0))
 
 
 def test_the_fit_finds_the_line():
@@ -86,7 +86,7 @@ def planner_for(costs, system="hybrimoe", slots=2):
 
 
 def test_a_step_is_foregone_only_where_no_routing_is_worth_leaving_the_program():
-    """Residents would save more than the handover here: only a dearer handover makes the step foregone."""
+    """Residents would save more than the handover here: only a dearer handover makes the step all on the CPU."""
     costs = dataclasses.replace(SHARED, device_expert=0.1, device_token=0.0, look=1e9)
     rule = with_shared_cores(get_scheduler("paper"), costs)
     saved = max(
@@ -96,20 +96,20 @@ def test_a_step_is_foregone_only_where_no_routing_is_worth_leaving_the_program()
     assert saved > 0
     for handover, expected in ((0.0, False), (saved * 0.99, False), (saved * 1.01, True)):
         planner = planner_for(dataclasses.replace(costs, handover=handover))
-        assert planner.foregone is expected
+        assert planner.all_on_cpu is expected
         plan = planner.plan(0, {0: 1, 1: 1, 5: 1, 6: 1}, None, 1)
         assert (sorted(plan.cpu) == [0, 1, 5, 6] and not plan.fetch) or not expected
 
 
 def test_residents_that_must_stay_on_the_device_leave_nothing_foregone():
     costs = dataclasses.replace(SHARED, handover=1e9, look=1e9)
-    assert planner_for(costs).foregone and planner_for(costs, "cpu-only", 0).foregone
-    assert not planner_for(costs, "ktransformers").foregone and not planner_for(costs, "on-demand").foregone
-    assert not planner_for(dataclasses.replace(COSTS, handover=1e9)).foregone  # a device with cores of its own
+    assert planner_for(costs).all_on_cpu and planner_for(costs, "cpu-only", 0).all_on_cpu
+    assert not planner_for(costs, "ktransformers").all_on_cpu and not planner_for(costs, "on-demand").all_on_cpu
+    assert not planner_for(dataclasses.replace(COSTS, handover=1e9)).all_on_cpu  # a device with cores of its own
 
 
 def test_a_step_of_several_tokens_is_planned_as_ever():
     costs = dataclasses.replace(SHARED, alone_expert=100.0, handover=1e9, look=1e9)
     planner = planner_for(costs)
-    assert planner.foregone
-    assert planner.plan(0, {0: 2, 5: 1}, None, 3).schedule.alone is False
+    assert planner.all_on_cpu
+    assert planner.plan(0, {0: 2, 5: 1}, None, 3).schedule.uses_all_cores is False

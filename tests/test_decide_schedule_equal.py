@@ -8,11 +8,11 @@ from schedule_cases import costs
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
 from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
-from hybrimoe_jax.decide.schedule.unit_load_cache import EqualLoads, apply
+from hybrimoe_jax.decide.schedule.unit_load_cache import UnitLoadCache, apply
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.errors import UserError
 
-RULES = [name for name, rule in SCHEDULERS.items() if rule.by_numbers]
+RULES = [name for name, rule in SCHEDULERS.items() if rule.depends_on_counts_only]
 
 
 def machine(generator: random.Random):
@@ -38,7 +38,7 @@ def test_a_pattern_filled_in_is_the_rules_own_answer(name, shared_cores):
         if shared_cores:
             model = model.__class__(**{**model.describe(), "alone_expert": generator.uniform(0.2, 3)})
             rule = SharedCoresScheduler(rule)
-        equal = EqualLoads(rule, model, **flags)
+        equal = UnitLoadCache(rule, model, **flags)
         for _ in range(4):
             experts = generator.sample(range(32), generator.randint(1, 8))
             resident = {e for e in range(32) if generator.random() < 0.4}
@@ -73,7 +73,7 @@ def test_a_planner_that_remembers_plans_as_one_that_does_not(system):
         model = machine(generator)
         options = {"max_in_flight": 2, "prefetch": generator.choice((None, "impact"))}
         quick, plain = (Planner(system, 3, 16, 4, 5, model, predictor="previous", **options) for _ in range(2))
-        plain._answers._equal = None
+        plain._schedule_cache._equal = None
         under_way = []
         for _ in range(12):
             for layer in range(3):
@@ -85,7 +85,7 @@ def test_a_planner_that_remembers_plans_as_one_that_does_not(system):
                 loads = dict.fromkeys(experts, 1)
                 plans = [p.plan(layer, loads, scores if layer else None, 1) for p in (quick, plain)]
                 assert plans[0] == plans[1]
-                under_way = [t for t in under_way if t not in {(layer, f.expert) for f in plans[0].waits}]
+                under_way = [t for t in under_way if t not in {(layer, f.expert) for f in plans[0].awaited}]
                 ahead = [(dict.fromkeys(generator.sample(range(16), 4), 1), None) for _ in range(2)]
                 started = quick.plan_prefetch(layer, ahead)
                 assert started == plain.plan_prefetch(layer, ahead)

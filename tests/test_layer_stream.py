@@ -8,7 +8,7 @@ import tiny
 
 from hybrimoe_jax.decide import CostModel, Planner, Prediction, get_system
 from hybrimoe_jax.decide.plan import Fetch
-from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import Asked, Step
@@ -32,7 +32,7 @@ def chunk(loads: list[dict[int, int]], tokens: int = 9, phase: str = "prefill") 
         tokens,
         tokens,
         0,
-        [Asked(layer, asked, None, Shown(np.zeros((0, TOP_K)))) for layer, asked in enumerate(loads)],
+        [Asked(layer, asked, None, RouterOutlook(np.zeros((0, TOP_K)))) for layer, asked in enumerate(loads)],
     )
 
 
@@ -134,9 +134,11 @@ def test_nothing_enters_or_leaves_the_slots_and_every_transfer_is_counted():
     first = planner.begin_step("prefill")
     assert first == tuple(range(2, EXPERTS))
     plan = planner.plan(0, {0: 3, 1: 1, 6: 2, 7: 5}, None, 9)
-    assert (plan.hits, plan.misses, plan.cpu, plan.fetch, plan.waits) == ((0, 1), (6, 7), (), (), ())
-    assert plan.device == (0, 1) and plan.buffered == (6, 7) and plan.ahead == tuple(range(2, EXPERTS))
-    assert planner.plan(LAYERS - 1, {0: 1}, None, 9).ahead == (), "there is no layer to come"
+    assert (plan.hits, plan.misses, plan.cpu, plan.fetch, plan.awaited) == ((0, 1), (6, 7), (), (), ())
+    assert (
+        plan.device == (0, 1) and plan.double_buffered == (6, 7) and plan.next_layer_experts == tuple(range(2, EXPERTS))
+    )
+    assert planner.plan(LAYERS - 1, {0: 1}, None, 9).next_layer_experts == (), "there is no layer to come"
     planner.finish_step()
     c = planner.counters
     assert (c.layer_streamed, c.layer_streamed_used, c.fetched, c.device) == (12, 2 + 0, 0, 5)
@@ -148,7 +150,7 @@ def test_only_prompts_are_streamed_and_only_where_the_system_says_so():
         planner = Planner(system, LAYERS, EXPERTS, TOP_K, 2, machine())
         assert not planner.streams(phase) and planner.begin_step(phase) == ()
         plan = planner.plan(0, {5: 2, 6: 1}, None, 3)
-        assert not plan.buffered and not plan.ahead and planner.counters.layer_streamed == 0
+        assert not plan.double_buffered and not plan.next_layer_experts and planner.counters.layer_streamed == 0
     planner = Planner("freetoken", LAYERS, EXPERTS, TOP_K, 2, machine(), allow_fetch=False)
     assert not planner.streams("prefill")
 
@@ -161,7 +163,7 @@ def test_the_step_after_a_streamed_one_decodes_as_ever():
     planner.abandon_step()
     assert planner.begin_step("decode") == ()
     plans = [p.plan(1, {5: 1, 6: 1}, None, 1, 1000.0) for p in (planner, other)]
-    assert plans[0] == plans[1]._replace(schedule=plans[0].schedule) and not plans[0].ahead
+    assert plans[0] == plans[1]._replace(schedule=plans[0].schedule) and not plans[0].next_layer_experts
 
 
 def test_an_expert_that_a_prefetch_pushes_out_meanwhile_is_fetched():
@@ -172,7 +174,7 @@ def test_an_expert_that_a_prefetch_pushes_out_meanwhile_is_fetched():
     assert [(p.layer, p.expert) for p in planner.plan_prefetch(0, [Prediction({5: 1})])] == [(1, 5)]
     planner.finish_step()
     planner.begin_step("prefill")
-    ahead = planner.plan(0, {0: 1, 3: 2}, None, 9).ahead
+    ahead = planner.plan(0, {0: 1, 3: 2}, None, 9).next_layer_experts
     assert 5 not in ahead and 0 not in ahead, "one is on the link already, the other resident"
     victim = planner.landed(1, 5)
     layer, expert = victim
@@ -186,9 +188,9 @@ def test_another_system_can_read_prompts_this_way_and_prefetches_in_decoding_onl
     system = get_system("hybrimoe").override(stream_prefill=True, predictor="previous")
     planner = Planner(system, LAYERS, EXPERTS, TOP_K, 2, costs)
     planner.begin_step("prefill")
-    assert planner.depth(9) == 0 and planner.gates(9) == 0
+    assert planner.depth(9) == 0 and planner.routers_wanted(9) == 0
     planner.plan(0, {0: 9, 4: 9}, None, 9)
-    assert planner.prefetch(0, Shown(np.array([[0, 4]] * 9))) == ()
+    assert planner.prefetch(0, RouterOutlook(np.array([[0, 4]] * 9))) == ()
     planner.finish_step()
     assert planner.depth(9) == 3
 

@@ -52,8 +52,8 @@ def recording(prompts, tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"predictor": "gate-reuse"},
-        {"predictor": "gate-input", "executor": "callback"},
+        {"predictor": "router-reuse"},
+        {"predictor": "router-input", "executor": "callback"},
         {"predictor": "corrected", "lookahead": "adaptive"},
         {"predictor": "co-activation", "debug": True},
         {"predictor": "previous", "lookahead": 1},
@@ -73,7 +73,7 @@ def test_every_predictor_gives_the_dense_models_tokens(options, prompts, truth, 
     held = prefetch["useful_s"] + prefetch["late_s"] + prefetch["wasted_s"]
     assert held > 0 and (prefetch["late"] > 0 or prefetch["late_s"] == 0)
     depth = engine.planner.depth(1)
-    assert set(prefetch["accuracy"]) <= {str(d) for d in range(1, max(2, engine.planner.system.reach) + 1)}
+    assert set(prefetch["accuracy"]) <= {str(d) for d in range(1, max(2, engine.planner.system.max_distance) + 1)}
     assert "1" in prefetch["accuracy"] and all(0 <= share <= 1 for share in prefetch["accuracy"].values())
     assert depth >= 1 and json.loads(json.dumps(prefetch)) == prefetch
 
@@ -89,9 +89,9 @@ def seen_ahead(prompts, **options) -> list[tuple]:
     return seen
 
 
-def test_both_forms_of_gate_reuse_apply_the_routers_they_name(prompts):
+def test_both_forms_of_router_reuse_apply_the_routers_they_name(prompts):
     """Past the end the last layer's router stands in: on its own layer it must give the layer's own scores, in either form."""
-    through_norms, literal = (seen_ahead(prompts, predictor=name) for name in ("gate-reuse", "gate-input"))
+    through_norms, literal = (seen_ahead(prompts, predictor=name) for name in ("router-reuse", "router-input"))
     differ = 0
     for (layer, scores, ahead), (same, other_scores, other) in zip(through_norms, literal, strict=True):
         assert layer == same
@@ -105,7 +105,7 @@ def test_both_forms_of_gate_reuse_apply_the_routers_they_name(prompts):
 
 
 def test_routers_are_applied_early_only_for_those_who_read_them(prompts):
-    for predictor, wanted in (("previous", 0), ("gate-reuse", 2)):
+    for predictor, wanted in (("previous", 0), ("router-reuse", 2)):
         engine = tiny.engine("qwen2_moe", cache_ratio=0.5, profile=dear_cpu(), lookahead=2, predictor=predictor)
         asked = []
         routers = engine._parts.model.lookahead_routers

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.reproduce.mixed_formats import RULES, reloads
 from hybrimoe_jax.simulate.workload import Asked, Step
 from hybrimoe_jax.trace.facts import facts_of
@@ -21,7 +21,7 @@ def random_steps(seed: int, count: int = 60) -> list[Step]:
         for layer in range(LAYERS):
             scores = [generator.random() ** 3 for _ in range(EXPERTS)]
             chosen = sorted(range(EXPERTS), key=scores.__getitem__)[-TOP_K:]
-            layers.append(Asked(layer, dict.fromkeys(chosen, 1), scores, Shown(np.array([chosen]))))
+            layers.append(Asked(layer, dict.fromkeys(chosen, 1), scores, RouterOutlook(np.array([chosen]))))
         steps.append(Step("decode", 1, 1, 0, layers))
     return steps
 

@@ -105,8 +105,8 @@ def test_every_buffer_of_an_expert_is_spread(format, monkeypatch):
     _, _, experts = tiny.weights("qwen2_moe")
     store = ExpertStore.from_arrays(experts, format=format)
     store.load_all()
-    for ordinal in range(store.num_layers):
+    for moe_layer in range(store.num_layers):
         for expert in range(store.num_experts):
-            own = store.get(ordinal, expert)
+            own = store.get(moe_layer, expert)
             arrays = (own.data,) if format else own
             assert all(any(np.may_share_memory(array, block) for block in spread) for array in arrays)

@@ -38,9 +38,9 @@ def test_the_program_is_kept_where_it_is_the_faster(engine_of_a_bad_moment):
     planner = Planner(
         "hybrimoe", len(config.moe_layers), config.num_experts, config.num_experts_per_tok, 4, misled(config)
     )
-    assert not planner.foregone and planner.depth(1) > 0, "by its costs alone"
-    assert engine._forward.whole is not None and engine.planner.foregone and engine.planner.depth(1) == 0
-    assert engine.costs.handover >= engine.planner.handover_to_forgo > 0
+    assert not planner.all_on_cpu and planner.depth(1) > 0, "by its costs alone"
+    assert engine._forward.whole is not None and engine.planner.all_on_cpu and engine.planner.depth(1) == 0
+    assert engine.costs.handover >= engine.planner.handover_for_all_on_cpu > 0
     counters = engine.planner.counters
     assert counters.hits == counters.misses == 0, "the steps that were tried are not counted"
     prompt = tiny.prompts(config, (9,))
@@ -52,7 +52,7 @@ def test_it_is_left_where_layers_one_by_one_are_faster(engine_of_a_bad_moment, m
     logits = WholeStep.logits
     monkeypatch.setattr(WholeStep, "logits", lambda *args: time.sleep(0.05) or logits(*args))
     engine = engine_of_a_bad_moment()
-    assert engine._forward.whole is None and not engine.planner.foregone
+    assert engine._forward.whole is None and not engine.planner.all_on_cpu
     assert engine.costs == misled(engine.config)
     prompt = tiny.prompts(engine.config, (9,))
     dense = tiny.engine(executor="dense")

@@ -73,7 +73,7 @@ def test_a_virtual_run_whose_prompts_are_streamed_is_its_replay(tmp_path, system
     assert counters.prefetch_issued > 0 or planner.system.prefetch == "none"
 
 
-@pytest.mark.parametrize("predictor", ["gate-input", "corrected", "co-activation", "previous"])
+@pytest.mark.parametrize("predictor", ["router-input", "corrected", "co-activation", "previous"])
 def test_a_virtual_run_is_its_replay_whatever_predicts(tmp_path, predictor):
     trace, stats, counters = live(
         tmp_path, "hybrimoe", clock="virtual", cache_ratio=0.4, predictor=predictor, lookahead="adaptive"
@@ -148,7 +148,7 @@ def test_a_step_that_was_broken_off_is_not_in_the_trace(tmp_path, clock, monkeyp
     compute = engine._forward.compute
 
     def interrupted(layer, *rest):
-        if layer.ordinal == 2:
+        if layer.moe_layer == 2:
             raise KeyboardInterrupt
         return compute(layer, *rest)
 

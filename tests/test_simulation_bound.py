@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
-from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
 from hybrimoe_jax.simulate.replay import replay
@@ -38,7 +38,7 @@ def workloads(draw):
             loads: dict[int, int] = {}
             for expert in itertools.chain(*rows):
                 loads[expert] = loads.get(expert, 0) + 1
-            layers.append(Asked(layer, loads, None, Shown(np.array(rows))))
+            layers.append(Asked(layer, loads, None, RouterOutlook(np.array(rows))))
         phase = "decode" if tokens == 1 else draw(st.sampled_from(["decode", "prefill"]))
         steps.append(Step(phase, tokens, context, 0, layers))
     return steps
@@ -84,7 +84,7 @@ def decode(rows):
             1,
             i,
             0,
-            [Asked(layer, dict.fromkeys(row, 1), None, Shown(np.array([row]))) for layer in range(LAYERS)],
+            [Asked(layer, dict.fromkeys(row, 1), None, RouterOutlook(np.array([row]))) for layer in range(LAYERS)],
         )
         for i, row in enumerate(rows)
     ]

@@ -54,7 +54,7 @@ class Naive:
 
     def run(self, plan, loads, tokens, wanted):
         self.link += [[(plan.layer, f.expert), 1.0] for f in plan.fetch] + [[key, 1.0] for key in wanted]
-        absent = {(plan.layer, f.expert) for f in (*plan.fetch, *plan.waits)}
+        absent = {(plan.layer, f.expert) for f in (*plan.fetch, *plan.awaited)}
         lanes = {
             "cpu": sum(self.costs.cpu(loads[e], i == 0) for i, e in enumerate(plan.cpu)),
             "device": self.costs.shared(tokens),

@@ -83,10 +83,10 @@ def test_lazy_reads_one_expert_and_nothing_else(made, damaged):
 def test_threads_share_one_read_of_each_expert():
     reads, lock, start = [], threading.Lock(), threading.Barrier(8)
 
-    def read(ordinal, expert):
+    def read(moe_layer, expert):
         with lock:
-            reads.append((ordinal, expert))
-        return np.full((3, 6), 10 * ordinal + expert, np.float32)
+            reads.append((moe_layer, expert))
+        return np.full((3, 6), 10 * moe_layer + expert, np.float32)
 
     store = ExpertStore(read, (3, 40, 2, 3), np.float32)
     every = [(i, e) for i in range(3) for e in range(40)]

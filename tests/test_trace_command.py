@@ -229,7 +229,7 @@ def test_info_counts_as_one_would_by_hand(tmp_path):
         for r in trace.records() if 1 in r.lookahead
         for i, (s, p) in enumerate(zip(r.sequence, r.position))
     ]  # fmt: skip
-    assert said["gate_reuse"]["1"] == pytest.approx(np.mean(right))
+    assert said["router_reuse"]["1"] == pytest.approx(np.mean(right))
 
 
 def test_what_is_absent_is_said(tmp_path):

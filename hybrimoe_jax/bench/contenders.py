@@ -34,7 +34,7 @@ class EngineContender:
         from hybrimoe_jax.engine.config import EngineConfig
         from hybrimoe_jax.engine.lanes import threads as cores
 
-        cores.divide(threads, "overlapped")
+        cores.split_threads(threads, "overlapped")
         from hybrimoe_jax.checkpoint.reader import open_checkpoint
         from hybrimoe_jax.engine.engine import Engine
 
@@ -133,7 +133,7 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
     def front():
         i = state["i"] = (state["i"] + 1) % len(layers)
         layer = layers[i]
-        routers = model.lookahead_routers(layer.ordinal, parts.lookahead)
+        routers = model.lookahead_routers(layer.moe_layer, parts.lookahead)
         state["h"], *_, caches[i], packed = layer.programs.front(
             layer.params, routers, state["h"], x, x, caches[i], positions, 256
         )

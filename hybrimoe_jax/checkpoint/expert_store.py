@@ -21,7 +21,7 @@ from hybrimoe_jax.formats.plain import F32, Arena, ExpertWeights, aligned_copy, 
 
 
 class ExpertStore:
-    """The routed experts of one model in host memory, by MoE-layer ordinal (0 .. L-1) and expert (0 .. E-1).
+    """The routed experts of one model in host memory, by MoE layer (0 .. L-1) and expert (0 .. E-1).
 
     Args:
       read: gives an expert's matrices [3, F*D] (gate, up, down) or an ExpertWeights; with `layout`, its bytes or a PackedExpert.
@@ -64,8 +64,8 @@ class ExpertStore:
                     f"{(count, 2 * hidden, width)} and {(count, width, hidden)} of {stored} are needed"
                 )
 
-        def read(ordinal: int, expert: int) -> ExpertWeights:
-            gate_up, down = layers[ordinal]
+        def read(moe_layer: int, expert: int) -> ExpertWeights:
+            gate_up, down = layers[moe_layer]
             return ExpertWeights(gate_up[expert], down[expert])
 
         shape = (len(layers), count, hidden, width)
@@ -73,8 +73,8 @@ class ExpertStore:
             return cls(read, shape, held_dtype(stored, dtype))
         layout = ExpertLayout(Format.parse(format), width, hidden)
 
-        def rounded(ordinal: int, expert: int) -> PackedExpert:
-            gate_up, down = map(to_f32, read(ordinal, expert))
+        def rounded(moe_layer: int, expert: int) -> PackedExpert:
+            gate_up, down = map(to_f32, read(moe_layer, expert))
             return pack_expert(gate_up[:hidden], gate_up[hidden:], down, layout.format)
 
         return cls(rounded, shape, np.uint8, layout=layout)
@@ -101,27 +101,27 @@ class ExpertStore:
         """How many experts have been read."""
         return sum(cell is not None for layer in self._cells for cell in layer)
 
-    def get(self, ordinal: int, expert: int) -> HostExpert:
+    def get(self, moe_layer: int, expert: int) -> HostExpert:
         """One expert's weights, read now if they were not; safe from any thread, read once.
 
-        Raises UserError where the checkpoint's files are damaged, IndexError for an ordinal or expert that does not exist.
+        Raises UserError where the checkpoint's files are damaged, IndexError for a MoE layer or expert that does not exist.
         """
-        if not (0 <= ordinal < self.num_layers and 0 <= expert < self.num_experts):
+        if not (0 <= moe_layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(
-                f"expert {expert} of MoE layer {ordinal}: the model has {self.num_layers} x {self.num_experts}"
+                f"expert {expert} of MoE layer {moe_layer}: the model has {self.num_layers} x {self.num_experts}"
             )
-        cell = self._cells[ordinal][expert]
+        cell = self._cells[moe_layer][expert]
         if cell is not None:
             return cell
         if not self._keep:
-            return self._load(ordinal, expert)
-        with self._locks[(ordinal * self.num_experts + expert) % len(self._locks)]:
-            if self._cells[ordinal][expert] is None:
-                self._cells[ordinal][expert] = self._load(ordinal, expert)
-            return self._cells[ordinal][expert]
+            return self._load(moe_layer, expert)
+        with self._locks[(moe_layer * self.num_experts + expert) % len(self._locks)]:
+            if self._cells[moe_layer][expert] is None:
+                self._cells[moe_layer][expert] = self._load(moe_layer, expert)
+            return self._cells[moe_layer][expert]
 
-    def _load(self, ordinal: int, expert: int) -> HostExpert:
-        source = self._read(ordinal, expert)
+    def _load(self, moe_layer: int, expert: int) -> HostExpert:
+        source = self._read(moe_layer, expert)
         if self.layout is not None:
             data = aligned_copy(source.data if isinstance(source, PackedExpert) else source, arena=self._arena)
             data.flags.writeable = False
@@ -137,8 +137,8 @@ class ExpertStore:
     def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
         """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk."""
         every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
-        for ordinal, expert in every if progress is None else progress(every, len(every), "loading experts"):
-            self.get(ordinal, expert)
+        for moe_layer, expert in every if progress is None else progress(every, len(every), "loading experts"):
+            self.get(moe_layer, expert)
 
 
 def held_dtype(stored: np.dtype, wanted) -> np.dtype:

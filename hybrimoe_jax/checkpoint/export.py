@@ -51,13 +51,13 @@ def export_hf(
 
 def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoing]:
     """Every tensor of a checkpoint under its Hugging Face name, read when it is written."""
-    config, ordinal = checkpoint.config, 0
+    config, moe_layer = checkpoint.config, 0
     hidden, width = config.moe_width, config.hidden_size
     store = checkpoint.experts(keep=False)
 
     @functools.lru_cache(maxsize=1)  # an expert's three tensors follow each other
-    def read(ordinal: int, expert: int) -> ExpertWeights:
-        return plain_expert(store.get(ordinal, expert))
+    def read(moe_layer: int, expert: int) -> ExpertWeights:
+        return plain_expert(store.get(moe_layer, expert))
 
     for piece in checkpoint.manifest["pieces"]:
         for name, entry in piece["dense"].items():
@@ -74,11 +74,11 @@ def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoin
         for expert in range(config.num_experts):
             for part, name in enumerate(expert_names(config, piece["layer"], expert)):
 
-                def blocks(ordinal=ordinal, expert=expert, part=part):
-                    weights = read(ordinal, expert)
+                def blocks(moe_layer=moe_layer, expert=expert, part=part):
+                    weights = read(moe_layer, expert)
                     matrix = (weights.gate_up[:hidden], weights.gate_up[hidden:], weights.down)[part]
                     return [matrix.astype(expert_dtype, copy=False)]
 
                 shape = (width, hidden) if part == 2 else (hidden, width)
                 yield Outgoing(name, shape, expert_dtype, blocks)
-        ordinal += 1
+        moe_layer += 1

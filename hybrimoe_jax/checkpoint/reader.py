@@ -122,13 +122,13 @@ class Checkpoint:
         opened: list[Any] = [None] * len(records)
         opening = threading.Lock()
 
-        def read(ordinal: int, expert: int) -> np.ndarray:
-            record = records[ordinal]
+        def read(moe_layer: int, expert: int) -> np.ndarray:
+            record = records[moe_layer]
             folder = self.path / "pieces" / record["name"]
             with opening:
-                if opened[ordinal] is None:
-                    opened[ordinal] = open_leaf(folder, EXPERTS)
-            packed = read_rows(opened[ordinal], expert, folder, EXPERTS)
+                if opened[moe_layer] is None:
+                    opened[moe_layer] = open_leaf(folder, EXPERTS)
+            packed = read_rows(opened[moe_layer], expert, folder, EXPERTS)
             if verify and digest(packed) != record["experts"]["hashes"][expert]:
                 raise UserError(
                     f"{self.path}: expert {expert} of layer {record['layer']} is corrupted (its hash differs from the "

@@ -7,7 +7,7 @@
 from hybrimoe_jax.decide.cache import POLICIES, CachePolicy
 from hybrimoe_jax.decide.plan import REFUSED, Counters, Fetch, LayerPlan, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, predict
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, RouterOutlook, predict
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
 from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
@@ -31,10 +31,10 @@ __all__ = [
     "Predictor",
     "Prefetch",
     "Problem",
+    "RouterOutlook",
     "Samples",
     "Schedule",
     "Scheduler",
-    "Shown",
     "System",
     "expert_bytes",
     "fit",

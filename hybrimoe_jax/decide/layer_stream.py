@@ -67,9 +67,9 @@ class LayerStream:
             loads, resident, self.costs, tokens, None, {**coming, **in_flight}, link_busy, allow_cpu=False
         )
         schedule = self._rule.schedule(problem)
-        buffered = tuple([expert for expert in schedule.waits if expert not in in_flight])
-        self.counters.layer_streamed_used += len(buffered)
-        return schedule, buffered
+        double_buffered = tuple([expert for expert in schedule.awaited if expert not in in_flight])
+        self.counters.layer_streamed_used += len(double_buffered)
+        return schedule, double_buffered
 
     def clear(self) -> None:
         """Forgets what is under way."""

@@ -44,20 +44,20 @@ class Prefetch(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, waits, buffered and cpu.
+    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, awaited, double_buffered and cpu.
 
     Attributes:
-      layer: MoE-layer ordinal.
+      layer: MoE layer.
       hits, misses: activated experts found resident, and not, when the step was planned (an expert in flight is a miss).
       device: resident experts that the device runs, in order.
-      fetch: demand loads, in link order.
+      fetch: demand fetches, in link order.
       waits: experts that a prefetch is already moving and the device runs once they have landed; their prefetch ends here (no `landed`).
       cpu: experts that the CPU runs, in order.
       useful, late, wasted: this layer's prefetches, judged.
       makespan: predicted seconds from the start of the MoE block.
-      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, waits, buffered and fetch as simulated.
-      buffered: experts that the device runs from the buffer that the whole layer was streamed into (see `layer_stream`), in order.
-      ahead: experts of the next layer to stream into the other buffer from now on.
+      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, awaited, double_buffered and fetch as simulated.
+      double_buffered: experts that the device runs from the buffer that the whole layer was streamed into (see `layer_stream`), in order.
+      next_layer_experts: experts of the next layer to stream into the other buffer from now on.
     """
 
     layer: int
@@ -65,15 +65,15 @@ class LayerPlan(NamedTuple):
     misses: tuple[int, ...]
     device: tuple[int, ...]
     fetch: tuple[Fetch, ...]
-    waits: tuple[Fetch, ...]
+    awaited: tuple[Fetch, ...]
     cpu: tuple[int, ...]
     useful: tuple[int, ...]
     late: tuple[int, ...]
     wasted: tuple[int, ...]
     makespan: float
     schedule: Schedule
-    buffered: tuple[int, ...] = ()
-    ahead: tuple[int, ...] = ()
+    double_buffered: tuple[int, ...] = ()
+    next_layer_experts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ class Counters:
     it got no slot when it landed. `*_s` are the seconds that those transfers held the link, counted when they have ended, on the clock of
     whoever told the planner (by the cost model where nobody measured); `wait_s`: how long steps waited for transfers under way, likewise.
 
-    `fetched` are demand loads, `streamed` those of them that were not kept. `layer_streamed` are experts that crossed the link with their whole
+    `fetched` are demand fetches, `streamed` those of them that were not kept. `layer_streamed` are experts that crossed the link with their whole
     layer, `layer_streamed_used` those of them that were asked for.
     """
 

@@ -1,10 +1,10 @@
 """The planner: joins placement, cache policies, scheduler and prefetcher, and holds the truth about who is resident.
 
-One decode step, per MoE layer (ordinals 0..L-1 of the layers that have experts):
+One decode step, per MoE layer (numbered 0..L-1, of the layers that have experts):
 
     planner.begin_step(phase)                                # where prompts are streamed: start what it returns of layer 0, see `layer_stream`
     plan = planner.plan(layer, loads, scores, tokens)        # residency is already what it will be after the step
-    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.waits, plan.buffered, and starts plan.ahead ...
+    ... the executor runs plan.device, plan.cpu, plan.fetch, plan.awaited, plan.double_buffered, and starts plan.next_layer_experts ...
     for p in planner.prefetch(layer, shown): ...             # where planner.depth(tokens) is not 0: start the transfer of p.expert of p.layer
     planner.landed(p.layer, p.expert)                        # at a layer boundary, once such a transfer is complete
     planner.finish_step()                                    # after the last layer
@@ -23,12 +23,12 @@ from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Forecast
-from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown, as_list
-from hybrimoe_jax.decide.prefetch.prefetch_planner import Scout
-from hybrimoe_jax.decide.residency.inflight import Ledger
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, RouterOutlook, as_list
+from hybrimoe_jax.decide.prefetch.prefetch_planner import PrefetchPlanner
+from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.schedule import Scheduler
-from hybrimoe_jax.decide.schedule_cache import Answers
+from hybrimoe_jax.decide.schedule_cache import ScheduleCache
 from hybrimoe_jax.decide.setup import set_up
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.decide.view import View
@@ -92,33 +92,33 @@ class Planner:
         self.system, self.slots, self.scheduler, self.predictor = system, slots, rule, _ = setup[:4]
         self.policies, self.costs, self.max_in_flight = setup.policies, costs, max_in_flight
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
-        self.accuracy = Accuracy(system.reach)
+        self.accuracy = Accuracy(system.max_distance)
         self.counters = Counters()
         flags = {"allow_cpu": allow_cpu, "allow_fetch": allow_fetch, "allow_steal": allow_steal}
-        self._ledger = Ledger(num_layers, self.counters)
+        self._inflight = InflightTransfers(num_layers, self.counters)
         start_cold = cold and not setup.fixed
-        self._residency = Residency(slots, self.policies, self._ledger, system.guard, start_cold, setup.pooled)
+        self._residency = Residency(slots, self.policies, self._inflight, system.guard, start_cold, setup.pooled)
         forecast, looks = Forecast(rule, costs, **flags), rule.looks_ahead
         view = View(self._residency, forecast, self.accuracy, top_k, max_in_flight) if looks else None
         parts = (self.predictor, forecast, self.accuracy, self._residency)
-        self._scout = Scout(system, *parts, costs, max_in_flight, looks)
-        self._answers = Answers(rule, costs, view, **flags)
+        self._prefetch_planner = PrefetchPlanner(system, *parts, costs, max_in_flight, looks)
+        self._schedule_cache = ScheduleCache(rule, costs, view, **flags)
         streams = system.stream_prefill and allow_fetch
         self._stream = LayerStream(num_experts, costs, self.counters) if streams else None
         self._streaming = False  # in this step
         self._experts = frozenset(range(num_experts))
         self._next_clock = self._until_next = 0.0  # the latter from the start of the latest MoE block to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
-        self.handover_to_forgo = self._answers.forego(
+        self.handover_for_all_on_cpu = self._schedule_cache.prove_all_on_cpu(
             top_k, setup.most_resident
-        )  # what `costs.handover` must be for `foregone`
-        if self.foregone:  # whatever a prefetch might bring, it is not worth leaving the program for
-            self._scout.leave_out(1)
+        )  # what `costs.handover` must be for `all_on_cpu`
+        if self.all_on_cpu:  # whatever a prefetch might bring, it is not worth leaving the program for
+            self._prefetch_planner.leave_out(1)
 
     @property
-    def foregone(self) -> bool:
+    def all_on_cpu(self) -> bool:
         """Whether a step of one token gives every expert to the CPU whatever the routing, so that nothing needs to be decided within it."""
-        return self._answers.foregone is not None
+        return self._schedule_cache.all_on_cpu is not None
 
     def streams(self, phase: str) -> bool:
         """Whether a step of this phase, "prefill" or "decode", is streamed layer by layer (see `layer_stream`), so that it must be begun."""
@@ -129,7 +129,7 @@ class Planner:
         self._streaming = self.streams(phase)
         if not self._streaming:
             return ()
-        self._ledger.clock = self._next_clock if now is None else now
+        self._inflight.clock = self._next_clock if now is None else now
         return self._start_stream(0)
 
     def initial_residents(self) -> list[list[int]]:
@@ -158,25 +158,27 @@ class Planner:
         """
         equal = self._check(layer, loads, scores, tokens)
         scores = as_list(scores)
-        residency, ledger = self._residency, self._ledger
-        ledger.clock = clock = self._next_clock if now is None else now
+        residency, inflight = self._residency, self._inflight
+        inflight.clock = clock = self._next_clock if now is None else now
         self.policies[layer].observe(scores, loads)
-        resident, flying = residency.resident[layer], ledger.flying[layer]
+        resident, transfers = residency.resident[layer], inflight.in_flight[layer]
         hits = tuple([e for e in loads if e in resident])
         misses = tuple([e for e in loads if e not in resident]) if len(hits) < len(loads) else ()
-        in_flight = {e: max(0.0, flying[e].landing - clock) for e in misses if e in flying} if flying else {}
-        link_busy = max(0.0, ledger.link_free - clock)
+        in_flight = {e: max(0.0, transfers[e].landing - clock) for e in misses if e in transfers} if transfers else {}
+        link_busy = max(0.0, inflight.link_free - clock)
 
-        buffered = ahead = ()
+        double_buffered = next_layer_experts = ()
         if self._streaming:
-            schedule, buffered = self._stream.schedule(layer, loads, tokens, resident, in_flight, clock, link_busy)
+            schedule, double_buffered = self._stream.schedule(
+                layer, loads, tokens, resident, in_flight, clock, link_busy
+            )
             device = tuple([e for e in schedule.device if e in resident])
-            awaited = [e for e in schedule.waits if e in in_flight]
+            awaited_experts = [e for e in schedule.awaited if e in in_flight]
         else:
-            schedule, device = self._answers.schedule(
+            schedule, device = self._schedule_cache.schedule(
                 layer, loads, scores, tokens, resident, hits, misses, in_flight, link_busy, equal
             )
-            awaited = schedule.waits
+            awaited_experts = schedule.awaited
 
         predictions = residency.predictions[layer]
         if predictions:
@@ -184,53 +186,53 @@ class Planner:
             for distance, prediction in predictions:
                 self.accuracy.update(distance, prediction.loads.keys(), asked)
             predictions.clear()
-        useful, late, wasted = ledger.judge(layer, device, {e: in_flight[e] for e in awaited})
+        useful, late, wasted = inflight.judge(layer, device, {e: in_flight[e] for e in awaited_experts})
         residency.needed[layer] = set(loads)
-        fetch = waits = ()
-        if awaited:
-            waits = tuple([residency.admit(layer, expert) for expert in awaited])
+        fetch = awaited = ()
+        if awaited_experts:
+            awaited = tuple([residency.admit(layer, expert) for expert in awaited_experts])
         if schedule.fetch:
             if self._streaming:
                 fetch = tuple([Fetch(expert, None, True) for expert in schedule.fetch])
             else:
                 fetch = tuple([residency.admit(layer, expert) for expert in schedule.fetch])
-            ledger.link_free = clock + schedule.link_seconds
+            inflight.link_free = clock + schedule.link_seconds
         if self._streaming:
-            ahead = self._start_stream(layer + 1)
-        if self._answers.view is not None:
-            kept = sum([1 for f in waits + fetch if not f.stream])
-            self._answers.view.fills.observe(layer, loads, tokens, kept)
+            next_layer_experts = self._start_stream(layer + 1)
+        if self._schedule_cache.view is not None:
+            kept = sum([1 for f in awaited + fetch if not f.stream])
+            self._schedule_cache.view.fills.observe(layer, loads, tokens, kept)
         makespan = schedule.makespan
         self._until_next = makespan + self.costs.layer(tokens)
         self._next_clock, self._tokens = clock + self._until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
         return LayerPlan(
-            layer, hits, misses, device, fetch, waits, schedule.cpu, useful, late, wasted, makespan, schedule, buffered,
-            ahead,
+            layer, hits, misses, device, fetch, awaited, schedule.cpu, useful, late, wasted, makespan, schedule,
+            double_buffered, next_layer_experts,
         )  # fmt: skip
 
     def depth(self, tokens: int) -> int:
-        """How many layers to look ahead in a step of so many tokens, see `Scout.depth`; 0 in a streamed step, whose link has no time to spare."""
-        return 0 if self._streaming else self._scout.depth(tokens)
+        """How many layers to look ahead in a step of so many tokens, see `PrefetchPlanner.depth`; 0 in a streamed step, whose link has no time to spare."""
+        return 0 if self._streaming else self._prefetch_planner.depth(tokens)
 
-    def worth_looking(self, tokens: int) -> bool:
+    def should_predict(self, tokens: int) -> bool:
         """Whether any layer is to be predicted in a step of so many tokens."""
         return self.depth(tokens) > 0
 
-    def gates(self, tokens: int) -> int:
+    def routers_wanted(self, tokens: int) -> int:
         """How many coming layers' routers the predictor wants applied in a step of so many tokens."""
-        return self.depth(tokens) if self.predictor.gates else 0
+        return self.depth(tokens) if self.predictor.needs_routers else 0
 
-    def rests(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step, see `Scout.rests`."""
-        return self._scout.rests(tokens)
+    def backing_off(self, tokens: int) -> bool:
+        """Whether to leave out predicting in this step, see `PrefetchPlanner.backing_off`."""
+        return self._prefetch_planner.backing_off(tokens)
 
-    def prefetch(self, layer: int, shown: Shown) -> tuple[Prefetch, ...]:
-        """The transfers to start behind `layer`'s demand loads, by what `layer` shows of the coming layers; call it right after `plan`, and in every
+    def prefetch(self, layer: int, shown: RouterOutlook) -> tuple[Prefetch, ...]:
+        """The transfers to start behind `layer`'s demand fetches, by what `layer` shows of the coming layers; call it right after `plan`, and in every
         layer of a step or in none."""
         if not self._tokens or self._streaming:
             return ()
-        return self._scout.look(layer, shown, self._tokens, self._until_next)
+        return self._prefetch_planner.look(layer, shown, self._tokens, self._until_next)
 
     def plan_prefetch(self, layer: int, lookahead: Sequence[Prediction]) -> tuple[Prefetch, ...]:
         """The same by given predictions.
@@ -241,7 +243,7 @@ class Planner:
         if not self._tokens or self._streaming:
             return ()
         lookahead = [Prediction(loads, as_list(scores)) for loads, scores in lookahead]
-        return self._scout.start(layer, lookahead, self._tokens, self._until_next)
+        return self._prefetch_planner.start(layer, lookahead, self._tokens, self._until_next)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
         """Tells of a prefetch whose transfer is complete; returns the victim whose slot it takes, None for a free slot, or REFUSED.
@@ -251,36 +253,36 @@ class Planner:
         """
         found = self._residency.land(layer, expert, seconds)
         if not self._streaming:
-            self._ledger.clear_link()
+            self._inflight.clear_link()
         return found
 
     def waited(self, layer: int, expert: int, seconds: float, wait: float) -> None:
-        """Tells of one of the latest plan's `waits` how long its transfer held the link and it was waited for, where that was measured."""
-        self._ledger.waited(layer, expert, seconds, wait)
+        """Tells of one of the latest plan's `awaited` how long its transfer held the link and it was waited for, where that was measured."""
+        self._inflight.waited(layer, expert, seconds, wait)
 
     def finish_step(self) -> None:
         """Ends the step (one token of each sequence, or one prefill chunk): prefetches for layers that were not planned are wasted."""
         if self._streaming:
             self._streaming = False
             self._stream.clear()
-        self._ledger.finish_step()
+        self._inflight.finish_step()
         self._residency.finish_step()
-        self._scout.finish_step(self._tokens, self.counters.prefetch_issued)
+        self._prefetch_planner.finish_step(self._tokens, self.counters.prefetch_issued)
 
     def abandon_step(self) -> None:
         """Forgets a step that was broken off: its transfers under way count as wasted and will not be told of by `landed`."""
         self.finish_step()
-        self._ledger.abandon()
+        self._inflight.abandon()
         self._tokens = 0
-        self._ledger.clear_link()
+        self._inflight.clear_link()
 
     def _start_stream(self, layer: int) -> tuple[int, ...]:
         """Queues a whole layer behind all that is on the link."""
         if layer >= self.num_layers:
             return ()
-        present = self._residency.resident[layer] | self._ledger.flying[layer].keys()
-        ledger = self._ledger
-        experts, ledger.link_free = self._stream.start(layer, present, max(ledger.link_free, ledger.clock))
+        present = self._residency.resident[layer] | self._inflight.in_flight[layer].keys()
+        inflight = self._inflight
+        experts, inflight.link_free = self._stream.start(layer, present, max(inflight.link_free, inflight.clock))
         return experts
 
     def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:

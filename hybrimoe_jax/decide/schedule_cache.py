@@ -1,7 +1,7 @@
 """How the planner gets a layer's schedule: from memory where it was asked the same before, from the rule otherwise.
 
-Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known beforehand (`foregone`, see
-`schedule.alone`). Where all loads are 1 the rule is asked once for each pair of numbers, residents and misses (`schedule.equal`). Everything
+Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known beforehand (`all_on_cpu`, see
+`schedule.shared_cores`). Where all loads are 1 the rule is asked once for each pair of numbers, residents and misses (`schedule.equal`). Everything
 else is a `Problem` of its own, shown the next layer and the worth of a fill if the rule looks ahead (`view`).
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler
 from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
-from hybrimoe_jax.decide.schedule.unit_load_cache import EqualLoads, apply
+from hybrimoe_jax.decide.schedule.unit_load_cache import UnitLoadCache, apply
 from hybrimoe_jax.decide.view import View
 
 
-class Answers:
+class ScheduleCache:
     """One rule's answers for one engine.
 
     Args:
@@ -26,15 +26,15 @@ class Answers:
 
     def __init__(self, rule: Scheduler, costs: Any, view: View | None, **flags: bool):
         self.rule, self.costs, self.view, self.flags = rule, costs, view, flags
-        self.foregone: Schedule | None = None
-        self._equal = EqualLoads(rule, costs, **self.flags_for(1)) if rule.by_numbers else None
+        self.all_on_cpu: Schedule | None = None
+        self._equal = UnitLoadCache(rule, costs, **self.flags_for(1)) if rule.depends_on_counts_only else None
 
-    def forego(self, top_k: int, most_resident: int) -> float | None:
+    def prove_all_on_cpu(self, top_k: int, most_resident: int) -> float | None:
         """Lets a step of one token be answered beforehand, where that is the rule's answer whatever the routing; `most_resident`: experts of
         a layer in slots at most. Returns what `CostModel.handover` must be for that, None where nothing would do."""
         if not isinstance(self.rule, SharedCoresScheduler):
             return None
-        needed, self.foregone = self.rule.forego(self.costs, top_k, most_resident, **self.flags)
+        needed, self.all_on_cpu = self.rule.prove_all_on_cpu(self.costs, top_k, most_resident, **self.flags)
         return needed
 
     def schedule(
@@ -56,8 +56,8 @@ class Answers:
         so is `tokens`.
         """
         if not in_flight and tokens == 1:
-            if self.foregone is not None:
-                return self.foregone._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
+            if self.all_on_cpu is not None:
+                return self.all_on_cpu._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
             memory = self._equal
             if equal and memory is not None:
                 by_id = memory.by_id or scores is None
@@ -75,7 +75,7 @@ class Answers:
         return schedule, tuple([expert for expert in schedule.device if expert in resident])
 
     def flags_for(self, load: int) -> dict[str, bool]:
-        """No demand loads where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
+        """No demand fetches where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
         costs = self.costs
         if not costs.fetch_host or not self.rule.uses_cpu or not self.flags["allow_cpu"]:
             return self.flags

@@ -63,7 +63,7 @@ def set_up(
         raise UserError(f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers")
     rule = scheduler if isinstance(scheduler, Scheduler) else get_scheduler(system.scheduler)
     if not isinstance(predictor, Predictor):
-        predictor = build_predictor(system.predictor, num_layers, num_experts, top_k, system.reach)
+        predictor = build_predictor(system.predictor, num_layers, num_experts, top_k, system.max_distance)
     policy, parameters = (cache, {}) if isinstance(cache, type) else parse_policy(system.cache)
     pooled = system.scope == "pooled"
     capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots

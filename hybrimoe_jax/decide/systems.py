@@ -70,7 +70,7 @@ class System:
     lookahead: int | Literal["adaptive"] = 0
     placement: Literal["uniform", "popular", "whole-layers", "none"] = "uniform"
     guard: Literal["value", "expected", "none"] = "expected"
-    predictor: str = "gate-reuse"
+    predictor: str = "router-reuse"
     scope: Literal["layer", "pooled"] = "layer"
     stream_prefill: bool = False
 
@@ -91,10 +91,10 @@ class System:
         if self.prefetch == "none":
             object.__setattr__(self, "lookahead", 0)
         elif self.prefetch == "next-layer":
-            object.__setattr__(self, "lookahead", min(self.reach, 1))
+            object.__setattr__(self, "lookahead", min(self.max_distance, 1))
 
     @property
-    def reach(self) -> int:
+    def max_distance(self) -> int:
         """Layers ahead that are predicted at most."""
         return MAX_DEPTH if self.lookahead == "adaptive" else self.lookahead
 
@@ -106,7 +106,7 @@ class System:
     @property
     def fetches(self) -> bool:
         """Whether experts ever cross the link after the start."""
-        return get_scheduler(self.scheduler).uses_link or self.reach > 0 or self.stream_prefill
+        return get_scheduler(self.scheduler).uses_link or self.max_distance > 0 or self.stream_prefill
 
     def slots_per_layer(
         self,

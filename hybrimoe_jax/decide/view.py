@@ -98,8 +98,8 @@ class View:
 
     def _coming(self, layer: int, problem: Problem) -> Coming:
         distance, prediction = self.residency.predictions[layer][-1]
-        loads, room = prediction.loads, self.max_in_flight - self.residency.ledger.num_flying
-        present = self.residency.resident[layer] | self.residency.ledger.flying[layer].keys()
+        loads, room = prediction.loads, self.max_in_flight - self.residency.inflight.num_in_flight
+        present = self.residency.resident[layer] | self.residency.inflight.in_flight[layer].keys()
         here = [load for expert, load in loads.items() if expert in present]
         absent = [load for expert, load in loads.items() if expert not in present]
         gap, chance = problem.costs.layer(problem.tokens), self.accuracy.probability(distance)

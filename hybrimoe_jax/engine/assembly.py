@@ -60,7 +60,7 @@ class Parts:
     model: DeviceModel
     forward: Forward
     footprint: budget.Footprint
-    cores: threads.CoreSplit
+    cores: threads.ThreadBudget
     expert_format: str
     device_kernel: str
     lookahead: int = 0
@@ -130,8 +130,8 @@ class Parts:
 def assemble(config, dense, store, options: EngineConfig, max_context: int, frequencies) -> Parts:
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
     system = get_system(options.system)
-    cores = threads.divide(options.threads, options.executor)
-    threads.settle_dispatch(options.executor)
+    cores = threads.split_threads(options.threads, options.executor)
+    threads.set_async_dispatch(options.executor)
     device, clock = jax.devices()[0], WallClock()
     model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
     if options.executor == "dense":
@@ -146,8 +146,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         scope=options.cache_scope,
         stream_prefill=options.stream_prefill,
     )
-    lookahead = system.reach
-    model.own_norm = system.predictor == "gate-input"
+    lookahead = system.max_distance
+    model.own_norm = system.predictor == "router-input"
     num_layers = len(model.moe_layers)
     expert_format, dtype = device_format(store, device)
     check_device_kernel(options.device_kernel, device, expert_format)
@@ -196,10 +196,10 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
 
     planner = plan_with(costs)
 
-    def verify(ordinal: int) -> None:
-        if pool.residents(ordinal) != planner.resident(ordinal):
-            raise RuntimeError(f"MoE layer {ordinal}: the slots and the planner disagree about what is resident")
-        pool.verify(ordinal, lambda expert: store.get(ordinal, expert))
+    def verify(moe_layer: int) -> None:
+        if pool.residents(moe_layer) != planner.resident(moe_layer):
+            raise RuntimeError(f"MoE layer {moe_layer}: the slots and the planner disagree about what is resident")
+        pool.verify(moe_layer, lambda expert: store.get(moe_layer, expert))
 
     shared = dict(
         model=model,
@@ -218,9 +218,11 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         polls = threads.available_cores() > 1 and costs.layer(1) < POLL_WAKES * wake_s
         spin_s = 2 * costs.layer(1) if polls else 0.0
         forward = OverlappedForward(**shared, host=host, wake_s=wake_s, spin_s=spin_s)
-        if one_program and (planner.foregone or (options.profile is None and planner.handover_to_forgo is not None)):
+        if one_program and (
+            planner.all_on_cpu or (options.profile is None and planner.handover_for_all_on_cpu is not None)
+        ):
             forward.whole = whole_step(model, host, config.num_experts)
-            if planner.foregone:
+            if planner.all_on_cpu:
                 forward.whole.calibrate(clock, WARMUP_CAPACITY, cores.total)
             else:
                 costs = decided_by_running(forward, plan_with, costs, WARMUP_CAPACITY, cores.total)
@@ -316,10 +318,10 @@ def _dense_parts(config, model, store, options, system, device, cores, max_conte
         flat |= {f"model.layers.{index}.{name}": array for name, array in layer.params.items()}
     weights = []
     for layer in model.layers:
-        if layer.ordinal is None:
+        if layer.moe_layer is None:
             weights.append(None)
             continue
-        experts = [store.get(layer.ordinal, expert) for expert in range(config.num_experts)]
+        experts = [store.get(layer.moe_layer, expert) for expert in range(config.num_experts)]
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *map(parts_of, experts))
         weights.append(jax.device_put(stacked, device))
     forward = DenseForward(graphdef, {name: flat[name] for name in abstract}, weights, clock)

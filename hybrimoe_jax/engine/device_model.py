@@ -23,9 +23,9 @@ TABLE = "model.embed_tokens.weight"
 
 @dataclasses.dataclass
 class DeviceLayer:
-    """One decoder layer. `ordinal` counts MoE layers only; None for a dense one."""
+    """One decoder layer. `moe_layer` counts MoE layers only; None for a dense one."""
 
-    ordinal: int | None
+    moe_layer: int | None
     graphdef: object
     params: dict[str, jax.Array]
     programs: LayerPrograms
@@ -67,7 +67,7 @@ class DeviceModel:
         self.norm = put("model.norm.weight")
         self.head = self.table if config.tie_word_embeddings else put("lm_head.weight")
         self.layers: list[DeviceLayer] = []
-        ordinal = 0
+        moe_layer = 0
         for index, layer in enumerate(model.model.layers):
             graphdef, abstract = split(layer)
             params = {name: put(f"model.layers.{index}.{name}") for name in abstract}
@@ -78,7 +78,7 @@ class DeviceModel:
             has_shared = layer.is_moe and any("shared" in name for name in params)
             self.layers.append(
                 DeviceLayer(
-                    ordinal if layer.is_moe else None,
+                    moe_layer if layer.is_moe else None,
                     graphdef,
                     params,
                     layer_programs(graphdef, has_shared),
@@ -87,8 +87,8 @@ class DeviceModel:
                     self.eps,
                 )
             )
-            ordinal += layer.is_moe
-        self.moe_layers = [layer for layer in self.layers if layer.ordinal is not None]
+            moe_layer += layer.is_moe
+        self.moe_layers = [layer for layer in self.layers if layer.moe_layer is not None]
         self._routers: dict[int, list[tuple]] = {}
 
     @property
@@ -113,8 +113,8 @@ class DeviceModel:
         shapes = tuple(tuple(layer.cache_shapes(batch, capacity).items()) for layer in self.layers)
         return jax.device_put(_empty_caches(shapes, self.cache_dtype), self.device)
 
-    def lookahead_routers(self, ordinal: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """(norm, gate) of the MoE layers ordinal+1 .. ordinal+distance. Past the end the last layer stands in, so that
+    def lookahead_routers(self, moe_layer: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance. Past the end the last layer stands in, so that
         every layer runs the same executable; predictors ignore those."""
         if distance not in self._routers:
             last = len(self.moe_layers) - 1
@@ -126,7 +126,7 @@ class DeviceModel:
                 )
                 for layer in range(last + 1)
             ]
-        return self._routers[distance][ordinal]
+        return self._routers[distance][moe_layer]
 
 
 def stays_narrow(name: str, array: np.ndarray) -> bool:

@@ -20,8 +20,8 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
     options = options or EngineConfig()
-    threads.divide(options.threads, options.executor)
-    threads.settle_dispatch(options.executor)
+    threads.split_threads(options.threads, options.executor)
+    threads.set_async_dispatch(options.executor)
     import jax
 
     from hybrimoe_jax.checkpoint.reader import open_checkpoint

@@ -84,7 +84,7 @@ class EngineTrace:
             clock=engine.clock.name,
             system=engine.options.system,
             seed=engine.options.seed,
-            lookahead="gate-input" if engine.options.predictor == "gate-input" else "gate-reuse",
+            lookahead="router-input" if engine.options.predictor == "router-input" else "router-reuse",
         )
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 
 _FIRST_ROW = np.zeros(1, np.int64)
 
@@ -34,12 +34,12 @@ class HostRouting:
     ahead: list[np.ndarray]
     valid: np.ndarray
 
-    def shown(self) -> Shown:
+    def shown(self) -> RouterOutlook:
         """What a predictor may learn from: the real tokens' rows."""
         if len(self.valid) == len(self.ids):
-            return Shown(self.ids, self.row_scores, self.ahead)
+            return RouterOutlook(self.ids, self.row_scores, self.ahead)
         rows = self.valid
-        return Shown(self.ids[rows], self.row_scores[rows], [ahead[rows] for ahead in self.ahead])
+        return RouterOutlook(self.ids[rows], self.row_scores[rows], [ahead[rows] for ahead in self.ahead])
 
 
 def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray) -> HostRouting:

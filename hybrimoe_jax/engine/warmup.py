@@ -50,7 +50,7 @@ def measure(
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
     Args:
-      weights: (MoE layer ordinal, expert) -> HostExpert.
+      weights: (MoE layer, expert) -> HostExpert.
       capacity: of the KV cache used for the front's timing.
       inline_s: host experts shorter than this are run by the thread that dispatches the device's.
       distances: lookahead depth, whose price is measured too.
@@ -219,7 +219,7 @@ def _down(weights: HostExpert) -> np.ndarray:
 
 
 def _issue(clock: WallClock, pool: SlotPool, link: Link, rotation, weights) -> float:
-    """Seconds until the calls that start a demand load return."""
+    """Seconds until the calls that start a demand fetch return."""
     times = []
     for layer, expert in itertools.islice(rotation, REPEATS):
         start = clock.now()

@@ -59,7 +59,7 @@ class CostModel:
 
     `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for the device, the shared
     experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
-    `fetch_host` is how long issuing a demand load keeps the CPU lane from computing (0 where other threads compute), and `look` what
+    `fetch_host` is how long issuing a demand fetch keeps the CPU lane from computing (0 where other threads compute), and `look` what
     predicting the coming layers costs in each layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine
     whose device has none of its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program
     and come back to it so that the host can decide, or as much as it must be by what both ways took (`runtime.one_program`); 0: a step cannot be one program.

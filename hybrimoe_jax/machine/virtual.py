@@ -2,7 +2,7 @@
 
 It keeps the virtual clock. What a layer does is known once it is planned, so its events are worked out in order of time: the CPU runs its
 experts one behind the other; the device opens with the shared experts and runs its queue, waiting for what has not landed; the link moves
-prefetches and demand loads first come, first served (see `link`). A layer ends when both computing lanes have ended; then comes the next
+prefetches and demand fetches first come, first served (see `link`). A layer ends when both computing lanes have ended; then comes the next
 layer's attention, on the device. Where the link's two bandwidths are equal a layer takes what the planner predicted; where they differ the
 planner's constant transfer time is an estimate and this is the truth.
 
@@ -39,7 +39,7 @@ class Machine:
         self.links = [LinkLane(costs) for _ in range(links)]
         self.now = self.cpu = self.device = self.attention = 0.0
         self._block = 0.0  # when the latest MoE block began
-        self._flying: set[tuple[int, int]] = set()  # prefetches not yet told of
+        self._in_flight: set[tuple[int, int]] = set()  # prefetches not yet told of
         self._landed: list[tuple[float, int, int]] = []
         self._buffered: dict[tuple[int, int], float] = {}  # streamed with their whole layer: when they landed
         self._streaming = 0  # how many of those are still to land
@@ -67,19 +67,19 @@ class Machine:
 
     def landed(self) -> list[tuple[int, int]]:
         """Prefetches, (layer, expert), that have landed by now and were not told of, in order."""
-        if not self._flying:
+        if not self._in_flight:
             return []
         self._advance(self.now)
         ready = [(layer, expert) for _, layer, expert in sorted(self._landed)]
         self._landed.clear()
-        self._flying.difference_update(ready)
+        self._in_flight.difference_update(ready)
         return ready
 
     def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None:
         """Carries out a plan and moves the clock to its end."""
         costs, start, timeline = self.costs, self.now, self.timeline
         self._block = cpu = start
-        if self._flying or self._streaming:
+        if self._in_flight or self._streaming:
             self._advance(start)
         if plan.cpu:
             cpu += costs.fetch_host * len(plan.fetch)
@@ -98,7 +98,7 @@ class Machine:
         if timeline is not None and busy:
             timeline.add("device", f"shared {plan.layer}", start, device, layer=plan.layer)
         cost = costs.device
-        if plan.fetch or plan.waits or plan.buffered:
+        if plan.fetch or plan.awaited or plan.double_buffered:
             ready = self._arrivals(plan)
             for expert in plan.schedule.device:
                 begin = ready.get(expert, device)
@@ -117,12 +117,12 @@ class Machine:
             busy = device - start
         self.device += busy
         self.now = cpu if cpu > device else device
-        if plan.ahead:
-            self._start_stream(plan.layer + 1, plan.ahead)
+        if plan.next_layer_experts:
+            self._start_stream(plan.layer + 1, plan.next_layer_experts)
 
     def prefetch(self, layer: int, expert: int) -> None:
         """Starts a transfer behind all that is queued, at the start of the MoE block that ran last."""
-        self._flying.add((layer, expert))
+        self._in_flight.add((layer, expert))
         self._send("prefetch", layer, expert)
 
     def drain(self) -> None:
@@ -130,7 +130,7 @@ class Machine:
         for lane in self.links:
             lane.clear()
         self._landed.clear()
-        self._flying.clear()
+        self._in_flight.clear()
         self._buffered.clear()
         self._streaming = 0
 
@@ -172,19 +172,19 @@ class Machine:
         layer, buffered = plan.layer, self._buffered
         for fetch in plan.fetch:
             self._send("fetch", layer, fetch.expert)
-        wanted = {fetch.expert for fetch in plan.fetch + plan.waits}.union(plan.buffered)
-        ready = {expert: buffered[layer, expert] for expert in plan.buffered if (layer, expert) in buffered}
+        wanted = {fetch.expert for fetch in plan.fetch + plan.awaited}.union(plan.double_buffered)
+        ready = {expert: buffered[layer, expert] for expert in plan.double_buffered if (layer, expert) in buffered}
         for lane in self.links:
             while any(key[1] == layer and key[2] in wanted for key in lane.keys()):
                 key, began, end = lane.finish_first()
                 self._arrived(key, began, end)
                 if key[1] == layer and key[2] in wanted:
                     ready[key[2]] = end
-        if plan.waits:
-            awaited = {(layer, fetch.expert) for fetch in plan.waits}
+        if plan.awaited:
+            awaited = {(layer, fetch.expert) for fetch in plan.awaited}
             ready |= {landing[2]: landing[0] for landing in self._landed if landing[1:] in awaited}
             self._landed = [landing for landing in self._landed if landing[1:] not in awaited]
-            self._flying -= awaited
+            self._in_flight -= awaited
         return ready
 
     def _note(self, lane: str, what: str, layer: int, expert: int, begin: float, end: float, **args) -> None:

@@ -25,7 +25,7 @@ _answer = contextvars.ContextVar("what ropes are answered by in what is being tr
 
 
 @contextlib.contextmanager
-def answering(answer: Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]]):
+def override(answer: Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]]):
     """In what is traced inside, `answer(rope, positions)` says what a rope gives: for a program that knows several steps' positions beforehand. XLA's CPU backend
     fuses sines and cosines into what uses them, and computes them again for every head of every layer (10 us a layer of a 466 M model)."""
     token = _answer.set(answer)

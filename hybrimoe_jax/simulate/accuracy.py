@@ -11,7 +11,7 @@ DISTANCES = 6
 def recall_by_distance(tokens: TokenSteps, steps: int = 300, distances: int = DISTANCES) -> dict[str, list[float]]:
     """Per predictor that the trace allows, the share of activated experts that it named, at distances 1, 2, ... One token a step."""
     facts = tokens.facts
-    names = ["co-activation", "previous"] + (["gate-reuse", "corrected"] if tokens.has_lookahead else [])
+    names = ["co-activation", "previous"] + (["router-reuse", "corrected"] if tokens.has_lookahead else [])
     shares = {}
     for name in names:
         predictor = build_predictor(name, facts.layers, facts.experts, facts.top_k, distances)

@@ -53,9 +53,9 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
         begin, hits, misses = machine.now or 0.0, counters.hits, counters.misses
         tokens = step.tokens
         stream = planner.begin_step(step.phase, machine.now)
-        looks = planner.worth_looking(tokens)
-        prefetches = looks and not planner.rests(tokens)
-        gates = planner.gates(tokens) > 0
+        looks = planner.should_predict(tokens)
+        prefetches = looks and not planner.backing_off(tokens)
+        gates = planner.routers_wanted(tokens) > 0
         if isinstance(planner.predictor, Perfect):
             planner.predictor.foresee({asked.layer: asked.shown.ids for asked in step.layers})
         machine.step(tokens, stream)

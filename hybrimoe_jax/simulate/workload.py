@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax.decide.prefetch.prediction import Shown
+from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.tokens import one_token_steps
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
     layer: int
     loads: dict[int, int]
     scores: Sequence[float] | None
-    shown: Shown
+    shown: RouterOutlook
 
 
 class Step(NamedTuple):
@@ -58,10 +58,10 @@ def _asked(layer: int, ids: np.ndarray, scores, weights, ahead, experts: int) ->
     """What rows of tokens ask of a layer, as the live engine counts it."""
     if len(ids) == 1:
         loads = dict.fromkeys(ids[0].tolist(), 1)
-        return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), Shown(ids, scores, ahead))
+        return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), RouterOutlook(ids, scores, ahead))
     counts = np.bincount(ids.ravel(), minlength=experts)
     loads = {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
-    return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), Shown(ids, scores, ahead))
+    return Asked(layer, loads, _mean_scores(ids, scores, weights, experts), RouterOutlook(ids, scores, ahead))
 
 
 def _mean_scores(ids: np.ndarray, scores, weights, experts: int) -> list[float] | None:
@@ -137,7 +137,7 @@ class TokenSteps:
                 break
             ahead.append(predicted[None])
         rows = slice(row, row + 1)
-        shown = Shown(tokens.ids[rows], tokens.scores[rows] if known else None, ahead)
+        shown = RouterOutlook(tokens.ids[rows], tokens.scores[rows] if known else None, ahead)
         return Asked(self._layer[row], dict.fromkeys(ids, 1), scores, shown)
 
     def prompts(self, sequences: Sequence[int], length: int, most: int) -> list[Step]:

@@ -104,11 +104,11 @@ def _lines(record: dict) -> list[tuple[str, str]]:
                 f"{reuse['median']} experts at the median, {reuse['p90']} at p90, {reuse['p99']} at p99; {reuse['first_uses']:.2%} first uses",
             )
         )
-    if record["gate_reuse"]:
+    if record["router_reuse"]:
         lines.append(
             (
                 "gate reuse",
-                ", ".join(f"{d}: {share:.1%}" for d, share in record["gate_reuse"].items() if share is not None)
+                ", ".join(f"{d}: {share:.1%}" for d, share in record["router_reuse"].items() if share is not None)
                 + " of predicted experts chosen, by distance",
             )
         )

@@ -63,7 +63,7 @@ def info(trace: Trace) -> dict[str, Any]:
         "overlap": _overlap(tokens, facts),
         "skew": _skew(tokens, facts),
         "reuse_distance": _reuse(tokens, facts),
-        "gate_reuse": {d: _hit_share(trace, tokens, d) for d in sorted(trace.lookahead)},
+        "router_reuse": {d: _hit_share(trace, tokens, d) for d in sorted(trace.lookahead)},
         "about": trace.about,
     }
 

@@ -113,8 +113,8 @@ def read_converted(folder: Path) -> tuple[ModelConfig, Params, tokenizers.Tokeni
     checkpoint = open_checkpoint(folder)
     store = checkpoint.experts(dtype=np.float32)
     experts = {}
-    for ordinal, layer in enumerate(checkpoint.config.moe_layers):
-        weights = [plain_expert(store.get(ordinal, expert)) for expert in range(store.num_experts)]
+    for moe_layer, layer in enumerate(checkpoint.config.moe_layers):
+        weights = [plain_expert(store.get(moe_layer, expert)) for expert in range(store.num_experts)]
         experts[str(layer)] = {
             "gate_up": jnp.asarray(np.stack([w.gate_up for w in weights])),
             "down": jnp.asarray(np.stack([w.down for w in weights])),

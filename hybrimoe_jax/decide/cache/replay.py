@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
-from hybrimoe_jax.decide.cache.victims import Offers
+from hybrimoe_jax.decide.cache.victims import VictimCandidates
 
 
 class Visit(NamedTuple):
@@ -91,19 +91,19 @@ class Pooled:
     def __init__(self, policies: Sequence[CachePolicy], slots: int, *, bypass: bool = False):
         self.policies, self.slots, self.bypass, self.used = policies, slots, bypass, 0
         self.resident: list[set[int]] = [set() for _ in policies]
-        self._offers = Offers(policies, self.resident)
+        self._candidates = VictimCandidates(policies, self.resident)
         if all(policy.fixed for policy in policies):
             self._fill()
 
     def admit(self, layer: int, expert: int, needed: Collection[int]) -> bool:
         """Finds a slot for a missed expert; False where it is not kept."""
         if self.used >= self.slots:
-            offers = self._offers.all([needed if i == layer else () for i in range(len(self.policies))])
+            offers = self._candidates.all([needed if i == layer else () for i in range(len(self.policies))])
             victim = min(offers, default=None)
             if victim is None or (self.bypass and self.policies[layer].value(expert) < victim.value):
                 return False
             self.resident[victim.layer].remove(victim.expert)
-            self._offers.changed(victim.layer)
+            self._candidates.changed(victim.layer)
             own = victim.layer == layer
             if not own:
                 self.policies[victim.layer].moved(None, victim.expert)
@@ -112,7 +112,7 @@ class Pooled:
             self.used += 1
             self.policies[layer].moved(expert, None)
         self.resident[layer].add(expert)
-        self._offers.changed(layer)
+        self._candidates.changed(layer)
         return True
 
     def _fill(self) -> None:

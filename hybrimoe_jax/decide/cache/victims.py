@@ -12,7 +12,7 @@ from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
 
 
-class Offer(NamedTuple):
+class VictimCandidate(NamedTuple):
     """A layer's victim and its value there; offers sort by value, then layer."""
 
     value: float
@@ -20,7 +20,7 @@ class Offer(NamedTuple):
     expert: int
 
 
-class Offers:
+class VictimCandidates:
     """Args: policies: of all layers; UserError where their values do not compare. resident: the experts of each layer in slots, kept by the caller."""
 
     def __init__(self, policies: Sequence[CachePolicy], resident: Sequence[set[int]]):
@@ -30,25 +30,25 @@ class Offers:
                     f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
                 )
         self.policies, self.resident = policies, resident
-        self._known: list[tuple[int, Offer | None] | None] = [None] * len(policies)  # (step, offer)
+        self._known: list[tuple[int, VictimCandidate | None] | None] = [None] * len(policies)  # (step, offer)
 
     def changed(self, layer: int) -> None:
         """The layer's residents are others now."""
         self._known[layer] = None
 
-    def of(self, layer: int, protected: Collection[int] = ()) -> Offer | None:
+    def of(self, layer: int, protected: Collection[int] = ()) -> VictimCandidate | None:
         """The layer's victim, none of the protected; None where it has none."""
         policy, known = self.policies[layer], self._known[layer]
         if not protected and known is not None and known[0] == policy.step:
             return known[1]
         resident = self.resident[layer]
         victim = policy.victim(resident, protected) if resident else None
-        offer = None if victim is None else Offer(policy.value(victim), layer, victim)
+        offer = None if victim is None else VictimCandidate(policy.value(victim), layer, victim)
         if not protected:
             self._known[layer] = policy.step, offer
         return offer
 
-    def all(self, protected: Sequence[Collection[int]]) -> Iterator[Offer]:
+    def all(self, protected: Sequence[Collection[int]]) -> Iterator[VictimCandidate]:
         """Every layer's victim, if it has one; `protected`: by layer."""
         for layer, some in enumerate(protected):
             offer = self.of(layer, some)

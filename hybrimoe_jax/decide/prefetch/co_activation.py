@@ -86,7 +86,7 @@ class CoActivation(Predictor):
         known = ids[:, :, 0] >= 0
         hot = _one_hot(np.maximum(ids, 0), self.num_experts) * known[:, :, None]  # [T, L, E]
         for layer in range(self.num_layers):
-            for d in range(self.reach(layer, self.distances)):
+            for d in range(self.max_distance(layer, self.distances)):
                 self._across[layer, d] += hot[:, layer].T @ hot[:, layer + 1 + d]
             self._after[layer] += (hot[:-1, layer] * follows[:, None]).T @ hot[1:, layer]
         self._count += hot.sum(axis=0)

@@ -4,7 +4,7 @@ A predictor (`predictors`) says what layers i+1, i+2, ... will be asked for whil
 without a candidate minus the makespan with it resident, both by the scheduler that the engine runs. What the paper leaves open is decided
 so: an impact is discounted by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in
 flight; it must land before its layer starts, and before any nearer layer starts that is expected to need the link itself, behind the
-demand loads of this step; it is moved only where a resident expert may make room for it. The chosen are sent nearest layer first.
+demand fetches of this step; it is moved only where a resident expert may make room for it. The chosen are sent nearest layer first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MEMO_LIMIT = 8192
 
 
 class Outlook(NamedTuple):
-    """A predicted layer's makespan, and how long its demand loads hold the link; seconds."""
+    """A predicted layer's makespan, and how long its demand fetches hold the link; seconds."""
 
     makespan: float
     link: float

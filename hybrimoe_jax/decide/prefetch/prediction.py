@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     scores: Sequence[float] | None = None
 
 
-class Shown(NamedTuple):
+class RouterOutlook(NamedTuple):
     """What one layer shows of a step: chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and, by distance from 1, the
     probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state (empty where they were not applied)."""
 
@@ -68,20 +68,20 @@ def as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
 class Predictor(abc.ABC):
     """Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most."""
 
-    gates: ClassVar[bool] = False
-    """Whether it needs `Shown.ahead`."""
+    needs_routers: ClassVar[bool] = False
+    """Whether it needs `RouterOutlook.ahead`."""
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, distances: int):
         self.num_layers, self.num_experts, self.top_k, self.distances = num_layers, num_experts, top_k, distances
 
     @abc.abstractmethod
-    def predict(self, layer: int, shown: Shown, depth: int) -> list[Prediction]:
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         """Learns from what `layer` shows, and predicts layers layer+1, ... layer+depth, as far as there are such."""
 
     def finish_step(self) -> None:  # noqa: B027
         """The step has ended, whole or broken off."""
 
-    def reach(self, layer: int, depth: int) -> int:
+    def max_distance(self, layer: int, depth: int) -> int:
         """How many of `depth` layers there are to predict."""
         return min(depth, self.distances, self.num_layers - 1 - layer)
 

@@ -1,7 +1,7 @@
 """Predictors: what the coming layers will be asked for, from what the layers so far have shown. One contract, used live and in replay.
 
-  gate-reuse     the coming layers' own norms and routers on this layer's state (HybriMoE, arXiv 2504.05897, section 4.3), scores live or from a trace
-  gate-input     the same routers on this layer's normed router input, literally reused; differs from gate-reuse in what the runtime computes
+  router-reuse     the coming layers' own norms and routers on this layer's state (HybriMoE, arXiv 2504.05897, section 4.3), scores live or from a trace
+  router-input     the same routers on this layer's normed router input, literally reused; differs from router-reuse in what the runtime computes
   corrected      gate reuse plus, per layer and distance, the mean difference between true and reused log-probabilities, fitted online: the image,
                  under the nearly linear router, of the mean shift of the residual stream between the two layers
   co-activation  needs no router: online tables of which experts follow which, across layers and from token to token
@@ -20,23 +20,23 @@ from collections.abc import Mapping
 import numpy as np
 
 from hybrimoe_jax.decide.prefetch.co_activation import CoActivation
-from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, Shown, loads_of, predict
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, loads_of, predict
 from hybrimoe_jax.errors import UserError
 
 
 class GateReuse(Predictor):
     """The runtime's or the trace's scores as they are; no prediction at distances that have none."""
 
-    gates = True
+    needs_routers = True
 
     def predict(self, layer, shown, depth):
-        return [predict(ahead, self.top_k) for ahead in shown.ahead[: self.reach(layer, depth)]]
+        return [predict(ahead, self.top_k) for ahead in shown.ahead[: self.max_distance(layer, depth)]]
 
 
 class Corrected(Predictor):
     """Gate reuse with a mean shift of the log-probabilities by layer and distance: a running mean with weight 1/n, at least `rate`, on the newest step."""
 
-    gates = True
+    needs_routers = True
 
     def __init__(self, *model, rate: float = 1 / 64):
         super().__init__(*model)
@@ -52,7 +52,7 @@ class Corrected(Predictor):
                 reused = self._reused.get(layer - distance, ())
                 if len(reused) >= distance:
                     self._fit(layer - distance, distance - 1, truth - reused[distance - 1])
-        logs = [_log(ahead) for ahead in shown.ahead[: self.reach(layer, depth)]]
+        logs = [_log(ahead) for ahead in shown.ahead[: self.max_distance(layer, depth)]]
         self._reused[layer] = [log.mean(axis=0) for log in logs]
         shifted = [np.exp(log + self._shift[layer, d]) for d, log in enumerate(logs)]
         return [predict(scores / scores.sum(axis=1, keepdims=True), self.top_k) for scores in shifted]
@@ -71,14 +71,14 @@ class Previous(Predictor):
 
     def __init__(self, *model):
         super().__init__(*model)
-        self._chosen: dict[int, Shown] = {}
+        self._chosen: dict[int, RouterOutlook] = {}
 
     def predict(self, layer, shown, depth):
         self._chosen[layer] = shown
         rows = len(shown.ids)
-        return [self._of(self._chosen.get(layer + d), rows) for d in range(1, self.reach(layer, depth) + 1)]
+        return [self._of(self._chosen.get(layer + d), rows) for d in range(1, self.max_distance(layer, depth) + 1)]
 
-    def _of(self, before: Shown | None, rows: int) -> Prediction:
+    def _of(self, before: RouterOutlook | None, rows: int) -> Prediction:
         if before is None:
             return Prediction({}, None)
         part = slice(None) if len(before.ids) == rows else slice(-1, None)
@@ -98,7 +98,7 @@ class Perfect(Predictor):
         self._coming = coming
 
     def predict(self, layer, shown, depth):
-        coming = [self._coming.get(layer + d, ()) for d in range(1, self.reach(layer, depth) + 1)]
+        coming = [self._coming.get(layer + d, ()) for d in range(1, self.max_distance(layer, depth) + 1)]
         return [Prediction(loads_of(ids, self.num_experts) if len(ids) else {}, None) for ids in coming]
 
     def finish_step(self):
@@ -106,8 +106,8 @@ class Perfect(Predictor):
 
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    "gate-reuse": GateReuse,
-    "gate-input": GateReuse,
+    "router-reuse": GateReuse,
+    "router-input": GateReuse,
     "corrected": Corrected,
     "co-activation": CoActivation,
     "previous": Previous,

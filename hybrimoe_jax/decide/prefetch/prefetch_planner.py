@@ -13,7 +13,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.plan import Prefetch
 from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
-from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, Shown
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predictor, RouterOutlook
 from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
 
@@ -21,7 +21,7 @@ REST_STEPS = 7
 _INF = float("inf")
 
 
-class Scout:
+class PrefetchPlanner:
     """The planner's part that looks ahead. Args as of `Planner`; `always`: every layer is predicted, since the scheduler wants to know."""
 
     def __init__(
@@ -36,10 +36,10 @@ class Scout:
         always: bool = False,
     ):
         self.system, self.predictor, self.forecast, self.accuracy = system, predictor, forecast, accuracy
-        self.residency, self.ledger, self.costs = residency, residency.ledger, costs
+        self.residency, self.inflight, self.costs = residency, residency.inflight, costs
         self.max_in_flight, self.always = max_in_flight, always
         self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
-        self.active = bool(system.reach) and forecast.flags["allow_fetch"]
+        self.active = bool(system.max_distance) and forecast.flags["allow_fetch"]
         self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
         self._resting = self._issued_before = 0
@@ -69,7 +69,7 @@ class Scout:
         """Looks ahead no more in steps of so many tokens."""
         self._depths[tokens] = 0
 
-    def rests(self, tokens: int) -> bool:
+    def backing_off(self, tokens: int) -> bool:
         """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
         while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
         return tokens > 1 and self._resting > 0
@@ -77,9 +77,9 @@ class Scout:
     @property
     def room(self) -> int:
         """How many more transfers may be under way."""
-        return self.max_in_flight - self.ledger.num_flying
+        return self.max_in_flight - self.inflight.num_in_flight
 
-    def look(self, layer: int, shown: Shown, tokens: int, until_next: float) -> tuple[Prefetch, ...]:
+    def look(self, layer: int, shown: RouterOutlook, tokens: int, until_next: float) -> tuple[Prefetch, ...]:
         """Predicts from what `layer` shows, if a transfer could be started, and starts those that are worth it; args as of `start`."""
         if not self.active:
             return ()
@@ -100,14 +100,14 @@ class Scout:
         """
         chosen = self._choose(layer, lookahead, tokens, until_next) if self.active else ()
         for target, expert in chosen:
-            self.ledger.start(target.layer, expert, self.forecast.transfer)
+            self.inflight.start(target.layer, expert, self.forecast.transfer)
         return tuple([Prefetch(target.layer, expert, target.distance) for target, expert in chosen])
 
     def _choose(
         self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float
     ) -> list[tuple[Target, int]]:
         self._looked = True
-        depth = self.system.reach if self.system.lookahead != "adaptive" else self.depth(tokens)
+        depth = self.system.max_distance if self.system.lookahead != "adaptive" else self.depth(tokens)
         depth = min(depth, self.num_layers - 1 - layer)
         if len(lookahead) > depth:
             lookahead = lookahead[:depth]
@@ -126,7 +126,7 @@ class Scout:
             self.accuracy,
             tokens=tokens,
             until_next=until_next,
-            link_free=self.ledger.link_left,
+            link_free=self.inflight.link_left,
             room=room,
         )
 
@@ -146,7 +146,7 @@ class Scout:
             k = self.top_k
             numbers = [(here, absent) for here in range(k + 1) for absent in range(k + 1 - here)]
             self._longest = max(self.forecast.equal(*numbers_, 1, 1).makespan for numbers_ in numbers)
-        landing = self.ledger.link_left + self.forecast.transfer
+        landing = self.inflight.link_left + self.forecast.transfer
         return landing <= until_next + (depth - 1) * (self._longest + self.costs.layer(1))
 
     def _depth(self, active: int, load: int, tokens: int) -> int:
@@ -156,13 +156,13 @@ class Scout:
         slots = self.residency.slots
         most = min(active - 1, max(slots) - 1)
         tried = sorted({most * i // 8 for i in range(9)})
-        price = self.costs.look if self.predictor.gates else 0.0
+        price = self.costs.look if self.predictor.needs_routers else 0.0
         rest, transfer = self.costs.layer(tokens), self.forecast.transfer
-        in_time = transfer <= self.system.reach * (makespan(0) + rest)
+        in_time = transfer <= self.system.max_distance * (makespan(0) + rest)
         if not in_time or not any(makespan(r) - makespan(r + 1) > price for r in tried):
             return 0
         if self.system.lookahead != "adaptive":
-            return self.system.reach
+            return self.system.max_distance
         here = round(active * sum(slots) / (self.num_layers * self.num_experts))
         layer = makespan(here) + rest
         return next((d for d in range(1, MAX_DEPTH) if d * layer >= transfer), MAX_DEPTH)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from hybrimoe_jax.decide.cache import CachePolicy
-from hybrimoe_jax.decide.cache.victims import Offer, Offers
+from hybrimoe_jax.decide.cache.victims import VictimCandidate, VictimCandidates
 from hybrimoe_jax.decide.plan import Fetch, Victim
-from hybrimoe_jax.decide.residency.inflight import Ledger
+from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 
 _FREE = float("-inf")
 
@@ -44,10 +44,12 @@ class Pool:
       ledger: what prefetches brought for steps to come.
     """
 
-    def __init__(self, total: int, policies: Sequence[CachePolicy], resident: Sequence[set[int]], ledger: Ledger):
-        self.total, self.policies, self.resident, self.ledger = total, policies, resident, ledger
+    def __init__(
+        self, total: int, policies: Sequence[CachePolicy], resident: Sequence[set[int]], inflight: InflightTransfers
+    ):
+        self.total, self.policies, self.resident, self.inflight = total, policies, resident, inflight
         self.used = sum(map(len, resident))
-        self._offers = Offers(policies, resident)
+        self._candidates = VictimCandidates(policies, resident)
 
     @property
     def free(self) -> int:
@@ -63,19 +65,19 @@ class Pool:
                 return Fetch(expert, None, True)
         return Fetch(expert, self.move(layer, expert, victim), False)
 
-    def next_victim(self, layer: int, needed: Collection[int]) -> Offer | None:
-        """Who makes room for the running layer's next demand load."""
-        protected = list(self.ledger.ready)
+    def next_victim(self, layer: int, needed: Collection[int]) -> VictimCandidate | None:
+        """Who makes room for the running layer's next demand fetch."""
+        protected = list(self.inflight.ready)
         protected[layer] = needed
-        return min(self._offers.all(protected), default=None)
+        return min(self._candidates.all(protected), default=None)
 
     def openings(self, protected: Sequence[Collection[int]], worth: Callable[[int, int], float] | None) -> list[float]:
         """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus infinity for a free slot, and
         for all where `worth` is None. `worth`: of (layer, expert)."""
         values: list[float] = [_FREE] * self.free
-        offers = self._offers.all(protected)
+        offers = self._candidates.all(protected)
         values += [_FREE for _ in offers] if worth is None else sorted([worth(o.layer, o.expert) for o in offers])
-        return values[self.ledger.num_flying :]
+        return values[self.inflight.num_in_flight :]
 
     def admit_landed(
         self, layer: int, expert: int, protected: Sequence[Collection[int]], may_go: Callable[[int, int], bool]
@@ -83,21 +85,21 @@ class Pool:
         """Finds a slot for a prefetch that has landed, (whether it got one, its victim): the least valuable of those that `may_go`, (layer, expert)."""
         victim = None
         if self.used >= self.total:
-            offers = sorted(self._offers.all(protected))
+            offers = sorted(self._candidates.all(protected))
             victim = next((o for o in offers if may_go(o.layer, o.expert)), None)
             if victim is None:
                 return False, None
         return True, self.move(layer, expert, victim)
 
-    def move(self, layer: int, entered: int, victim: Offer | None) -> Victim | None:
+    def move(self, layer: int, entered: int, victim: VictimCandidate | None) -> Victim | None:
         """Puts an expert into the victim's slot, or into a free one; returns who left, as plans name it."""
         if victim is None:
             self.used += 1
         else:
             self.resident[victim.layer].remove(victim.expert)
-            self._offers.changed(victim.layer)
+            self._candidates.changed(victim.layer)
         self.resident[layer].add(entered)
-        self._offers.changed(layer)
+        self._candidates.changed(layer)
         own = victim is not None and victim.layer == layer
         self.policies[layer].moved(entered, victim.expert if own else None)
         if victim is not None and not own:

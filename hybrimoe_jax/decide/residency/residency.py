@@ -14,7 +14,7 @@ from hybrimoe_jax.decide.plan import REFUSED, Fetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Target
 from hybrimoe_jax.decide.prefetch.prediction import Prediction
 from hybrimoe_jax.decide.residency import pool
-from hybrimoe_jax.decide.residency.inflight import Ledger
+from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 
 _FREE = float("-inf")
 
@@ -34,12 +34,12 @@ class Residency:
         self,
         slots: Sequence[int],
         policies: Sequence[CachePolicy],
-        ledger: Ledger,
+        inflight: InflightTransfers,
         guard: str,
         cold: bool = False,
         pooled: bool = False,
     ):
-        self.slots, self.policies, self.ledger, self.guard = slots, policies, ledger, guard
+        self.slots, self.policies, self.inflight, self.guard = slots, policies, inflight, guard
         if cold:
             self.initial = [[] for _ in policies]
         else:
@@ -51,7 +51,7 @@ class Residency:
         self.predictions: list[list[tuple[int, Prediction]]] = [
             [] for _ in slots
         ]  # (distance, prediction), newest last
-        self.pool = pool.Pool(sum(slots), policies, self.resident, ledger) if pooled else None
+        self.pool = pool.Pool(sum(slots), policies, self.resident, inflight) if pooled else None
 
     def admit(self, layer: int, expert: int) -> Fetch:
         """Finds a slot for an expert that this step brings in."""
@@ -68,7 +68,7 @@ class Residency:
         return Fetch(expert, victim, False)
 
     def next_victim(self, layer: int, needed: Collection[int]) -> tuple[bool, tuple[int, int] | None]:
-        """(whether there is room for the layer's next demand load, who would make it): a free slot needs nobody; as (layer, expert)."""
+        """(whether there is room for the layer's next demand fetch, who would make it): a free slot needs nobody; as (layer, expert)."""
         if self.pool is not None:
             if self.pool.free:
                 return True, None
@@ -82,15 +82,15 @@ class Residency:
 
     def land(self, layer: int, expert: int, seconds: float | None) -> Victim | Refused | None:
         """See `Planner.landed`."""
-        ledger = self.ledger
-        flight = ledger.take(layer, expert)
+        inflight = self.inflight
+        transfer = inflight.take(layer, expert)
         if seconds is not None:
-            flight.seconds = seconds
-        kept, victim = self.admit_landed(layer, expert, flight.open)
+            transfer.seconds = seconds
+        kept, victim = self.admit_landed(layer, expert, transfer.open)
         if not kept:
-            ledger.refuse(flight)
+            inflight.refuse(transfer)
             return REFUSED
-        ledger.keep(layer, expert, flight)
+        inflight.keep(layer, expert, transfer)
         return victim
 
     def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, Victim | None]:
@@ -125,8 +125,8 @@ class Residency:
 
     def target(self, layer: int, distance: int, prediction: Prediction) -> Target:
         """A coming layer as the prefetcher sees it."""
-        resident, flying = self.resident[layer], self.ledger.flying[layer]
-        present = resident | flying.keys() if flying else resident
+        resident, in_flight = self.resident[layer], self.inflight.in_flight[layer]
+        present = resident | in_flight.keys() if in_flight else resident
         openings, worth = partial(self._openings, layer, prediction), partial(self._value, layer, prediction)
         return Target(layer, distance, prediction, present, openings, worth)
 
@@ -146,7 +146,7 @@ class Residency:
             else:
                 worth = self._worth(layer, prediction)
                 values += sorted([worth(e) for e in evictable])
-        return values[len(self.ledger.flying[layer]) :]
+        return values[len(self.inflight.in_flight[layer]) :]
 
     def _value(self, layer: int, prediction: Prediction, expert: int) -> float:
         return self._worth(layer, prediction)(expert)
@@ -172,7 +172,7 @@ class Residency:
 
     def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
         """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
-        protected = self.needed[layer] | self.ledger.ready[layer].keys()
+        protected = self.needed[layer] | self.inflight.ready[layer].keys()
         return protected if prediction is None else protected.union(prediction[0])
 
     def _worth(self, layer: int, prediction: Prediction | None) -> Callable[[int], float]:

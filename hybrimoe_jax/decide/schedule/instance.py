@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     """Positions of the experts that the device runs; the CPU runs all others."""
 
     here: Sequence[int]
-    flying: Sequence[int]
+    in_flight: Sequence[int]
     absent: Sequence[int]
 
 
@@ -31,18 +31,18 @@ class Instance:
       first: what the CPU's first expert takes longer.
       shared: when the device is done with the shared experts; `link` when the link is free.
       beside, alone: a transfer while the CPU computes, and otherwise.
-      steals: residents the CPU may take, at most; `fetches` the fewest and the most demand loads.
+      steals: residents the CPU may take, at most; `fetches` the fewest and the most demand fetches.
       awaits: whether every expert in flight must be awaited.
     """
 
     here: list[int]
-    flying: list[int]
+    in_flight: list[int]
     absent: list[int]
     cpu_here: list[float]
-    cpu_flying: list[float]
+    cpu_in_flight: list[float]
     cpu_absent: list[float]
     device_here: list[float]
-    device_flying: list[float]
+    device_in_flight: list[float]
     device_absent: list[float]
     ready: list[float]
     first: float
@@ -59,7 +59,7 @@ class Instance:
     def of(cls, problem: Problem) -> Instance:
         """UserError where the problem's flags leave a miss no lane."""
         loads, costs, allow_cpu = problem.loads, problem.costs, problem.allow_cpu
-        here, flying, absent = split(problem)
+        here, in_flight, absent = split(problem)
         require_lane(problem, absent, allow_cpu or problem.allow_fetch)
         distinct = set(loads.values())
         cpu = {load: costs.cpu(load) for load in distinct}
@@ -67,15 +67,15 @@ class Instance:
         one = min(distinct, default=1)
         return cls(
             here,
-            flying,
+            in_flight,
             absent,
             [cpu[loads[e]] for e in here],
-            [cpu[loads[e]] for e in flying],
+            [cpu[loads[e]] for e in in_flight],
             [cpu[loads[e]] for e in absent],
             [device[loads[e]] for e in here],
-            [device[loads[e]] for e in flying],
+            [device[loads[e]] for e in in_flight],
             [device[loads[e]] for e in absent],
-            [problem.in_flight[e] for e in flying],
+            [problem.in_flight[e] for e in in_flight],
             costs.cpu(one, True) - costs.cpu(one),
             costs.shared(problem.tokens),
             problem.link_start,
@@ -90,7 +90,7 @@ class Instance:
     def cpu_seconds(self, choice: Choice) -> float:
         """The CPU lane's time under a choice."""
         total, some = 0.0, False
-        groups = (self.cpu_here, choice.here), (self.cpu_flying, choice.flying), (self.cpu_absent, choice.absent)
+        groups = (self.cpu_here, choice.here), (self.cpu_in_flight, choice.in_flight), (self.cpu_absent, choice.absent)
         for seconds, on_device in groups:
             if len(on_device) < len(seconds):
                 some = True
@@ -105,27 +105,27 @@ class Instance:
             return self.link + count * self.beside
         return cpu_seconds + (count - (cpu_seconds - self.link) / self.beside) * self.alone
 
-    def device_seconds(self, work: float, flying: Sequence[int], absent: Sequence[int], cpu_seconds: float) -> float:
+    def device_seconds(self, work: float, in_flight: Sequence[int], absent: Sequence[int], cpu_seconds: float) -> float:
         """When the device is done: `work` seconds of shared and resident experts, then the others in the order in which they land.
 
         `absent` is in link order. Running jobs by release time gives the earliest end.
         """
-        if self.constant and absent and not flying and self.device_absent[0] <= self.alone:
+        if self.constant and absent and not in_flight and self.device_absent[0] <= self.alone:
             seconds = self.device_absent[0]  # each is done before the next lands
             return max(work + len(absent) * seconds, self.landing(len(absent), cpu_seconds) + seconds)
         arrivals = []
         if absent:
             landed = landings(self.link, cpu_seconds, len(absent), self.beside, self.alone)
             arrivals = list(zip(landed, [self.device_absent[i] for i in absent]))
-        if flying:
-            arrivals += [(self.ready[i], self.device_flying[i]) for i in flying]
+        if in_flight:
+            arrivals += [(self.ready[i], self.device_in_flight[i]) for i in in_flight]
             arrivals.sort()
         for ready, seconds in arrivals:
             work = (work if work > ready else ready) + seconds
         return work
 
     def link_order(self, absent: Sequence[int]) -> list[int]:
-        """The best order of demand loads: what keeps the device longest comes first (Johnson's rule for equal transfers)."""
+        """The best order of demand fetches: what keeps the device longest comes first (Johnson's rule for equal transfers)."""
         if self.constant:
             return list(absent)
         return sorted(absent, key=lambda i: -self.device_absent[i])
@@ -134,23 +134,23 @@ class Instance:
         """What `build` would be timed at."""
         cpu = self.cpu_seconds(choice)
         work = self.shared + sum([self.device_here[i] for i in choice.here])
-        return max(cpu, self.device_seconds(work, choice.flying, self.link_order(choice.absent), cpu))
+        return max(cpu, self.device_seconds(work, choice.in_flight, self.link_order(choice.absent), cpu))
 
     def build(self, problem: Problem, choice: Choice) -> Schedule:
         """The schedule of a choice: CPU by rising load, device as experts are ready, link by `link_order`."""
-        here, flying, absent = set(choice.here), set(choice.flying), set(choice.absent)
+        here, in_flight, absent = set(choice.here), set(choice.in_flight), set(choice.absent)
         cpu = [e for i, e in enumerate(self.absent) if i not in absent]
-        cpu += [e for i, e in enumerate(self.flying) if i not in flying]
+        cpu += [e for i, e in enumerate(self.in_flight) if i not in in_flight]
         cpu += [e for i, e in enumerate(self.here) if i not in here]
         if len(cpu) > 1:
             loads, order = problem.loads, {e: -i for i, e in enumerate(cpu)}
             cpu.sort(key=lambda e: (loads[e], order[e]))
         fetch = [self.absent[i] for i in self.link_order(choice.absent)]
         device = [self.here[i] for i in choice.here]
-        if flying and fetch:
+        if in_flight and fetch:
             landed = landings(self.link, self.cpu_seconds(choice), len(fetch), self.beside, self.alone)
-            arrivals = list(zip(landed, fetch)) + [(self.ready[i], self.flying[i]) for i in choice.flying]
+            arrivals = list(zip(landed, fetch)) + [(self.ready[i], self.in_flight[i]) for i in choice.in_flight]
             device += [e for _, e in sorted(arrivals)]
         else:
-            device += [self.flying[i] for i in choice.flying] + fetch
+            device += [self.in_flight[i] for i in choice.in_flight] + fetch
         return replay(problem, cpu, device, fetch)

@@ -1,11 +1,11 @@
-"""Beyond one layer: the makespan, and what the choice of demand loads means for the coming layer and for later steps.
+"""Beyond one layer: the makespan, and what the choice of demand fetches means for the coming layer and for later steps.
 
-The paper's objective ends with the layer (HybriMoE, equation 2). But a demand load also fills a slot, which saves time when its expert is
+The paper's objective ends with the layer (HybriMoE, equation 2). But a demand fetch also fills a slot, which saves time when its expert is
 asked for again (`Problem.fill`), and holds the link, which could be moving what the next layer will miss (`Problem.coming`):
 
   makespan + the next layer's least makespan, after the transfers that the link has time for until then - the fills of the experts fetched
 
-Transfers for the next layer queue behind the demand loads, highest load first, and count where they land before its MoE block starts, by
+Transfers for the next layer queue behind the demand fetches, highest load first, and count where they land before its MoE block starts, by
 the probability that its prediction comes true.
 """
 
@@ -23,7 +23,7 @@ _MEMO_LIMIT = 8192
 class LookaheadOptimalScheduler(Scheduler):
     """The least sum of this layer, the next layer and minus the fills. Without `fill` and `coming` it is `optimal`.
 
-    Every number of demand loads and of residents on the CPU is tried. Where loads are equal and at most some interchangeable experts are in
+    Every number of demand fetches and of residents on the CPU is tried. Where loads are equal and at most some interchangeable experts are in
     flight that is exact: the experts fetched are those with the highest fills. Elsewhere the experts fetched are the first by load, by
     fill, or by the sum of CPU time and fill; `optimal`'s choice stands beside them. `Schedule.later` is what the makespan is added to.
     """
@@ -116,24 +116,24 @@ def _scan(instance: Instance, beyond: _Beyond, best: float) -> Choice | None:
     for order in _orders(instance, fills):
         saved = [0.0, *accumulate([fills[i] for i in order])]
         cpu_absent = [0.0, *accumulate([instance.cpu_absent[i] for i in reversed(order)])]
-        for flying in awaited(instance):
-            left_flying = len(instance.flying) - len(flying)
-            cpu_flying = sum(instance.cpu_flying) - sum([instance.cpu_flying[i] for i in flying])
+        for in_flight in awaited(instance):
+            left_in_flight = len(instance.in_flight) - len(in_flight)
+            cpu_in_flight = sum(instance.cpu_in_flight) - sum([instance.cpu_in_flight[i] for i in in_flight])
             for fetched in range(fewest, most + 1):
                 link = instance.link_order(order[:fetched])
                 for stolen in range(instance.steals + 1):
-                    cpu = cpu_absent[absent - fetched] + cpu_flying + cpu_here[stolen]
-                    if fetched < absent or left_flying or stolen:
+                    cpu = cpu_absent[absent - fetched] + cpu_in_flight + cpu_here[stolen]
+                    if fetched < absent or left_in_flight or stolen:
                         cpu += first
                     if cpu - saved[fetched] >= best:
                         break
                     work = instance.shared + device_here[here - stolen]
-                    makespan = max(cpu, instance.device_seconds(work, flying, link, cpu))
+                    makespan = max(cpu, instance.device_seconds(work, in_flight, link, cpu))
                     value = makespan - saved[fetched]
                     if value < best:
                         value += beyond.next(fetched, cpu, makespan)
                     if value < best:
-                        best, found = value, Choice(range(here - stolen), flying, sorted(order[:fetched]))
+                        best, found = value, Choice(range(here - stolen), in_flight, sorted(order[:fetched]))
     return found
 
 

@@ -29,7 +29,7 @@ class PaperScheduler(Scheduler):
 
     name = "paper"
     steals = True
-    by_numbers = True
+    depends_on_counts_only = True
 
     def link_idle_from(self, problem: Problem) -> float:
         """The link's proposal loses against the CPU's as long as the CPU has an absent expert left that would be done before it."""
@@ -60,7 +60,7 @@ class PaperScheduler(Scheduler):
 
         cpu_of, device_of = costs.cpu, costs.device
         t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
-        cpu, device, fetch, waits = [], [], [], []
+        cpu, device, fetch, awaited = [], [], [], []
         done: set[int] = set()
         left = len(loads)
         while left:
@@ -89,7 +89,7 @@ class PaperScheduler(Scheduler):
                 to_device.pop()
                 device.append(expert)
                 if expert in in_flight and expert not in resident:
-                    waits.append(expert)
+                    awaited.append(expert)
                 t_device = finish
                 done.add(expert)
                 left -= 1
@@ -110,7 +110,7 @@ class PaperScheduler(Scheduler):
             return replay(problem, cpu, device, fetch)  # the last transfers go faster once the CPU is done
         makespan = t_cpu if t_cpu > t_device else t_device
         return Schedule(
-            tuple(cpu), tuple(device), tuple(fetch), tuple(waits), makespan, t_cpu if cpu else 0.0, t_device, t_link
+            tuple(cpu), tuple(device), tuple(fetch), tuple(awaited), makespan, t_cpu if cpu else 0.0, t_device, t_link
         )
 
 
@@ -123,7 +123,7 @@ class ReleasedScheduler(Scheduler):
 
     name = "released"
     steals = True
-    by_numbers = True
+    depends_on_counts_only = True
 
     def link_idle_from(self, problem: Problem) -> float:
         """An absent expert goes to the device only if it is done there no later than the last one on the CPU."""
@@ -135,11 +135,11 @@ class ReleasedScheduler(Scheduler):
     def schedule(self, problem: Problem) -> Schedule:
         loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
         transfer = self.transfer_seconds(problem)
-        here, flying, absent = split(problem)
+        here, moving, absent = split(problem)
         require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
-        order = here + flying + absent
-        device_end = len(order) if problem.allow_fetch else len(here) + len(flying)
-        cpu_start = len(order) if not problem.allow_cpu else 0 if problem.allow_steal else len(here) + len(flying)
+        order = here + moving + absent
+        device_end = len(order) if problem.allow_fetch else len(here) + len(moving)
+        cpu_start = len(order) if not problem.allow_cpu else 0 if problem.allow_steal else len(here) + len(moving)
         t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
         cpu, device, fetch = [], [], []
         i, j = 0, len(order)  # order[i:j] is unassigned
@@ -152,7 +152,7 @@ class ReleasedScheduler(Scheduler):
             cpu_finish = t_cpu + costs.cpu(loads[last], not cpu)
             may_device, may_cpu = i < device_end, j > cpu_start and last not in in_flight
             if may_device and (finish <= cpu_finish or not may_cpu):
-                if i >= len(here) + len(flying):
+                if i >= len(here) + len(moving):
                     fetch.append(first)
                     t_link += transfer
                 device.append(first)

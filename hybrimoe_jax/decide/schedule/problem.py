@@ -45,7 +45,7 @@ class Problem:
       link_busy: seconds until the link is free of earlier transfers; None: until the last of `in_flight` has landed.
       allow_cpu, allow_fetch: whether the CPU may compute and the link may fetch.
       allow_steal: whether the CPU may take a resident expert.
-      fill: seconds that a demand load of each absent expert is expected to save in later steps, less what its victim would have.
+      fill: seconds that a demand fetch of each absent expert is expected to save in later steps, less what its victim would have.
       coming: the next layer. Only rules with `looks_ahead` use these two.
     """
 
@@ -72,24 +72,24 @@ class Problem:
 class Schedule(NamedTuple):
     """What each lane does, in order; every activated expert is in exactly one of `cpu` and `device`.
 
-    `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand loads in link order; `waits` the experts in
+    `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand fetches in link order; `awaited` the experts in
     flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
     `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device. `bound` is a lower bound on the makespan of
     every schedule, where the rule knows one (0: it does not). `later` is what a rule that looks ahead expects beyond the layer, in seconds.
-    `alone`: the CPU has the device's cores too (see `alone`).
+    `uses_all_cores`: the CPU has the device's cores too (see `shared_cores`).
     """
 
     cpu: tuple[int, ...]
     device: tuple[int, ...]
     fetch: tuple[int, ...]
-    waits: tuple[int, ...]
+    awaited: tuple[int, ...]
     makespan: float
     cpu_seconds: float
     device_seconds: float
     link_seconds: float
     bound: float = 0.0
     later: float = 0.0
-    alone: bool = False
+    uses_all_cores: bool = False
 
     @property
     def gap(self) -> float:
@@ -101,7 +101,7 @@ class Scheduler(ABC):
     """A rule from problems to schedules.
 
     `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones, `looks_ahead`
-    whether it wants `Problem.fill` and `coming`. `by_numbers`: with equal loads and nothing in flight its answer depends on how many experts
+    whether it wants `Problem.fill` and `coming`. `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts
     are resident and absent, and on their order by score, then id (`by_id`: by id alone), so that it may be remembered (see `equal`).
     """
 
@@ -110,7 +110,7 @@ class Scheduler(ABC):
     uses_cpu = True
     uses_link = True
     steals = False
-    by_numbers = False
+    depends_on_counts_only = False
     by_id = False
 
     @abstractmethod
@@ -164,16 +164,16 @@ def replay(problem: Problem, cpu: Sequence[int], device: Sequence[int], fetch: S
         link = landed[-1]
         ready = {**in_flight, **dict(zip(fetch, landed))}
     busy_device = costs.shared(problem.tokens)
-    waits = []
+    awaited = []
     for expert in device:
         if ready and expert not in resident:
             if busy_device < ready[expert]:
                 busy_device = ready[expert]
             if expert in in_flight:
-                waits.append(expert)
+                awaited.append(expert)
         busy_device += device_of(loads[expert])
     makespan = busy_cpu if busy_cpu > busy_device else busy_device
-    return Schedule(tuple(cpu), tuple(device), tuple(fetch), tuple(waits), makespan, busy_cpu, busy_device, link)
+    return Schedule(tuple(cpu), tuple(device), tuple(fetch), tuple(awaited), makespan, busy_cpu, busy_device, link)
 
 
 def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
@@ -184,11 +184,11 @@ def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
         order = sorted(loads, key=lambda e: (-loads[e], e))
     else:
         order = sorted(loads, key=lambda e: (-loads[e], -score[e], e))
-    here, flying, absent = [], [], []
+    here, moving, absent = [], [], []
     for expert in order:
-        (here if expert in resident else flying if expert in in_flight else absent).append(expert)
-    flying.sort(key=in_flight.__getitem__)
-    return here, flying, absent
+        (here if expert in resident else moving if expert in in_flight else absent).append(expert)
+    moving.sort(key=in_flight.__getitem__)
+    return here, moving, absent
 
 
 def cpu_seconds_of_all(problem: Problem) -> float:

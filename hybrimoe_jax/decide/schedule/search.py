@@ -1,8 +1,8 @@
 """Branch and bound for the least makespan where device time depends on the load: anytime, and it says how far off it may be.
 
-The number q of demand loads is fixed first, so that the link's end depends on the CPU's alone. For each q
+The number q of demand fetches is fixed first, so that the link's end depends on the CPU's alone. For each q
 
-  makespan >= CPU end,  >= shared + device work,  >= landing of the last demand load + the least device time,
+  makespan >= CPU end,  >= shared + device work,  >= landing of the last demand fetch + the least device time,
 
 and for any weight w in 0..1 also >= w CPU end + (1 - w) device end, whose minimum is a sum of independent choices once the q best absent
 experts are found by sorting (Lagrangian relaxation; w is bisected for the greatest bound, and each w tried gives a choice too). Then depth
@@ -32,7 +32,7 @@ class _Item(NamedTuple):
 
 
 class _Relaxed(NamedTuple):
-    """The best weight found for a number of demand loads: bound, weight, and the price of a place among the fetched."""
+    """The best weight found for a number of demand fetches: bound, weight, and the price of a place among the fetched."""
 
     bound: float
     weight: float
@@ -62,7 +62,9 @@ def _items(instance: Instance) -> list[_Item]:
     """Experts of which there is a choice or work; the heaviest first, identical ones side by side."""
     i = instance
     items = [_Item(c, d, _HERE, 0.0, k) for k, (c, d) in enumerate(zip(i.cpu_here, i.device_here))]
-    items += [_Item(c, d, _FLYING, r, k) for k, (c, d, r) in enumerate(zip(i.cpu_flying, i.device_flying, i.ready))]
+    items += [
+        _Item(c, d, _FLYING, r, k) for k, (c, d, r) in enumerate(zip(i.cpu_in_flight, i.device_in_flight, i.ready))
+    ]
     items += [_Item(c, d, _ABSENT, 0.0, k) for k, (c, d) in enumerate(zip(i.cpu_absent, i.device_absent))]
     return sorted(items, key=lambda item: (-item.cpu, -item.device, item[2:]))
 
@@ -74,7 +76,7 @@ def _may_cpu(instance: Instance, group: int) -> bool:
 
 
 def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict[int, _Relaxed], Choice, float]:
-    """The bound of each number of demand loads, the best of the given choice and those that the relaxation makes on the way, its makespan.
+    """The bound of each number of demand fetches, the best of the given choice and those that the relaxation makes on the way, its makespan.
 
     Each number has an interval that holds its best weight; the number with the lowest bound is halved next, and every weight tried tells
     all the others something.
@@ -141,7 +143,7 @@ def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict
 
 
 def _dive(instance, items, fetched, relaxed, choice, best, left):
-    """Depth first over the items for one number of demand loads -> (choice, its makespan, nodes left, bound of what was not looked at)."""
+    """Depth first over the items for one number of demand fetches -> (choice, its makespan, nodes left, bound of what was not looked at)."""
     w, price = relaxed.weight, relaxed.price
     v = 1.0 - w
     count, mays = len(items), tuple([_may_cpu(instance, group) for group in range(3)])

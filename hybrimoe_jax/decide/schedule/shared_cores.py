@@ -6,7 +6,7 @@ what only it can, then the CPU takes every expert with all cores. What the rule 
 can work for nothing beside the other: no sooner done than the device's seconds and the CPU's, each with all cores, one after the other.
 
 Where the CPU takes every expert of every layer whatever the routing, nothing has to be decided between two layers, and a step can be one
-program (`forego`).
+program (`prove_all_on_cpu`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SharedCoresScheduler(Scheduler):
         self.rule, self.name = rule, rule.name
         self.uses_cpu, self.uses_link = rule.uses_cpu, rule.uses_link
         self.steals, self.looks_ahead = rule.steals, rule.looks_ahead
-        self.by_numbers, self.by_id = rule.by_numbers, rule.by_id
+        self.depends_on_counts_only, self.by_id = rule.depends_on_counts_only, rule.by_id
 
     def forecaster(self) -> Scheduler:
         return SharedCoresScheduler(self.rule.forecaster())
@@ -55,7 +55,7 @@ class SharedCoresScheduler(Scheduler):
         shared = costs.shared(problem.tokens)
         finish = shared + costs.alone_first + sum([costs.alone(load) for load in loads.values()])
         order = tuple(sorted(loads, key=lambda expert: (loads[expert], expert)))
-        return Schedule(order, (), (), (), finish, finish, shared, problem.link_start, alone=True)
+        return Schedule(order, (), (), (), finish, finish, shared, problem.link_start, uses_all_cores=True)
 
     def charged(self, problem: Problem, found: Schedule) -> float:
         """Seconds of the rule's schedule on a machine whose lanes share cores."""
@@ -64,8 +64,10 @@ class SharedCoresScheduler(Scheduler):
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
-    def forego(self, costs: Any, top_k: int, most_resident: int, **flags: bool) -> tuple[float | None, Schedule | None]:
-        """(what leaving the device's program for a layer must take for a step of one token to be foregone, the schedule of each of its layers, experts
+    def prove_all_on_cpu(
+        self, costs: Any, top_k: int, most_resident: int, **flags: bool
+    ) -> tuple[float | None, Schedule | None]:
+        """(what leaving the device's program for a layer must take for a step of one token to be all on the CPU, the schedule of each of its layers, experts
         called 0 .. top_k-1, where `costs.handover` is that much).
 
         It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not have them all."""

@@ -9,40 +9,40 @@ class CpuMissesScheduler(Scheduler):
     """Resident experts on the device, every miss on the CPU, as in kTransformers and llama.cpp; what is in flight is awaited."""
 
     name = "cpu-misses"
-    by_numbers = True
+    depends_on_counts_only = True
     uses_link = False
 
     def schedule(self, problem: Problem) -> Schedule:
-        here, flying, absent = split(problem)
+        here, in_flight, absent = split(problem)
         require_lane(problem, absent, problem.allow_cpu)
-        return replay(problem, absent[::-1], here + flying, ())
+        return replay(problem, absent[::-1], here + in_flight, ())
 
 
 class FetchMissesScheduler(Scheduler):
     """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then score) first."""
 
     name = "fetch-misses"
-    by_numbers = True
+    depends_on_counts_only = True
     uses_cpu = False
 
     def schedule(self, problem: Problem) -> Schedule:
-        here, flying, absent = split(problem)
+        here, in_flight, absent = split(problem)
         require_lane(problem, absent, problem.allow_fetch)
-        return replay(problem, (), here + flying + absent, absent)
+        return replay(problem, (), here + in_flight + absent, absent)
 
 
 class DeviceOnlyScheduler(Scheduler):
     """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of their ids."""
 
     name = "device-only"
-    by_numbers = True
+    depends_on_counts_only = True
     by_id = True
     uses_cpu = False
 
     def schedule(self, problem: Problem) -> Schedule:
-        here, flying, absent = (sorted(group) for group in split(problem))
+        here, in_flight, absent = (sorted(group) for group in split(problem))
         require_lane(problem, absent, problem.allow_fetch)
-        return replay(problem, (), here + flying + absent, absent)
+        return replay(problem, (), here + in_flight + absent, absent)
 
 
 class CheaperScheduler(Scheduler):
@@ -50,18 +50,18 @@ class CheaperScheduler(Scheduler):
     2402.07033). What is in flight is awaited."""
 
     name = "cheaper"
-    by_numbers = True
+    depends_on_counts_only = True
 
     def schedule(self, problem: Problem) -> Schedule:
         costs, loads = problem.costs, problem.loads
-        here, flying, absent = split(problem)
+        here, in_flight, absent = split(problem)
         require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
         transfer = self.transfer_seconds(problem)
         fetch = [e for e in absent if costs.cpu(loads[e]) > transfer + costs.device(loads[e])]
         if not problem.allow_fetch or not problem.allow_cpu:
             fetch = absent if problem.allow_fetch else []
         cpu = [e for e in absent if e not in fetch]
-        return replay(problem, cpu[::-1], here + flying + fetch, fetch)
+        return replay(problem, cpu[::-1], here + in_flight + fetch, fetch)
 
 
 class BandwidthSplitScheduler(Scheduler):
@@ -72,10 +72,10 @@ class BandwidthSplitScheduler(Scheduler):
     """
 
     name = "bandwidth-split"
-    by_numbers = True
+    depends_on_counts_only = True
 
     def schedule(self, problem: Problem) -> Schedule:
-        here, flying, absent = split(problem)
+        here, in_flight, absent = split(problem)
         require_lane(problem, absent, problem.allow_cpu or problem.allow_fetch)
         if not problem.allow_fetch:
             fetched = 0
@@ -84,4 +84,4 @@ class BandwidthSplitScheduler(Scheduler):
         else:
             read = problem.costs.cpu(1)
             fetched = int(len(absent) * read / (read + problem.costs.transfer(True)) + 1e-9)
-        return replay(problem, absent[fetched:][::-1], here + flying + absent[:fetched], absent[:fetched])
+        return replay(problem, absent[fetched:][::-1], here + in_flight + absent[:fetched], absent[:fetched])

@@ -33,7 +33,7 @@ class Pattern(NamedTuple):
     times: Schedule
 
 
-class EqualLoads:
+class UnitLoadCache:
     """One rule's answers for load 1 and one token a step.
 
     Args:
@@ -89,14 +89,14 @@ def apply(pattern: Pattern, order: Sequence[int], link_busy: float) -> Schedule:
         times.link_seconds if fetch else link_busy,
         times.bound,
         times.later,
-        times.alone,
+        times.uses_all_cores,
     )
 
 
 def _pattern(found: Schedule, resident: int) -> Pattern:
     here = [position for position in found.device if position < resident]
     # With all cores for the CPU experts run by id, whatever their order by score.
-    cpu = (lambda order: tuple(sorted(order))) if found.alone else _pick(found.cpu)
+    cpu = (lambda order: tuple(sorted(order))) if found.uses_all_cores else _pick(found.cpu)
     return Pattern(cpu, _pick(found.device), _pick(here), _pick(found.fetch), found)
 
 

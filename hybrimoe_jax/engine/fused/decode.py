@@ -1,6 +1,6 @@
 """Decode steps as one program, for machines without a device of their own: nothing has to be decided between their layers.
 
-Where the planner says that a step of one token gives every expert to the CPU whatever the routing (`Planner.foregone`), the layers
+Where the planner says that a step of one token gives every expert to the CPU whatever the routing (`Planner.all_on_cpu`), the layers
 need not come back to Python in turn: attention, routers, shared experts and, through an XLA FFI handler, the host experts run as
 one executable (`whole_program`), which hands out every layer's routing at its end. The planner then plans each layer as ever, so that caches learn and
 statistics count the same; the program has done what those plans say.
@@ -80,7 +80,7 @@ class WholeStep:
     def __init__(self, model: DeviceModel, addresses: Sequence[Sequence[int]], isa: int):
         self.model = model
         self._params, places = gather([layer.params for layer in model.layers], model.device)
-        kinds = tuple((layer.graphdef, layer.ordinal is not None) for layer in model.layers)
+        kinds = tuple((layer.graphdef, layer.moe_layer is not None) for layer in model.layers)
         self._program = whole_program(kinds, places, model.eps, isa)
         self._embedding = as_handed(model.table)
         self._table = jax.device_put(table([address for layer in addresses for address in layer]), model.device)
@@ -240,14 +240,16 @@ class WholeStep:
         config, layers = self.model.config, []
         experts_s = packed[:, -1].tolist()
         share = max(0.0, seconds - sum(experts_s)) / len(experts_s)
-        for ordinal, busy in enumerate(experts_s):
-            row = packed[ordinal : ordinal + 1, :-1]
+        for moe_layer, busy in enumerate(experts_s):
+            row = packed[moe_layer : moe_layer + 1, :-1]
             routing = read_routing(row, config.num_experts_per_tok, config.num_experts, valid)
-            plan = planner.plan(ordinal, routing.loads, routing.scores, 1)
+            plan = planner.plan(moe_layer, routing.loads, routing.scores, 1)
             if len(plan.cpu) != len(routing.loads):
-                raise RuntimeError(f"MoE layer {ordinal}: the plan of a foregone step leaves experts to the device")
+                raise RuntimeError(
+                    f"MoE layer {moe_layer}: the plan of an all-on-CPU step leaves experts to the device"
+                )
             hits, misses, lanes = len(plan.hits), len(plan.misses), Lanes(busy, share, 0.0)
-            layers.append(LayerStats(ordinal, routing.loads, hits, misses, plan.cpu, (), (), 0, share + busy, lanes))
+            layers.append(LayerStats(moe_layer, routing.loads, hits, misses, plan.cpu, (), (), 0, share + busy, lanes))
         planner.finish_step()
         return layers
 

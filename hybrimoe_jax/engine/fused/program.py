@@ -22,7 +22,7 @@ from hybrimoe_jax.host_kernels.native.routed import routed
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import product
-from hybrimoe_jax.models.rope import Rope, answering
+from hybrimoe_jax.models.rope import Rope, override
 
 MOST = 8
 
@@ -109,7 +109,7 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
             ropes[rope] = None
             return rope.computed(positions)
 
-        with answering(note):
+        with override(note):
             shapes = jax.eval_shape(step, before[0], caches, 0)[:2]
         turns = {rope: rope.computed(position + jnp.arange(MOST)) for rope in ropes}
 
@@ -123,7 +123,7 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
             def look_up(rope, _):
                 return tuple(jax.lax.dynamic_slice_in_dim(turn, i, 1)[None] for turn in turns[rope])
 
-            with answering(look_up):
+            with override(look_up):
                 some_logits, some_packed, caches = step(token, caches, i)
             logits = jax.lax.dynamic_update_slice(logits, some_logits, (i, 0))
             packed = jax.lax.dynamic_update_slice(packed, some_packed[None], (i, 0, 0))

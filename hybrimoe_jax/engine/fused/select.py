@@ -48,7 +48,7 @@ def decided_by_running(
 
     Returns the costs with a `handover` that says what was seen: that leaving the program costs more than it is believed to save.
     """
-    whole, clock, needed = forward.whole, forward.clock, forward.planner.handover_to_forgo
+    whole, clock, needed = forward.whole, forward.clock, forward.planner.handover_for_all_on_cpu
     whole.calibrate(clock, capacity, threads)
     forward.fill()
     caches = forward.model.init_cache(1, capacity)

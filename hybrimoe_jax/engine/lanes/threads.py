@@ -16,7 +16,7 @@ from hybrimoe_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreSplit:
+class ThreadBudget:
     """Cores given to each side. `fixed` is False where jax had already started and its pool kept another size."""
 
     total: int
@@ -35,7 +35,7 @@ def jax_started() -> bool:
     return bool(bridge is not None and getattr(bridge, "_backends", None))
 
 
-def divide(threads: int | None, executor: str) -> CoreSplit:
+def split_threads(threads: int | None, executor: str) -> ThreadBudget:
     """Sizes both sides and, where jax has not started yet, makes XLA's pool obey.
 
     The host's experts get half of the cores beside the device's work. XLA gets all of them where programs and host experts take turns
@@ -49,17 +49,17 @@ def divide(threads: int | None, executor: str) -> CoreSplit:
     current = os.environ.get("NPROC")
     if not jax_started():
         os.environ["NPROC"] = str(device)
-        return CoreSplit(total, device, host, True)
+        return ThreadBudget(total, device, host, True)
     matches = current == str(device)
     if threads is not None and not matches:
         warnings.warn(
             f"threads={threads} came after jax started: XLA keeps its pool; load the engine before any other use of jax",
             stacklevel=3,
         )
-    return CoreSplit(total, device, host, matches)
+    return ThreadBudget(total, device, host, matches)
 
 
-def settle_dispatch(executor: str) -> None:
+def set_async_dispatch(executor: str) -> None:
     """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous dispatch.
 
     Raises UserError where jax has started asynchronously on one core, the case that was seen to hang.

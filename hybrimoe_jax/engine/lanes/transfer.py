@@ -3,7 +3,7 @@
 Whole layers that a prompt's chunk is streamed through cross it like prefetches, but go into no slot: the staged arrays themselves are the buffer,
 which is freed when nobody holds them any more.
 
-A demand load is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A prefetch
+A demand fetch is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A prefetch
 is staged by the link's own thread and committed, at a layer boundary, only once it has landed. On the CPU backend an
 aligned `device_put` would alias the host array; there the staged copy is made explicitly, so that a fetch costs a real copy.
 A quantised expert is one buffer of bytes, the same on both sides: its fetch is one copy.
@@ -64,7 +64,7 @@ class Link:
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
-        """Demand load: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is read-only;
+        """Demand fetch: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is read-only;
         writing them into a slot is the copy."""
         return jax.device_put(parts_of(weights), self.device)
 

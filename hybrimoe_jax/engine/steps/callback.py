@@ -62,45 +62,45 @@ class CallbackForward(HybridForward):
         self._handle = np.int32(register_host(self._experts))
 
     def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
-        now, ordinal = self.clock.now, layer.ordinal
+        now, moe_layer = self.clock.now, layer.moe_layer
         started = now()
         acc, kept = None, list(plan.device)
         streamed = [f for f in plan.fetch if f.stream]
         for fetch in plan.fetch:
             if not fetch.stream:
-                self._fetch(ordinal, fetch)
+                self._fetch(moe_layer, fetch)
                 kept.append(fetch.expert)
-        for fetch in plan.waits:
-            slot = self.wait_for(ordinal, fetch)
+        for fetch in plan.awaited:
+            slot = self.wait_for(moe_layer, fetch)
             if fetch.stream:
                 acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
             else:
                 kept.append(fetch.expert)
-        for expert in plan.buffered:
-            acc = self._call(layer, acc, x, [(expert, self.buffered(ordinal, expert, lanes))], routing, ())
+        for expert in plan.double_buffered:
+            acc = self._call(layer, acc, x, [(expert, self.buffered(moe_layer, expert, lanes))], routing, ())
         for fetch in streamed:
-            slot = self._fetch(ordinal, fetch)
+            slot = self._fetch(moe_layer, fetch)
             acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
         if self.verify is not None:
-            self.verify(ordinal)
-        if plan.fetch or plan.waits:
+            self.verify(moe_layer)
+        if plan.fetch or plan.awaited:
             lanes.link = max(lanes.link, now() - started)
         started = now()
-        slots = [(expert, self.pool.get(ordinal, expert)) for expert in kept]
+        slots = [(expert, self.pool.get(moe_layer, expert)) for expert in kept]
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)
         jax.block_until_ready(acc)
         lanes.device = now() - started
         if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
-            self.timeline.whole(ordinal, started, now(), device=kept, cpu=plan.cpu)
-        self.prefetch(ordinal, routing)
+            self.timeline.whole(moe_layer, started, now(), device=kept, cpu=plan.cpu)
+        self.prefetch(moe_layer, routing)
         return acc, self.zeros(x.shape[0])
 
-    def _fetch(self, ordinal, fetch):
-        """A demand load that has landed."""
+    def _fetch(self, moe_layer, fetch):
+        """A demand fetch that has landed."""
         issued = self.clock.now()
-        slot = jax.block_until_ready(self.load(ordinal, fetch))
+        slot = jax.block_until_ready(self.load(moe_layer, fetch))
         if self.timeline is not None:
-            self.timeline.transfer("fetch", ordinal, fetch.expert, issued, self.clock.now())
+            self.timeline.transfer("fetch", moe_layer, fetch.expert, issued, self.clock.now())
         return slot
 
     def _call(self, layer, acc, x, slots, routing: HostRouting, cpu):
@@ -116,6 +116,6 @@ class CallbackForward(HybridForward):
             ids = np.full(routing.ids.shape, -1, np.int32)
             mine = np.isin(routing.ids[routing.valid], list(cpu))
             ids[routing.valid] = np.where(mine, routing.ids[routing.valid], -1)
-            host = (self._handle, np.int32(layer.ordinal), ids, np.ascontiguousarray(routing.row_weights))
+            host = (self._handle, np.int32(layer.moe_layer), ids, np.ascontiguousarray(routing.row_weights))
         moe = moe_program(layer.graphdef, self.model.device_kernel)
         return moe(layer.params, acc, x, slot_weights, given, host)

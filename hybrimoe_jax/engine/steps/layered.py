@@ -31,7 +31,7 @@ class HybridForward(Forward):
 
     Args:
       lookahead: distances whose routers a trace is given. trace, timeline: recorders, or None.
-      verify: called with a layer's ordinal before its experts run (debug), or None.
+      verify: called with the MoE layer before its experts run (debug), or None.
       machine: a `simulation.machine.Machine` where times are computed and not measured: it says what has landed and what time it is.
     """
 
@@ -53,7 +53,7 @@ class HybridForward(Forward):
         self.clock, self.lookahead, self.trace, self.timeline, self.verify = clock, lookahead, trace, timeline, verify
         self.machine = machine
         self.whole: WholeStep | None = None
-        """Runs the steps that are foregone, where the executor has it."""
+        """Runs the decode steps whose plan is all on the CPU, where the executor has it."""
         self._zeros: dict[int, jax.Array] = {}
         self._torn = self._looks = False
 
@@ -136,8 +136,8 @@ class HybridForward(Forward):
             machine.step(len(valid), first)
             context = step.context
         span = step.span
-        self._looks = self.planner.worth_looking(len(valid))
-        distance = self.lookahead if self.trace is not None else self.planner.gates(len(valid))
+        self._looks = self.planner.should_predict(len(valid))
+        distance = self.lookahead if self.trace is not None else self.planner.routers_wanted(len(valid))
         positions = jax.device_put(step.positions, model.device)  # once, not at every layer's call
         nothing = self.zeros(rows)
         h, acc, host = programs.embed(model.table, step.ids), nothing, nothing
@@ -145,11 +145,11 @@ class HybridForward(Forward):
         caches, lanes = list(caches), None
         for index, layer in enumerate(model.layers):
             began = now()
-            if layer.ordinal is None:
+            if layer.moe_layer is None:
                 h, caches[index] = layer.programs.dense(layer.params, h, acc, host, caches[index], positions, span)
                 acc = host = nothing
                 continue
-            routers = model.lookahead_routers(layer.ordinal, distance)
+            routers = model.lookahead_routers(layer.moe_layer, distance)
             h, x, caches[index], packed = layer.programs.front(
                 layer.params, routers, h, acc, host, caches[index], positions, span
             )
@@ -158,31 +158,31 @@ class HybridForward(Forward):
                 self.read(packed, lanes), model.config.num_experts_per_tok, model.config.num_experts, valid
             )
             if machine is None:
-                moved = self.land(layer.ordinal)
-                plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid))
+                moved = self.land(layer.moe_layer)
+                plan = self.planner.plan(layer.moe_layer, routing.loads, routing.scores, len(valid))
             else:
                 before = machine.lanes()
-                machine.front(layer.ordinal, len(valid), context, self.planner.gates(len(valid)) > 0)
-                moved = self.land(layer.ordinal)
-                plan = self.planner.plan(layer.ordinal, routing.loads, routing.scores, len(valid), machine.now)
+                machine.front(layer.moe_layer, len(valid), context, self.planner.routers_wanted(len(valid)) > 0)
+                moved = self.land(layer.moe_layer)
+                plan = self.planner.plan(layer.moe_layer, routing.loads, routing.scores, len(valid), machine.now)
                 machine.run(plan, routing.loads, len(valid))
             if self.trace is not None:
-                self.trace(layer.ordinal, step, routing)
+                self.trace(layer.moe_layer, step, routing)
             lanes = Lanes()
-            self._stream(layer.ordinal + 1, plan.ahead)
+            self._stream(layer.moe_layer + 1, plan.next_layer_experts)
             acc, host = self.compute(layer, x, early, routing, plan, lanes)
-            lanes.link += self.link.end_stream(layer.ordinal)
+            lanes.link += self.link.end_stream(layer.moe_layer)
             fetched = tuple(f.expert for f in plan.fetch)
-            streamed, first = len(first) + len(plan.ahead), ()
-            moved += (len(fetched) + len(plan.waits) + streamed) * self.pool.expert_bytes
+            streamed, first = len(first) + len(plan.next_layer_experts), ()
+            moved += (len(fetched) + len(plan.awaited) + streamed) * self.pool.expert_bytes
             record.layers.append(
                 LayerStats(
-                    layer.ordinal,
+                    layer.moe_layer,
                     routing.loads,
                     len(plan.hits),
                     len(plan.misses),
                     tuple(plan.cpu),
-                    (*plan.device, *fetched, *plan.buffered, *(f.expert for f in plan.waits)),
+                    (*plan.device, *fetched, *plan.double_buffered, *(f.expert for f in plan.awaited)),
                     fetched,
                     moved,
                     now() - began,
@@ -203,8 +203,8 @@ class HybridForward(Forward):
         record.compile_s = compile_clock().seconds - compiled if machine is None else 0.0
         return logits, caches, record
 
-    def land(self, ordinal: int) -> int:
-        """Commits the prefetches that have landed before layer `ordinal` is planned; returns the bytes they moved."""
+    def land(self, moe_layer: int) -> int:
+        """Commits the prefetches that have landed before layer `moe_layer` is planned; returns the bytes they moved."""
         if not self.link.busy:
             return 0
         moved = 0
@@ -214,7 +214,7 @@ class HybridForward(Forward):
             landed = [self.link.wait(*key) for key in self.machine.landed()]
         for transfer in landed:
             if self.trace is not None:
-                self.trace.landed(ordinal, transfer.layer, transfer.expert)
+                self.trace.landed(moe_layer, transfer.layer, transfer.expert)
             moved += transfer.nbytes
             self._note(transfer)
             measured = transfer.seconds if self.machine is None else None
@@ -223,44 +223,44 @@ class HybridForward(Forward):
                 self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
         return moved
 
-    def load(self, ordinal: int, fetch: Fetch):
-        """A planned demand load: the expert's arrays in its slot, or in a staging slot when it is only streamed."""
-        return self._place(ordinal, fetch, self.link.put(self.weights(ordinal, fetch.expert)))
+    def load(self, moe_layer: int, fetch: Fetch):
+        """A planned demand fetch: the expert's arrays in its slot, or in a staging slot when it is only streamed."""
+        return self._place(moe_layer, fetch, self.link.put(self.weights(moe_layer, fetch.expert)))
 
-    def wait_for(self, ordinal: int, fetch: Fetch):
+    def wait_for(self, moe_layer: int, fetch: Fetch):
         """The same for an expert that a prefetch is already moving: waits until it has landed."""
         began = self.clock.now()
-        transfer = self.link.wait(ordinal, fetch.expert)
+        transfer = self.link.wait(moe_layer, fetch.expert)
         if self.machine is None:
-            self.planner.waited(ordinal, fetch.expert, transfer.seconds, self.clock.now() - began)
+            self.planner.waited(moe_layer, fetch.expert, transfer.seconds, self.clock.now() - began)
         self._note(transfer)
-        return self._place(ordinal, fetch, transfer.staged)
+        return self._place(moe_layer, fetch, transfer.staged)
 
-    def buffered(self, ordinal: int, expert: int, lanes: Lanes):
+    def buffered(self, moe_layer: int, expert: int, lanes: Lanes):
         """The arrays of an expert of the layer's buffer: waits until it has landed. The link's seconds are counted here."""
-        transfer = self.link.streamed(ordinal, expert)
+        transfer = self.link.streamed(moe_layer, expert)
         lanes.link += transfer.seconds
         self._note(transfer, "stream")
         return transfer.staged
 
-    def _stream(self, ordinal: int, experts) -> None:
+    def _stream(self, moe_layer: int, experts) -> None:
         """Starts to move a layer's experts into the buffer that the layer before the last has left."""
         if experts:
-            self.link.stream(ordinal, {expert: self.weights(ordinal, expert) for expert in experts})
+            self.link.stream(moe_layer, {expert: self.weights(moe_layer, expert) for expert in experts})
 
-    def prefetch(self, ordinal: int, routing: HostRouting) -> None:
+    def prefetch(self, moe_layer: int, routing: HostRouting) -> None:
         """Starts the transfers that the planner wants for coming layers."""
-        if not self._looks or self.planner.rests(len(routing.valid)):
+        if not self._looks or self.planner.backing_off(len(routing.valid)):
             return  # later routers may have been applied for a trace alone
-        for wanted in self.planner.prefetch(ordinal, routing.shown()):
+        for wanted in self.planner.prefetch(moe_layer, routing.shown()):
             self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
             if self.machine is not None:
                 self.machine.prefetch(wanted.layer, wanted.expert)
 
-    def _place(self, ordinal, fetch, staged):
+    def _place(self, moe_layer, fetch, staged):
         if fetch.stream:
             return self.pool.stream(staged)
-        return self.pool.write(ordinal, fetch.expert, staged, fetch.victim)
+        return self.pool.write(moe_layer, fetch.expert, staged, fetch.victim)
 
     def _note(self, transfer, kind: str = "prefetch") -> None:
         if self.timeline is not None:

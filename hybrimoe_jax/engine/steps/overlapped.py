@@ -1,7 +1,7 @@
 """The overlapped executor: device work is dispatched first, host experts compute while it runs, fetches land beside both.
 
 Measured: a host callback inside one executable blocks all of it, while separate dispatches overlap (82 + 123 ms alone,
-145 ms together). So a layer is: shared experts and resident experts dispatched, host experts started, demand loads issued
+145 ms together). So a layer is: shared experts and resident experts dispatched, host experts started, demand fetches issued
 and their experts dispatched behind them, prefetches issued into idle link time, and only then the host's part collected.
 """
 
@@ -48,40 +48,40 @@ class OverlappedForward(HybridForward):
         return layer.programs.shared(layer.params, x)
 
     def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
-        now, ordinal, timeline = self.clock.now, layer.ordinal, self.timeline
+        now, moe_layer, timeline = self.clock.now, layer.moe_layer, self.timeline
         acc = self.zeros(x.shape[0]) if early is None else early
         if timeline is not None and early is not None:
-            timeline.watch("device", "shared", self._began, acc, layer=ordinal)
-        acc = self._dispatch(acc, x, plan.device, routing, ordinal)
+            timeline.watch("device", "shared", self._began, acc, layer=moe_layer)
+        acc = self._dispatch(acc, x, plan.device, routing, moe_layer)
         pending = None
         if plan.cpu:
             inline = plan.schedule.cpu_seconds < self.inline_s * len(plan.cpu)
             work = HostWork(
-                ordinal,
+                moe_layer,
                 list(plan.cpu),
                 np.asarray(x),
                 [routing.rows[e] for e in plan.cpu],
                 [routing.weights[e] for e in plan.cpu],
             )
-            pending = self.host.submit(work, inline, wide=plan.schedule.alone)
+            pending = self.host.submit(work, inline, wide=plan.schedule.uses_all_cores)
         moved = None
         link_start = self._working()
         for fetch in plan.fetch:
             issued = now()
-            slot = self.load(ordinal, fetch)
+            slot = self.load(moe_layer, fetch)
             moved = jax.tree.leaves(slot)
             if timeline is not None:
                 timeline.watch(
-                    "link", f"fetch {ordinal}.{fetch.expert}", issued, slot, layer=ordinal, expert=fetch.expert
+                    "link", f"fetch {moe_layer}.{fetch.expert}", issued, slot, layer=moe_layer, expert=fetch.expert
                 )
-            acc = self._add(acc, x, [(fetch.expert, slot)], routing, ordinal)
-        for expert in plan.buffered:
-            acc = self._add(acc, x, [(expert, self.buffered(ordinal, expert, lanes))], routing, ordinal)
-        for fetch in plan.waits:
-            acc = self._add(acc, x, [(fetch.expert, self.wait_for(ordinal, fetch))], routing, ordinal)
+            acc = self._add(acc, x, [(fetch.expert, slot)], routing, moe_layer)
+        for expert in plan.double_buffered:
+            acc = self._add(acc, x, [(expert, self.buffered(moe_layer, expert, lanes))], routing, moe_layer)
+        for fetch in plan.awaited:
+            acc = self._add(acc, x, [(fetch.expert, self.wait_for(moe_layer, fetch))], routing, moe_layer)
         if self.verify is not None:
-            self.verify(ordinal)
-        self.prefetch(ordinal, routing)
+            self.verify(moe_layer)
+        self.prefetch(moe_layer, routing)
         if pending is None:
             part = self.zeros(x.shape[0])
         else:
@@ -90,7 +90,7 @@ class OverlappedForward(HybridForward):
             if timeline is not None:
                 for share in pending.parts:
                     for expert, start, end in share.spans:
-                        timeline.expert("cpu", ordinal, expert, start, end, load=routing.loads[expert])
+                        timeline.expert("cpu", moe_layer, expert, start, end, load=routing.loads[expert])
         self._watch = (self._working_from, acc, link_start, moved)
         return acc, part
 
@@ -117,15 +117,15 @@ class OverlappedForward(HybridForward):
         """A clock that stands still while something compiles; lane times are read on it."""
         return self.clock.now() - compile_clock().seconds
 
-    def _dispatch(self, acc, x, experts, routing, ordinal):
-        slots = [(expert, self.pool.get(ordinal, expert)) for expert in experts]
+    def _dispatch(self, acc, x, experts, routing, moe_layer):
+        slots = [(expert, self.pool.get(moe_layer, expert)) for expert in experts]
         if self.timeline is None:
-            return self._add(acc, x, slots, routing, ordinal)
+            return self._add(acc, x, slots, routing, moe_layer)
         for slot in slots:  # one call each, so that each expert has its own event
-            acc = self._add(acc, x, [slot], routing, ordinal)
+            acc = self._add(acc, x, [slot], routing, moe_layer)
         return acc
 
-    def _add(self, acc, x, slots, routing, ordinal):
+    def _add(self, acc, x, slots, routing, moe_layer):
         if not slots:
             return acc
         started = self.clock.now()
@@ -135,10 +135,10 @@ class OverlappedForward(HybridForward):
             expert = slots[0][0]
             self.timeline.watch(
                 "device",
-                f"expert {ordinal}.{expert}",
+                f"expert {moe_layer}.{expert}",
                 started,
                 acc,
-                layer=ordinal,
+                layer=moe_layer,
                 expert=expert,
                 load=routing.loads[expert],
             )
