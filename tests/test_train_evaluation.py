@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,20 +62,14 @@ def test_statistics_see_a_collapsed_router(model):
     for load in (*healthy.load, *collapsed.load):
         assert sum(load) == healthy.tokens * top_k and len(load) == count
     assert 0 < min(healthy.least_share) and max(healthy.largest_share) < count / top_k
-    bars = evaluation.verdict(collapsed, trigram=0.0)
-    assert bars == {"loss": False, "balanced": False, "local": False}
 
 
-def test_verdict_needs_each_margin():
-    good = evaluation.Evaluation(
+def test_description_has_the_loss_and_a_row_a_layer():
+    result = evaluation.Evaluation(
         1.5, {"w": 1.5}, 10, 5, 64, [0.2, 0.5], [2.0, 2.0], [0.3, 0.3], [0.15, 0.15], [[1, 1], [1, 1]]
     )
-    assert all(evaluation.verdict(good, trigram=1.81).values())
-    assert not evaluation.verdict(good, trigram=1.79)["loss"]
-    assert not evaluation.verdict(dataclasses.replace(good, least_share=[0.09, 0.5]), 1.81)["balanced"]
-    assert not evaluation.verdict(dataclasses.replace(good, overlap=[0.15, 0.16]), 1.81)["local"]
-    text = evaluation.describe(evaluation.summary(good, 1.81))
-    assert "1.5000 nats/byte" in text and "loss met" in text
+    lines = evaluation.describe(evaluation.summary(result)).splitlines()
+    assert "1.5000 nats/byte" in lines[0] and len(lines) == 4
 
 
 def test_rounding_is_that_of_bfloat16():

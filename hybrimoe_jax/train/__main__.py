@@ -1,7 +1,8 @@
 """`python -m hybrimoe_jax.train`: trains the bundled model, or one of another size on another text, and evaluates it.
 
-A run lives in a folder: `state.npz` (to resume from), `log.jsonl` (one JSON line per event), `tokenizer.json`, `model/`, written anew at every
-save, a Hugging Face folder in bfloat16, and at the end `training.json`, what it was trained on and what came of it. Standard output ends with ONE JSON line of the evaluation.
+A run lives in a folder: `state.npz` to resume from, `log.jsonl` with one JSON line per event, `tokenizer.json`, and
+`model/`, a Hugging Face folder in bfloat16 that every save writes anew. At the end comes `training.json`: what it was
+trained on and what came of it. Standard output ends with ONE JSON line of the evaluation.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def evaluate_folder(args, corpus) -> dict[str, Any]:
             f"--eval-context {args.eval_context}: between 1 and the model's {config.max_position_embeddings}"
         )
     result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, args.eval_context)
-    return evaluation.summary(result, evaluation.trigram_loss(corpus.training, corpus.held_out))
+    return evaluation.summary(result)
 
 
 def run_training(args, corpus) -> dict[str, Any]:
@@ -155,14 +156,12 @@ def run_training(args, corpus) -> dict[str, Any]:
     stream = np.concatenate([tokens.encode(tokenizer, text) for text in corpus.training])
     raw = export.raw_config(tokenizer, shape)
     config = parse_config(raw)
-    trigram = evaluation.trigram_loss(corpus.training, corpus.held_out)
     report = Report(args.run / "log.jsonl", args.steps)
-    report.write(event="start", settings=dataclasses.asdict(settings), config=raw, tokens=len(stream), trigram=trigram)
+    report.write(event="start", settings=dataclasses.asdict(settings), config=raw, tokens=len(stream))
     last: dict[str, Any] = {}
 
     def measure(params, context: int) -> dict[str, Any]:
-        result = evaluation.evaluate(config, params, tokenizer, corpus.held_out, context)
-        return evaluation.summary(result, trigram)
+        return evaluation.summary(evaluation.evaluate(config, params, tokenizer, corpus.held_out, context))
 
     def saved(state: loop.State) -> None:
         params = evaluation.round_bf16(state.params)

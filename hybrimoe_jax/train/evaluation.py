@@ -1,11 +1,12 @@
 """What a trained model is worth, and what its routers do, on works that it has never seen in any edition.
 
-Loss is in nats per BYTE, so that models with different tokenizers, and the byte trigram model, compare. Every id of a work is
-predicted once, from at most `context` ids before it (windows do not overlap: the first ids of each have little to go by).
+Loss is in nats per BYTE, so that models with different tokenizers compare. Every id of a work is predicted once, from at
+most `context` ids before it. Windows do not overlap: the first ids of each have little to go by.
 
-Routing, per layer: the *share* of an expert is its part of all (token, expert) pairs, in units of the uniform share 1/E; the *overlap* is
-the part of a token's k experts that the next token uses too. Experts drawn independently by their shares would overlap by chance:
-for k distinct experts that is sum_e q_e^2 / k, where q_e = k * share_e / E is the probability that a token uses e.
+Routing, per layer: the *share* of an expert is its part of all (token, expert) pairs, in units of the uniform share 1/E.
+The *overlap* is the part of a token's k experts that the next token uses too. Experts drawn independently by their shares
+would overlap by chance: for k distinct experts that is sum_e q_e^2 / k, where q_e = k * share_e / E is the probability
+that a token uses e.
 """
 
 from __future__ import annotations
@@ -24,11 +25,6 @@ from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.train import tokens
 from hybrimoe_jax.train.corpus import Text
 from hybrimoe_jax.train.loop import Params, make_forward
-from hybrimoe_jax.train.trigram import ByteTrigram
-
-MARGIN = 0.3  # nats per byte below the trigram model
-LEAST_SHARE = 0.1  # of the uniform share, for every expert of every layer
-LEAST_OVERLAP = 1.15  # times chance, on average over the layers; every layer above chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,29 +107,10 @@ def openings(texts: Sequence[Text], size: int = 4096) -> list[Text]:
     return [dataclasses.replace(text, text=text.text[:size]) for text in texts]
 
 
-def trigram_loss(training: Sequence[Text], works: Sequence[Text]) -> float:
-    """Nats per byte of the byte trigram model, fitted on the training works, on `works`."""
-    model = ByteTrigram([t.text.encode() for t in training])
-    documents = [t.text.encode() for t in works]
-    return sum(model.loss(d) for d in documents) / sum(len(d) for d in documents)
-
-
-def verdict(result: Evaluation, trigram: float) -> dict[str, bool]:
-    """Which of the bars for a bundled model are met."""
-    overlap, chance = float(np.mean(result.overlap)), float(np.mean(result.chance))
-    return {
-        "loss": result.loss <= trigram - MARGIN,
-        "balanced": min(result.least_share) >= LEAST_SHARE,
-        "local": overlap >= LEAST_OVERLAP * chance and all(o > c for o, c in zip(result.overlap, result.chance)),
-    }
-
-
-def summary(result: Evaluation, trigram: float) -> dict[str, Any]:
+def summary(result: Evaluation) -> dict[str, Any]:
     """The evaluation as one JSON-ready mapping."""
     return {
         "loss_nats_per_byte": round(result.loss, 4),
-        "trigram_nats_per_byte": round(trigram, 4),
-        "margin_nats_per_byte": round(trigram - result.loss, 4),
         "works": {name: round(value, 4) for name, value in result.works.items()},
         "bytes": result.bytes,
         "tokens": result.tokens,
@@ -142,7 +119,6 @@ def summary(result: Evaluation, trigram: float) -> dict[str, Any]:
         "largest_share": [round(v, 3) for v in result.largest_share],
         "overlap": [round(v, 3) for v in result.overlap],
         "overlap_by_chance": [round(v, 3) for v in result.chance],
-        "bars": verdict(result, trigram),
     }
 
 
@@ -151,11 +127,9 @@ def describe(values: Mapping[str, Any]) -> str:
     lines = [
         f"held-out loss  {values['loss_nats_per_byte']:.4f} nats/byte over {values['bytes']} bytes "
         f"({', '.join(f'{k} {v:.3f}' for k, v in values['works'].items())}), windows of {values['context']}",
-        f"byte trigram   {values['trigram_nats_per_byte']:.4f} nats/byte; the model is {values['margin_nats_per_byte']:.4f} below",
         "layer  least share  largest share  overlap  by chance",
     ]
     columns = zip(values["least_share"], values["largest_share"], values["overlap"], values["overlap_by_chance"])
     for layer, (least, largest, overlap, chance) in enumerate(columns):
         lines.append(f"{layer:5d}  {least:11.3f}  {largest:13.3f}  {overlap:7.3f}  {chance:9.3f}")
-    lines.append("bars: " + ", ".join(f"{name} {'met' if met else 'MISSED'}" for name, met in values["bars"].items()))
     return "\n".join(lines)
