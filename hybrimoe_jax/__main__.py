@@ -1,4 +1,4 @@
-"""`hybrimoe-jax COMMAND ...`, the same as `python -m hybrimoe_jax.COMMAND ...`."""
+"""The console script: `hybrimoe-jax COMMAND ...` runs a command as `python -m` does."""
 
 from __future__ import annotations
 
