@@ -1,4 +1,4 @@
-"""`bench kernels`: it measures what it is asked for, in turns, and judges its bars only where everything was measured."""
+"""`bench kernels`: it measures what it is asked for, in turns, and gives a ratio only where everything was measured."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.bench import __main__ as bench
-from hybrimoe_jax.bench import ggml_peer, kernel_bars, kernel_contenders, kernels
+from hybrimoe_jax.bench import ggml_peer, kernel_contenders, kernels
 from hybrimoe_jax.bench.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, pack_expert
@@ -17,29 +17,26 @@ needs_native = pytest.mark.skipif(not library.available(), reason="the package w
 
 
 def row(shape, load, contender, seconds):
-    return kernel_bars.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.25, 0.5)
+    return kernels.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.25, 0.5)
 
 
-def test_a_bar_is_the_geometric_mean_over_shapes_and_loads_against_the_fastest_peer():
-    bar = kernel_bars.Bar("x", "ours", (2, 4), ("a", "b"), 1.8, 2.0, kernel_bars._faster)
+def test_a_ratio_is_the_geometric_mean_over_shapes_and_loads_against_the_fastest_peer():
+    ratio = kernels.Ratio("x", "ours", (2, 4), ("a", "b"))
     rows = [row(s.name, n, "ours", 1.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "a", 9.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "b", 1.0 if n == 2 else 4.0) for s in SHAPES for n in (2, 4)]
-    found = kernel_bars.judge(bar, rows, [s.name for s in SHAPES])
-    assert found == {"bar": "x", "value": 2.0, "need": 1.8, "aim": 2.0, "met": True}
+    assert kernels.mean_ratio(ratio, rows, [s.name for s in SHAPES]) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("without", ["ours", "a", "mixtral"])
-def test_a_bar_whose_peer_or_shape_is_absent_is_not_met(without):
-    bar = kernel_bars.Bar("x", "ours", (1,), ("a",), 0.1, 0.2, kernel_bars._faster)
+def test_a_ratio_with_a_peer_or_shape_absent_is_not_measured(without):
     rows = [row(s.name, 1, name, 1.0) for s in SHAPES for name in ("ours", "a")]
     rows = [r for r in rows if without not in (r.contender, r.shape)]
-    found = kernel_bars.judge(bar, rows, [s.name for s in SHAPES])
-    assert found["value"] is None and not found["met"]
+    assert kernels.mean_ratio(kernels.Ratio("x", "ours", (1,), ("a",)), rows, [s.name for s in SHAPES]) is None
 
 
 @needs_native
-def test_it_prints_limits_tables_bars_and_one_json_line(monkeypatch, capsys):
+def test_it_prints_limits_tables_ratios_and_one_json_line(monkeypatch, capsys):
     monkeypatch.setattr(kernel_contenders, "MIN_BYTES", 1)
     monkeypatch.setattr(kernels, "PROBE_BYTES", 1 << 20)
     monkeypatch.setattr(ggml_peer, "folder", lambda: None)
@@ -52,9 +49,9 @@ def test_it_prints_limits_tables_bars_and_one_json_line(monkeypatch, capsys):
     }
     assert all(r["ms"] > 0 and r["gb_s"] > 0 and r["share"] > 0 for r in record["rows"])
     assert "ggml" in record["absent"] and any("ggml: absent" in line for line in lines)
-    assert lines[0].startswith("limits on 1 thread: reads") and not any(bar["met"] for bar in record["bars"])
+    assert lines[0].startswith("limits on 1 thread: reads") and set(record["ratios"].values()) == {None}
     assert all(0 < r["of_bandwidth"] <= r["share"] for r in record["rows"])
-    assert sum("NOT met" in line for line in lines) == len(record["bars"])
+    assert sum("not measured" in line for line in lines) == len(record["ratios"])
 
 
 @needs_native

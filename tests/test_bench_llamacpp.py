@@ -7,7 +7,7 @@ import pytest
 
 from hybrimoe_jax.bench import __main__ as bench
 from hybrimoe_jax.bench import llamacpp
-from hybrimoe_jax.bench.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
+from hybrimoe_jax.bench.random_models import DEEPSEEK_V2_LITE, MID, write_random_hf
 from hybrimoe_jax.checkpoint.gguf.file import open_gguf
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
@@ -37,7 +37,7 @@ def test_a_checkpoint_s_own_weights_are_written(kind, tmp_path):
 
     from hybrimoe_jax.bench.gguf_writer import write_gguf
 
-    hf = write_random_qwen2_moe(tmp_path / "hf", QWEN)
+    hf = write_random_hf(tmp_path / "hf", QWEN)
     with safe_open(hf / "model.safetensors", "np") as stored:
         file = write_gguf(tmp_path / "m.gguf", parse_config(QWEN), kind, stored.get_tensor)
     want, have = tensors(open_hf(hf)), tensors(open_gguf(file))
@@ -71,7 +71,7 @@ def test_other_families_are_refused():
 
 def test_both_sides_are_prepared_once_and_at_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(llamacpp, "MID", QWEN)
-    monkeypatch.setattr(llamacpp, "write_random_qwen2_moe", lambda folder: write_random_qwen2_moe(folder, QWEN))
+    monkeypatch.setattr(llamacpp, "write_random_hf", lambda folder: write_random_hf(folder, QWEN))
     for format, kind in llamacpp.TYPES.items():
         ours, theirs = llamacpp.prepare("mid", format, tmp_path)
         assert open_checkpoint(ours).format == format and theirs.name.endswith(f"{kind}.gguf")

@@ -51,8 +51,6 @@ def most_executables() -> int:
 def count_executables() -> dict:
     import tiny
 
-    from hybrimoe_jax.engine.programs import executables
-
     engine = tiny.engine("qwen2_moe", cache_ratio=0.5, prefill_chunk=CHUNK, max_context=CONTEXT)
 
     def sweep(lengths) -> int:
@@ -61,7 +59,7 @@ def count_executables() -> dict:
             for batch in BATCHES:
                 prompts = tiny.prompts(engine.config, (length, *(max(1, length // 3), length)[: batch - 1]))
                 engine.generate(prompts, max_new_tokens=new)
-        return executables()
+        return tiny.executables()
 
     first = sweep(SWEEP)
     return {"first": first, "then": sweep(OTHERS)}

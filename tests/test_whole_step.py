@@ -240,15 +240,13 @@ def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read
 
 
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
-    from hybrimoe_jax.engine.programs import executables
-
     engine = whole_engine(eos=(95, 94))
     prompt = tiny.prompts(engine.config, (9,))
     engine._forward.whole, whole = None, engine._forward.whole
     engine.generate(prompt, max_new_tokens=3)  # so that the prompt's are made
-    engine._forward.whole, made = whole, executables()
+    engine._forward.whole, made = whole, tiny.executables()
     engine.generate(prompt, max_new_tokens=12)
-    assert executables() == made
+    assert tiny.executables() == made
 
 
 def test_runs_that_take_turns_compute_no_steps_for_nobody():

@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 
+from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.machine.costs import CostModel, expert_bytes
 from hybrimoe_jax.models.parameters import split
@@ -54,6 +55,11 @@ CONFIGS = {
         scoring_func="softmax",
     ),
 }
+
+
+def executables() -> int:
+    """How many executables the process holds for engine steps."""
+    return sum(program._cache_size() for program in programs._PROGRAMS)
 
 
 @functools.lru_cache

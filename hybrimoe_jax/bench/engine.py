@@ -169,7 +169,7 @@ def table(result: dict) -> str:
 
 def run(models: list[str], options: Options, workdir: Path | None, note: Callable[[str], None]) -> dict:
     """Benchmarks "bundled", "mid" (random, 466 M parameters) or a converted checkpoint folder; prints a table each."""
-    from hybrimoe_jax.bench.random_checkpoint import write_random_qwen2_moe
+    from hybrimoe_jax.bench.random_models import write_random_hf
     from hybrimoe_jax.convert import convert, export_hf
     from hybrimoe_jax.engine.load import bundled_model
 
@@ -182,7 +182,7 @@ def run(models: list[str], options: Options, workdir: Path | None, note: Callabl
                 checkpoint = base / "mid"
                 if not hf.exists():
                     note("writing a random model")
-                    write_random_qwen2_moe(hf)
+                    write_random_hf(hf)
                 if not checkpoint.exists():
                     convert(hf, checkpoint)
             else:

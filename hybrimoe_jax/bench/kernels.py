@@ -1,28 +1,30 @@
 """`bench kernels`: one SwiGLU expert at a time, weights from memory, by our native kernels and by the peers, all in turns.
 
-The machine's limits come first: read bandwidth (whole vectors, summed, as one stream a thread or as four, whichever is faster) and the multiply-adds that registers alone can do, by the native
-library's own loops. A row's limit is the larger of its bytes over that bandwidth and its operations over that peak; formats with quantised
-activations multiply bytes, for which the float32 peak is no limit, so that theirs can pass 1 at large loads.
+The machine's limits come first, by the native library's own loops: read bandwidth (whole vectors, summed, as one stream a
+thread or as four, whichever is faster) and the multiply-adds that registers alone can do. A row's limit is the larger of its
+bytes over that bandwidth and its operations over that peak. Formats with quantised activations multiply bytes, for which the
+float32 peak is no limit, so theirs can pass 1 at large loads.
 
-In every turn each contender computes a burst of experts (the first of them, where one is short, unmeasured: it wakes the threads), then
-the others have theirs. Memory is read before and after each burst at small loads, where it is the limit (a virtual machine's bandwidth
-may halve from one second to the next), and between the turns at large ones. Medians of the turns. Before each burst the threads of the
-contender before have gone to sleep.
+In every turn each contender computes a burst of experts, then the others have theirs. The first of a burst, where one is
+short, is unmeasured: it wakes the threads. At small loads memory is the limit and a virtual machine's bandwidth may halve from
+one second to the next, so memory is read before and after each burst; at large ones between the turns. Rows are medians of
+the turns. Before each burst the threads of the contender before have gone to sleep.
 
-The bars are in kernel_bars.py.
+Ratios are geometric means over the shapes and loads at the most threads, against the fastest of the peers where they have any.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hybrimoe_jax.bench.kernel_bars import Row, bars, judge
 from hybrimoe_jax.bench.kernel_contenders import SHAPES, Contender, Shape, Weights, native, peers_of
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native.library import isas, library
@@ -54,6 +56,77 @@ class Options:
     loads: tuple[int, ...] = LOADS
     threads: tuple[int, ...] = (1, 2)
     seconds: float = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Median seconds an expert. `bandwidth`: bytes a second, read around the contender's turns. `of_bandwidth` and `share`:
+    how much of it, and of the machine's limit, medians of the turns, each against what was read around it."""
+
+    shape: str
+    load: int
+    threads: int
+    contender: str
+    seconds: float
+    nbytes: int
+    flops: int
+    bandwidth: float
+    of_bandwidth: float
+    share: float
+
+    def record(self) -> dict:
+        return {
+            **{name: getattr(self, name) for name in ("shape", "load", "threads", "contender")},
+            "ms": round(self.seconds * 1e3, 4),
+            "gb_s": round(self.nbytes / self.seconds / 1e9, 2),
+            "gflop_s": round(self.flops / self.seconds / 1e9, 1),
+            "bandwidth": round(self.bandwidth / 1e9, 1),
+            "of_bandwidth": round(self.of_bandwidth, 3),
+            "share": round(self.share, 3),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Ours over the peers' at some loads: time of the fastest of `peers` over ours, or without peers `value` of our row."""
+
+    name: str
+    ours: str
+    loads: tuple[int, ...]
+    peers: tuple[str, ...] = ()
+    value: Callable[[Row], float] = operator.attrgetter("of_bandwidth")
+
+
+def ratios(peak: float) -> list[Ratio]:
+    """What is reported beside the rows; `peak`: floating-point operations a second."""
+    q4, q8 = ("ggml q4_0", "ggml q4_0 repacked"), ("ggml q8_0", "ggml q8_0 repacked")
+    int4, int8 = "native int4-g32-a8", "native int8-g32-a8"
+    return [
+        Ratio("load 1, int4: of read bandwidth", int4, (1,)),
+        Ratio("load 1, int8: of read bandwidth", int8, (1,)),
+        Ratio("load 1, bf16: of read bandwidth", "native bf16", (1,)),
+        Ratio("load 1, int4 against ggml", int4, (1,), q4),
+        Ratio("load 1, int8 against ggml", int8, (1,), q8),
+        Ratio("loads 2-8, int4 against ggml", int4, (2, 4, 8), q4),
+        Ratio("loads 2-8, int8 against ggml", int8, (2, 4, 8), q8),
+        Ratio("load 128, int4 against ggml", int4, (128,), q4),
+        Ratio("load 128, int8 against ggml", int8, (128,), q8),
+        Ratio("load 128, int8 against torch", "native int8-g128-a8", (128,), ("torch int8 dynamic",)),
+        Ratio("load 128, f32: of the peak", "native f32", (128,), value=lambda row: row.flops / row.seconds / peak),
+    ]
+
+
+def mean_ratio(ratio: Ratio, rows: list[Row], shapes: Sequence[str]) -> float | None:
+    """The geometric mean over `shapes` and the loads; None where a row that it needs was not measured."""
+    found = []
+    for shape, load in itertools.product(shapes, ratio.loads):
+        here = {row.contender: row for row in rows if (row.shape, row.load) == (shape, load)}
+        peers = [here[name].seconds for name in ratio.peers if name in here]
+        if ratio.ours not in here or (ratio.peers and not peers):
+            return None
+        ours = here[ratio.ours]
+        found.append(min(peers) / ours.seconds if peers else ratio.value(ours))
+    return statistics.geometric_mean(found)
 
 
 class Machine:
@@ -90,8 +163,11 @@ class Machine:
 
 
 def rest() -> None:
-    """Returns when no thread of this process computes or spins any more (OpenBLAS's helpers spin for some 30 ms after a call, and the
-    next contender took ten times as long); gives up after LONGEST_PAUSE. Linux may count processor time by ticks of 4 ms."""
+    """Returns when no thread of this process computes or spins any more; gives up after LONGEST_PAUSE.
+
+    OpenBLAS's helpers spin for some 30 ms after a call, and the next contender took ten times as long. Linux may count
+    processor time by ticks of 4 ms.
+    """
     until = time.perf_counter() + LONGEST_PAUSE
     while time.perf_counter() < until:
         used = time.process_time()
@@ -177,15 +253,18 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
         del weights, contenders
     most = max(options.threads)
     at_most = [row for row in rows if row.threads == most]
-    judged = [judge(bar, at_most, [shape.name for shape in SHAPES]) for bar in bars(machine.peak[most])]
-    _say_bars(judged, most, say)
+    names = [shape.name for shape in SHAPES]
+    means = {ratio.name: mean_ratio(ratio, at_most, names) for ratio in ratios(machine.peak[most])}
+    say(f"\nratios, geometric means over the shapes, {most} thread{'s' * (most > 1)}")
+    for name, mean in means.items():
+        say(f"  {name:34} {'not measured' if mean is None else f'{mean:.2f}':>12}")
     return {
         "bandwidth_gb_s": {n: round(value / 1e9, 1) for n, value in machine.bandwidth.items()},
         "peak_gflop_s": {n: round(value / 1e9) for n, value in machine.peak.items()},
         "isa": next(iter(isas())),
         "rows": [row.record() for row in rows],
         "absent": absent,
-        "bars": judged,
+        "ratios": {name: mean and round(mean, 3) for name, mean in means.items()},
     }
 
 
@@ -201,15 +280,6 @@ def _table(shape: Shape, rows: list[Row], absent: dict[str, str], say: Callable[
         say(f"  {row.contender:22} {one['ms']:10.3f} {one['gb_s']:8.1f} {one['gflop_s']:9.1f} {row.share:9.2f}")
     for peer, why in absent.items():
         say(f"  {peer}: absent ({why})")
-
-
-def _say_bars(judged: list[dict], threads: int, say: Callable[[str], None]) -> None:
-    say(f"\nbars, geometric means over the shapes, {threads} thread{'s' * (threads > 1)}")
-    say(f"  {'':34} {'value':>12} {'bar':>6} {'aim':>6}")
-    for result in judged:
-        value = "not measured" if result["value"] is None else f"{result['value']:.2f}"
-        met = "met" if result["met"] else "NOT met"
-        say(f"  {result['bar']:34} {value:>12} {result['need']:6.2f} {result['aim']:6.2f}  {met}")
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hybrimoe_jax.bench.engine import SETTLE_S, Contender, read_bandwidth
-from hybrimoe_jax.bench.random_checkpoint import DEEPSEEK_V2_LITE, MID, write_random_qwen2_moe
+from hybrimoe_jax.bench.random_models import DEEPSEEK_V2_LITE, MID, write_random_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.registry import parse_config
 
@@ -62,8 +62,8 @@ def prepare(model: str, format: str, base: Path) -> tuple[Path, Path]:
     dense = None if format == "f32" else format
     if model == "mid":
         hf = base / "mid-hf"
-        if not (hf / "config.json").exists():  # written last
-            write_random_qwen2_moe(hf)
+        if not hf.exists():
+            write_random_hf(hf)
         if not ours.exists():
             convert(hf, ours, format, dense_format=dense)
         if not theirs.exists():

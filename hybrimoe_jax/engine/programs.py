@@ -39,11 +39,6 @@ def _program(function, **options):
     return jitted
 
 
-def executables() -> int:
-    """How many executables the process holds for engine steps."""
-    return sum(program._cache_size() for program in _PROGRAMS)
-
-
 class LayerPrograms(NamedTuple):
     """The jitted pieces of one kind of layer.
 

@@ -60,9 +60,3 @@ def compensated(
     rounded = np.empty_like(codes)
     rounded[:, order] = out.astype(codes.dtype)
     return rounded, scales, zeros
-
-
-def output_error(weights: np.ndarray, rounded: np.ndarray, hessian: np.ndarray) -> float:
-    """The squared error of the outputs that rounding causes, summed over outputs and over the inputs behind H."""
-    difference = (weights - rounded).astype(np.float64)
-    return float(np.einsum("rk,kl,rl->", difference, hessian, difference))
