@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.costs import CostModel, expert_bytes
+from hybrimoe_jax.formats.sizes import expert_bytes
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit
 
 MODEL = CostModel(

@@ -20,7 +20,7 @@ from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.convert import convert, convert_random, export_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, dequantise_expert, pack_expert, unpack
-from hybrimoe_jax.machine.costs import expert_bytes
+from hybrimoe_jax.formats.sizes import expert_bytes
 
 FORMATS = ("int4-g64", "int8-g32-s32", "int4z-g128-a8")
 

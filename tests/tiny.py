@@ -9,7 +9,8 @@ import numpy as np
 
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.machine.costs import CostModel, expert_bytes
+from hybrimoe_jax.formats.sizes import expert_bytes
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, parse_config
 

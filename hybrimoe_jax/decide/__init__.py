@@ -11,7 +11,8 @@ from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predic
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
 from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
-from hybrimoe_jax.machine.costs import CostModel, expert_bytes
+from hybrimoe_jax.formats.sizes import expert_bytes
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Attaching the recorders of `record/` to a running engine.
+"""Attaching the recorders of `trace/` to a running engine.
 
 Device work finishes when nobody looks. For a timeline a watcher thread waits for each dispatched array in turn and notes
 when it was ready, so an event on the device or link lane begins when its work was dispatched, or when the one before it on
@@ -8,10 +8,14 @@ looking at, the statistics of a run without one are for quoting.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 
+from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.lanes.workers import Worker
-from hybrimoe_jax.simulate.recorded import run_record
+from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import TraceRecorder
 from hybrimoe_jax.trace.timeline import Timeline
@@ -123,3 +127,19 @@ class EngineTrace:
 
     def save(self, path) -> None:
         self.recorder.save(path)
+
+
+def run_record(planner: Planner, profile: Any) -> dict:
+    """What a trace says of the run it was taken from; JSON values."""
+    costs = planner.costs
+    frequencies = [policy.frequencies for policy in planner.policies]
+    return {
+        "system": dataclasses.asdict(planner.system),
+        "slots": planner.slots,
+        "max_in_flight": planner.max_in_flight,
+        "frequencies": None if None in frequencies else frequencies,
+        "steps_before": planner.counters.steps,
+        "profile": profile if isinstance(profile, (str, type(None))) else "given",
+        "costs": costs.describe(),
+        "shape": dataclasses.asdict(costs.shape) if isinstance(costs, MachineCosts) else None,
+    }

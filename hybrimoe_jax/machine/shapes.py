@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.costs import expert_bytes
+from hybrimoe_jax.formats.sizes import expert_bytes
 
 
 @dataclasses.dataclass(frozen=True)

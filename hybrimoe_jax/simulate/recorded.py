@@ -1,4 +1,4 @@
-"""Replaying a live run: what a trace must carry for it, and the replay that gives the same counts again.
+"""Replaying a live run: the same counts again, from what its trace carries.
 
 `generate --trace` writes the planner's parts, its costs and, since under the wall clock they cannot be computed, when each prefetch landed.
 Under the virtual clock the times come out equal as well.
@@ -6,10 +6,8 @@ Under the virtual clock the times come out equal as well.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
@@ -21,22 +19,6 @@ from hybrimoe_jax.machine.virtual import Machine
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.workload import recorded_steps
 from hybrimoe_jax.trace.file import Trace
-
-
-def run_record(planner: Planner, profile: Any) -> dict:
-    """What a trace says of the run it was taken from; JSON values."""
-    costs = planner.costs
-    frequencies = [policy.frequencies for policy in planner.policies]
-    return {
-        "system": dataclasses.asdict(planner.system),
-        "slots": planner.slots,
-        "max_in_flight": planner.max_in_flight,
-        "frequencies": None if None in frequencies else frequencies,
-        "steps_before": planner.counters.steps,
-        "profile": profile if isinstance(profile, (str, type(None))) else "given",
-        "costs": costs.describe(),
-        "shape": dataclasses.asdict(costs.shape) if isinstance(costs, MachineCosts) else None,
-    }
 
 
 class Landings:

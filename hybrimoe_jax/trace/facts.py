@@ -1,6 +1,6 @@
 """What a replay must know of a model, and where imported traces take it from: the model's own config.json.
 
-`MODELS` are the models of the public traces that `record.importers` reads, with the figures of their config.json files.
+`MODELS` are the models of the public traces that `importers` reads, with the figures of their config.json files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.costs import FORMATS, expert_bytes
+from hybrimoe_jax.formats.sizes import FORMATS, expert_bytes
 
 MOST = 2**16
 """Of layers, of experts and of experts per token: no model comes near it, and tables of that size still fit memory."""
@@ -42,7 +42,7 @@ class TraceFacts:
 
 
 def facts_of(model_type: str, layers: int, experts: int, top_k: int, hidden: int, moe_width: int) -> TraceFacts:
-    """Facts with the bytes of an expert in every format of `decide.costs.FORMATS`; `hidden` and `moe_width` are the expert's dimensions."""
+    """Facts with an expert's bytes in every format of `formats.sizes.FORMATS`; `hidden` and `moe_width` are its sizes."""
     return TraceFacts(
         model_type, layers, experts, top_k, {fmt: expert_bytes(hidden, moe_width, fmt) for fmt in FORMATS}
     )

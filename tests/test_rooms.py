@@ -1,0 +1,150 @@
+"""The order of rooms, read from the package's import statements: those inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "hybrimoe_jax"
+
+FLOORS = (
+    ("generate", "convert", "calibrate"),
+    ("bench",),
+    ("train", "reproduce", "baselines"),
+    ("engine",),
+    ("simulate",),
+    ("checkpoint",),
+    ("machine",),
+    ("decide",),
+    ("models",),
+    ("host_kernels",),
+    ("trace",),
+    ("formats",),
+    ("cli", "errors", "files", "text"),
+)
+"""From top to bottom: a room may import from its own floor and those below."""
+
+KNOWN = {("bench", "convert"), ("decide", "machine"), ("decide", "trace")}
+"""(room, room above it that it imports): to be mended, none to be added."""
+
+WITHOUT_JAX = ("decide", "formats", "machine")
+
+
+class Import(NamedTuple):
+    """One imported name: `target` is a module of the package, or the top-level name of another."""
+
+    source: str
+    target: str
+    line: int
+    at_module_level: bool
+
+
+def modules() -> dict[str, Path]:
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+MODULES = modules()
+
+
+def statements(node: ast.AST, at_module_level: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, at_module_level
+        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+        yield from statements(child, at_module_level and not inside)
+
+
+def imports_of(name: str, path: Path) -> Iterator[Import]:
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for statement, outside in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
+            found = [alias.name for alias in statement.names]
+        else:
+            above = package.split(".")[: len(package.split(".")) + 1 - statement.level] if statement.level else []
+            base = ".".join([*above, *([statement.module] if statement.module else [])])
+            names = [alias.name for alias in statement.names if alias.name != "__version__"]  # which is for everybody
+            found = [f"{base}.{name}" for name in names]
+            found = [module if module in MODULES else base for module in found]
+        for module in found:
+            own = module.split(".")[0] == PACKAGE
+            yield Import(name, module if own else module.split(".")[0], statement.lineno, outside)
+
+
+IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
+INSIDE = [found for found in IMPORTS if found.target.split(".")[0] == PACKAGE]
+
+
+def room(module: str) -> str:
+    """The first name below the package's; empty for the package itself, which stands above all rooms."""
+    name = module.split(".")[1:2]
+    return "" if not name or name == ["__main__"] else name[0]
+
+
+def floor(name: str) -> int:
+    """Counted from the top; the package itself is above all."""
+    return next((number for number, rooms in enumerate(FLOORS) if name in rooms), -1)
+
+
+def where(found: Import) -> str:
+    return f"{MODULES[found.source].relative_to(ROOT)}:{found.line} imports {found.target}"
+
+
+def test_every_module_is_in_a_room():
+    assert {room(name) for name in MODULES} - {""} <= set(itertools.chain(*FLOORS))
+
+
+def test_every_import_inside_the_package_names_a_module_of_it():
+    assert not [where(found) for found in INSIDE if found.target not in MODULES]
+
+
+def test_rooms_import_only_downwards():
+    upwards = [
+        found for found in INSIDE if room(found.source) and floor(room(found.target)) < floor(room(found.source))
+    ]
+    assert not [where(found) for found in upwards if (room(found.source), room(found.target)) not in KNOWN]
+
+
+def test_files_make_no_circle():
+    """At module level: a file that is imported while it runs would be seen half."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in INSIDE:
+        if found.at_module_level:
+            graph[found.source].add(found.target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_rooms_without_jax_reach_none(name):
+    """Nothing in the room, and nothing that it imports, names jax, wherever in its file."""
+    reached, waiting = set(), [module for module in MODULES if room(module) == name]
+    assert waiting
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        mine = [found for found in IMPORTS if found.source == module]
+        assert not [where(found) for found in mine if found.target in ("jax", "jaxlib", "flax")]
+        waiting += [found.target for found in mine if found.target in MODULES and found.target not in reached]
+
+
+def test_a_fresh_interpreter_with_those_rooms_holds_no_jax():
+    names = [module for module in MODULES if room(module) in WITHOUT_JAX]
+    program = f"import importlib, json, sys\nfor name in {names}: importlib.import_module(name)\n"
+    program += "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not {"jax", "jaxlib", "flax", "torch"} & set(json.loads(done.stdout))
