@@ -26,6 +26,7 @@ from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import HybridForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats import sizes
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
@@ -152,7 +153,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     expert_format, dtype = device_format(store, device)
     check_device_kernel(options.device_kernel, device, expert_format)
     model.device_kernel = options.device_kernel
-    expert_bytes = costs_of.expert_bytes(config.hidden_size, config.moe_width, expert_format)
+    expert_bytes = sizes.expert_bytes(config.hidden_size, config.moe_width, expert_format)
     buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
     fixed = budget.Footprint(
         dense=model.nbytes,
