@@ -14,14 +14,13 @@ import pytest
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.plain import (
+    ALIGNMENT,
     BF16,
     F32,
     Arena,
     aligned_copy,
     aligned_empty,
     check_expert,
-    is_aligned,
-    to_bf16,
     to_f32,
 )
 from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
@@ -56,6 +55,10 @@ def exact(weights: ExpertWeights, x: np.ndarray) -> np.ndarray:
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:
     assert got.dtype == np.float32 and got.shape == want.shape
     assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    return array.flags.c_contiguous and (array.size == 0 or array.ctypes.data % ALIGNMENT == 0)
 
 
 def kernels() -> list:
@@ -241,7 +244,7 @@ def test_widening_is_exact_for_every_bfloat16():
     with np.errstate(invalid="ignore"):
         assert np.array_equal(widened, every.astype(np.float32), equal_nan=True)
         finite = ~np.isnan(widened)
-        assert np.array_equal(to_bf16(widened)[finite].view(np.uint16), every[finite].view(np.uint16))
+        assert np.array_equal(widened[finite].astype(BF16).view(np.uint16), every[finite].view(np.uint16))
     assert is_aligned(widened)
 
 

@@ -2,7 +2,7 @@
 
 `ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts are
 read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
-read-only, since kernels and transfers hold them while others read; on a machine with several NUMA nodes their pages lie on all of them.
+read-only, since kernels and transfers hold them while others read.
 
 Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
 quantised one (`host_kernels.layout`), which are held as they are stored.

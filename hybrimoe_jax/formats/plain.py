@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.formats.numa import spread
 
 ALIGNMENT = 64
 HUGE_PAGE = 2 << 20
@@ -76,13 +75,9 @@ class Arena:
         with self._lock:
             if self._used + nbytes > self._block.size:
                 raw = np.empty(max(BLOCK, nbytes) + HUGE_PAGE, np.uint8)
-                self._block, self._used = spread(raw[-raw.ctypes.data % HUGE_PAGE :]), 0
+                self._block, self._used = raw[-raw.ctypes.data % HUGE_PAGE :], 0
             start, self._used = self._used, self._used + -(-nbytes // ALIGNMENT) * ALIGNMENT
             return self._block[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def is_aligned(array: np.ndarray) -> bool:
-    return array.flags.c_contiguous and (array.size == 0 or array.ctypes.data % ALIGNMENT == 0)
 
 
 def aligned_copy(array: np.ndarray, dtype=None, arena: Arena | None = None) -> np.ndarray:
@@ -108,11 +103,6 @@ def to_f32(array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         out = aligned_empty(array.shape, F32)
     np.left_shift(array.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     return out
-
-
-def to_bf16(array: np.ndarray) -> np.ndarray:
-    """bfloat16 values of an array, rounded to nearest even; exact where `to_f32` gave the array."""
-    return array if array.dtype == BF16 else array.astype(BF16)
 
 
 def check_expert(weights: ExpertWeights, where: str = "expert") -> None:
