@@ -18,7 +18,7 @@ from flax.core import FrozenDict
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.rope import Rope, make_rope
 
-# Keys that no common code honours -> the values under which they change nothing. A family with a field of that name honours it.
+# Keys that no common code honours -> the values under which they change nothing. A family with such a field honours it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "qkv_bias": (False, None),
@@ -60,10 +60,18 @@ SIZES = (
 )
 
 
+class RoutedExperts:
+    """`num_experts` for type checkers: a field in families whose `config.json` spells it so, a property in the others."""
+
+    num_experts: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(abc.ABC):
-    """Keys common to the supported families; hashable. Derived values are properties; every family gives `num_experts`,
-    `moe_width` (F, an expert's hidden width) and `is_moe(layer)`."""
+class ModelConfig(RoutedExperts, abc.ABC):
+    """What the engine asks of every model; hashable. A family adds the keys of its own, as fields spelled as in `config.json`.
+
+    Derived values are properties. Every family gives `num_experts`, `moe_width` and `is_moe(layer)`.
+    """
 
     model_type: str
     vocab_size: int
@@ -71,6 +79,7 @@ class ModelConfig(abc.ABC):
     num_hidden_layers: int
     num_attention_heads: int
     num_experts_per_tok: int
+    intermediate_size: int
     num_key_value_heads: int | None = None
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
@@ -78,9 +87,7 @@ class ModelConfig(abc.ABC):
     rope_scaling: Mapping[str, Any] | None = None
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
-    bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    initializer_range: float = 0.02
 
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of a key -> the field it fills."""
@@ -128,6 +135,16 @@ class ModelConfig(abc.ABC):
 
     def check(self, raw: Mapping[str, Any]) -> None:
         """Refuses what the family cannot honour; families extend it. `raw` is the whole `config.json` mapping."""
+        self._check_keys(raw)
+        self._check_sizes(raw)
+        self._check_layer_types(raw.get("layer_types") or ())
+        if not all(isinstance(token, int) for token in self.eos_ids):
+            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {raw['eos_token_id']!r}")
+        if not self.moe_layers:
+            raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
+        _ = self.rope  # refuses an unknown scaling rule by name
+
+    def _check_keys(self, raw: Mapping[str, Any]) -> None:
         if self.hidden_act not in ("silu", "swish"):
             raise UserError(f"config.json: hidden_act {self.hidden_act!r} is not supported (silu is)")
         if settings := raw.get("quantization_config"):
@@ -140,6 +157,8 @@ class ModelConfig(abc.ABC):
             unused = key == "sliding_window" and raw.get("use_sliding_window") is False
             if key in raw and key not in honoured and raw[key] not in neutral and not unused:
                 raise UserError(f"config.json: {key} {raw[key]!r} is not supported for model_type {self.model_type!r}")
+
+    def _check_sizes(self, raw: Mapping[str, Any]) -> None:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")
@@ -158,7 +177,8 @@ class ModelConfig(abc.ABC):
             raise UserError(
                 "config.json: hidden_size is not a multiple of num_attention_heads and head_dim is not given"
             )
-        kinds = raw.get("layer_types") or ()
+
+    def _check_layer_types(self, kinds: object) -> None:
         if not isinstance(kinds, (list, tuple)):
             raise UserError(f"config.json: layer_types must be a list, not {kinds!r}")
         if kinds and len(kinds) != self.num_hidden_layers:
@@ -171,11 +191,6 @@ class ModelConfig(abc.ABC):
             if (kind == "sliding_attention") != (self.window(layer) is not None):
                 window = "none" if self.window(layer) is None else self.window(layer)
                 raise UserError(f"config.json: layer_types[{layer}] is {kind!r}, but the layer's window is {window}")
-        if not all(isinstance(token, int) for token in self.eos_ids):
-            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {raw['eos_token_id']!r}")
-        if not self.moe_layers:
-            raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
-        _ = self.rope  # refuses an unknown scaling rule by name
 
     @property
     def kv_heads(self) -> int:

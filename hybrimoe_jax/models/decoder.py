@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm
+from hybrimoe_jax.models.attention import Attention
+from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.products import product
 
@@ -65,7 +67,7 @@ class Decoder(nnx.Module):
 class CausalLM(nnx.Module):
     """Decoder plus output head; `lm_head` is absent when the embeddings are tied."""
 
-    def __init__(self, config, layers: list[DecoderLayer], rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], rngs: nnx.Rngs):
         self.config = config
         self.model = Decoder(config.vocab_size, config.hidden_size, config.rms_norm_eps, layers, rngs)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
@@ -94,15 +96,31 @@ class CausalLM(nnx.Module):
 
 
 def assemble(
-    config,
+    config: ModelConfig,
     rngs: nnx.Rngs,
     attention: Callable[[int], nnx.Module],
-    ffn: Callable[[int], nnx.Module],
+    moe_block: Callable[[], MoEBlock],
     mlp_name: str = "mlp",
+    mlp_bias: bool = False,
 ) -> CausalLM:
-    """The whole model from what differs between families: `attention(layer)` and `ffn(layer)` make a layer's two parts."""
+    """The whole model from what differs between families: `attention(layer)` and `moe_block()` make a layer's two parts.
+
+    Layers without experts have a dense SwiGLU, with biases where `mlp_bias`.
+    """
+
+    def mlp(layer: int) -> nnx.Module:
+        if config.is_moe(layer):
+            return moe_block()
+        return SwiGLU(config.hidden_size, config.intermediate_size, bias=mlp_bias, rngs=rngs)
+
     layers = [
-        DecoderLayer(config.hidden_size, config.rms_norm_eps, attention(index), ffn(index), mlp_name)
+        DecoderLayer(config.hidden_size, config.rms_norm_eps, attention(index), mlp(index), mlp_name)
         for index in range(config.num_hidden_layers)
     ]
     return CausalLM(config, layers, rngs)
+
+
+def grouped_query(config: ModelConfig, rngs: nnx.Rngs, **options) -> Callable[[int], Attention]:
+    """Makes a layer's grouped-query attention; `options`: those of `Attention` in which families differ."""
+    sizes = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_width
+    return lambda layer: Attention(*sizes, rope=config.rope, rngs=rngs, window=config.window(layer), **options)

@@ -28,8 +28,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.formats.packing import PackedMatrix
+from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models import packed
 from hybrimoe_jax.models.precision import einsum
 

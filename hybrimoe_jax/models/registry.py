@@ -9,13 +9,9 @@ from typing import Any
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError, reading
-from hybrimoe_jax.models.families import deepseek_v2
-from hybrimoe_jax.models.families import mixtral
-from hybrimoe_jax.models.families import olmoe
-from hybrimoe_jax.models.families import qwen2_moe
-from hybrimoe_jax.models.families import qwen3_moe
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM
+from hybrimoe_jax.models.families import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
 
 FUSED_GATE_UP = "experts.gate_up_proj"
 """Below the block: all experts' gate and up rows as one tensor [E, 2F, D], gate rows first (in-memory layout of transformers 5)."""

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.formats.packing import PANEL, PackedMatrix
+from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
@@ -42,7 +42,6 @@ METHODS = ("greedy", "group_limited_greedy")
 class DeepseekV2Config(ModelConfig):
     n_routed_experts: int
     moe_intermediate_size: int
-    intermediate_size: int
     kv_lora_rank: int = 512
     q_lora_rank: int | None = 1536
     qk_nope_head_dim: int = 128
@@ -59,7 +58,6 @@ class DeepseekV2Config(ModelConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 2048
-    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
@@ -88,7 +86,7 @@ class DeepseekV2Config(ModelConfig):
                 raise UserError("config.json: num_experts_per_tok exceeds the experts in topk_group groups")
 
     @property
-    def num_experts(self) -> int:
+    def num_experts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  config.json has another name
         return self.n_routed_experts
 
     @property
@@ -221,13 +219,8 @@ class DeepseekV2Block(MoEBlock):
     """Group-limited routing (device-limited in the paper) and `n_shared_experts` experts merged into one SwiGLU."""
 
     def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs):
-        super().__init__(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            normalise=config.norm_topk_prob and config.num_experts_per_tok > 1,
-            rngs=rngs,
-        )
+        sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
+        super().__init__(*sizes, normalise=config.norm_topk_prob and config.num_experts_per_tok > 1, rngs=rngs)
         limited = config.topk_method == "group_limited_greedy"
         self.groups, self.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
         self.scaling = config.routed_scaling_factor
@@ -253,9 +246,7 @@ class DeepseekV2Block(MoEBlock):
 
 
 def build(config: DeepseekV2Config, rngs: nnx.Rngs) -> CausalLM:
-    def ffn(layer: int) -> nnx.Module:
-        if config.is_moe(layer):
-            return DeepseekV2Block(config, rngs)
-        return SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)
+    def attention(layer: int) -> LatentAttention:
+        return LatentAttention(config, rngs)
 
-    return assemble(config, rngs, lambda layer: LatentAttention(config, rngs), ffn)
+    return assemble(config, rngs, attention, lambda: DeepseekV2Block(config, rngs), mlp_bias=config.mlp_bias)

@@ -13,23 +13,20 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.decoder import CausalLM, assemble
+from hybrimoe_jax.models.decoder import CausalLM, assemble, grouped_query
 from hybrimoe_jax.models.moe import MoEBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtralConfig(ModelConfig):
     num_local_experts: int
-    intermediate_size: int
     num_key_value_heads: int | None = 8
     head_dim: int | None = None
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     sliding_window: int | None = None
-    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
@@ -40,7 +37,7 @@ class MixtralConfig(ModelConfig):
             raise UserError("config.json: norm_topk_prob false is not supported for mixtral, which always normalises")
 
     @property
-    def num_experts(self) -> int:
+    def num_experts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  config.json has another name
         return self.num_local_experts
 
     @property
@@ -55,18 +52,7 @@ class MixtralConfig(ModelConfig):
 
 
 def build(config: MixtralConfig, rngs: nnx.Rngs) -> CausalLM:
-    def attention(layer: int) -> Attention:
-        return Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_width,
-            rope=config.rope,
-            rngs=rngs,
-            window=config.window(layer),
-        )
-
-    def ffn(layer: int) -> MoEBlock:
+    def moe_block() -> MoEBlock:
         return MoEBlock(config.hidden_size, config.num_experts, config.num_experts_per_tok, normalise=True, rngs=rngs)
 
-    return assemble(config, rngs, attention, ffn, mlp_name="block_sparse_moe")
+    return assemble(config, rngs, grouped_query(config, rngs), moe_block, mlp_name="block_sparse_moe")

@@ -12,16 +12,14 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.decoder import CausalLM, assemble
+from hybrimoe_jax.models.decoder import CausalLM, assemble, grouped_query
 from hybrimoe_jax.models.moe import MoEBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OlmoeConfig(ModelConfig):
     num_experts: int
-    intermediate_size: int
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
     clip_qkv: float | None = None
@@ -50,28 +48,10 @@ class OlmoeConfig(ModelConfig):
 
 
 def build(config: OlmoeConfig, rngs: nnx.Rngs) -> CausalLM:
-    def attention(layer: int) -> Attention:
-        return Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_width,
-            rope=config.rope,
-            rngs=rngs,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            qk_norm="full",
-            eps=config.rms_norm_eps,
-            clip=config.clip_qkv,
-        )
+    def moe_block() -> MoEBlock:
+        sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
+        return MoEBlock(*sizes, normalise=config.norm_topk_prob, rngs=rngs)
 
-    def ffn(layer: int) -> MoEBlock:
-        return MoEBlock(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            normalise=config.norm_topk_prob,
-            rngs=rngs,
-        )
-
-    return assemble(config, rngs, attention, ffn)
+    bias = config.attention_bias
+    norm = {"qk_norm": "full", "eps": config.rms_norm_eps, "clip": config.clip_qkv}
+    return assemble(config, rngs, grouped_query(config, rngs, qkv_bias=bias, out_bias=bias, **norm), moe_block)

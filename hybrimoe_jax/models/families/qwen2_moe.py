@@ -13,9 +13,8 @@ import jax
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig, on_sparse_step
-from hybrimoe_jax.models.decoder import CausalLM, assemble
+from hybrimoe_jax.models.decoder import CausalLM, assemble, grouped_query
 from hybrimoe_jax.models.layers import Linear, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
 
@@ -25,7 +24,6 @@ class Qwen2MoeConfig(ModelConfig):
     num_experts: int
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
-    intermediate_size: int
     num_key_value_heads: int | None = 16
     head_dim: int | None = None
     max_position_embeddings: int = 32768
@@ -70,13 +68,8 @@ class Qwen2MoeBlock(MoEBlock):
     """Adds `sigmoid(shared_expert_gate(x)) * shared_expert(x)`."""
 
     def __init__(self, config: Qwen2MoeConfig, rngs: nnx.Rngs):
-        super().__init__(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            normalise=config.norm_topk_prob,
-            rngs=rngs,
-        )
+        sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
+        super().__init__(*sizes, normalise=config.norm_topk_prob, rngs=rngs)
         self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_intermediate_size, rngs=rngs)
         self.shared_expert_gate = Linear(config.hidden_size, 1, rngs=rngs)
 
@@ -85,21 +78,5 @@ class Qwen2MoeBlock(MoEBlock):
 
 
 def build(config: Qwen2MoeConfig, rngs: nnx.Rngs) -> CausalLM:
-    def attention(layer: int) -> Attention:
-        return Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_width,
-            rope=config.rope,
-            rngs=rngs,
-            qkv_bias=config.qkv_bias,
-            window=config.window(layer),
-        )
-
-    def ffn(layer: int) -> nnx.Module:
-        if config.is_moe(layer):
-            return Qwen2MoeBlock(config, rngs)
-        return SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
-
-    return assemble(config, rngs, attention, ffn)
+    attention = grouped_query(config, rngs, qkv_bias=config.qkv_bias)
+    return assemble(config, rngs, attention, lambda: Qwen2MoeBlock(config, rngs))

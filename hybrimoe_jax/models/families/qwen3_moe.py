@@ -12,10 +12,8 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.config import ModelConfig, on_sparse_step
-from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import SwiGLU
+from hybrimoe_jax.models.decoder import CausalLM, assemble, grouped_query
 from hybrimoe_jax.models.moe import MoEBlock
 
 
@@ -23,7 +21,6 @@ from hybrimoe_jax.models.moe import MoEBlock
 class Qwen3MoeConfig(ModelConfig):
     num_experts: int
     moe_intermediate_size: int
-    intermediate_size: int
     num_key_value_heads: int | None = 4
     head_dim: int | None = None
     max_position_embeddings: int = 32768
@@ -55,30 +52,10 @@ class Qwen3MoeConfig(ModelConfig):
 
 
 def build(config: Qwen3MoeConfig, rngs: nnx.Rngs) -> CausalLM:
-    def attention(layer: int) -> Attention:
-        return Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_width,
-            rope=config.rope,
-            rngs=rngs,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            qk_norm="head",
-            eps=config.rms_norm_eps,
-            window=config.window(layer),
-        )
+    def moe_block() -> MoEBlock:
+        sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
+        return MoEBlock(*sizes, normalise=config.norm_topk_prob, rngs=rngs)
 
-    def ffn(layer: int) -> nnx.Module:
-        if not config.is_moe(layer):
-            return SwiGLU(config.hidden_size, config.intermediate_size, rngs=rngs)
-        return MoEBlock(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            normalise=config.norm_topk_prob,
-            rngs=rngs,
-        )
-
-    return assemble(config, rngs, attention, ffn)
+    bias = config.attention_bias
+    norm = {"qk_norm": "head", "eps": config.rms_norm_eps}
+    return assemble(config, rngs, grouped_query(config, rngs, qkv_bias=bias, out_bias=bias, **norm), moe_block)
