@@ -32,7 +32,7 @@ step of it is 1/127 of a group's largest, here of experts 24 to 32 wide. Seen: a
 step is taken the other way: 7.9e-3 in each of them, the same tokens."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
-RULES = ("hybrimoe+optimal", "hybrimoe+lookahead-optimal", "hybrimoe+pooled")
+RULES = ("hybrimoe+optimal", "hybrimoe+pooled")
 """Systems with another scheduling rule, or with slots that all layers share."""
 PROMPT_SEED = 3
 """Of four, the one whose greedy tokens are furthest from ties in every family (1e-3 of the scale)."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from hybrimoe_jax.decide.schedule import SCHEDULERS, Coming, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
 from hybrimoe_jax.machine.costs import CostModel
 
 EXPERTS, TOP_K = 64, 8
@@ -115,7 +115,7 @@ def draw_problem(generator: random.Random, workload: Workload, loads: dict[int, 
 def gaps(workload: Workload, instances: int, seed: int, progress: Progress) -> dict[str, dict[str, float]]:
     """{rule: {mean, p99, worst, optimal}} of the gap on random problems; `optimal` is the share of them with none."""
     generator = random.Random(f"{seed} {workload.name}")
-    rules = {name: get_scheduler(name) for name in SCHEDULERS if not SCHEDULERS[name].looks_ahead}
+    rules = {name: get_scheduler(name) for name in SCHEDULERS}
     found: dict[str, list[float]] = {name: [] for name in rules}
     for _ in progress(range(instances), instances, workload.name):
         problem = draw_problem(generator, workload)
@@ -139,8 +139,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 def decision_times(active: int, loads: str, problems_timed: int, seed: int, progress: Progress) -> dict[str, float]:
     """{rule: microseconds of CPU time, median over problems}, for `active` experts of equal loads, or prefill's.
 
-    `optimal` answers equal loads from memory: "optimal, first time" has nothing to remember yet. `lookahead-optimal` is shown a next layer
-    and fills.
+    `optimal` answers equal loads from memory: "optimal, first time" has nothing to remember yet.
     """
     generator = random.Random(f"{seed} {active} {loads}")
     workload = Workload(loads, 1 if loads == "equal" else 512, by_load=loads == "prefill, device by load")
@@ -155,9 +154,6 @@ def decision_times(active: int, loads: str, problems_timed: int, seed: int, prog
         name = label.split(",")[0]
         rule, taken = get_scheduler(name), []
         for problem in problems:
-            if rule.looks_ahead:
-                fill = {e: generator.uniform(-1, 1) for e in problem.loads if e not in problem.resident}
-                problem = dataclasses.replace(problem, fill=fill, coming=Coming([1] * 4, [1] * 4, 1, 1.0, 2))
             if label != "optimal, first time":
                 rule.schedule(problem)
             taken.append(min(_seconds(rule, problem) for _ in range(3 if label == name else 1)))

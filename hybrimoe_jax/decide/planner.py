@@ -31,7 +31,6 @@ from hybrimoe_jax.decide.schedule import Scheduler
 from hybrimoe_jax.decide.schedule_cache import ScheduleCache
 from hybrimoe_jax.decide.setup import set_up
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.decide.view import View
 from hybrimoe_jax.errors import UserError
 
 _ONE = {1}
@@ -98,11 +97,10 @@ class Planner:
         self._inflight = InflightTransfers(num_layers, self.counters)
         start_cold = cold and not setup.fixed
         self._residency = Residency(slots, self.policies, self._inflight, system.guard, start_cold, setup.pooled)
-        forecast, looks = Forecast(rule, costs, **flags), rule.looks_ahead
-        view = View(self._residency, forecast, self.accuracy, top_k, max_in_flight) if looks else None
+        forecast = Forecast(rule, costs, **flags)
         parts = (self.predictor, forecast, self.accuracy, self._residency)
-        self._prefetch_planner = PrefetchPlanner(system, *parts, costs, max_in_flight, looks)
-        self._schedule_cache = ScheduleCache(rule, costs, view, **flags)
+        self._prefetch_planner = PrefetchPlanner(system, *parts, costs, max_in_flight)
+        self._schedule_cache = ScheduleCache(rule, costs, **flags)
         streams = system.stream_prefill and allow_fetch
         self._stream = LayerStream(num_experts, costs, self.counters) if streams else None
         self._streaming = False  # in this step
@@ -176,7 +174,7 @@ class Planner:
             awaited_experts = [e for e in schedule.awaited if e in in_flight]
         else:
             schedule, device = self._schedule_cache.schedule(
-                layer, loads, scores, tokens, resident, hits, misses, in_flight, link_busy, equal
+                loads, scores, tokens, resident, hits, misses, in_flight, link_busy, equal
             )
             awaited_experts = schedule.awaited
 
@@ -199,9 +197,6 @@ class Planner:
             inflight.link_free = clock + schedule.link_seconds
         if self._streaming:
             next_layer_experts = self._start_stream(layer + 1)
-        if self._schedule_cache.view is not None:
-            kept = sum([1 for f in awaited + fetch if not f.stream])
-            self._schedule_cache.view.fills.observe(layer, loads, tokens, kept)
         makespan = schedule.makespan
         self._until_next = makespan + self.costs.layer(tokens)
         self._next_clock, self._tokens = clock + self._until_next, tokens

@@ -2,7 +2,8 @@
 
 Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known beforehand (`all_on_cpu`, see
 `schedule.shared_cores`). Where all loads are 1 the rule is asked once for each pair of numbers, residents and misses (`schedule.equal`). Everything
-else is a `Problem` of its own, shown the next layer and the worth of a fill if the rule looks ahead (`view`).
+else
+is a `Problem` of its own.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from typing import Any
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler
 from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
 from hybrimoe_jax.decide.schedule.unit_load_cache import UnitLoadCache, apply
-from hybrimoe_jax.decide.view import View
 
 
 class ScheduleCache:
     """One rule's answers for one engine.
 
     Args:
-      rule, costs: the engine's. view: what rules that look ahead are shown, or None.
+      rule, costs: the engine's.
       flags: allow_cpu, allow_fetch, allow_steal, see `schedule.Problem`.
     """
 
-    def __init__(self, rule: Scheduler, costs: Any, view: View | None, **flags: bool):
-        self.rule, self.costs, self.view, self.flags = rule, costs, view, flags
+    def __init__(self, rule: Scheduler, costs: Any, **flags: bool):
+        self.rule, self.costs, self.flags = rule, costs, flags
         self.all_on_cpu: Schedule | None = None
         self._equal = UnitLoadCache(rule, costs, **self.flags_for(1)) if rule.depends_on_counts_only else None
 
@@ -39,7 +39,6 @@ class ScheduleCache:
 
     def schedule(
         self,
-        layer: int,
         loads: Mapping[int, int],
         scores: Sequence[float] | None,
         tokens: int,
@@ -67,8 +66,6 @@ class ScheduleCache:
                     return apply(pattern, order, link_busy), pattern.resident(order)
         flags = self.flags_for(1 if equal else max(loads.values(), default=1))
         problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
-        if self.view is not None:
-            self.view.show(problem, layer, misses)
         schedule = self.rule.schedule(problem)
         if not misses:
             return schedule, schedule.device

@@ -41,7 +41,6 @@ VARIANTS: dict[str, tuple[str, tuple, bool]] = {
     "all": ("hybrimoe", (), False),
     "beyond: echo cache": ("hybrimoe", (("cache", "echo"),), False),
     "beyond: optimal": ("hybrimoe", (("scheduler", "optimal"),), False),
-    "beyond: lookahead-optimal": ("hybrimoe", (("scheduler", "lookahead-optimal"),), False),
     "beyond: adaptive depth": ("hybrimoe", (("lookahead", "adaptive"),), False),
     "beyond: pooled slots": ("hybrimoe", (("scope", "pooled"),), False),
     "oracle": (ORACLE, (), False),
@@ -52,7 +51,7 @@ STREAMED_LENGTHS = (32, 512, 2048)
 STREAMED_PROFILES = ("a6000-engineered", "rtx4090-pcie4", "h100-pcie5", "laptop-8gb")
 MIXED = ("int8", "int4")
 """Formats of even and of odd layers where experts have two sizes."""
-RULES = ("released", "paper", "optimal", "lookahead-optimal", "bandwidth-split")
+RULES = ("released", "paper", "optimal", "bandwidth-split")
 CACHES = ("lru", "lfu", "mrs", "echo")
 
 

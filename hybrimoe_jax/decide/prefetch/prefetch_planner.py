@@ -22,7 +22,7 @@ _INF = float("inf")
 
 
 class PrefetchPlanner:
-    """The planner's part that looks ahead. Args as of `Planner`; `always`: every layer is predicted, since the scheduler wants to know."""
+    """The planner's part that looks ahead. Args as of `Planner`."""
 
     def __init__(
         self,
@@ -33,11 +33,10 @@ class PrefetchPlanner:
         residency: Residency,
         costs: Any,
         max_in_flight: int,
-        always: bool = False,
     ):
         self.system, self.predictor, self.forecast, self.accuracy = system, predictor, forecast, accuracy
         self.residency, self.inflight, self.costs = residency, residency.inflight, costs
-        self.max_in_flight, self.always = max_in_flight, always
+        self.max_in_flight = max_in_flight
         self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
         self.active = bool(system.max_distance) and forecast.flags["allow_fetch"]
         self._depths: dict[int, int] = {}  # by the tokens of a step
@@ -85,7 +84,7 @@ class PrefetchPlanner:
             return ()
         depth = min(self.depth(tokens), self.num_layers - 1 - layer)
         self._looked = True
-        possible = self.always or (self.room > 0 and depth > 0 and self._fits(depth, tokens, until_next))
+        possible = self.room > 0 and depth > 0 and self._fits(depth, tokens, until_next)
         found = self.predictor.predict(layer, shown, depth if possible else 0)
         return self.start(layer, found, tokens, until_next) if possible else ()
 

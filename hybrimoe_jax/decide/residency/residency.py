@@ -6,7 +6,7 @@ coming step is predicted to need, what another prefetch brought for it, nor (the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from hybrimoe_jax.decide.cache import CachePolicy
@@ -66,19 +66,6 @@ class Residency:
                 return Fetch(expert, None, True)
         self._move(layer, expert, victim)
         return Fetch(expert, victim, False)
-
-    def next_victim(self, layer: int, needed: Collection[int]) -> tuple[bool, tuple[int, int] | None]:
-        """(whether there is room for the layer's next demand fetch, who would make it): a free slot needs nobody; as (layer, expert)."""
-        if self.pool is not None:
-            if self.pool.free:
-                return True, None
-            offer = self.pool.next_victim(layer, needed)
-            return offer is not None, offer and (offer.layer, offer.expert)
-        resident = self.resident[layer]
-        if len(resident) < self.slots[layer]:
-            return True, None
-        victim = self.policies[layer].victim(resident, needed) if resident else None
-        return victim is not None, None if victim is None else (layer, victim)
 
     def land(self, layer: int, expert: int, seconds: float | None) -> Victim | Refused | None:
         """See `Planner.landed`."""

@@ -4,21 +4,19 @@ Three lanes work at once: the CPU (any expert: all of them live in host memory),
 device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE, arXiv 2504.05897, equation 2). A scheduler takes a
 `Problem` and returns a `Schedule`: what each lane does, in order, and when it will be done by the cost model. Rules live in a table by name:
 
-  paper              three lanes, each proposes, the proposal that would finish first is committed (HybriMoE, figure 5)
-  released           the two-candidate rule of HybriMoE's released code
-  cpu-misses         resident experts on the device, every other on the CPU; the link stays idle
-  fetch-misses       every miss crosses the link, highest load first; the CPU stays idle
-  device-only        the same without a scheduler: misses cross the link in the order of their ids
-  bandwidth-split    link and CPU share the misses as they share the host's bandwidth (FreeToken)
-  cheaper            each miss where it alone is done first (Fiddler)
-  optimal            the least makespan, or how near to it
-  lookahead-optimal  the same with the next layer and the value of filling a slot in the objective
+  paper            three lanes, each proposes, the proposal that would finish first is committed (HybriMoE, figure 5)
+  released         the two-candidate rule of HybriMoE's released code
+  cpu-misses       resident experts on the device, every other on the CPU; the link stays idle
+  fetch-misses     every miss crosses the link, highest load first; the CPU stays idle
+  device-only      the same without a scheduler: misses cross the link in the order of their ids
+  bandwidth-split  link and CPU share the misses as they share the host's bandwidth (FreeToken)
+  cheaper          each miss where it alone is done first (Fiddler)
+  optimal          the least makespan, or how near to it
 """
 
-from hybrimoe_jax.decide.schedule.lookahead import LookaheadOptimalScheduler
 from hybrimoe_jax.decide.schedule.optimal import OptimalScheduler
 from hybrimoe_jax.decide.schedule.paper import PaperScheduler, ReleasedScheduler
-from hybrimoe_jax.decide.schedule.problem import Coming, Problem, Schedule, Scheduler, landings, replay
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay
 from hybrimoe_jax.decide.schedule.splits import (
     BandwidthSplitScheduler,
     CheaperScheduler,
@@ -28,7 +26,7 @@ from hybrimoe_jax.decide.schedule.splits import (
 )
 from hybrimoe_jax.errors import UserError
 
-__all__ = ["SCHEDULERS", "Coming", "Problem", "Schedule", "Scheduler", "get_scheduler", "landings", "replay"]
+__all__ = ["SCHEDULERS", "Problem", "Schedule", "Scheduler", "get_scheduler", "replay"]
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     rule.name: rule
@@ -41,7 +39,6 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         BandwidthSplitScheduler,
         CheaperScheduler,
         OptimalScheduler,
-        LookaheadOptimalScheduler,
     )
 }
 

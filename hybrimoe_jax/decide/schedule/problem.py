@@ -15,21 +15,6 @@ from typing import Any, NamedTuple
 from hybrimoe_jax.errors import UserError
 
 
-class Coming(NamedTuple):
-    """The next layer as it is predicted: loads of its activated experts that are resident or in flight, and of those that are neither.
-
-    `tokens` in its step; `gap` is what lies between this layer's MoE block and its own, in seconds. At most `room` experts can be moved
-    ahead, and the time that they save is saved with probability `chance`.
-    """
-
-    resident: Sequence[int]
-    absent: Sequence[int]
-    tokens: int
-    gap: float
-    room: int
-    chance: float = 1.0
-
-
 @dataclasses.dataclass(slots=True)
 class Problem:
     """One layer of one step.
@@ -45,8 +30,6 @@ class Problem:
       link_busy: seconds until the link is free of earlier transfers; None: until the last of `in_flight` has landed.
       allow_cpu, allow_fetch: whether the CPU may compute and the link may fetch.
       allow_steal: whether the CPU may take a resident expert.
-      fill: seconds that a demand fetch of each absent expert is expected to save in later steps, less what its victim would have.
-      coming: the next layer. Only rules with `looks_ahead` use these two.
     """
 
     loads: Mapping[int, int]
@@ -59,8 +42,6 @@ class Problem:
     allow_cpu: bool = True
     allow_fetch: bool = True
     allow_steal: bool = True
-    fill: Mapping[int, float] | None = None
-    coming: Coming | None = None
 
     @property
     def link_start(self) -> float:
@@ -75,7 +56,7 @@ class Schedule(NamedTuple):
     `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand fetches in link order; `awaited` the experts in
     flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
     `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device. `bound` is a lower bound on the makespan of
-    every schedule, where the rule knows one (0: it does not). `later` is what a rule that looks ahead expects beyond the layer, in seconds.
+    every schedule, where the rule knows one (0: it does not).
     `uses_all_cores`: the CPU has the device's cores too (see `shared_cores`).
     """
 
@@ -88,7 +69,6 @@ class Schedule(NamedTuple):
     device_seconds: float
     link_seconds: float
     bound: float = 0.0
-    later: float = 0.0
     uses_all_cores: bool = False
 
     @property
@@ -100,13 +80,12 @@ class Schedule(NamedTuple):
 class Scheduler(ABC):
     """A rule from problems to schedules.
 
-    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones, `looks_ahead`
-    whether it wants `Problem.fill` and `coming`. `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts
+    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones.
+    `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts
     are resident and absent, and on their order by score, then id (`by_id`: by id alone), so that it may be remembered (see `equal`).
     """
 
     name: str
-    looks_ahead = False
     uses_cpu = True
     uses_link = True
     steals = False

@@ -25,7 +25,7 @@ class SharedCoresScheduler(Scheduler):
     def __init__(self, rule: Scheduler):
         self.rule, self.name = rule, rule.name
         self.uses_cpu, self.uses_link = rule.uses_cpu, rule.uses_link
-        self.steals, self.looks_ahead = rule.steals, rule.looks_ahead
+        self.steals = rule.steals
         self.depends_on_counts_only, self.by_id = rule.depends_on_counts_only, rule.by_id
 
     def forecaster(self) -> Scheduler:

@@ -88,7 +88,6 @@ def apply(pattern: Pattern, order: Sequence[int], link_busy: float) -> Schedule:
         times.device_seconds,
         times.link_seconds if fetch else link_busy,
         times.bound,
-        times.later,
         times.uses_all_cores,
     )
 
