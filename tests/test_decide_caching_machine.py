@@ -20,7 +20,7 @@ class Cache(RuleBasedStateMachine):
 
     @initialize(capacity=st.integers(0, EXPERTS), cold=st.booleans(), bypass=st.booleans())
     def start(self, capacity, cold, bypass):
-        self.policy, self.shadow = (policy_class(self.name)(EXPERTS, capacity, TOP_K, bypass=bypass) for _ in range(2))
+        self.policy, self.shadow = (policy_class(self.name)(EXPERTS, capacity, TOP_K) for _ in range(2))
         self.capacity, self.bypass, self.needed = capacity, bypass, set()
         loaded = [] if cold and not self.policy.fixed else self.policy.initial()
         self.resident = set(loaded)

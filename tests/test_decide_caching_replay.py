@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hybrimoe_jax.bench.cache import Visit, cache_of, replay, slots_for
 from hybrimoe_jax.decide.cache import POLICIES, Belady, Echo, echo, policy_class
-from hybrimoe_jax.decide.cache.replay import PerLayer, Pooled, Visit, replay, slots_for
 from hybrimoe_jax.errors import UserError
 
 EXPERTS = 5
@@ -21,7 +21,7 @@ steps = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=2), m
 
 def one_layer(policy, needs, slots, bypass=False):
     visits = [Visit(0, sorted(experts)) for experts in needs]
-    return replay([policy], visits, [PerLayer([policy], slots, bypass=bypass)])[0]
+    return replay([policy], visits, [cache_of([policy], slots, bypass=bypass)])[0]
 
 
 def fewest_misses(needs, slots, bypass) -> int:
@@ -90,8 +90,7 @@ def visits_of(rows):
 def run(name, rows, experts, k, slots, *, pooled=False, **parameters):
     layers = len(rows[0])
     policies = policy_class(name).for_layers(experts, [slots] * layers, k, **parameters)
-    cache = Pooled(policies, slots * layers) if pooled else PerLayer(policies, slots)
-    return replay(policies, visits_of(rows), [cache])[0]
+    return replay(policies, visits_of(rows), [cache_of(policies, slots, pooled=pooled)])[0]
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -99,7 +98,7 @@ def test_no_policy_has_fewer_misses_than_belady(pooled):
     rows = random_routing(150, 3, 12, 3)
     future = [[step[layer] for step in rows] for layer in range(3)]
     best = Belady.for_layers(12, [4] * 3, 3, future=future)
-    bound = replay(best, visits_of(rows), [Pooled(best, 12) if pooled else PerLayer(best, 4)])[0]
+    bound = replay(best, visits_of(rows), [cache_of(best, 4, pooled=pooled)])[0]
     for name, policy in POLICIES.items():
         if policy.comparable or not pooled:
             found = run(name, rows, 12, 3, 4, pooled=pooled)
@@ -107,7 +106,7 @@ def test_no_policy_has_fewer_misses_than_belady(pooled):
             assert found.hits + found.misses == bound.hits + bound.misses == 150 * 3 * 3
     if pooled:
         apart = Belady.for_layers(12, [4] * 3, 3, future=future)
-        assert bound.misses <= replay(apart, visits_of(rows), [PerLayer(apart, 4)])[0].misses, "any split is a pool too"
+        assert bound.misses <= replay(apart, visits_of(rows), [cache_of(apart, 4)])[0].misses, "any split is a pool too"
 
 
 def test_the_best_are_told_apart_where_text_repeats_itself():
@@ -139,11 +138,11 @@ def test_caches_that_share_their_policies_decide_as_if_alone():
     rows = random_routing(120, 2, 12, 3)
     for name in ("lru", "lfru", "mrs", "random"):
         together = policy_class(name).for_layers(12, [8, 8], 3)
-        found = replay(together, visits_of(rows), [PerLayer(together, slots) for slots in (3, 5, 8)])
+        found = replay(together, visits_of(rows), [cache_of(together, slots) for slots in (3, 5, 8)])
         assert [outcome.misses for outcome in found] == [run(name, rows, 12, 3, slots).misses for slots in (3, 5, 8)]
     queues = policy_class("slru").for_layers(12, [8, 8], 3)
     with pytest.raises(ValueError, match="sees residents"):
-        replay(queues, [], [PerLayer(queues, 3), PerLayer(queues, 5)])
+        replay(queues, [], [cache_of(queues, 3), cache_of(queues, 5)])
 
 
 def test_slots_hold_a_step_at_least():

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax.decide.cache import Belady, Static, parse_policy
-from hybrimoe_jax.decide.cache.replay import Outcome, PerLayer, Pooled, Visit, replay, slots_for
+from hybrimoe_jax.decide.cache import Belady, CachePolicy, Static, parse_policy
+from hybrimoe_jax.decide.plan import Counters
+from hybrimoe_jax.decide.residency.inflight import InflightTransfers
+from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulate.workers import workers
 from hybrimoe_jax.trace.importers import open_trace
@@ -25,6 +28,60 @@ from hybrimoe_jax.trace.tokens import by_token, token_of_row
 # MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
 PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+
+
+class Visit(NamedTuple):
+    """One layer of one step: the experts it needs (distinct), and the router's score of every expert where known."""
+
+    layer: int
+    experts: Sequence[int]
+    scores: Sequence[float] | None = None
+
+
+class Outcome(NamedTuple):
+    """Activated experts found resident and not, and how many of the latter were not kept."""
+
+    hits: int
+    misses: int
+    bypassed: int
+
+
+def slots_for(ratio: float, num_experts: int, top_k: int) -> int:
+    """Slots of a layer: max(top_k, round(ratio * num_experts)), so that a step's own experts always fit."""
+    return max(top_k, round(ratio * num_experts))
+
+
+def cache_of(policies: Sequence[CachePolicy], slots: int, *, bypass: bool = False, pooled: bool = False) -> Residency:
+    """The planner's own slots, `slots` a layer, without transfers; cold but for a fixed placement."""
+    layers, cold = len(policies), not policies[0].fixed
+    transfers = InflightTransfers(layers, Counters())
+    return Residency([slots] * layers, policies, transfers, "none", cold=cold, pooled=pooled, bypass=bypass)
+
+
+def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Sequence[Residency]) -> list[Outcome]:
+    """Runs `visits`, in order, through the policies of all layers, and every cache by what they say.
+
+    No scheduler, no clock: every miss is fetched. Several caches over the same policies need policies that do not see residents
+    (`CachePolicy.sees`): each decides as if alone.
+    """
+    if len(caches) > 1 and any(policy.sees == "residents" for policy in policies):
+        raise ValueError("a policy that sees residents serves one cache")
+    hits, misses, bypassed = ([0] * len(caches) for _ in range(3))
+    for layer, experts, scores in visits:
+        loads = dict.fromkeys(experts, 1)
+        policies[layer].observe(scores, loads)
+        for i, cache in enumerate(caches):
+            resident, order = cache.resident[layer], experts
+            cache.needed[layer] = loads.keys()
+            if cache.bypass:  # the hottest miss is offered a slot first: one never used again must not take the last
+                order = sorted(experts, key=policies[layer].value, reverse=True)
+            for expert in order:
+                if expert in resident:
+                    hits[i] += 1
+                else:
+                    misses[i] += 1
+                    bypassed[i] += cache.admit(layer, expert).stream
+    return [Outcome(*counts) for counts in zip(hits, misses, bypassed)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +178,7 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         """All cells by the same policies."""
         most = max(slots[ratio] for ratio, _ in cells)
         policies = policy.for_layers(trace.num_experts, [most] * num_layers, trace.top_k, **parameters, **known)
-        caches = [
-            Pooled(policies, slots[ratio] * num_layers, bypass=bypass)
-            if options.pooled
-            else PerLayer(policies, slots[ratio], bypass=bypass)
-            for ratio, bypass in cells
-        ]
+        caches = [cache_of(policies, slots[ratio], bypass=bypass, pooled=options.pooled) for ratio, bypass in cells]
         return replay(policies, trace.visits(keep), caches)
 
     if policy is Static:

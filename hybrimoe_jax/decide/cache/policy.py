@@ -24,7 +24,6 @@ class CachePolicy(ABC):
       capacity: slots of the layer, 0..num_experts.
       top_k: experts per token.
       frequencies: activation counts per expert from other sequences, where there are any; the warm start.
-      bypass: leave it to `admits` whether a fetched miss is kept; else every one is.
 
     Attributes:
       sees: what the values depend on beside the routing: "routing" (nothing), "capacity" or "residents". A replay lets caches of several sizes
@@ -44,7 +43,6 @@ class CachePolicy(ABC):
         top_k: int,
         *,
         frequencies: Sequence[float] | None = None,
-        bypass: bool = False,
     ):
         if not 0 <= capacity <= num_experts:
             raise UserError(f"cache: {capacity} slots do not fit a layer of {num_experts} experts (0 to {num_experts})")
@@ -54,7 +52,6 @@ class CachePolicy(ABC):
             raise UserError(f"cache: {len(frequencies)} frequencies for {num_experts} experts")
         self.num_experts, self.capacity, self.top_k = num_experts, capacity, top_k
         self.frequencies = None if frequencies is None else [float(f) for f in frequencies]
-        self.bypass = bypass
         self.heat: list[float] = [0.0] * num_experts
         self.last_used: list[int] = [0] * num_experts
         self.step = 0
@@ -113,7 +110,7 @@ class CachePolicy(ABC):
         return best
 
     def admits(self, expert: int, victim: int) -> bool:
-        """Whether a fetched miss deserves `victim`'s place; otherwise it is used once and dropped. Asked under `bypass` only."""
+        """Whether a fetched miss deserves `victim`'s place; otherwise it is used once and dropped. Asked where a cache may bypass."""
         return self.value(expert) >= self.value(victim)
 
     def value(self, expert: int) -> float:

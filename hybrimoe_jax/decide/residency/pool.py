@@ -41,40 +41,43 @@ class Pool:
     Args:
       total: how many. policies: of all layers; UserError where their values do not compare.
       resident: the experts of each layer in slots; kept up to date here.
-      ledger: what prefetches brought for steps to come.
+      inflight: what prefetches brought for steps to come.
+      bypass: leave it to the values whether a fetched miss is kept; else every one is.
     """
 
     def __init__(
-        self, total: int, policies: Sequence[CachePolicy], resident: Sequence[set[int]], inflight: InflightTransfers
+        self,
+        total: int,
+        policies: Sequence[CachePolicy],
+        resident: Sequence[set[int]],
+        inflight: InflightTransfers,
+        bypass: bool = False,
     ):
-        self.total, self.policies, self.resident, self.inflight = total, policies, resident, inflight
+        self.total, self.policies, self.resident, self.inflight, self.bypass = (
+            total,
+            policies,
+            resident,
+            inflight,
+            bypass,
+        )
         self.used = sum(map(len, resident))
         self._candidates = VictimCandidates(policies, resident)
-
-    @property
-    def free(self) -> int:
-        return self.total - self.used
 
     def admit(self, layer: int, expert: int, needed: Collection[int]) -> Fetch:
         """Finds a slot for an expert that the running layer brings in."""
         victim = None
         if self.used >= self.total:
-            victim = self.next_victim(layer, needed)
-            policy = self.policies[layer]
-            if victim is None or (policy.bypass and policy.value(expert) < victim.value):
+            protected: list[Collection[int]] = list(self.inflight.ready)
+            protected[layer] = needed
+            victim = min(self._candidates.all(protected), default=None)
+            if victim is None or (self.bypass and self.policies[layer].value(expert) < victim.value):
                 return Fetch(expert, None, True)
         return Fetch(expert, self.move(layer, expert, victim), False)
-
-    def next_victim(self, layer: int, needed: Collection[int]) -> VictimCandidate | None:
-        """Who makes room for the running layer's next demand fetch."""
-        protected = list(self.inflight.ready)
-        protected[layer] = needed
-        return min(self._candidates.all(protected), default=None)
 
     def openings(self, protected: Sequence[Collection[int]], worth: Callable[[int, int], float] | None) -> list[float]:
         """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus infinity for a free slot, and
         for all where `worth` is None. `worth`: of (layer, expert)."""
-        values: list[float] = [_FREE] * self.free
+        values: list[float] = [_FREE] * (self.total - self.used)
         offers = self._candidates.all(protected)
         values += [_FREE for _ in offers] if worth is None else sorted([worth(o.layer, o.expert) for o in offers])
         return values[self.inflight.num_in_flight :]

@@ -6,7 +6,7 @@ coming step is predicted to need, what another prefetch brought for it, nor (the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 
 from hybrimoe_jax.decide.cache import CachePolicy
@@ -17,6 +17,7 @@ from hybrimoe_jax.decide.residency import pool
 from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 
 _FREE = float("-inf")
+_NONE: frozenset[int] = frozenset()
 
 
 class Residency:
@@ -24,10 +25,11 @@ class Residency:
 
     Args:
       slots: slots of each layer. policies: their cache policies.
-      ledger: the transfers under way, and what they brought for steps to come.
+      inflight: the transfers under way, and what they brought for steps to come.
       guard: "value", "expected" or "none", see `systems.System`.
       cold: start empty.
       pooled: all layers share the sum of the slots, see `pool`.
+      bypass: leave it to the policies whether a fetched miss is kept (`CachePolicy.admits`); else every one is.
     """
 
     def __init__(
@@ -38,20 +40,23 @@ class Residency:
         guard: str,
         cold: bool = False,
         pooled: bool = False,
+        bypass: bool = False,
     ):
-        self.slots, self.policies, self.inflight, self.guard = slots, policies, inflight, guard
+        self.slots, self.policies, self.inflight = slots, policies, inflight
+        self.guard, self.bypass = guard, bypass
         if cold:
-            self.initial = [[] for _ in policies]
+            initial: list[list[int]] = [[] for _ in policies]
+        elif pooled:
+            initial = pool.initial(policies, sum(slots))
         else:
-            self.initial = pool.initial(policies, sum(slots)) if pooled else [policy.initial() for policy in policies]
-        for policy, experts in zip(policies, self.initial):
+            initial = [policy.initial()[:room] for policy, room in zip(policies, slots)]
+        for policy, experts in zip(policies, initial):
             policy.loaded(experts)
-        self.resident: list[set[int]] = [set(experts) for experts in self.initial]
-        self.needed: list[set[int]] = [set() for _ in slots]  # activated in the current step
-        self.predictions: list[list[tuple[int, Prediction]]] = [
-            [] for _ in slots
-        ]  # (distance, prediction), newest last
-        self.pool = pool.Pool(sum(slots), policies, self.resident, inflight) if pooled else None
+        self.resident: list[set[int]] = [set(experts) for experts in initial]
+        self.needed: list[Set[int]] = [_NONE for _ in slots]  # activated in the current step
+        # (distance, prediction), newest last
+        self.predictions: list[list[tuple[int, Prediction]]] = [[] for _ in slots]
+        self.pool = pool.Pool(sum(slots), policies, self.resident, inflight, bypass) if pooled else None
 
     def admit(self, layer: int, expert: int) -> Fetch:
         """Finds a slot for an expert that this step brings in."""
@@ -62,7 +67,7 @@ class Residency:
         if len(resident) >= self.slots[layer]:
             policy = self.policies[layer]
             victim = policy.victim(resident, self.needed[layer]) if resident else None
-            if victim is None or (policy.bypass and not policy.admits(expert, victim)):
+            if victim is None or (self.bypass and not policy.admits(expert, victim)):
                 return Fetch(expert, None, True)
         self._move(layer, expert, victim)
         return Fetch(expert, victim, False)
@@ -106,8 +111,8 @@ class Residency:
         self.policies[layer].moved(entered, left)
 
     def finish_step(self) -> None:
-        for needed, predictions in zip(self.needed, self.predictions):
-            needed.clear()
+        for layer, predictions in enumerate(self.predictions):
+            self.needed[layer] = _NONE
             predictions.clear()
 
     def target(self, layer: int, distance: int, prediction: Prediction) -> Target:
@@ -159,8 +164,10 @@ class Residency:
 
     def _protected(self, layer: int, prediction: Prediction | None) -> set[int]:
         """Experts that no prefetch may evict: needed now, predicted, or brought in for the coming step."""
-        protected = self.needed[layer] | self.inflight.ready[layer].keys()
-        return protected if prediction is None else protected.union(prediction[0])
+        protected = {*self.needed[layer], *self.inflight.ready[layer]}
+        if prediction is not None:
+            protected.update(prediction.loads)
+        return protected
 
     def _worth(self, layer: int, prediction: Prediction | None) -> Callable[[int], float]:
         """The function that the guard compares experts by."""
