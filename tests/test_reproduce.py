@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrimoe_jax.reproduce import comparisons, experiments
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.reproduce import __main__ as reproduce
+from hybrimoe_jax.reproduce import experiments, tables
 from hybrimoe_jax.simulate.records import versions
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace
@@ -18,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_paper_s_figures_are_those_of_the_paper():
-    paper = comparisons.PAPER
+    paper = tables.PAPER
     assert paper["headline_speedup_over_ktransformers"] == {"prefill": 1.33, "decode": 1.70}
     assert paper["table_iii_qwen2_cache25_seconds"]["decode"]["all"] == 0.11
 
 
-def test_cases_are_in_the_order_that_the_document_reads_them():
+def test_cases_are_in_the_order_that_the_tables_read_them():
     cases = experiments.all_cases({}, 5)
     block = [(case.parts, case.blind) for case in cases["ablation"][: len(experiments.VARIANTS)]]
     assert block == [(parts, blind) for _, parts, blind in experiments.VARIANTS.values()]
@@ -51,11 +54,37 @@ def test_the_committed_document_holds_every_section_and_marks_what_is_synthetic(
     assert "simulated" in text and "none is measured" in text
 
 
+def test_the_committed_tables_are_those_of_the_committed_records():
+    text = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    made = tables.all_tables(reproduce.read_records(ROOT / "results"))
+    assert sorted(tables.places(text)) == sorted(made) == sorted([*tables.TABLES, "costs"])
+    assert tables.renewed(text, made) == text
+
+
+def test_tables_are_renewed_in_their_places_and_nothing_else(tmp_path, capsys):
+    (docs := tmp_path / "r.md").write_text(
+        "As\n<!-- table: costs -->\nold\n<!-- end -->\nit\n<!-- table: hits -->\nkept\n<!-- end -->\nis\n"
+    )
+    assert reproduce.main(["--tables-only", "--results", str(tmp_path / "none"), "--docs", str(docs)]) == 0
+    said, text = capsys.readouterr(), docs.read_text()
+    assert json.loads(said.out)["runs"] == 0 and "table hits" in said.err and "table costs" not in said.err
+    assert text == f"As\n<!-- table: costs -->\n\n{tables.costs()}\n" + text[text.index("<!-- end -->") :]
+    assert text.endswith("\nit\n<!-- table: hits -->\nkept\n<!-- end -->\nis\n")
+
+
+def test_a_document_without_places_is_one_clear_error(tmp_path):
+    (tmp_path / "plain.md").write_text("no table\n")
+    for name, said in (("plain.md", "no place for a table"), ("none.md", "cannot be read")):
+        with pytest.raises(UserError, match=said):
+            reproduce.main(["--tables-only", "--docs", str(tmp_path / name)])
+
+
 @pytest.mark.slow
 def test_one_command_writes_document_and_records(tmp_path):
     """About a minute: every experiment on synthetic routing alone."""
     (tmp_path / "data").mkdir()
     docs, results = tmp_path / "r.md", tmp_path / "results"
+    shutil.copy(ROOT / "docs/reproduction.md", docs)
     flags = ["--steps", "3", "--docs", str(docs), "--results", str(results)]
     done = subprocess.run(
         [sys.executable, "-m", "hybrimoe_jax.reproduce", *flags],
@@ -71,9 +100,6 @@ def test_one_command_writes_document_and_records(tmp_path):
 
 
 def test_a_folder_without_traces_is_one_clear_error(tmp_path):
-    from hybrimoe_jax.errors import UserError
-    from hybrimoe_jax.reproduce import __main__ as reproduce
-
     with pytest.raises(UserError, match="holds none of"):
         reproduce.main(["--data", str(tmp_path), "--docs", str(tmp_path / "r.md")])
     with pytest.raises(UserError, match="there is no folder"):
@@ -99,6 +125,6 @@ def test_a_router_that_sees_the_same_state_is_like_itself_and_one_that_sees_nois
         scores=flat(scores),
         lookahead={d: flat(a) for d, a in ahead.items()},
     )
-    (near, named), (far, guessed) = experiments.layer_similarity(trace)
-    assert near == pytest.approx(1, abs=1e-5) and named == 1
-    assert far < 0.7 and guessed < 0.5
+    near, far = experiments.layer_similarity(trace)
+    assert near == {"distance": 1, "cosine": pytest.approx(1, abs=1e-5), "named": 1}
+    assert far["cosine"] < 0.7 and far["named"] < 0.5

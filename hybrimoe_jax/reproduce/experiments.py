@@ -1,4 +1,4 @@
-"""The runs behind docs/reproduction.md, by name."""
+"""What docs/reproduction.md reports: its runs by name, and the figures that no single run gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.machine.virtual import Machine
-from hybrimoe_jax.reproduce.mixed_formats import RULES as WEIGHTS
-from hybrimoe_jax.reproduce.mixed_formats import Reloads, reloads
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.grid import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulate.replay import replay
@@ -26,7 +24,7 @@ PROMPT_READERS = (
     *((system, ()) for system in ("hybrimoe", "ktransformers", "llamacpp", "adapmoe", "freetoken")),
     ("hybrimoe", (("stream_prefill", True),)),
 )
-"""(system, parts replaced): freetoken streams whole layers, and the last row gives hybrimoe that way of reading prompts."""
+"""(system, parts replaced): freetoken streams whole layers; the last row gives hybrimoe that way of reading prompts."""
 QWEN = SYNTHETIC["qwen2-57b-a14b"]
 
 STATIC = (("cache", "static"), ("prefetch", "none"))
@@ -45,12 +43,11 @@ VARIANTS: dict[str, tuple[str, tuple, bool]] = {
     "beyond: pooled slots": ("hybrimoe", (("scope", "pooled"),), False),
     "oracle": (ORACLE, (), False),
 }
-"""Rows of Table III and ours, (system, parts replaced, blind); under cpu-misses nothing is ever fetched, so a cache policy alone changes nothing and has no row."""
+"""Rows of Table III and ours: (system, parts replaced, blind). Under cpu-misses nothing is ever fetched, so a cache
+policy alone changes nothing and has no row."""
 DEPTHS = (0, 1, 2, 3, 4, 5, 6)
 STREAMED_LENGTHS = (32, 512, 2048)
 STREAMED_PROFILES = ("a6000-engineered", "rtx4090-pcie4", "h100-pcie5", "laptop-8gb")
-MIXED = ("int8", "int4")
-"""Formats of even and of odd layers where experts have two sizes."""
 RULES = ("released", "paper", "optimal", "bandwidth-split")
 CACHES = ("lru", "lfu", "mrs", "echo")
 
@@ -126,26 +123,8 @@ def all_cases(traces: Mapping[str, str], steps: int) -> dict[str, list[Case]]:
     }  # fmt: skip
 
 
-def mixed_formats(traces: Mapping[str, str], steps: int) -> list[tuple[str, float, list[Reloads]]]:
-    """(model, share of all experts' bytes that the device holds, a row for each rule), see `mixed_formats`; one half of a trace, profile a6000-engineered."""
-    rows = []
-    for model, path in {**traces, **SYNTHETIC}.items():
-        tokens = tokens_of(path)
-        facts = tokens.facts
-        shape = get_shape(model)
-        costs = [load_profile("a6000-engineered").costs(shape, fmt) for fmt in MIXED]
-        sizes, seconds = tuple(c.expert_bytes for c in costs), tuple(c.transfer() for c in costs)
-        for ratio in (0.25, 0.5):
-            parts = [
-                reloads(tokens.steps(tokens.sequences[::2], steps), facts, sizes, seconds, ratio, rule)
-                for rule in WEIGHTS
-            ]
-            rows.append((model, ratio, parts))
-    return rows
-
-
-def link_beliefs(steps: int) -> list[tuple[str, str, float]]:
-    """(machine, what the planner believes of the link, seconds a token): a link that slows down beside the CPU, planned with and without knowing."""
+def link_beliefs(steps: int) -> list[dict]:
+    """A link that slows down beside the CPU, planned with and without knowing: a record for each belief."""
     rows = []
     tokens = tokens_of(QWEN)
     shape = get_shape("qwen2-57b-a14b")
@@ -160,16 +139,27 @@ def link_beliefs(steps: int) -> list[tuple[str, str, float]]:
         ]:
             seconds = count = 0.0
             for sequences, frequencies in halves(tokens):
-                planner = Planner("hybrimoe", shape.layers, shape.experts, shape.top_k, shape.experts // 4, profile.changed(**factors).costs(shape, "int4"), frequencies=frequencies)  # fmt: skip
+                planner = Planner(
+                    "hybrimoe",
+                    shape.layers,
+                    shape.experts,
+                    shape.top_k,
+                    shape.experts // 4,
+                    profile.changed(**factors).costs(shape, "int4"),
+                    frequencies=frequencies,
+                )
                 result = replay(planner, Machine(truth), tokens.steps(sequences, steps))
                 seconds, count = seconds + result.seconds, count + len(result.steps)
-            rows.append((name, belief, seconds / count))
+            rows.append({"machine": name, "belief": belief, "seconds_per_token": seconds / count})
     return rows
 
 
-def layer_similarity(trace: Trace, distances: int = 6) -> list[tuple[float, float]]:
-    """By distance from 1: how alike the router of a layer judges its own state and the state so many layers before (mean cosine of the two
-    vectors of probabilities), and the share of its experts that it names from there. From a trace with full scores and lookahead."""
+def layer_similarity(trace: Trace, distances: int = 6) -> list[dict]:
+    """How alike a layer's router judges its own state and that of a layer `distance` before it: a record for each.
+
+    `cosine` is the mean of the two vectors of probabilities, `named` the share of its experts that it names from there.
+    The trace needs full scores and lookahead.
+    """
     truth = {(record.step, record.layer): record for record in trace.records()}
     sums = np.zeros((distances, 3))
     for (step, layer), record in truth.items():
@@ -183,12 +173,16 @@ def layer_similarity(trace: Trace, distances: int = 6) -> list[tuple[float, floa
             named = np.argpartition(-reused, k - 1, axis=1)[:, :k]
             agree = (named[:, :, None] == there.ids[:, None, :]).any(axis=1).mean(axis=1)
             sums[d - 1] += ((own * reused).sum(axis=1) / lengths).sum(), agree.sum(), len(own)
-    return [(cosine / count, share / count) for cosine, share, count in sums.tolist() if count]
+    return [
+        {"distance": d, "cosine": cosine / count, "named": share / count}
+        for d, (cosine, share, count) in enumerate(sums.tolist(), 1)
+        if count
+    ]
 
 
-def reuse_by_rank(traces: Mapping[str, str]) -> dict[str, list[float]]:
+def reuse_by_rank(traces: Mapping[str, str]) -> list[dict]:
     """Per model, the chance that the expert of each score rank (first the highest) is chosen by the next token too."""
-    shares = {}
+    rows = []
     for model, path in traces.items():
         tokens = tokens_of(path)
         facts = tokens.facts
@@ -204,5 +198,5 @@ def reuse_by_rank(traces: Mapping[str, str]) -> dict[str, list[float]]:
                     else list(asked.loads)
                 )
             sequence = step.sequence
-        shares[model] = (hits / count).tolist()
-    return shares
+        rows.append({"model": model, "share_by_rank": (hits / count).tolist()})
+    return rows

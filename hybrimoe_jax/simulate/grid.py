@@ -107,7 +107,7 @@ def trace_name(case: Case) -> str:
 
 
 def system_of(case: Case, tokens: TokenSteps) -> System:
-    """The case's system, parts replaced. Where a trace has no gates' predictions the co-activation table predicts."""
+    """The case's system, parts replaced. Where a trace has no router predictions the co-activation table predicts."""
     known = knows_the_future(case.system)
     if known is not None:
         return known
@@ -192,9 +192,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     if system.fetches and not moved:
         notes.append("no expert was ever moved to the device: the slots stayed as they started")
     if system.predictor == "co-activation" and not dict(case.parts).get("predictor"):
-        notes.append("the trace has no gates' predictions: the co-activation table predicts, learned online")
+        notes.append("the trace has no router predictions: the co-activation table predicts, learned online")
     if case.trace.startswith(PREFIX):
-        notes.append("synthetic routing, see hybrimoe_jax/simulation/synthetic.py")
+        notes.append("synthetic routing, see hybrimoe_jax/simulate/synthetic.py")
     if knows_the_future(case.system) and case.parts:
         flags = ", ".join(f"--{FLAGS.get(name, name)}" for name, _ in case.parts)
         notes.append(f"parts are fixed: {flags} replaced nothing")
