@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import cli
+from hybrimoe_jax.checkpoint.convert import convert
 from hybrimoe_jax.checkpoint.safetensors import read_header
-from hybrimoe_jax.convert import convert
 from hybrimoe_jax.errors import UserError
 
 

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 from hybrimoe_jax.checkpoint import export as exporting
 from hybrimoe_jax.checkpoint import shards as pieces
 from hybrimoe_jax.checkpoint import writer as checkpoint_writer
+from hybrimoe_jax.checkpoint.convert import convert, save
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.convert import convert, export_hf, save
 from hybrimoe_jax.errors import UserError
 
 BF16 = ml_dtypes.bfloat16
@@ -259,16 +260,16 @@ def test_resume_starts_over_when_source_or_format_changed(tmp_path, written):
 
 KILL_IN_A_LAYER = """
 import os, signal, sys
-from hybrimoe_jax.models import checkpoint_writer, pieces
-from hybrimoe_jax.convert import convert
-reads, read = 0, pieces.ExpertRows.read
+from hybrimoe_jax.checkpoint import shards
+from hybrimoe_jax.checkpoint.convert import convert
+reads, read = 0, shards.ExpertRows.read
 def deadly(self, start, stop):
     global reads
     reads += 1
     if reads == 7:  # the third expert of the second layer
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, start, stop)
-pieces.ExpertRows.read = deadly
+shards.ExpertRows.read = deadly
 convert(sys.argv[1], sys.argv[2])
 """
 

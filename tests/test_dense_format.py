@@ -12,10 +12,11 @@ import pytest
 import tiny
 
 from hybrimoe_jax.checkpoint import dense as dense_packing
+from hybrimoe_jax.checkpoint.convert import convert, convert_random, save
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.checkpoint.weights import ArrayTensor
-from hybrimoe_jax.convert import convert, convert_random, export_hf, save
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.load import load
 from hybrimoe_jax.errors import UserError

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
+from hybrimoe_jax.checkpoint.convert import save
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.convert import export_hf, save
 from hybrimoe_jax.engine import assembly, device_model
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.load import load

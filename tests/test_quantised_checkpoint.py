@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.checkpoint import shards as pieces
 from hybrimoe_jax.checkpoint import writer as checkpoint_writer
+from hybrimoe_jax.checkpoint.convert import convert, convert_random
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.random import random_packed
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.convert import convert, convert_random, export_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, dequantise_expert, pack_expert, unpack
 from hybrimoe_jax.formats.sizes import expert_bytes
@@ -186,10 +187,9 @@ def test_a_random_model_gives_finite_and_varied_logits(tmp_path, family, fmt):
 SIZED = {**CONFIG, "hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 6}
 MEASURED = """
 import resource, sys
-from hybrimoe_jax import convert
-from hybrimoe_jax.convert import convert_random
+from hybrimoe_jax.checkpoint.convert import convert_random, return_freed_memory
 import orbax.checkpoint.experimental.v1, tensorstore
-convert.return_freed_memory()
+return_freed_memory()
 (open(sys.argv[1] + "/config2.json", "w").write(sys.argv[3]))
 convert_random(sys.argv[1] + "/config2.json", sys.argv[2] + "-small", "int8-g32")
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hybrimoe_jax.checkpoint.convert import convert
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.convert import convert
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.plain import ExpertWeights
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
-from hybrimoe_jax.convert import export_hf
 from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.train import evaluation, export, loop
 from hybrimoe_jax.train.corpus import HELD_OUT, Text

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_train_loop import VERSES
 
-from hybrimoe_jax.convert import convert, export_hf
+from hybrimoe_jax.checkpoint.convert import convert
+from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.moe import DenseExperts

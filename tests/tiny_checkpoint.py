@@ -59,7 +59,7 @@ def write_hf(folder: Path, **generation) -> Path:
 
 def converted(folder: Path, **generation) -> Path:
     """The same, converted."""
-    from hybrimoe_jax.convert import convert
+    from hybrimoe_jax.checkpoint.convert import convert
 
     convert(write_hf(folder / "hf", **generation), folder / "checkpoint")
     return folder / "checkpoint"

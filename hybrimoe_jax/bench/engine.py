@@ -170,7 +170,8 @@ def table(result: dict) -> str:
 def run(models: list[str], options: Options, workdir: Path | None, note: Callable[[str], None]) -> dict:
     """Benchmarks "bundled", "mid" (random, 466 M parameters) or a converted checkpoint folder; prints a table each."""
     from hybrimoe_jax.bench.random_models import write_random_hf
-    from hybrimoe_jax.convert import convert, export_hf
+    from hybrimoe_jax.checkpoint.convert import convert
+    from hybrimoe_jax.checkpoint.export import export_hf
     from hybrimoe_jax.engine.load import bundled_model
 
     results = []

@@ -56,7 +56,7 @@ def require_peer() -> None:
 def prepare(model: str, format: str, base: Path) -> tuple[Path, Path]:
     """Our checkpoint and llama.cpp's file, made in `base` unless they are there."""
     from hybrimoe_jax.bench.gguf_writer import write_gguf
-    from hybrimoe_jax.convert import convert, convert_random
+    from hybrimoe_jax.checkpoint.convert import convert, convert_random
 
     ours, theirs = base / f"{model}-{format}", base / f"{model}-{TYPES[format]}.gguf"
     dense = None if format == "f32" else format

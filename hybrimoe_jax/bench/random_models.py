@@ -6,8 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from hybrimoe_jax.checkpoint.convert import convert_random
 from hybrimoe_jax.checkpoint.export import export_hf
-from hybrimoe_jax.convert import convert_random
 
 MID = dict(
     model_type="qwen2_moe",
