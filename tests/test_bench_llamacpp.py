@@ -23,11 +23,11 @@ DEEPSEEK |= dict(kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_he
 
 
 def tensors(weights) -> dict[str, np.ndarray]:
-    found = {name: np.asarray(t.read(), np.float32) for piece in weights.pieces for name, t in piece.dense.items()}
-    for piece in weights.pieces:
-        for expert in range(piece.experts.count if piece.experts else 0):
-            for part, matrix in enumerate(piece.experts.read(expert)):
-                found[f"{piece.layer} {expert} {part}"] = np.asarray(matrix, np.float32)
+    found = {name: np.asarray(t.read(), np.float32) for shard in weights.shards for name, t in shard.dense.items()}
+    for shard in weights.shards:
+        for expert in range(shard.experts.count if shard.experts else 0):
+            for part, matrix in enumerate(shard.experts.read(expert)):
+                found[f"{shard.layer} {expert} {part}"] = np.asarray(matrix, np.float32)
     return found
 
 

@@ -103,12 +103,12 @@ def expert_errors(weights, rounded, ids, format):
     """Summed squared error of the routed experts' outputs on the calibration tokens: rounded to nearest, and calibrated."""
     run = module._Run(weights, format, ids)
     sums = np.zeros(2)
-    for piece, other in zip(weights.pieces, rounded.pieces, strict=True):
-        for e in range(piece.experts.count if piece.experts else 0):
-            layer = run._at(piece.layer)
+    for shard, other in zip(weights.shards, rounded.shards, strict=True):
+        for e in range(shard.experts.count if shard.experts else 0):
+            layer = run._at(shard.layer)
             rows, choice = np.nonzero(layer.ids == e)
             x, weight = layer.x[rows], layer.weights[rows, choice][:, None]
-            exact = piece.experts.read(e)
+            exact = shard.experts.read(e)
             nearest = tuple(map(dequantise, pack_expert(*(np.asarray(m) for m in exact), format).matrices))
             out = [weight * (module._inner(x, g, u) @ d.T) for g, u, d in (exact, nearest, other.experts.read(e))]
             sums += [np.square(out[0] - out[1]).sum(), np.square(out[0] - out[2]).sum()]
@@ -127,19 +127,19 @@ def test_an_expert_that_saw_nothing_follows_the_layer():
     """Two tokens of text: most experts are never chosen, and still come out well formed."""
     config, _, _, weights, ids = model("mixtral")
     rounded = calibrated(weights, Format.parse("int4-g32"), ids[:1, :2])
-    for piece in rounded.pieces[1:]:
+    for shard in rounded.shards[1:]:
         for e in range(config.num_experts):
-            for have, want in zip(piece.experts.read(e), weights.pieces[piece.layer + 1].experts.read(e), strict=True):
+            for have, want in zip(shard.experts.read(e), weights.shards[shard.layer + 1].experts.read(e), strict=True):
                 assert np.abs(have - want).max() < np.abs(want).max() / 3
 
 
 def test_layers_are_asked_for_in_order():
     _, _, _, weights, ids = model("qwen2_moe")
     rounded = calibrated(weights, Format.parse("int4-g32"), ids)
-    rounded.pieces[3].experts.packed(0)
+    rounded.shards[3].experts.packed(0)
     with pytest.raises(ValueError, match="layer 0 was asked for after layer 2"):
-        rounded.pieces[1].experts.packed(0)
-    twice = dataclasses.replace(weights, pieces=rounded.pieces)
+        rounded.shards[1].experts.packed(0)
+    twice = dataclasses.replace(weights, shards=rounded.shards)
     with pytest.raises(ValueError, match="quantised already"):
         calibrated(twice, Format.parse("int4-g32"), ids)
 
@@ -159,16 +159,16 @@ def test_the_command_and_a_resumed_conversion_agree(tmp_path, monkeypatch, capsy
     text.write_text("the other and the father, hither and thither. " * 40)
     argv = [str(source), "--format", "int4-g32", "--calibrate", str(text)]
     assert command.main([argv[0], str(tmp_path / "a"), *argv[1:]]) == 0
-    written = checkpoint_writer.write_piece
+    written = checkpoint_writer.write_shard
 
-    def killed(folder, piece, *rest):
-        if piece.layer == 2:
+    def killed(folder, shard, *rest):
+        if shard.layer == 2:
             raise KeyboardInterrupt
-        return written(folder, piece, *rest)
+        return written(folder, shard, *rest)
 
-    monkeypatch.setattr(checkpoint_writer, "write_piece", killed)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", killed)
     assert command.main([argv[0], str(tmp_path / "b"), *argv[1:]]) == 130
-    monkeypatch.setattr(checkpoint_writer, "write_piece", written)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", written)
     assert command.main([argv[0], str(tmp_path / "b"), *argv[1:]]) == 0
     a, b = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
     assert a["pieces"] == b["pieces"] and a["source"]["calibration"] and a["format"] == "int4-g32"

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hybrimoe_jax.checkpoint import export as exporting
-from hybrimoe_jax.checkpoint import shards as pieces
+from hybrimoe_jax.checkpoint import shards
 from hybrimoe_jax.checkpoint import writer as checkpoint_writer
 from hybrimoe_jax.checkpoint.convert import convert, save
 from hybrimoe_jax.checkpoint.export import export_hf
@@ -114,7 +114,7 @@ def test_fused_experts_and_the_other_block_name(tmp_path):
     assert np.array_equal(got.gate_up, gate_up[2]) and np.array_equal(got.down, down[2])
 
 
-def test_pieces_are_plain_orbax_items_with_an_expert_to_a_chunk(tmp_path):
+def test_shards_are_plain_orbax_items_with_an_expert_to_a_chunk(tmp_path):
     import orbax.checkpoint.experimental.v1 as ocp
 
     weights = folders.tensors()
@@ -128,7 +128,7 @@ def test_pieces_are_plain_orbax_items_with_an_expert_to_a_chunk(tmp_path):
 
 
 def test_large_dense_tensors_are_written_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "row_block", lambda shape, dtype: 5)  # 24 rows: four blocks and a shorter one
+    monkeypatch.setattr(shards, "row_block", lambda shape, dtype: 5)  # 24 rows: four blocks and a shorter one
     weights = folders.tensors()
     dst = convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt")
     assert_same(contents(dst), weights)
@@ -179,18 +179,18 @@ def stop_after(count: int):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Names of the pieces that a conversion writes."""
+    """Names of the shards that a conversion writes."""
     names = []
 
-    def spy(folder, piece, *args):
-        names.append(piece.name)
-        return pieces.write_piece(folder, piece, *args)
+    def spy(folder, shard, *args):
+        names.append(shard.name)
+        return shards.write_shard(folder, shard, *args)
 
-    monkeypatch.setattr(checkpoint_writer, "write_piece", spy)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", spy)
     return names
 
 
-def test_resume_skips_finished_pieces(tmp_path, written):
+def test_resume_skips_finished_shards(tmp_path, written):
     weights = folders.tensors()
     src, dst = folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt"
     with pytest.raises(Killed):
@@ -221,7 +221,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, written, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["dense", "expert", "lost", "record"])
-def test_resume_rewrites_a_finished_piece_that_was_damaged(tmp_path, written, damage):
+def test_resume_rewrites_a_finished_shard_that_was_damaged(tmp_path, written, damage):
     weights = folders.tensors()
     src, dst = folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt"
     with pytest.raises(Killed):

@@ -99,7 +99,7 @@ def test_every_placement_gives_the_dense_answer(family, fmt, dense_format, tmp_p
 def test_exported_values_are_what_the_codes_stand_for(tmp_path):
     folder = tiny_model(tmp_path, "qwen2_moe", dense_format="int4-g32")
     dense = open_checkpoint(folder).dense()
-    exported = {n: t for p in open_hf(export_hf(folder, tmp_path / "hf")).pieces for n, t in p.dense.items()}
+    exported = {n: t for p in open_hf(export_hf(folder, tmp_path / "hf")).shards for n, t in p.dense.items()}
     for name, tensor in dense.items():
         values = dequantise(tensor) if isinstance(tensor, PackedMatrix) else tensor
         assert np.array_equal(np.asarray(exported[name].read(), np.float32), np.asarray(values, np.float32)), name

@@ -236,12 +236,12 @@ def logits(config, dense, experts) -> np.ndarray:
 
 def read(weights):
     """Everything as float32: dense by name and experts by (layer, expert)."""
-    dense = {n: np.asarray(t.read(), np.float32) for piece in weights.pieces for n, t in piece.dense.items()}
+    dense = {n: np.asarray(t.read(), np.float32) for shard in weights.shards for n, t in shard.dense.items()}
     experts = {
-        (piece.layer, e): [np.asarray(m, np.float32) for m in piece.experts.read(e)]
-        for piece in weights.pieces
-        if piece.experts is not None
-        for e in range(piece.experts.count)
+        (shard.layer, e): [np.asarray(m, np.float32) for m in shard.experts.read(e)]
+        for shard in weights.shards
+        if shard.experts is not None
+        for e in range(shard.experts.count)
     }
     return dense, experts
 
@@ -261,7 +261,7 @@ def test_logits_are_those_of_the_numbers_in_the_file(tmp_path, arch, kind):
     format = quantised_format(weights)
     assert str(format) == {"Q4_0": "int4-g32", "Q8_0": "int8-g32", "F16": "None"}[kind]
     if format is not None:
-        last = weights.pieces[-1]
+        last = weights.shards[-1]
         for matrix, want in zip(packed_expert(last.experts, format, 3).matrices, experts[last.layer, 3], strict=True):
             np.testing.assert_array_equal(dequantise(matrix), want)
 
@@ -408,11 +408,11 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
 def test_codes_of_minus_128_are_refused(tmp_path):
     write(tmp_path / "m.gguf", "qwen2moe", "Q8_0")
     weights = open_gguf(tmp_path / "m.gguf")
-    gate = weights.pieces[1].experts.matrices[0][0]
+    gate = weights.shards[1].experts.matrices[0][0]
     changed = np.array(gate.data)
     changed[0, 2] = 128
-    experts = type(weights.pieces[1].experts)(
-        ((type(gate)(changed, gate.type, gate.where), *weights.pieces[1].experts.matrices[0][1:]),)
+    experts = type(weights.shards[1].experts)(
+        ((type(gate)(changed, gate.type, gate.where), *weights.shards[1].experts.matrices[0][1:]),)
     )
     with pytest.raises(UserError, match=r"ffn_gate_exps.weight \[0\]: it has codes of -128"):
         packed_expert(experts, Format.parse("int8-g32"), 0)

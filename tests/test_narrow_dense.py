@@ -97,4 +97,4 @@ def test_latent_attention_means_the_same_by_narrow_up_projections():
 def test_the_checkpoint_and_its_export_keep_the_type(tmp_path):
     folder = checkpoint(tmp_path, "qwen2_moe")
     exported = open_hf(export_hf(folder, tmp_path / "hf"))
-    assert {tensor.dtype for piece in exported.pieces for tensor in piece.dense.values()} == {BF16}
+    assert {tensor.dtype for shard in exported.shards for tensor in shard.dense.values()} == {BF16}

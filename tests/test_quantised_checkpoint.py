@@ -13,7 +13,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from hybrimoe_jax.checkpoint import shards as pieces
+from hybrimoe_jax.checkpoint import shards
 from hybrimoe_jax.checkpoint import writer as checkpoint_writer
 from hybrimoe_jax.checkpoint.convert import convert, convert_random
 from hybrimoe_jax.checkpoint.export import export_hf
@@ -59,7 +59,7 @@ def test_experts_are_rounded_and_dense_tensors_keep_their_type(tmp_path, name, d
     checkpoint = open_checkpoint(path)
     store = checkpoint.experts(verify=True, dtype="float32")
     format = Format.parse(name)
-    assert checkpoint.format == store.format == name and checkpoint.manifest["version"] == pieces.VERSION
+    assert checkpoint.format == store.format == name and checkpoint.manifest["version"] == shards.VERSION
     for layer in range(folders.LAYERS):
         for index in range(folders.EXPERTS):
             parts = [weights[folders.expert(layer, index, p)].astype(np.float32) for p in ("gate", "up", "down")]
@@ -78,7 +78,7 @@ def test_experts_are_rounded_and_dense_tensors_keep_their_type(tmp_path, name, d
 def test_plain_checkpoints_are_written_as_before(tmp_path):
     path = convert(folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "ckpt", "bf16")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["version"], manifest["format"]) == (pieces.PLAIN_VERSION, "bf16")
+    assert (manifest["version"], manifest["format"]) == (shards.PLAIN_VERSION, "bf16")
 
 
 def test_a_changed_byte_of_a_quantised_expert_is_named(tmp_path):
@@ -92,14 +92,14 @@ def test_a_changed_byte_of_a_quantised_expert_is_named(tmp_path):
 def test_a_quantised_conversion_resumes(tmp_path, monkeypatch):
     src, written = folders.write_hf(tmp_path / "hf", folders.tensors()), []
 
-    def stop_at_the_last(folder, piece, *args):
-        if piece.name == "layer_00001" and not written.count("stopped"):
+    def stop_at_the_last(folder, shard, *args):
+        if shard.name == "layer_00001" and not written.count("stopped"):
             written.append("stopped")
             raise KeyboardInterrupt
-        written.append(piece.name)
-        return pieces.write_piece(folder, piece, *args)
+        written.append(shard.name)
+        return shards.write_shard(folder, shard, *args)
 
-    monkeypatch.setattr(checkpoint_writer, "write_piece", stop_at_the_last)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         convert(src, tmp_path / "ckpt", "int8-g32")
     convert(src, tmp_path / "ckpt", "int8-g32")
@@ -128,7 +128,7 @@ def test_rounding_a_second_time_is_refused(tmp_path):
     with pytest.raises(UserError, match="experts are int8-g32; rounding them again to int4-g32"):
         write_checkpoint(weights, tmp_path / "ckpt", fmt="int4-g32")
     store = open_checkpoint(write_checkpoint(weights, tmp_path / "ckpt", fmt="f32")).experts()
-    plain, want = store.get(1, 0), dequantise_expert(weights.pieces[2].experts.packed(0))
+    plain, want = store.get(1, 0), dequantise_expert(weights.shards[2].experts.packed(0))
     assert np.array_equal(plain.gate_up, want.gate_up) and np.array_equal(plain.down, want.down)
 
 
@@ -162,13 +162,13 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
         open_checkpoint(convert_random(tmp_path, tmp_path / name, "int4-g32", seed))
         for name, seed in (("a", 5), ("b", 5), ("c", 6))
     )
-    hashes = [[piece["dense"], piece["experts"]] for piece in first.manifest["pieces"]]
-    assert hashes == [[piece["dense"], piece["experts"]] for piece in same.manifest["pieces"]]
-    assert hashes != [[piece["dense"], piece["experts"]] for piece in other.manifest["pieces"]]
+    hashes = [[shard["dense"], shard["experts"]] for shard in first.manifest["pieces"]]
+    assert hashes == [[shard["dense"], shard["experts"]] for shard in same.manifest["pieces"]]
+    assert hashes != [[shard["dense"], shard["experts"]] for shard in other.manifest["pieces"]]
     assert first.manifest["source"] == {"folder": None, "files": {}, "random_seed": 5}
-    flat = [h for piece in first.manifest["pieces"] if piece["experts"] for h in piece["experts"]["hashes"]]
+    flat = [h for shard in first.manifest["pieces"] if shard["experts"] for h in shard["experts"]["hashes"]]
     assert len(set(flat)) == len(flat), "two experts are the same"
-    assert {entry["dtype"] for piece in first.manifest["pieces"] for entry in piece["dense"].values()} == {"bfloat16"}
+    assert {entry["dtype"] for shard in first.manifest["pieces"] for entry in shard["dense"].values()} == {"bfloat16"}
 
 
 @pytest.mark.parametrize(("family", "fmt"), [("qwen2_moe", "int4-g32"), ("mixtral", None), ("deepseek_v2", "int8-g64")])

@@ -54,15 +54,15 @@ def test_values_and_packed_experts_are_exact(tmp_path, case):
     assert "quantization_config" not in weights.raw_config
     format = quantised_format(weights)
     assert str(format) == want
-    for piece in weights.pieces:
-        for name, tensor in piece.dense.items():
+    for shard in weights.shards:
+        for name, tensor in shard.dense.items():
             np.testing.assert_array_equal(tensor.read(), values[name], err_msg=name)
             if isinstance(tensor, QuantisedTensor):
                 np.testing.assert_array_equal(tensor.read(1, 3), values[name][1:3], err_msg=name)
-        for e in range(piece.experts.count if piece.experts else 0):
-            stem = f"model.layers.{piece.layer}.mlp.experts.{e}"
-            packed = packed_expert(piece.experts, format, e)
-            for part, read, matrix in zip(("gate", "up", "down"), piece.experts.read(e), packed.matrices, strict=True):
+        for e in range(shard.experts.count if shard.experts else 0):
+            stem = f"model.layers.{shard.layer}.mlp.experts.{e}"
+            packed = packed_expert(shard.experts, format, e)
+            for part, read, matrix in zip(("gate", "up", "down"), shard.experts.read(e), packed.matrices, strict=True):
                 np.testing.assert_array_equal(read, values[f"{stem}.{part}_proj.weight"])
                 np.testing.assert_array_equal(dequantise(matrix), read)
 
@@ -82,7 +82,7 @@ def test_act_order_of_the_down_matrix_is_undone(tmp_path):
     weights = open_hf(tmp_path / "hf")
     format = quantised_format(weights)
     assert str(format) == "int4z-g32"
-    gate, up, down = (dequantise(m) for m in packed_expert(weights.pieces[2].experts, format, 3).matrices)
+    gate, up, down = (dequantise(m) for m in packed_expert(weights.shards[2].experts, format, 3).matrices)
     kept = [values[f"{EXPERT}.{part}_proj.weight"] for part in ("gate", "up", "down")]
     order = [int(np.flatnonzero((kept[0] == row).all(axis=1))[0]) for row in gate]
     assert sorted(order) == list(range(64)) and order != sorted(order)
@@ -98,7 +98,7 @@ def test_act_order_of_the_residual_stream_stays_float(tmp_path, method):
     encode = (lambda c: c.compressed(True)) if method != "gptq" else None
     values, _ = write(tmp_path / "hf", method, make=make, encode=encode, settings={"desc_act": True})
     weights = open_hf(tmp_path / "hf")
-    for have, part in zip(weights.pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+    for have, part in zip(weights.shards[2].experts.read(3), ("gate", "up", "down"), strict=True):
         np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
     with pytest.raises(UserError, match=r"act-order.*give --format f32, which keeps their values"):
         quantised_format(weights)
@@ -117,7 +117,7 @@ def test_a_format_holds_what_a_coarser_one_does():
 
 def test_a_coarse_group_goes_into_a_finer_format(tmp_path):
     write(tmp_path / "hf", "awq", make=coded(group=64))
-    experts = open_hf(tmp_path / "hf").pieces[1].experts
+    experts = open_hf(tmp_path / "hf").shards[1].experts
     for matrix, want in zip(
         packed_expert(experts, Format.parse("int4z-g32"), 2).matrices, experts.read(2), strict=True
     ):
@@ -144,9 +144,9 @@ def test_group_sizes_that_no_list_of_groups_gives(tmp_path, method, size):
     made = coded(group=size if size > 0 else 1 << 20)
     values, _ = write(tmp_path / "hf", method, make=made, encode=unlisted(method), settings=grouped_by(method, size))
     weights = open_hf(tmp_path / "hf")
-    for name, tensor in [item for piece in weights.pieces for item in piece.dense.items()]:
+    for name, tensor in [item for shard in weights.shards for item in shard.dense.items()]:
         np.testing.assert_array_equal(tensor.read(), values[name], err_msg=name)
-    for have, part in zip(weights.pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+    for have, part in zip(weights.shards[2].experts.read(3), ("gate", "up", "down"), strict=True):
         np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
     if size in (40, 48):
         with pytest.raises(UserError, match="no runs of 32 inputs"):
@@ -176,7 +176,7 @@ def test_made_up_biases_are_dropped(tmp_path):
         return made.gptq() | {"bias": np.ones(made.codes.shape[0], np.float16)}
 
     write(tmp_path / "hf", "gptq", encode=encode)
-    dense = open_hf(tmp_path / "hf").pieces[1].dense
+    dense = open_hf(tmp_path / "hf").shards[1].dense
     assert "model.layers.0.self_attn.q_proj.bias" in dense and "model.layers.0.self_attn.o_proj.bias" not in dense
     write(tmp_path / "other", "gptq", encode=with_bias)
     with pytest.raises(UserError, match="unexpected"):
@@ -187,7 +187,7 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "asymmetric", "gptq", settings={"sym": True})
     weights = open_hf(tmp_path / "asymmetric")
     with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*give --format f32"):
-        packed_expert(weights.pieces[1].experts, quantised_format(weights), 0)
+        packed_expert(weights.shards[1].experts, quantised_format(weights), 0)
 
     def least(rng, module, rows, columns):
         made = Coded(rng, rows, columns, 32, bits=8, symmetric=True)
@@ -197,7 +197,7 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "least", "compressed-tensors", make=least, settings=int8({}))
     weights = open_hf(tmp_path / "least")
     with pytest.raises(UserError, match="codes of -128"):
-        packed_expert(weights.pieces[1].experts, quantised_format(weights), 0)
+        packed_expert(weights.shards[1].experts, quantised_format(weights), 0)
 
 
 REFUSED = [
@@ -259,7 +259,7 @@ def test_agrees_with_the_library_of_compressed_tensors(tmp_path, symmetric):
         return parts
 
     values, _ = write(tmp_path / "hf", "compressed-tensors", make=coded(symmetric=symmetric), encode=encode)
-    for have, part in zip(open_hf(tmp_path / "hf").pieces[2].experts.read(3), ("gate", "up", "down"), strict=True):
+    for have, part in zip(open_hf(tmp_path / "hf").shards[2].experts.read(3), ("gate", "up", "down"), strict=True):
         np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
 
 
@@ -267,7 +267,7 @@ def test_the_plain_folder_of_the_same_values_reads_the_same(tmp_path):
     values, _ = write(tmp_path / "hf", "awq")
     quantised, plain = open_hf(tmp_path / "hf"), open_hf(write_plain(tmp_path / "plain", values))
     assert quantised.config == plain.config and quantised.raw_config == plain.raw_config
-    for a, b in zip(quantised.pieces, plain.pieces, strict=True):
+    for a, b in zip(quantised.shards, plain.shards, strict=True):
         for name in b.dense:
             np.testing.assert_array_equal(a.dense[name].read(), b.dense[name].read())
 

@@ -131,7 +131,7 @@ def read_text(path: Path) -> str:
 
 
 def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weights:
-    """The model in memory as the pieces that a conversion walks over."""
+    """The model in memory as the shards that a conversion walks over."""
     stacks = [
         tuple(np.asarray(params["experts"][str(i)][part]) for part in ("gate_up", "down")) for i in config.moe_layers
     ]
@@ -149,11 +149,11 @@ def rounded(weights: Weights, params: Params, name: str, sample: np.ndarray | No
     if sample is not None:
         weights = calibrated(weights, format, sample)
     experts = {}
-    for piece in weights.pieces:
-        if piece.experts is None:
+    for shard in weights.shards:
+        if shard.experts is None:
             continue
-        triples = [values(piece.experts, e, format) for e in range(piece.experts.count)]
-        experts[str(piece.layer)] = {
+        triples = [values(shard.experts, e, format) for e in range(shard.experts.count)]
+        experts[str(shard.layer)] = {
             "gate_up": jnp.asarray(np.stack([np.concatenate(t[:2]) for t in triples])),
             "down": jnp.asarray(np.stack([t[2] for t in triples])),
         }

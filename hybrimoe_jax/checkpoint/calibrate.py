@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Piece, Weights
+from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.gptq import compensated
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise, pack
@@ -57,19 +57,19 @@ def calibrated(weights: Weights, format: Format, ids: np.ndarray) -> Weights:
 
     Experts must be asked for layer by layer. `calibration` of the result identifies the windows.
     """
-    if any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces):
+    if any(isinstance(shard.experts, PackedExperts) for shard in weights.shards):
         raise ValueError("experts that are quantised already cannot be calibrated")
     run = _Run(weights, format, ids)
     layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
 
-    def rounded(piece: Piece) -> Piece:
-        if piece.experts is None:
-            return piece
-        packed = PackedExperts(piece.experts.count, layout, functools.partial(run.packed, piece.layer))
-        return dataclasses.replace(piece, experts=packed)
+    def rounded(shard: Shard) -> Shard:
+        if shard.experts is None:
+            return shard
+        packed = PackedExperts(shard.experts.count, layout, functools.partial(run.packed, shard.layer))
+        return dataclasses.replace(shard, experts=packed)
 
     mark = hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=16).hexdigest()
-    return dataclasses.replace(weights, pieces=tuple(map(rounded, weights.pieces)), calibration=mark)
+    return dataclasses.replace(weights, shards=tuple(map(rounded, weights.shards)), calibration=mark)
 
 
 @dataclasses.dataclass
@@ -114,7 +114,7 @@ class _Run:
     """The float model on its way through the layers."""
 
     def __init__(self, weights: Weights, format: Format, ids: np.ndarray):
-        self.pieces = {piece.layer: piece for piece in weights.pieces}
+        self.shards = {shard.layer: shard for shard in weights.shards}
         self.format, self.ids, self.config = format, ids, weights.config
         self.model = build_model(weights.config)
         self.next, self.layer, self.stream = 0, None, None
@@ -149,7 +149,7 @@ class _Run:
         if layer < self.next:
             raise ValueError(f"layer {layer} was asked for after layer {self.next - 1}")
         if self.stream is None:
-            table = self.pieces[None].dense["model.embed_tokens.weight"]
+            table = self.shards[None].dense["model.embed_tokens.weight"]
             used, places = np.unique(self.ids, return_inverse=True)
             rows = np.stack([table.read(int(i), int(i) + 1)[0] for i in used]).astype(np.float32)
             self.stream = rows[places].reshape(*self.ids.shape, -1)
@@ -168,10 +168,10 @@ class _Run:
 
     def _enter(self, index: int) -> None:
         """Attention and router of layer `index`, or all of it where it is dense, window by window."""
-        piece = self.pieces[index]
+        shard = self.shards[index]
         prefix = f"model.layers.{index}."
         graph, _ = split(self.model.model.layers[index])
-        params = {n.removeprefix(prefix): jnp.asarray(t.read(), jnp.float32) for n, t in piece.dense.items()}
+        params = {n.removeprefix(prefix): jnp.asarray(t.read(), jnp.float32) for n, t in shard.dense.items()}
         capacity = self.ids.shape[1]
         forward = _forward(graph, capacity)
         step = max(1, ROWS // capacity)
@@ -184,9 +184,9 @@ class _Run:
             stream, *routed = jax.device_get(forward(params, block, _empty_cache(self.model, index, step, capacity)))
             self.stream[start : start + step] = stream[:filled]
             parts.append([part.reshape(step, capacity, -1)[:filled].reshape(filled * capacity, -1) for part in routed])
-        if piece.experts is not None:
+        if shard.experts is not None:
             x, ids, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-            self.layer = _Layer(index, piece.experts, x, ids, weights, np.zeros_like(x))
+            self.layer = _Layer(index, shard.experts, x, ids, weights, np.zeros_like(x))
 
 
 def _empty_cache(model: CausalLM, index: int, batch: int, capacity: int) -> dict[str, jax.Array]:

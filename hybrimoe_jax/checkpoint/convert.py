@@ -43,7 +43,7 @@ def convert(
     Args:
       fmt: "f32" or "bf16" for every tensor, or a quantised format (`formats.layout.Format`) for the routed experts. None keeps
         each tensor's own type (float16 widens to float32).
-      progress: wraps the pieces as `progress(pieces, total, label)`.
+      progress: wraps the shards as `progress(shards, total, label)`.
       calibrate: a text file; experts are rounded to `fmt` by what they do on it (`checkpoint.calibrate`).
       dense_format: a quantised format for the dense projections; None leaves them plain.
 
@@ -79,7 +79,7 @@ def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
 
     if fmt is None or fmt in FORMATS:
         raise UserError(f"--calibrate goes with a quantised --format such as int4-g64, not with {fmt or 'none'}")
-    if any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces):
+    if any(isinstance(shard.experts, PackedExperts) for shard in weights.shards):
         raise UserError(f"{weights.folder}: its experts are quantised already; leave out --calibrate")
     if weights.folder is None or not weights.folder.is_dir():
         raise UserError(f"{weights.folder}: --calibrate needs the tokenizer.json of a Hugging Face folder")

@@ -59,8 +59,8 @@ def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoin
     def read(moe_layer: int, expert: int) -> ExpertWeights:
         return plain_expert(store.get(moe_layer, expert))
 
-    for piece in checkpoint.manifest["pieces"]:
-        for name, entry in piece["dense"].items():
+    for shard in checkpoint.manifest["pieces"]:
+        for name, entry in shard["dense"].items():
 
             def blocks(name=name):
                 tensor = checkpoint.dense([name])[name]
@@ -69,10 +69,10 @@ def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoin
             packed = "format" in entry
             shape, dtype = (entry["matrix"], expert_dtype) if packed else (entry["shape"], DTYPES[entry["dtype"]])
             yield Outgoing(name, tuple(shape), dtype, blocks)
-        if piece["experts"] is None:
+        if shard["experts"] is None:
             continue
         for expert in range(config.num_experts):
-            for part, name in enumerate(expert_names(config, piece["layer"], expert)):
+            for part, name in enumerate(expert_names(config, shard["layer"], expert)):
 
                 def blocks(moe_layer=moe_layer, expert=expert, part=part):
                     weights = read(moe_layer, expert)

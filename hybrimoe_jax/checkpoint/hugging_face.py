@@ -18,7 +18,7 @@ import numpy as np
 
 from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
 from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
-from hybrimoe_jax.checkpoint.weights import ArrayTensor, Experts, ListedExperts, Piece, StackedExperts, Tensor, Weights
+from hybrimoe_jax.checkpoint.weights import ArrayTensor, Experts, ListedExperts, Shard, StackedExperts, Tensor, Weights
 from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
@@ -42,7 +42,7 @@ HARMLESS = (re.compile(r"rotary_emb\.inv_freq$"),)  # buffers that older checkpo
 NAMED = 20  # how many names of a kind an error message lists
 
 
-def piece_name(layer: int | None) -> str:
+def shard_name(layer: int | None) -> str:
     return "outer" if layer is None else f"layer_{layer:05d}"
 
 
@@ -104,8 +104,8 @@ def open_hf(folder: str | Path) -> Weights:
         known = dense_shapes(config)
         with reading(f"{folder / 'config.json'}: quantization_config, or a tensor that it is about,"):
             tensors = expand(settings, tensors, known)
-    pieces = match_names(config, tensors, folder)
-    return Weights(config, raw, pieces, folder, {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths})
+    shards = match_names(config, tensors, folder)
+    return Weights(config, raw, shards, folder, {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in paths})
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
@@ -145,8 +145,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
     raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
 
 
-def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Piece, ...]:
-    """Sorts tensors into pieces; raises one UserError listing every missing, extra and misshapen name."""
+def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Shard, ...]:
+    """Sorts tensors into shards; raises one UserError listing every missing, extra and misshapen name."""
     family = family_of(config.model_type)
     tensors = {family.canonical(name): tensor for name, tensor in tensors.items()}
     left = dict(tensors)
@@ -166,11 +166,11 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     wanted |= {i: {} for i in range(config.num_hidden_layers)}
     for name, shape in dense_shapes(config).items():
         wanted[layer_of(name)][name] = shape
-    pieces = []
+    shards = []
     for layer, names in wanted.items():
         dense = {name: take(name, shape) for name, shape in names.items()}
         experts = take_experts(config, layer, left, take) if layer in config.moe_layers else None
-        pieces.append(Piece(piece_name(layer), layer, dense, experts))
+        shards.append(Shard(shard_name(layer), layer, dense, experts))
     extra = [name for name in left if not any(p.search(name) for p in HARMLESS)]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         if not same(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
@@ -183,11 +183,11 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     ]
     if problems:
         raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems)}")
-    for piece in pieces:
-        for tensor in piece.dense.values():
+    for shard in shards:
+        for tensor in shard.dense.values():
             _ = tensor.dtype  # refuses what is not a float, by name
-        _ = piece.experts and piece.experts.dtypes
-    return tuple(pieces)
+        _ = shard.experts and shard.experts.dtypes
+    return tuple(shards)
 
 
 def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> Experts:

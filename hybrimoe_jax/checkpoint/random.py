@@ -1,4 +1,4 @@
-"""Random weights for a configuration at its real size, made piece by piece as they are read: nothing the size of a model exists.
+"""Random weights for a configuration at its real size, made shard by shard as they are read: nothing the size of a model exists.
 
 For timing, and for trying a model that is not at hand. Spreads are such that activations stay finite through any number of layers and
 greedy tokens are no near-ties: a matrix with K inputs has standard deviation K^-1/2, routers and the head a few times that, norms
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, piece_name, read_json, row_block
-from hybrimoe_jax.checkpoint.weights import ListedExperts, PackedExperts, Piece, Weights
+from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, read_json, row_block, shard_name
+from hybrimoe_jax.checkpoint.weights import ListedExperts, PackedExperts, Shard, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
 from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
@@ -82,11 +82,11 @@ def random_weights(source: str | Path, fmt: str | None = None, seed: int = 0) ->
     names |= {layer: {} for layer in range(config.num_hidden_layers)}
     for name, shape in dense_shapes(config).items():
         names[layer_of(name)][name] = _dense(name, shape, dtype, seed)
-    pieces = tuple(
-        Piece(piece_name(layer), layer, tensors, _experts(config, layer, dtype, layout, seed))
+    shards = tuple(
+        Shard(shard_name(layer), layer, tensors, _experts(config, layer, dtype, layout, seed))
         for layer, tensors in names.items()
     )
-    return Weights(config, raw, pieces, seed=seed)
+    return Weights(config, raw, shards, seed=seed)
 
 
 def _dense(name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> RandomTensor:

@@ -43,9 +43,9 @@ class Checkpoint:
         return self.manifest["format"]
 
     @property
-    def pieces(self) -> dict[str, dict[str, Any]]:
-        """The manifest's records by piece name."""
-        return {piece["name"]: piece for piece in self.manifest["pieces"]}
+    def shards(self) -> dict[str, dict[str, Any]]:
+        """The manifest's records by shard name."""
+        return {shard["name"]: shard for shard in self.manifest["pieces"]}
 
     def frequencies(self) -> list[list[float]] | None:
         """Activation counts [MoE layer][expert] from other text (`expert_frequencies.json`), for static placements; None
@@ -85,17 +85,17 @@ class Checkpoint:
         """
         wanted = None if names is None else set(names)
         out = {}
-        for name, piece in self.pieces.items():
-            chosen = [n for n in piece["dense"] if wanted is None or n in wanted]
+        for name, shard in self.shards.items():
+            chosen = [n for n in shard["dense"] if wanted is None or n in wanted]
             out |= read_leaves(self.path / "pieces" / name, chosen)
             for tensor in chosen if verify else ():
-                if digest(out[tensor]) != piece["dense"][tensor]["hash"]:
+                if digest(out[tensor]) != shard["dense"][tensor]["hash"]:
                     raise UserError(
                         f"{self.path}: tensor {tensor} is corrupted (its hash differs); convert the original again"
                     )
             for tensor in chosen:
-                if "format" in piece["dense"][tensor]:
-                    out[tensor] = self._packed(tensor, piece["dense"][tensor], out[tensor])
+                if "format" in shard["dense"][tensor]:
+                    out[tensor] = self._packed(tensor, shard["dense"][tensor], out[tensor])
         return out
 
     def _packed(self, name: str, record: dict[str, Any], data: np.ndarray) -> PackedMatrix:
@@ -114,7 +114,7 @@ class Checkpoint:
           lazy: read each expert on first use; False reads all now.
           verify: hash each expert when it is read; a difference raises UserError naming layer and expert.
         """
-        records = [piece for piece in self.manifest["pieces"] if piece["experts"]]
+        records = [shard for shard in self.manifest["pieces"] if shard["experts"]]
         if not records:
             raise UserError(f"{self.path}: the model has no mixture-of-experts layer")
         form = ExpertForm.of(self.format, self.config.hidden_size, self.config.moe_width)
@@ -165,7 +165,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path / 'config.json'}: changed since the conversion; restore it or convert the original again"
         )
     config = parse_config(raw)
-    check_pieces(path, config, manifest)
+    check_shards(path, config, manifest)
     generation = path / "generation_config.json"
     defaults = read_json(generation) if generation.is_file() else {}
     if not isinstance(defaults, dict):
@@ -173,13 +173,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, raw, defaults, manifest)
 
 
-def check_pieces(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the manifest does not describe this configuration's model or a piece's folder is missing."""
+def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> None:
+    """Raises UserError where the manifest does not describe this configuration's model or a shard's folder is missing."""
     try:
-        pieces = manifest["pieces"]
-        layers = tuple(piece["layer"] for piece in pieces if piece["experts"])
-        stacks = {(*piece["experts"]["shape"], len(piece["experts"]["hashes"])) for piece in pieces if piece["experts"]}
-        names = [piece["name"] for piece in pieces]
+        shards = manifest["pieces"]
+        layers = tuple(shard["layer"] for shard in shards if shard["experts"])
+        stacks = {(*shard["experts"]["shape"], len(shard["experts"]["hashes"])) for shard in shards if shard["experts"]}
+        names = [shard["name"] for shard in shards]
     except (KeyError, TypeError):
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
     form = ExpertForm.of(str(manifest.get("format")), config.hidden_size, config.moe_width)

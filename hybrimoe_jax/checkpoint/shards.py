@@ -1,10 +1,13 @@
-"""How one piece of a converted checkpoint lies on disk: an Orbax item, and a record of what it holds with its hashes.
+"""How one shard of a converted checkpoint lies on disk: an Orbax item, and a record of what it holds with its hashes.
 
-The item has a leaf for each dense tensor under its checkpoint name and, in an MoE layer, one leaf `experts`, [E, 3, F*D] or, where they
-are quantised, uint8 [E, bytes of an expert]. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major; rows 0
-and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `host_kernels.layout`. Either way an expert is one
-contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16 bytes long: one for each dense tensor and one for
-each expert. A quantised dense tensor is a leaf of bytes, and its record says the format and the matrix's shape.
+Shards lie in the folder `pieces`, which is also their name in the manifest. The item has a leaf for each dense tensor under its
+checkpoint name. In a MoE layer it has one leaf `experts` as well: [E, 3, F*D], or uint8 [E, bytes of an expert] where they are
+quantised. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each row-major; rows 0 and 1 together are the
+host kernels' `gate_up` [2F, D]. Quantised: the layout of `formats.layout`. Either way an expert is one contiguous read and
+needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16 bytes long: one for each dense tensor and one for each expert.
+A quantised dense tensor is a leaf of bytes, and its record says the format and the matrix's shape.
+
+Shapes: E experts, D model width, F expert width.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
 from hybrimoe_jax.checkpoint.hugging_face import row_block
 from hybrimoe_jax.checkpoint.orbax import Leaf, open_leaf, read_rows, save_item
 from hybrimoe_jax.checkpoint.safetensors import BF16
-from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Piece, Tensor
+from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Tensor
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, MatrixLayout, pack_expert
 
@@ -153,32 +156,32 @@ class ExpertRows:
             row[:] = pack_expert(gate, up, down, layout.format).data
 
 
-def write_piece(
-    folder: Path, piece: Piece, fmt: str | None, form: ExpertForm, dense_format: Format | None = None
+def write_shard(
+    folder: Path, shard: Shard, fmt: str | None, form: ExpertForm, dense_format: Format | None = None
 ) -> dict[str, Any]:
-    """Writes `folder` (anything there is replaced) and returns the piece's record; memory is a few row blocks.
+    """Writes `folder` (anything there is replaced) and returns the shard's record; memory is a few row blocks.
 
     `fmt` and `dense_format` are the dense tensors' (see `dense_leaf`), `form` the experts'.
     """
     if folder.exists():
         shutil.rmtree(folder)
-    dense = {name: dense_leaf(name, t, fmt, dense_format) for name, t in piece.dense.items()}
+    dense = {name: dense_leaf(name, t, fmt, dense_format) for name, t in shard.dense.items()}
     leaves = {name: leaf.leaf() for name, leaf in dense.items()}
     rows = shape = None
-    if piece.experts is not None:
-        rows, shape = ExpertRows(piece.experts, form), (piece.experts.count, *form.row)
+    if shard.experts is not None:
+        rows, shape = ExpertRows(shard.experts, form), (shard.experts.count, *form.row)
         leaves[EXPERTS] = Leaf(shape, 1, rows.read)
     save_item(folder, leaves)
     return {
-        "name": piece.name,
-        "layer": piece.layer,
+        "name": shard.name,
+        "layer": shard.layer,
         "dense": {name: leaf.record() for name, leaf in dense.items()},
         "experts": rows and {"shape": list(shape), "dtype": form.dtype.name, "hashes": rows.hashes},
     }
 
 
-def piece_is_whole(folder: Path, record: dict[str, Any]) -> bool:
-    """Reads a written piece back, a block at a time, and compares every hash with its record."""
+def shard_is_whole(folder: Path, record: dict[str, Any]) -> bool:
+    """Reads a written shard back, a block at a time, and compares every hash with its record."""
     try:
         for name, entry in record["dense"].items():
             store, hasher = open_leaf(folder, name), hashlib.blake2b(digest_size=16)

@@ -1,7 +1,7 @@
 """A model's weights wherever they lie, in a file or in memory, read a few rows at a time.
 
-Weights come in *pieces*: `outer` (token table, final norm, head) and one for each decoder layer, so that whoever walks over
-a model holds one piece at a time.
+Weights come in *shards*: `outer` (token table, final norm, head) and one for each decoder layer, so that whoever walks over
+a model holds one shard at a time.
 
 Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D], up [F, D], down [D, F].
 """
@@ -122,7 +122,7 @@ class PackedExperts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Shard:
     """What is converted, checked and written as one: `layer` is the decoder layer's index, None for `outer`."""
 
     name: str
@@ -140,7 +140,7 @@ class Weights:
 
     config: ModelConfig
     raw_config: dict[str, Any]
-    pieces: tuple[Piece, ...]
+    shards: tuple[Shard, ...]
     folder: Path | None = None
     files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     seed: int | None = None
@@ -149,7 +149,7 @@ class Weights:
     @property
     def expert_format(self) -> str:
         """The format that keeps the routed experts as they are: a quantised one's name, `bf16` where all are stored so, else `f32`."""
-        formats = {str(p.experts.layout.format) for p in self.pieces if isinstance(p.experts, PackedExperts)}
+        formats = {str(p.experts.layout.format) for p in self.shards if isinstance(p.experts, PackedExperts)}
         if formats:
             (format,) = formats
             return format
@@ -158,5 +158,5 @@ class Weights:
     @property
     def expert_dtype(self) -> np.dtype:
         """bfloat16 where every routed expert is stored so, else float32 (exact for float16 too)."""
-        dtypes = {d for piece in self.pieces if piece.experts for d in piece.experts.dtypes}
+        dtypes = {d for shard in self.shards if shard.experts for d in shard.experts.dtypes}
         return BF16 if dtypes == {BF16} else np.dtype(np.float32)

@@ -1,8 +1,8 @@
-"""Writing a converted checkpoint: piece by piece, in a folder beside its place, so that it is complete or absent.
+"""Writing a converted checkpoint: shard by shard, in a folder beside its place, so that it is complete or absent.
 
-The work is done in `DST.partial` and renamed at the end. Each piece (see `weights`) leaves a record with its hashes when it is written; work
-that was killed starts again after the last piece whose stored bytes still match their record. Memory stays a few row blocks above the
-process's base.
+The work is done in `DST.partial` and renamed at the end. Each shard (see `weights`) leaves a record with its hashes when it is
+written. Work that was killed starts again after the last shard with stored bytes that still match their record. Memory stays
+a few row blocks above the process's base.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hybrimoe_jax.checkpoint.shards import (
     ExpertForm,
     dense_leaf,
     digest,
-    piece_is_whole,
-    write_piece,
+    shard_is_whole,
+    write_shard,
 )
 from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
 from hybrimoe_jax.errors import UserError
@@ -51,7 +51,7 @@ def write_checkpoint(
     text_folder: str | os.PathLike | None = None,
     dense_format: str | None = None,
 ) -> Path:
-    """Writes `models.checkpoint.Weights` to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
+    """Writes weights to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
     dst, config = Path(os.path.abspath(dst)), weights.config
     config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
     form = ExpertForm.of(fmt or weights.expert_format, config.hidden_size, config.moe_width)
@@ -74,11 +74,11 @@ def write_checkpoint(
         for path in done.glob("*.json"):
             with contextlib.suppress(OSError, json.JSONDecodeError):
                 records[path.stem] = json.loads(path.read_text())
-        for piece in progress(weights.pieces, len(weights.pieces), "converting"):
-            folder, record = out / "pieces" / piece.name, records.get(piece.name)
-            if record is None or not piece_is_whole(folder, record):
-                records[piece.name] = write_piece(folder, piece, dense_fmt, form, projections)
-                write_record(done / f"{piece.name}.json", records[piece.name])
+        for shard in progress(weights.shards, len(weights.shards), "converting"):
+            folder, record = out / "pieces" / shard.name, records.get(shard.name)
+            if record is None or not shard_is_whole(folder, record):
+                records[shard.name] = write_shard(folder, shard, dense_fmt, form, projections)
+                write_record(done / f"{shard.name}.json", records[shard.name])
         for stray in (out / "pieces").iterdir():
             if stray.name not in records:  # what a killed writer left
                 shutil.rmtree(stray)
@@ -99,7 +99,7 @@ def write_checkpoint(
             },
             "config": plan["config"],
             "model_type": config.model_type,
-            "pieces": [records[piece.name] for piece in weights.pieces],
+            "pieces": [records[shard.name] for shard in weights.shards],
         }
         (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         os.rename(out, dst)
@@ -161,7 +161,7 @@ def check_dense_format(dense_format: str | None) -> None:
 
 def check_source_format(weights: Weights, form: ExpertForm) -> None:
     """Raises UserError where experts that are quantised already would be rounded a second time."""
-    quantised = any(isinstance(piece.experts, PackedExperts) for piece in weights.pieces)
+    quantised = any(isinstance(shard.experts, PackedExperts) for shard in weights.shards)
     if quantised and form.layout and form.format != weights.expert_format:
         raise UserError(
             f"{weights.folder or 'the model'}: its experts are {weights.expert_format}; rounding them again to {form.format} would lose "
@@ -183,8 +183,8 @@ def check_space(
     dst.parent.mkdir(parents=True, exist_ok=True)
     config = weights.config
     need = len(config.moe_layers) * config.num_experts * form.nbytes
-    for piece in weights.pieces:
-        leaves = (dense_leaf(name, tensor, dense_fmt, projections) for name, tensor in piece.dense.items())
+    for shard in weights.shards:
+        leaves = (dense_leaf(name, tensor, dense_fmt, projections) for name, tensor in shard.dense.items())
         need += sum(int(np.prod(leaf.leaf().shape)) * leaf.dtype.itemsize for leaf in leaves)
     written = sum(p.stat().st_size for p in dst.with_name(dst.name + ".partial").rglob("*") if p.is_file())
     free = shutil.disk_usage(dst.parent).free

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor, run_length
-from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Piece, Weights
+from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, pack
 from hybrimoe_jax.formats.plain import aligned_empty
@@ -112,7 +112,7 @@ def quantised_format(weights: Weights) -> Format | None:
 
     Raises UserError where they are quantised but fit none.
     """
-    every = [piece.experts for piece in weights.pieces if piece.experts is not None]
+    every = [shard.experts for shard in weights.shards if shard.experts is not None]
     coded = list(filter(is_coded, every))
     if not coded:
         return None
@@ -143,10 +143,10 @@ def as_packed(weights: Weights, fmt: str | None) -> Weights:
         )
     layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
 
-    def packed(piece: Piece) -> Piece:
-        if piece.experts is None:
-            return piece
-        one = functools.partial(packed_expert, piece.experts, format)
-        return dataclasses.replace(piece, experts=PackedExperts(piece.experts.count, layout, one))
+    def packed(shard: Shard) -> Shard:
+        if shard.experts is None:
+            return shard
+        one = functools.partial(packed_expert, shard.experts, format)
+        return dataclasses.replace(shard, experts=PackedExperts(shard.experts.count, layout, one))
 
-    return dataclasses.replace(weights, pieces=tuple(map(packed, weights.pieces)))
+    return dataclasses.replace(weights, shards=tuple(map(packed, weights.shards)))
