@@ -9,7 +9,7 @@ import tiny
 from hybrimoe_jax.decide import CostModel, Planner, Prediction, get_system
 from hybrimoe_jax.decide.plan import Fetch
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import Asked, Step
 from hybrimoe_jax.trace.timeline import Timeline
@@ -84,7 +84,7 @@ def test_the_timeline_is_that_of_one_told_apart(speed):
         costs, step = machine(speed), random_chunk(generator)
         planner = Planner("freetoken", LAYERS, EXPERTS, TOP_K, generator.choice([0, 2, 7, 8]), costs)
         residents = [set(planner.resident(layer)) for layer in range(LAYERS)]
-        result = replay(planner, Machine(costs), [step])
+        result = replay(planner, VirtualMachine(costs), [step])
         assert result.seconds == pytest.approx(streamed_seconds(step, residents, costs), rel=1e-9)
         assert planner._next_clock == pytest.approx(result.seconds + costs.layer(9)), "the planner foresees it"
         assert [set(planner.resident(layer)) for layer in range(LAYERS)] == residents
@@ -96,7 +96,9 @@ def test_whole_layers_take_the_first_stream_and_then_the_longer_of_computing_and
     for _ in range(30):
         costs = machine(generator.uniform(0.1, 3), shared=0.0, front=0.0)
         loads = [generator.randint(1, 20) for _ in range(LAYERS)]
-        result = replay(Planner("freetoken", LAYERS, 1, 1, 0, costs), Machine(costs), [chunk([{0: n} for n in loads])])
+        result = replay(
+            Planner("freetoken", LAYERS, 1, 1, 0, costs), VirtualMachine(costs), [chunk([{0: n} for n in loads])]
+        )
         compute, stream = [costs.device(n) for n in loads], costs.transfer()
         expected = stream + sum(max(c, stream) for c in compute[:-1]) + compute[-1]
         assert result.seconds == pytest.approx(expected)
@@ -106,7 +108,7 @@ def test_a_chunk_lies_between_the_busier_lane_and_the_rule_of_thumb():
     generator = random.Random(1)
     for _ in range(50):
         costs, step = machine(generator.uniform(0.02, 2), shared=0.0, front=0.0), random_chunk(generator)
-        result = replay(Planner("freetoken", LAYERS, EXPERTS, TOP_K, 0, costs), Machine(costs), [step])
+        result = replay(Planner("freetoken", LAYERS, EXPERTS, TOP_K, 0, costs), VirtualMachine(costs), [step])
         compute = [sum(map(costs.device, asked.loads.values())) for asked in step.layers]
         stream = EXPERTS * costs.transfer()
         most = stream + sum(max(c, stream) for c in compute[:-1]) + compute[-1]
@@ -116,7 +118,7 @@ def test_a_chunk_lies_between_the_busier_lane_and_the_rule_of_thumb():
 def test_while_a_layer_computes_the_next_one_crosses_the_link():
     costs, timeline = machine(transfer=0.1), Timeline()
     planner = Planner("freetoken", LAYERS, EXPERTS, TOP_K, 2, costs)
-    replay(planner, Machine(costs, timeline), [chunk([dict.fromkeys(range(EXPERTS), 4)] * LAYERS)])
+    replay(planner, VirtualMachine(costs, timeline), [chunk([dict.fromkeys(range(EXPERTS), 4)] * LAYERS)])
     moved = [(args["layer"], start, end) for start, end, _, args in timeline.events("link")]
     ran = [(args["layer"], start, end) for start, end, name, args in timeline.events("device") if "expert" in name]
     for layer in range(1, LAYERS):

@@ -86,7 +86,7 @@ def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Seq
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """policies: names for `caching.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for all."""
+    """policies: names for `cache.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for all."""
 
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
     policies: tuple[str, ...] = tuple(DEFAULT)

@@ -5,7 +5,7 @@ read on first use (one read each) or all at once; once read they stay. Arrays ar
 read-only, since kernels and transfers hold them while others read.
 
 Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
-quantised one (`host_kernels.layout`), which are held as they are stored.
+quantised one (`formats.layout`), which are held as they are stored.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Planner:
       costs: a `CostModel`.
       lookahead: replaces the system's number of predicted layers ("adaptive" is one).
       frequencies: [num_layers][num_experts] activation counts from other sequences; the static placement and the warm start.
-      cache: replaces the system's cache policy, by name (see `caching.parse_policy`) or as a `CachePolicy` subclass; `cache_params` go to its
+      cache: replaces the system's cache policy, by name (see `cache.parse_policy`) or as a `CachePolicy` subclass; `cache_params` go to its
         constructor.
       scheduler: replaces the system's rule, by name or as a `Scheduler`.
       prefetch, guard: replace the system's, see `systems.System`.

@@ -49,7 +49,7 @@ class System:
 
     Attributes:
       name: what it is called; overrides keep it.
-      cache, scheduler: a name for `caching.parse_policy`, one in `schedule.SCHEDULERS`.
+      cache, scheduler: a name for `cache.parse_policy`, one in `schedule.SCHEDULERS`.
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
       lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a transfer, at most MAX_DEPTH.
       placement: how slots are shared out: "uniform" (the same number in each layer), "popular" (to the most frequent experts of

@@ -34,7 +34,7 @@ from hybrimoe_jax.machine import costs as costs_of
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import shape_of
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
@@ -211,7 +211,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         clock=clock,
         lookahead=lookahead,
         verify=verify if options.debug else None,
-        machine=Machine(costs) if options.clock == "virtual" else None,
+        machine=VirtualMachine(costs) if options.clock == "virtual" else None,
     )
     if options.executor == "callback":
         forward: Forward = CallbackForward(**shared, host=host)

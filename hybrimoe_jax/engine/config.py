@@ -26,7 +26,7 @@ class EngineConfig:
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
       cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
       cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact", "next-layer" or "none";
-        `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.predictors`, or "recorded:TRACE").
+        `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.prefetch.predictors`, or "recorded:TRACE").
       stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a vram_budget reserves;
         None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
@@ -40,7 +40,7 @@ class EngineConfig:
       prefill_chunk: tokens of a prompt computed at once.
       seed: of sampling.
       profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote (what it holds of host
-        kernels replaces the measurement of "auto" where machine, threads and libraries are the same), or a machine profile (`simulation.profile`)
+        kernels replaces the measurement of "auto" where machine, threads and libraries are the same), or a machine profile (`machine.profile`)
         by name or file.
       clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the same.
       lazy: read experts from disk on first use instead of at load.

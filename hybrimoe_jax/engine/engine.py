@@ -94,7 +94,7 @@ class Engine:
 
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under the virtual clock a
-        `record.timeline.Timeline`."""
+        `trace.timeline.Timeline`."""
         self._parts.record(trace, timeline)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:

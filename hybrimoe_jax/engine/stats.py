@@ -129,7 +129,7 @@ class RunStats:
 
     def tbt_ms(self) -> dict[str, float] | None:
         """Time between tokens over the decode steps that compiled nothing: median and 90th percentile, milliseconds. Steps that ran in one call
-        (see `runtime.whole`) have an equal share of it each."""
+        (see `fused.decode`) have an equal share of it each."""
         times = sorted(1e3 * s.seconds for s in self._phase("decode") if not s.compile_s)
         if not times:
             return None

@@ -3,7 +3,7 @@
 A record holds, per load, the seconds of each form, and the key under which they may be used again: everything that decides how fast a form
 runs. That is the expert (format and shape), the threads of a call, the libraries behind the forms (the native one by the hash of its file, so
 that a rebuilt kernel is measured anew) and the processor. The machine's profile keeps records as plain values
-(`decide.costs.CostModel.save`), of models with experts of one size and of several machines side by side; the one with an equal key is taken, and without one the
+(`machine.costs.CostModel.save`), of models with experts of one size and of several machines side by side; the one with an equal key is taken, and without one the
 kernel measures.
 """
 

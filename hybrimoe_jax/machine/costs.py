@@ -33,7 +33,7 @@ class CostModel:
     `fetch_host` is how long issuing a demand fetch keeps the CPU lane from computing (0 where other threads compute), and `look` what
     predicting the coming layers costs in each layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine
     whose device has none of its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program
-    and come back to it so that the host can decide, or as much as it must be by what both ways took (`runtime.one_program`); 0: a step cannot be one program.
+    and come back to it so that the host can decide, or as much as it must be by what both ways took (`engine/fused/select.py`); 0: a step cannot be one program.
     """
 
     cpu_expert: float

@@ -2,7 +2,7 @@
 
 A profile is JSON and knows no model: overheads in seconds, bandwidths in bytes per second, rates in operations per second. Those that come
 with the package are in `profiles/`. `MachineCosts` makes from one, a `ModelShape` and a weight format what a planner asks of
-`decide.costs.CostModel`, and what the virtual machine needs beyond that. W weights of b bytes, n tokens:
+`CostModel`, and what the virtual machine needs beyond that. W weights of b bytes, n tokens:
 
   CPU expert     overhead, b / bandwidth and 2 W n / flops combined, and square W n^2; the first of a run takes `cpu_first` more
   device expert  overhead, b / bandwidth and 2 W n / flops combined

@@ -19,7 +19,7 @@ from hybrimoe_jax.machine.link import LinkLane
 from hybrimoe_jax.trace.timeline import Timeline
 
 
-class Machine:
+class VirtualMachine:
     """Lanes under a virtual clock; all times in seconds.
 
     Args:

@@ -1,6 +1,6 @@
 """Quantised experts inside jitted programs: the packed bytes are the argument, and are turned into numbers where they are multiplied.
 
-`PackedMatrix` and `PackedExpert` (`host_kernels.packing`) are registered as pytrees here: their bytes are the leaf, their layout is
+`PackedMatrix` and `PackedExpert` (`formats.packing`) are registered as pytrees here: their bytes are the leaf, their layout is
 static, so that a program is compiled per layout and a slot is one array. Nothing but one matrix at a time exists in float32.
 
 Both sides mean the same by an expert: the dequantised weights and, with `-a8`, the rounded activations are bit for bit those of the

@@ -9,7 +9,7 @@ import numpy as np
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.grid import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulate.replay import replay
@@ -148,7 +148,7 @@ def link_beliefs(steps: int) -> list[dict]:
                     profile.changed(**factors).costs(shape, "int4"),
                     frequencies=frequencies,
                 )
-                result = replay(planner, Machine(truth), tokens.steps(sequences, steps))
+                result = replay(planner, VirtualMachine(truth), tokens.steps(sequences, steps))
                 seconds, count = seconds + result.seconds, count + len(result.steps)
             rows.append({"machine": name, "belief": belief, "seconds_per_token": seconds / count})
     return rows

@@ -1,5 +1,5 @@
-"""The simulator: routing traces replayed on the machine of a profile, by the planner that the live engine runs. Imports no jax.
+"""The simulator: routing traces replayed on the machine of a profile, by the planner that the live engine runs.
 
-`profile` (what a machine takes), `shapes` (what a model asks for), `machine` (the lanes under a virtual clock), `workload` (a trace as
-steps), `replay` (planner and machine over a workload), `records` (what is reported), `grid` (many runs at once).
+`workload` (a trace as steps), `replay` (planner and virtual machine over a workload), `records` (what is reported),
+`grid` (many runs at once). Imports no jax.
 """

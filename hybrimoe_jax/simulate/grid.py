@@ -22,7 +22,7 @@ from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, foreknowledge, knows_the_future, least_seconds
 from hybrimoe_jax.simulate.records import measures, versions
 from hybrimoe_jax.simulate.replay import Result, replay
@@ -240,7 +240,7 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
         if knows_the_future(case.system):
             steps = list(steps)
         planner = planner_for(case, system, costs, tokens, frequencies, steps)
-        return replay(planner, Machine(costs, timeline), steps)
+        return replay(planner, VirtualMachine(costs, timeline), steps)
 
     def least(steps: Iterable[Step]) -> float:
         slots = system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies)

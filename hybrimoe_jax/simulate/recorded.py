@@ -15,7 +15,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import Figures, MachineCosts, MachineProfile
 from hybrimoe_jax.machine.shapes import ModelShape
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.workload import recorded_steps
 from hybrimoe_jax.trace.file import Trace
@@ -82,7 +82,7 @@ def replay_run(trace: Trace, where: str | Path = "trace") -> tuple[Planner, Resu
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: its record of the run is damaged ({error})") from None
-    machine = Machine(costs) if trace.about.get("clock") == "virtual" else Landings(trace)
+    machine = VirtualMachine(costs) if trace.about.get("clock") == "virtual" else Landings(trace)
     return planner, replay(planner, machine, recorded_steps(trace))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prefetch.predictors import Perfect
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.workload import Step
 
 
@@ -46,7 +46,7 @@ class Result:
 _FIELDS = dataclasses.fields(Counters)
 
 
-def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
+def replay(planner: Planner, machine: VirtualMachine, steps: Iterable[Step]) -> Result:
     """Runs every step. The planner's clock is the machine's."""
     results, counters = [], planner.counters
     for step in steps:

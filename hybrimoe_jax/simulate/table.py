@@ -44,7 +44,7 @@ def _block(key: tuple, records: list[dict]) -> str:
         f"ms: mean of a {unit}, and its 95 % interval over {group}; MB: moved to the device in it;\n"
         "useful, late, wasted: prefetches in it; cpu, device, link: share of the time that each is busy"
     )
-    text.append(f"none of them can take less than {said}, see simulation/bound.py")
+    text.append(f"none of them can take less than {said}, see simulate/bound.py")
     return "\n".join([title, *(line.rstrip() for line in text), *(f"  {note}" for note in _notes(records))])
 
 

@@ -1,6 +1,6 @@
-"""Any trace file as a `Trace`: our own format, or one of the public layouts of `record.layouts`, told apart by their contents.
+"""Any trace file as a `Trace`: our own format, or one of the public layouts of `layouts`, told apart by their contents.
 
-What a layout does not hold stays absent (`trace_info.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
+What a layout does not hold stays absent (`info.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
 is unknown is refused.
 """
 

@@ -4,7 +4,7 @@ A policy keeps a *heat* per expert (larger is hotter) and, for ties, the step in
 resident that the current step does not need; nothing needed in a step is ever evicted in it (event-atomic: sequential replay misstates
 LRU by 27-29 %, arXiv 2608.07911). Policies know nothing of slots or transfers, so the live engine and a replay use the same objects.
 
-A policy of one's own derives from `CachePolicy` and implements `update`; see `caching.policy_class` for how it is named.
+A policy of one's own derives from `CachePolicy` and implements `update`; see `cache.policy_class` for how it is named.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class HybridForward(Forward):
     Args:
       lookahead: distances whose routers a trace is given. trace, timeline: recorders, or None.
       verify: called with the MoE layer before its experts run (debug), or None.
-      machine: a `simulation.machine.Machine` where times are computed and not measured: it says what has landed and what time it is.
+      machine: a `VirtualMachine` where times are computed and not measured: it says what has landed and what time it is.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def available() -> bool:
 
 
 def threads() -> int:
-    """Threads of a call: as many as XLA's pool was given (`runtime.threads.divide`)."""
+    """Threads of a call: as many as XLA's pool was given (`engine.lanes.threads.split_threads`)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(os.environ.get("NPROC") or cores)
 

@@ -10,7 +10,7 @@ from hybrimoe_jax.decide import Planner
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import ModelShape
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.records import interval, measures
 from hybrimoe_jax.simulate.replay import replay
@@ -98,7 +98,7 @@ def test_the_same_as_a_replay_that_shares_no_code(system, profile):
     frequencies = tokens.frequencies([1])
     slots = 0 if system == "cpu-only" else SLOTS
     planner = Planner(system, LAYERS, EXPERTS, TOP_K, slots, costs, frequencies=frequencies)
-    result = replay(planner, Machine(costs), tokens.steps(tokens.sequences))
+    result = replay(planner, VirtualMachine(costs), tokens.steps(tokens.sequences))
     hits, fetches, seconds = independent(trace, costs, system, frequencies)
     assert (result.counters.hits, result.counters.fetched) == (hits, fetches)
     assert result.seconds == pytest.approx(seconds, rel=1e-9)
@@ -194,7 +194,7 @@ def test_measures_add_up():
     tokens = TokenSteps(routing())
     costs = load_profile("a6000-engineered").costs(SHAPE, "int4")
     planner = Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, SLOTS, costs)
-    result = replay(planner, Machine(costs), tokens.steps(tokens.sequences))
+    result = replay(planner, VirtualMachine(costs), tokens.steps(tokens.sequences))
     said = measures(result, costs.expert_bytes, 1)
     assert said["steps"] == 32 and said["sequences"] == 4
     assert said["hits"] + said["misses"] == 32 * LAYERS * TOP_K == said["cpu_experts"] + said["device_experts"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, CostModel, Planner, predict
 from hybrimoe_jax.machine.link import LinkLane
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.trace.timeline import Timeline
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -79,7 +79,7 @@ def test_the_same_events_as_a_machine_that_counts_every_moment(system, seed):
         Planner(system, LAYERS, EXPERTS, TOP_K, slots, COSTS, scheduler=s)
         for s in [generator.choice([None, "paper"])] * 2
     ]
-    machine, naive = Machine(COSTS), Naive(COSTS)
+    machine, naive = VirtualMachine(COSTS), Naive(COSTS)
     for _ in range(12):
         for layer in range(LAYERS):
             tokens = generator.choice([1, 1, 3])
@@ -126,7 +126,7 @@ def problems(draw):
 def test_with_nothing_in_flight_a_layer_takes_what_was_planned(problem):
     costs, loads, slots, rule = problem
     planner = Planner("hybrimoe", 1, EXPERTS, TOP_K, slots, costs, scheduler=rule)
-    machine = Machine(costs)
+    machine = VirtualMachine(costs)
     plan = planner.plan(0, loads, None, 9)
     machine.run(plan, loads, 9)
     assert machine.now == pytest.approx(plan.makespan, rel=1e-9)
@@ -138,7 +138,7 @@ def test_with_nothing_in_flight_a_layer_takes_what_was_planned(problem):
 def test_lanes_do_one_thing_at_a_time_and_their_events_add_up(system):
     generator, timeline = random.Random(3), Timeline()
     planner = Planner(system, LAYERS, EXPERTS, TOP_K, 0 if system == "cpu-only" else 3, COSTS)
-    machine = Machine(COSTS, timeline)
+    machine = VirtualMachine(COSTS, timeline)
     for _ in range(10):
         for layer in range(LAYERS):
             loads, scores = predict([generator.random() for _ in range(EXPERTS)], TOP_K)
@@ -175,7 +175,7 @@ def test_two_links_carry_two_transfers_at_once():
     times = {}
     for links in (1, 2):
         planner = Planner("on-demand", 1, EXPERTS, TOP_K, 4, COSTS, cold=True)
-        machine = Machine(COSTS, links=links)
+        machine = VirtualMachine(COSTS, links=links)
         plan = planner.plan(0, {0: 1, 1: 1, 2: 1, 3: 1}, None, 1)
         machine.run(plan, {0: 1, 1: 1, 2: 1, 3: 1}, 1)
         times[links] = machine.now
@@ -185,7 +185,7 @@ def test_two_links_carry_two_transfers_at_once():
 
 
 def test_what_is_drained_never_lands():
-    machine = Machine(COSTS)
+    machine = VirtualMachine(COSTS)
     machine.prefetch(1, 3)
     machine.drain()
     machine.now = 100.0

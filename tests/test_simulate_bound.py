@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
-from hybrimoe_jax.machine.virtual import Machine
+from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import Asked, Step
@@ -45,7 +45,7 @@ def workloads(draw):
 
 
 def taken(planner, costs, steps):
-    return replay(planner, Machine(costs), steps).seconds
+    return replay(planner, VirtualMachine(costs), steps).seconds
 
 
 @settings(deadline=None, max_examples=50)
