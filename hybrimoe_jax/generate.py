@@ -19,7 +19,6 @@ from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
-from hybrimoe_jax.machine.costs import is_profile
 from hybrimoe_jax.machine.profile import PROFILES
 
 ENGINE_FLAGS = {
@@ -161,8 +160,6 @@ def main(argv: list[str] | None = None) -> int:
     engine = load(args.model, options)
     if saves_profile:
         engine.save_profile(saves_profile)
-    elif options.profile not in (None, *PROFILES) and engine.measured_kernels:
-        extend_profile(engine, options.profile)
     ids = prompt_ids(prompt, args, engine.tokenizer) if isinstance(prompt, str) else prompt
     trace, timeline = recorders(args, engine)
     engine.record(trace, timeline)
@@ -202,15 +199,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print("\n" + stats_text(engine.stats), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
-
-
-def extend_profile(engine, path: str) -> None:
-    """Adds what loading measured of host kernels to the profile that held nothing of them for this machine, so that the next start need not."""
-    if is_profile(path):
-        try:
-            engine.save_profile(path)
-        except UserError as error:  # someone else's file: it costs the next start a second, no more
-            print(f"note: {error}; host kernels will be measured again", file=sys.stderr)
 
 
 def check_files(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format, pack_expert
 from hybrimoe_jax.formats.plain import (
     ALIGNMENT,
     BF16,
@@ -24,11 +25,9 @@ from hybrimoe_jax.formats.plain import (
     to_f32,
 )
 from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
-from hybrimoe_jax.host_kernels.auto import PACKED as AUTO_PACKED
-from hybrimoe_jax.host_kernels.auto import AutoKernel
 from hybrimoe_jax.host_kernels.native import library as native_library
 from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
-from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, available_memory, bucket_of
+from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, bucket_of
 
 needs_onednn = pytest.mark.skipif(not available(), reason="the onednn-cpu-gomp wheel is not installed")
 TOLERANCE = 5e-6
@@ -64,15 +63,15 @@ def is_aligned(array: np.ndarray) -> bool:
 def kernels() -> list:
     """Every form in which an expert can run."""
     forms = [pytest.param(lambda sample: get_kernel("reference"), id="reference")]
-    for name, earned in (("plain", 0.0), ("packed", 1.0)):
-        make = lambda sample, earned=earned: OneDnnKernel(earns=lambda load: earned)  # noqa: E731
+    for name, limit in (("plain", 0), ("packed", 1 << 30)):
+        make = lambda sample, limit=limit: OneDnnKernel(pack_limit=limit)  # noqa: E731
         forms.append(pytest.param(make, id=f"onednn-{name}", marks=needs_onednn))
     for isa in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni"):
         there = native_library.available() and isa in native_library.isas()
         needs = pytest.mark.skipif(not there, reason=f"no native library here, or no {isa} on this processor")
         make = lambda sample, isa=isa: NativeKernel(isa=isa)  # noqa: E731
         forms.append(pytest.param(make, id=f"native-{isa}", marks=needs))
-    forms.append(pytest.param(lambda sample: AutoKernel(sample, loads=(1, 16)), id="auto"))
+    forms.append(pytest.param(lambda sample: get_kernel("auto", sample), id="auto"))
     return forms
 
 
@@ -290,15 +289,12 @@ def test_malformed_experts_are_refused(gate_up, down, said):
 
 
 @needs_onednn
-def test_packing_is_earned_counted_and_freed():
+def test_the_first_call_packs_and_copies_are_counted_and_freed():
     weights = make_expert(64, 32)
-    kernel = OneDnnKernel(earns=lambda load: 0.25)
+    kernel = OneDnnKernel()
     handle = kernel.prepare(weights)
-    x = tokens_of(2, 64)
-    for _ in range(3):
-        kernel.expert(handle, x)
     assert not handle.is_packed and kernel.packed_bytes == 0
-    kernel.expert(handle, x)
+    kernel.expert(handle, tokens_of(2, 64))
     assert handle.is_packed and kernel.packed_bytes >= weights.nbytes
     assert kernel.describe()["packed_experts"] == 1
     del handle
@@ -312,7 +308,7 @@ def test_pack_limit_holds_and_the_answer_stays():
     measuring = OneDnnKernel()
     one = measuring.prepare(experts[0])
     assert measuring.pack(one)
-    kernel = OneDnnKernel(pack_limit=2 * measuring.packed_bytes, earns=lambda load: 1.0)
+    kernel = OneDnnKernel(pack_limit=2 * measuring.packed_bytes)
     handles = [kernel.prepare(w) for w in experts]
     x = tokens_of(9, 64)
     for weights, handle in zip(experts, handles):
@@ -323,26 +319,12 @@ def test_pack_limit_holds_and_the_answer_stays():
     assert not kernel.pack(handles[2])
 
 
-def test_available_memory_heeds_a_container(tmp_path):
-    proc = tmp_path / "meminfo"
-    proc.write_text("MemTotal: 64000 kB\nMemAvailable: 32000 kB\n")
-    group = tmp_path / "group"
-    assert available_memory(str(proc), str(group)) == 32000 * 1024
-    group.mkdir()
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1000\n")
-    assert available_memory(str(proc), str(group)) == 32000 * 1024
-    (group / "memory.max").write_text("5000\n")
-    assert available_memory(str(proc), str(group)) == 4000
-    assert available_memory(str(tmp_path / "none"), str(group)) == 0
-
-
 @needs_onednn
 def test_primitives_are_bounded():
     buckets = {bucket_of(load) for load in range(1, MAX_LOAD + 1)}
     assert all(load <= bucket_of(load) <= 1.25 * load for load in range(1, MAX_LOAD + 1))
     assert len(buckets) <= 36 and {bucket_of(n) for n in range(1, 17)} == set(range(1, 17))
-    kernel = OneDnnKernel(earns=lambda load: 0.0)
+    kernel = OneDnnKernel(pack_limit=0)
     handle = kernel.prepare(make_expert(16, 8))
     for load in range(1, 400):
         kernel.expert(handle, tokens_of(load, 16))
@@ -359,7 +341,6 @@ def test_a_thread_may_use_two_openmp_threads_while_another_uses_one():
 
     def work(threads: int) -> None:
         kernel.set_threads(threads)
-        kernel.warm(handle, [50, 1000])
         got[threads] = [kernel.expert(handle, x) for _ in range(10)][-1]
 
     workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2)]
@@ -414,8 +395,8 @@ def test_absent_libraries_are_one_clear_error_each_and_auto_goes_on(monkeypatch,
             get_kernel("onednn")
         weights = make_expert(24, 16)
         kernel = get_kernel("auto", weights)
-        assert set(kernel.choices["unpacked"].values()) == {"reference"} and not kernel.teams
-        assert [re.search("onednn|native", why)[0] for why in kernel.describe()["unavailable"]] == ["onednn", "native"]
+        assert kernel.name == "reference" and not kernel.teams
+        assert [re.search("onednn|native", why)[0] for why in kernel.describe()["unavailable"]] == ["native", "onednn"]
         x = tokens_of(4, 24)
         assert_close(kernel.expert(kernel.prepare(weights), x), exact(weights, x))
     finally:
@@ -426,60 +407,26 @@ def test_absent_libraries_are_one_clear_error_each_and_auto_goes_on(monkeypatch,
 # auto
 
 
-@needs_onednn
-def test_auto_chooses_what_it_measured_as_fastest(monkeypatch):
-    """With the measurement replaced by known times, every load runs in the form that those times call for."""
-    times = {
-        1: {"reference": 1.0, "onednn": 2.0, AUTO_PACKED: 1.5},
-        8: {"reference": 3.0, "onednn": 2.0, AUTO_PACKED: 1.0},
-    }
-    monkeypatch.setattr(AutoKernel, "_race", lambda self, handles, load: times[load])
-    weights = make_expert(24, 16)
-    kernel = AutoKernel(weights, loads=(8, 1))
-    assert kernel.choices == {
-        "unpacked": {1: "reference", 8: "onednn"},
-        "packed": {1: "reference", 8: AUTO_PACKED},
-    }
-    handle = kernel.prepare(weights)
-    one, many = tokens_of(1, 24), tokens_of(8, 24)
-    for _ in range(50):
-        kernel.expert(handle, one)
-    assert not handle.onednn.is_packed  # a packed copy would have saved nothing so far
-    kernel.pack_seconds = 2.5
-    kernel._decide((1, 8))
-    calls = 0
-    while not handle.onednn.is_packed and calls < 9:
-        assert_close(kernel.expert(handle, many), exact(weights, many))
-        calls += 1
-    assert calls == 3  # each call would have saved 1.0 of the 2.5 that packing takes
-
-
-def test_auto_measures_every_form_and_reports_it():
-    kernel = AutoKernel(make_expert(40, 24), loads=(1, 4))
-    told = kernel.describe()
-    assert told["name"] == "auto" and set(told["choices"]["unpacked"]) >= {1, 4}
-    forms = {"reference"}
-    forms |= {"native"} if native_library.available() else set()
-    forms |= {"onednn", AUTO_PACKED} if available() else set()
-    if len(forms) > 1:
-        assert all(set(row) == forms for row in told["measured_us"].values())
-        assert all(seconds > 0 for row in kernel.measured.values() for seconds in row.values())
-        assert kernel.packed_bytes == 0  # the copies it measured on are gone
-
-
-def test_auto_crops_a_large_sample():
-    kernel = AutoKernel(make_expert(2200, 1100), loads=(1,))
-    assert kernel.choices["unpacked"][1] in ("reference", "onednn", "native")
+def test_auto_is_the_first_kernel_that_is_there_and_computes_the_format(monkeypatch, tmp_path):
+    plain, packed = make_expert(64, 64), pack_expert(*np.ones((3, 64, 64), np.float32), Format.parse("int4-g32"))
+    if native_library.available():
+        kernel = get_kernel("auto", packed)
+        assert kernel.name == get_kernel("auto", plain).name == "native" and "unavailable" not in kernel.describe()
+    native_library.library.cache_clear()
+    monkeypatch.setenv(native_library.VARIABLE, str(tmp_path / "none.so"))
+    try:
+        assert get_kernel("auto", plain).name == ("onednn" if available() else "reference")
+        assert get_kernel("auto", packed).name == "reference"
+    finally:
+        native_library.library.cache_clear()
 
 
 def test_unknown_kernel_names_the_known_ones():
     with pytest.raises(UserError, match=r"'blas' is not known.*auto, reference, onednn, native"):
         get_kernel("blas")
-    with pytest.raises(UserError, match="sample"):
-        get_kernel("auto")
     assert KERNELS == ("auto", "reference", "onednn", "native")
 
 
 def test_kernels_import_without_jax():
-    program = "import sys; import hybrimoe_jax.host_kernels.auto, hybrimoe_jax.host_kernels.onednn; assert 'jax' not in sys.modules"
+    program = "import sys; import hybrimoe_jax.host_kernels.reference, hybrimoe_jax.host_kernels.onednn; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -146,6 +146,14 @@ def test_save_and_load_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
 
+def test_records_of_host_kernels_in_an_older_profile_are_ignored(tmp_path):
+    path = tmp_path / "profile.json"
+    MODEL.save(path)
+    older = {**json.loads(path.read_text()), "version": 4, "kernels": [{"key": {"threads": 1}}]}
+    path.write_text(json.dumps(older))
+    assert CostModel.load(path) == MODEL
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -436,7 +436,7 @@ def test_routed_experts_are_the_reference_kernels(tokens):
     x = rng.standard_normal((tokens, width), np.float32)
     ids = np.stack([rng.permutation(count)[:top_k] for _ in range(tokens)]).astype(np.int32)
     mix = rng.random((tokens, top_k), np.float32)
-    addresses = table([kernel.record(handle)[1] for handle in handles])
+    addresses = table([kernel.native_handle(handle)[1] for handle in handles])
     call = jax.jit(lambda *args: routed(*args, kernel.number))
     for threads in (1, 2):
         y, seconds = call(x, ids, mix, addresses, np.int32(threads))

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.host_kernels.choices import processor
 
 SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -200,3 +199,15 @@ def run(models: list[str], options: Options, workdir: Path | None, note: Callabl
         "clock": "wall",
     }
     return {"benchmark": "engine", **about, **dataclasses.asdict(options), "results": results}
+
+
+def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The processor's name and, where the system tells them, family, model and stepping: a virtual machine's name may stand
+    for several."""
+    try:
+        lines = Path(cpuinfo).read_text().splitlines()
+    except OSError:
+        lines = []
+    told = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return " ".join([name, *(f"{what} {told[what]}" for what in ("cpu family", "model", "stepping") if what in told)])

@@ -29,8 +29,6 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats import sizes
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
-from hybrimoe_jax.host_kernels.choices import Measurement, merged, read_measurement
-from hybrimoe_jax.machine import costs as costs_of
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import shape_of
@@ -71,7 +69,6 @@ class Parts:
     pool: SlotPool | None = None
     link: Link | None = None
     host: HostExecutor | None = None
-    measurements: list[Measurement] = dataclasses.field(default_factory=list)
 
     def init_cache(self, batch: int, capacity: int):
         return self.model.init_cache(batch, capacity)
@@ -174,8 +171,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     pool = SlotPool(slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
     link = Link(device, clock)
     threads.limit_blas(1)
-    known = _known(options.profile)
-    kernel = get_kernel(options.host_kernel, sample=store.get(0, 0), known=known)
+    kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
     host = HostExecutor(kernel, store.get, cores.total, cores.host, clock)
     wake_s = warmup.wake_latency(host, config.hidden_size)
     one_program = can_be_one_program(options, device, host)
@@ -249,7 +245,6 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         pool,
         link,
         host,
-        merged(known, kernel.measurement),
     )
 
 
@@ -300,13 +295,6 @@ def _costs(
             )
         return costs
     return warmup.measure(model, pool, link, host, store.get, WARMUP_CAPACITY, inline_s, lookahead, one_program)
-
-
-def _known(profile) -> list[Measurement]:
-    """What a saved warm-up tells of host kernels; nothing from other profiles."""
-    if profile is None or isinstance(profile, CostModel) or not costs_of.is_profile(profile):
-        return []
-    return [read_measurement(record, profile) for record in costs_of.read_profile(profile)[1]]
 
 
 def _dense_parts(config, model, store, options, system, device, cores, max_context, clock) -> Parts:

@@ -30,7 +30,7 @@ class EngineConfig:
       stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a vram_budget reserves;
         None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
-      host_kernel: "reference" (numpy), "onednn", "native", or "auto" (measured at load).
+      host_kernel: "reference" (numpy), "onednn", "native", or "auto" (the best of them that is installed).
       device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a kernel of our own that
         wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly. On the CPU backend "xla" leaves them to the
         native kernels.
@@ -39,9 +39,8 @@ class EngineConfig:
       max_batch: sequences whose KV cache a vram_budget reserves.
       prefill_chunk: tokens of a prompt computed at once.
       seed: of sampling.
-      profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote (what it holds of host
-        kernels replaces the measurement of "auto" where machine, threads and libraries are the same), or a machine profile (`machine.profile`)
-        by name or file.
+      profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote, or a
+        machine profile (`machine.profile`) by name or file.
       clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the same.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.

@@ -76,21 +76,15 @@ class Engine:
         """Of the latest call."""
         return self._last_stats
 
-    @property
-    def measured_kernels(self) -> bool:
-        """Whether loading measured host kernels, since no profile held them for this machine, these threads and these libraries."""
-        return bool(self._parts.host and self._parts.host.kernel.measurement) and not self._parts.host.kernel.reused
-
     def save_profile(self, path: str | Path) -> None:
-        """Writes the measured costs and what host kernel `auto` measured (with the records of the profile that was loaded, for other models
-        and machines); `EngineConfig(profile=path)` reads them back instead of measuring."""
+        """Writes the measured costs; `EngineConfig(profile=path)` reads them back instead of measuring."""
         if self.costs is None:
             raise UserError("the dense executor measures no costs: there is no profile to save")
         if not isinstance(self.costs, CostModel):
             raise UserError(
                 f"these costs come from {self.costs.source} and were not measured: there is nothing to save"
             )
-        self.costs.save(path, [measurement.record() for measurement in self._parts.measurements])
+        self.costs.save(path)
 
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under the virtual clock a

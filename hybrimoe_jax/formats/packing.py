@@ -21,6 +21,7 @@ from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty
 
 TINY = np.float32(2.0**-100)
 """Groups of activations whose largest magnitude is below this count as zeros."""
+NIBBLES = np.uint32(0x0F0F0F0F)
 
 
 def pack(
@@ -67,10 +68,11 @@ def unpack(matrix: PackedMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray | N
     """What `pack` was given: codes [R, K], scales [R, groups] float32, zero points [R, groups] or None."""
     layout, data = matrix.layout, np.asarray(matrix.data)
     format = layout.format
-    steps = data[: layout.codes_nbytes].reshape(layout.panels, -1, PANEL, STEP)
+    # A step's four inputs of a row are one 32-bit word.
+    words = data[: layout.codes_nbytes].view(np.uint32).reshape(layout.panels, -1, PANEL).transpose(0, 2, 1)
     if format.bits == 4:
-        steps = np.stack([steps & 15, steps >> 4], axis=2).reshape(layout.panels, -1, PANEL, STEP)
-    full = steps.transpose(0, 2, 1, 3).reshape(layout.panels * PANEL, layout.depth)
+        words = np.stack([words & NIBBLES, words >> 4 & NIBBLES], axis=3)
+    full = np.ascontiguousarray(words).view(np.uint8).reshape(layout.panels * PANEL, layout.depth)
     codes = np.ascontiguousarray(full[: layout.rows, : layout.columns])
     count = layout.panels * layout.groups * PANEL
 
@@ -91,9 +93,14 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     """The float32 matrix [R, K] that the codes stand for (float32 products of scale and code)."""
     codes, scales, zeros = unpack(matrix)
     format, columns = matrix.layout.format, matrix.layout.columns
-    group = np.arange(columns) // format.group
-    offset = np.float32(format.middle) if zeros is None else zeros.astype(np.float32)[:, group]
-    return (codes.astype(np.float32) - offset) * scales[:, group]
+
+    def by_column(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, format.group, axis=1)[:, :columns]
+
+    out = codes.astype(np.float32)
+    out -= np.float32(format.middle) if zeros is None else by_column(zeros)
+    out *= by_column(scales)
+    return out
 
 
 def quantise_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,25 +3,22 @@
 Shapes: n load, D model width, F expert width. An expert is three inner products: `u = x up^T`, then
 `a = swish(x gate^T) * u` with both operations fused behind the product, then `a down^T`.
 
-Weights are used where they lie (row-major), or in a blocked copy. Measured on one AVX-512 server core at D=1024, F=512,
-packed weights were faster at every load, 1.3x at load 1 and 2x at loads 4 to 32; a copy costs as much as about twenty
-decode calls, or three at load 8, and as much memory as the expert. So an expert is packed when its calls have added up to
-that (the ski-rental rule: never more than twice the cost of knowing the future), within `pack_limit` bytes in all.
+Weights are used where they lie (row-major) or, better, in a blocked copy: on one AVX-512 server core at D=1024, F=512 it was
+faster at every load, 1.3x at load 1 and 2x at loads 4 to 32. A copy takes as much memory as the expert in float32 and some
+twenty decode calls of time. So an expert is packed at its first call, while all copies fit into `pack_limit` bytes.
 One layout serves every load: with AVX-512 the one the library picks at load 32, elsewhere the one it picks at load 128
 (measured: the layouts it picks at loads 1 to 6 are up to 1.7x slower there).
 
 A primitive is compiled per exact load up to 16; above, loads are padded to a bucket at most a quarter larger, and past
 256 they are split, so that the number of primitives stays bounded. Compiling takes under a millisecond.
 
-bfloat16 weights run through the NumPy kernel until they are packed (as float32); quantised ones are refused.
+bfloat16 weights are packed as float32, and past the limit run through the NumPy kernel; quantised ones are refused.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +31,7 @@ from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 MAX_LOAD = 256
+PACK_LIMIT = 2 << 30
 COPY_BYTES = 64 * 1024  # below this, copying an operand is cheaper than pointing the library at it
 PLAIN, PACKED = "plain", "packed"
 
@@ -51,35 +49,16 @@ def bucket_of(load: int) -> int:
     return -(-load // step) * step
 
 
-def available_memory(proc: str = "/proc/meminfo", group: str = "/sys/fs/cgroup") -> int:
-    """Bytes that this process could still take: the system's available memory, or less where its control group (a
-    container, usually) is limited to less. 0 where neither can be read."""
-    found = []
-    try:
-        found = [int(line.split()[1]) * 1024 for line in Path(proc).read_text().splitlines() if "MemAvailable" in line]
-        limit, used = (Path(group, name).read_text().strip() for name in ("memory.max", "memory.current"))
-        if limit != "max":
-            found.append(max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        pass  # no such file on this system: what was found so far counts
-    return min(found, default=0)
-
-
-def share_of_packing(load: int) -> float:
-    """How much of a packing one call at this load has earned, from the figures above."""
-    return min(load, 8) / 24
-
-
 class OneDnnExpert:
-    """A prepared expert: its plain weights and, once packed, the library's copy."""
+    """A prepared expert: its plain weights and, once packed, the library's copy; `refused`: there was no room for one."""
 
-    __slots__ = ("__weakref__", "credit", "layouts", "lock", "packed_bytes", "shape", "weights")
+    __slots__ = ("__weakref__", "layouts", "lock", "packed_bytes", "refused", "shape", "weights")
 
     def __init__(self, weights: ExpertWeights):
         self.weights = weights
         self.shape = (weights.width, weights.hidden)
         self.layouts: dict[str, tuple] = {}  # PLAIN or PACKED -> memories of gate, up, down
-        self.credit, self.packed_bytes, self.lock = 0.0, 0, threading.Lock()
+        self.packed_bytes, self.refused, self.lock = 0, False, threading.Lock()
 
     @property
     def is_packed(self) -> bool:
@@ -91,23 +70,19 @@ class OneDnnKernel(HostKernel):
 
     Args:
       threads: OpenMP threads per calling thread, where the thread has not called `set_threads`.
-      pack_limit: bytes that packed copies may take in all; default half of the memory available now.
-      earns: share of a packing that one call at a load earns (the call that completes 1.0 packs).
+      pack_limit: bytes that packed copies may take in all.
     """
 
     name = "onednn"
 
-    def __init__(
-        self, threads: int = 1, pack_limit: int | None = None, earns: Callable[[int], float] = share_of_packing
-    ):
+    def __init__(self, threads: int = 1, pack_limit: int = PACK_LIMIT):
         self._api = onednn_api.api()
         self._fallback = ReferenceKernel()
         self._lock = threading.RLock()
         self._products: dict[tuple, tuple] = {}
         self._packed: weakref.WeakSet[OneDnnExpert] = weakref.WeakSet()
         self._threads = _ThreadState(self._api, threads)
-        self.pack_limit = available_memory() // 2 if pack_limit is None else pack_limit
-        self.earns = earns
+        self.pack_limit = pack_limit
 
     def prepare(self, weights: HostExpert) -> OneDnnExpert:
         refuse_packed(weights, self.name)
@@ -129,39 +104,25 @@ class OneDnnKernel(HostKernel):
             for start in range(0, load, MAX_LOAD):
                 self.expert(handle, x[start : start + MAX_LOAD], out[start : start + MAX_LOAD])
             return out
-        return self.run(handle, PACKED if self.settle(handle, load) else PLAIN, x, out)
-
-    def settle(self, handle: OneDnnExpert, load: int) -> bool:
-        """Counts a call at this load towards packing, packs if that is now earned; whether the expert is packed."""
-        if PACKED in handle.layouts:
-            return True
-        handle.credit += self.earns(load)
-        return handle.credit >= 1 and self.pack(handle)
-
-    def run(self, handle: OneDnnExpert, kind: str, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """`expert` in one layout, for at most MAX_LOAD tokens; PACKED needs a packed handle."""
+        kind = PACKED if self.pack(handle) else PLAIN
         if kind not in handle.layouts:  # bfloat16, not packed
             return self._fallback.expert(handle.weights, x, out)
-        self._plan(handle.shape, bucket_of(len(x)), kind).run(handle.layouts[kind], x, out)
+        self._plan(handle.shape, bucket_of(load), kind).run(handle.layouts[kind], x, out)
         return out
 
     def pack(self, handle: OneDnnExpert) -> bool:
-        """Makes the packed copy now; False where it would pass `pack_limit` or another thread is at it."""
+        """Makes the packed copy where there is none; False where it would pass `pack_limit` or another thread is at it."""
         if handle.is_packed:
             return True
-        if not handle.lock.acquire(blocking=False):
+        if handle.refused or not handle.lock.acquire(blocking=False):
             return False
         try:
             if handle.is_packed:
                 return True
+            handle.refused = self.packed_bytes >= self.pack_limit or not self._reserve(handle)
+            if handle.refused:
+                return False
             inward, outward = self._packed_layouts(*handle.shape)
-            size = 2 * self._api.size(inward) + self._api.size(outward)
-            with self._lock:
-                if self.packed_bytes + size > self.pack_limit:
-                    handle.credit = float("-inf")
-                    return False
-                handle.packed_bytes = size
-                self._packed.add(handle)
             width, hidden = handle.shape
             gate_up, down = (to_f32(w) for w in handle.weights)
             stream, reorder = self._threads.stream, self._api.reorder
@@ -175,11 +136,16 @@ class OneDnnKernel(HostKernel):
         finally:
             handle.lock.release()
 
-    def warm(self, handle: OneDnnExpert, loads: Sequence[int]) -> None:
-        """Compiles what the calling thread needs at these loads."""
-        for kind in (PLAIN, PACKED):
-            for load in loads:
-                self._plan(handle.shape, bucket_of(min(load, MAX_LOAD)), kind)
+    def _reserve(self, handle: OneDnnExpert) -> bool:
+        """Counts the copy that is about to be made, if it fits."""
+        inward, outward = self._packed_layouts(*handle.shape)
+        size = 2 * self._api.size(inward) + self._api.size(outward)
+        with self._lock:
+            if self.packed_bytes + size > self.pack_limit:
+                return False
+            handle.packed_bytes = size
+            self._packed.add(handle)
+        return True
 
     def set_threads(self, threads: int) -> None:
         self._threads.resize(threads)
@@ -189,15 +155,10 @@ class OneDnnKernel(HostKernel):
         with self._lock:
             return sum(handle.packed_bytes for handle in self._packed)
 
-    @property
-    def version(self) -> str:
-        """Of the library."""
-        return self._api.version
-
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
-            "library": f"oneDNN {self.version}",
+            "library": f"oneDNN {self._api.version}",
             "primitives": 3 * len(self._products),
             "packed_experts": len(self._packed),
             "pack_limit": self.pack_limit,

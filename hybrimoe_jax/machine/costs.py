@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 
-PROFILE_VERSION = 4
-"""4 added `kernels`; the rest is as in 3, which is still read."""
+PROFILE_VERSION = 3
+"""4 had `kernels` besides, measurements of host kernels that nothing uses any more; it is still read."""
 _KIND = "hybrimoe-jax cost model"
 
 
@@ -137,17 +136,39 @@ class CostModel:
         """Plain values, for statistics and records."""
         return dataclasses.asdict(self)
 
-    def save(self, path: str | Path, kernels: Sequence[dict] = ()) -> None:
-        """Writes a profile as JSON, whole or not at all: the model, and beside it what was measured of host kernels (plain values that are only
-        kept here; `host_kernels.choices` makes and reads them)."""
+    def save(self, path: str | Path) -> None:
+        """Writes a profile as JSON, whole or not at all."""
         about = {"kind": _KIND, "version": PROFILE_VERSION}
         with replacing(path) as file:
-            file.write(json.dumps({**about, **dataclasses.asdict(self), "kernels": list(kernels)}, indent=2) + "\n")
+            file.write(json.dumps({**about, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """The cost model of a file that `save` wrote; errors as in `read_profile`."""
-        return read_profile(path)[0]
+        """The cost model of a file that `save` wrote; UserError naming the file and the first thing wrong in it."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
+        if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
+            raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
+        version = raw.pop("version", None)
+        if version not in (PROFILE_VERSION, 4):
+            raise UserError(
+                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION} and 4)"
+            )
+        if version == 4:
+            raw.pop("kernels", None)
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
+        if missing or unknown:
+            problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+            raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
+        try:
+            return cls(**raw)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
 
 def is_profile(path: str | Path) -> bool:
@@ -157,34 +178,3 @@ def is_profile(path: str | Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("kind") == _KIND
-
-
-def read_profile(path: str | Path) -> tuple[CostModel, list[dict]]:
-    """What `CostModel.save` wrote: the model and the kernels' records; UserError naming the file and the first thing wrong in it."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
-    if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
-        raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
-    version = raw.pop("version", None)
-    if version not in (3, PROFILE_VERSION):
-        raise UserError(
-            f"{path}: profile version {version!r} is not supported (this program reads 3 and {PROFILE_VERSION})"
-        )
-    if version == 3:
-        raw["kernels"] = []
-    names = {field.name for field in dataclasses.fields(CostModel)} | {"kernels"}
-    missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
-    if missing or unknown:
-        problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
-        raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
-    kernels = raw.pop("kernels")
-    if not isinstance(kernels, list) or not all(isinstance(record, dict) for record in kernels):
-        raise UserError(f"{path}: not a usable profile: `kernels` must be a list of objects; measure it again")
-    try:
-        return CostModel(**raw), kernels
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None

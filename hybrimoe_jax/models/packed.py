@@ -4,7 +4,7 @@
 static, so that a program is compiled per layout and a slot is one array. Nothing but one matrix at a time exists in float32.
 
 Both sides mean the same by an expert: the dequantised weights and, with `-a8`, the rounded activations are bit for bit those of the
-NumPy reference (`host_kernels.dequantised`). Sums differ by float32 rounding, and so may the silu(gate) * up that is rounded again
+NumPy reference (`host_kernels.reference`). Sums differ by float32 rounding, and so may the silu(gate) * up that is rounded again
 for down: there a value next to a rounding boundary can take the other step.
 
 Measured on XLA:CPU (one core, 1408 x 2048, int4-g64, load 1): this form 1.3 ms; a product over the panels as they lie 2.3 ms;

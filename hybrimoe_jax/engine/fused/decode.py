@@ -75,7 +75,7 @@ class _Call:
 
 
 class WholeStep:
-    """Args: the device model; for each MoE layer the addresses of its experts' records (`HostKernel.record`); the kernel's instruction set."""
+    """Args: the device model; for each MoE layer the addresses of its experts' records (`HostKernel.native_handle`); the kernel's instruction set."""
 
     def __init__(self, model: DeviceModel, addresses: Sequence[Sequence[int]], isa: int):
         self.model = model

@@ -29,12 +29,17 @@ REPEATS = 5
 def can_be_one_program(options: EngineConfig, device: jax.Device, host: HostExecutor) -> bool:
     """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single tokens."""
     plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
-    return plain and device.platform == "cpu" and ffi.available() and host.kernel.record(host.handle(0, 0)) is not None
+    return (
+        plain
+        and device.platform == "cpu"
+        and ffi.available()
+        and host.kernel.native_handle(host.handle(0, 0)) is not None
+    )
 
 
 def whole_step(model: DeviceModel, host: HostExecutor, num_experts: int) -> WholeStep:
     records = [
-        [host.kernel.record(host.handle(layer, expert)) for expert in range(num_experts)]
+        [host.kernel.native_handle(host.handle(layer, expert)) for expert in range(num_experts)]
         for layer in range(len(model.moe_layers))
     ]
     return WholeStep(model, [[address for _, address in layer] for layer in records], records[0][0][0])

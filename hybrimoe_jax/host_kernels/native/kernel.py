@@ -76,7 +76,7 @@ class NativeKernel(HostKernel):
         check_expert(weights)
         return NativeExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
 
-    def record(self, handle: NativeExpert) -> tuple[int, int]:
+    def native_handle(self, handle: NativeExpert) -> tuple[int, int]:
         return self.number, handle.address
 
     def expert(self, handle: NativeExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
