@@ -14,8 +14,7 @@ import tiny
 
 from hybrimoe_jax.engine import assembly, warmup
 from hybrimoe_jax.engine.lanes import slots, transfer
-from hybrimoe_jax.engine.steps import layered as executors
-from hybrimoe_jax.engine.steps import overlapped
+from hybrimoe_jax.engine.steps import layered, overlapped
 
 FAMILY, CONTEXT, PROMPTS = "qwen2_moe", 160, (37, 20)
 EXPERTS = 24
@@ -76,12 +75,12 @@ def wrap() -> None:
         (transfer.Link, "put"),
         (transfer.Link, "landed"),
         (transfer.Link, "streamed"),
-        (executors.HybridForward, "land"),
-        (executors.HybridForward, "prefetch"),
-        (overlapped.OverlappedForward, "begin"),
+        (layered.LayeredForward, "land"),
+        (layered.LayeredForward, "prefetch"),
+        (overlapped.OverlappedForward, "dispatch_shared"),
         (overlapped.OverlappedForward, "read"),
-        (executors.programs, "add_device_experts"),
-        (executors, "read_routing"),
+        (layered.programs, "add_device_experts"),
+        (layered, "read_routing"),
         (warmup, "_timed"),
         (assembly.DeviceModel, "init_cache"),
     ):

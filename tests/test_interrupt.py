@@ -12,7 +12,10 @@ class Stop(KeyboardInterrupt):
 
 @pytest.mark.parametrize(
     ("system", "method"),
-    [*(("adapmoe", name) for name in ("_place", "prefetch", "land", "_dispatch")), ("freetoken", "buffered")],
+    [
+        *(("adapmoe", name) for name in ("_place", "prefetch", "land", "_add_residents")),
+        ("freetoken", "double_buffered"),
+    ],
 )
 @pytest.mark.parametrize("call", [1, 4])
 def test_an_interrupted_engine_recovers(system, method, call, monkeypatch):

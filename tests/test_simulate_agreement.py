@@ -145,17 +145,17 @@ def test_a_step_that_was_broken_off_is_not_in_the_trace(tmp_path, clock, monkeyp
     steps = engine.steps(tiny.prompts(config, (21,)), max_new_tokens=12)
     for _ in range(5):
         next(steps)
-    compute = engine._forward.compute
+    carry_out = engine._forward.carry_out
 
-    def interrupted(layer, *rest):
+    def interrupted(run, layer, *rest):
         if layer.moe_layer == 2:
             raise KeyboardInterrupt
-        return compute(layer, *rest)
+        return carry_out(run, layer, *rest)
 
-    monkeypatch.setattr(engine._forward, "compute", interrupted)
+    monkeypatch.setattr(engine._forward, "carry_out", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(steps)
-    monkeypatch.setattr(engine._forward, "compute", compute)
+    monkeypatch.setattr(engine._forward, "carry_out", carry_out)
     trace.save(tmp_path / "run.npz")
     saved = load_trace(tmp_path / "run.npz")
     assert saved.step.max() == 4 and max(saved.extra.get("landed", [[0]]), key=lambda row: row[0])[0] <= 4

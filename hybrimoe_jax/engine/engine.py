@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrimoe_jax.engine import assembly, budget
+from hybrimoe_jax.engine import budget
+from hybrimoe_jax.engine.assembly import LOGIT_ROWS, assemble
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.sampling import Sampling
@@ -17,9 +18,6 @@ from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
-
-LOGIT_ROWS = 16
-"""Tokens whose logits `Engine.logits` holds on the device at once."""
 
 
 @dataclasses.dataclass
@@ -50,7 +48,7 @@ class Engine:
         self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
         self.store = store
         self.max_context = _max_context(config, options)
-        self._parts = assembly.assemble(config, dense, store, options, self.max_context, frequencies)
+        self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
         self._closed = False
@@ -62,13 +60,12 @@ class Engine:
 
     @property
     def clock(self):
-        """Whatever its times are read from; it has a `name`."""
-        return getattr(self._forward, "machine", None) or self._forward.clock
+        """What its times are read from, a `Clock`."""
+        return self._parts.clock
 
     @property
     def planner(self):
         """The Planner (None for the dense executor)."""
-        self._parts.settle()
         return self._parts.planner
 
     @property
@@ -89,7 +86,7 @@ class Engine:
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under the virtual clock a
         `trace.timeline.Timeline`."""
-        self._parts.record(trace, timeline)
+        self._forward.attach(trace, timeline)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position: [T] token ids -> float32 [T, V]."""
@@ -98,7 +95,7 @@ class Engine:
         capacity = capacity_for([ids], 0, self.max_context)
         self._check_ready(1, capacity)
         stats, out = self._start(1, capacity), []
-        caches = self._parts.init_cache(1, capacity)
+        caches = self._parts.model.init_cache(1, capacity)
         for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
             step = StepInput(chunk, positions, capacity, "prefill", None)
             logits, caches, record = self._forward.forward(step, caches)
@@ -131,7 +128,7 @@ class Engine:
         stats = self._start(len(prompts), capacity)
         inner = generate_steps(
             self._forward,
-            self._parts.init_cache,
+            self._parts.model.init_cache,
             prompts,
             new_tokens=max_new_tokens,
             sampling=sampling,
@@ -195,7 +192,7 @@ class Engine:
         if self._closed:
             raise UserError("the engine is closed: its worker threads have ended; load it again")
         reserved = self._parts.footprint
-        needed = self._parts.cache_bytes(batch, capacity)
+        needed = self._parts.model.cache_bytes(batch, capacity)
         if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
             raise UserError(
                 f"{batch} sequences of up to {capacity} tokens need {budget.readable(needed)} of cache, but vram_budget "
@@ -210,12 +207,12 @@ class Engine:
         work = budget.workspace_bytes(
             self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS, self.store.layout is not None
         )
-        footprint = dataclasses.replace(parts.footprint, kv=parts.cache_bytes(batch, capacity), workspace=work)
+        footprint = dataclasses.replace(parts.footprint, kv=parts.model.cache_bytes(batch, capacity), workspace=work)
         stats.peak_device_bytes = footprint.total
         return stats
 
     def _finish(self, stats: RunStats) -> None:
-        self._forward.rest()
+        self._forward.synchronize()
         parts = self._parts
         before, after = self._counters, parts.counters()
         stats.prefetch = PrefetchStats(

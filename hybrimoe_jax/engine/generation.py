@@ -124,7 +124,7 @@ def generate_steps(
         yield from hand_over(Emitted(tokens, finished, stats))
     while live.any():
         positions = np.where(live, lengths + made - 1, capacity).astype(np.int32)[:, None]
-        follow = new_tokens - int(made[live].min()) - 1 if sampling.temperature == 0 else 0
+        follow = new_tokens - int(made[live].min()) - 1 if sampling.temperature == 0 else None
         last = np.zeros(batch, np.int64)
         step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos))
         logits, caches, stats = forward.forward(step, caches)

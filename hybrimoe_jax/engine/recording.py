@@ -40,7 +40,7 @@ class EngineTimeline:
         """Notes an expert that ran from `start` to `end`."""
         self._timeline.add(lane, f"expert {layer}.{expert}", start, end, layer=layer, expert=expert, **args)
 
-    def whole(self, layer: int, start: float, end: float, **args) -> None:
+    def moe_block(self, layer: int, start: float, end: float, **args) -> None:
         """Notes a MoE block that ran as one executable."""
         self._timeline.add("device", f"moe {layer}", start, end, layer=layer, **args)
 

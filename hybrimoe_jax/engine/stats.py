@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
 
 
 @dataclasses.dataclass
@@ -49,34 +48,16 @@ class LayerStats:
     layer_streamed: int = 0
 
 
-class Late(Sequence):
-    """A list that `make` makes when it is first looked at, or sooner (`settle`)."""
-
-    def __init__(self, make: Callable[[], list]):
-        self._make, self._made = make, None
-
-    def settle(self) -> list:
-        if self._make is not None:
-            make, self._make, self._made = self._make, None, []  # an interrupt leaves it empty
-            self._made = make()
-        return self._made
-
-    def __getitem__(self, index):
-        return self.settle()[index]
-
-    def __len__(self) -> int:
-        return len(self.settle())
-
-
 @dataclasses.dataclass
 class StepStats:
-    """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode")."""
+    """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode"). `layers` of a fused decode step whose next
+    token is drawn are filled in when the next step runs, or the run ends."""
 
     phase: str
     tokens: int
     seconds: float
     compile_s: float
-    layers: Sequence[LayerStats]
+    layers: list[LayerStats]
 
     def total(self, name: str) -> float:
         return sum(getattr(layer, name) for layer in self.layers)
@@ -129,7 +110,7 @@ class RunStats:
 
     def tbt_ms(self) -> dict[str, float] | None:
         """Time between tokens over the decode steps that compiled nothing: median and 90th percentile, milliseconds. Steps that ran in one call
-        (see `fused.decode`) have an equal share of it each."""
+        (see `engine.fused`) have an equal share of it each."""
         times = sorted(1e3 * s.seconds for s in self._phase("decode") if not s.compile_s)
         if not times:
             return None

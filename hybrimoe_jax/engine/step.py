@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.engine import programs
-from hybrimoe_jax.engine.lanes.clock import WallClock
-from hybrimoe_jax.engine.lanes.compilation import compile_clock
-from hybrimoe_jax.engine.stats import StepStats
+from hybrimoe_jax.engine.lanes.clock import Clock
+from hybrimoe_jax.engine.stats import Lanes, StepStats
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge
 
@@ -24,8 +24,9 @@ SMALLEST_SPAN = 256
 class StepInput:
     """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
 
-    `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each taking the likeliest token of
-    the one before, unless that is one of `ends`; so they may be started ahead.
+    `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each taking
+    the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None: the next
+    token is drawn.
     """
 
     ids: np.ndarray
@@ -33,8 +34,8 @@ class StepInput:
     capacity: int
     phase: str
     last: np.ndarray | None
-    follow: int = 0
-    ends: tuple[int, ...] = ()
+    follow: int | None = 0
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def valid(self) -> np.ndarray:
@@ -56,6 +57,39 @@ class StepInput:
         return min(self.capacity, span)
 
 
+@dataclasses.dataclass
+class Pass:
+    """A step under way. The residual stream is `h` + `device_part` + `host_part`, see `programs`.
+
+    Attributes:
+      tokens: real ones, without padding. routers: how many coming layers' routers the planner wants.
+      moved: bytes that landed for the layer under way. streamed: experts that started with their whole layer since it began.
+      lanes: of the latest MoE layer.
+    """
+
+    step: StepInput
+    valid: np.ndarray
+    span: int
+    context: int
+    routers: int
+    positions: jax.Array
+    h: jax.Array
+    device_part: jax.Array
+    host_part: jax.Array
+    caches: list
+    stats: StepStats
+    started: float
+    compiled: float
+    streamed: int = 0
+    began: float = 0.0
+    moved: int = 0
+    lanes: Lanes | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.valid)
+
+
 class Forward(abc.ABC):
     """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record."""
 
@@ -63,27 +97,36 @@ class Forward(abc.ABC):
     def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
 
     @abc.abstractmethod
-    def rest(self) -> None:
-        """Returns when nothing that its steps started is computed any more: after a run, whose last step may have been broken off."""
+    def synchronize(self) -> None:
+        """Returns when nothing that its steps started is computed any more, and all of it is planned and counted: after a run, whose
+        last step may have been broken off."""
+
+    @abc.abstractmethod
+    def attach(self, trace, timeline) -> None:
+        """Recorders for the steps that follow, or None. UserError where it has nothing to tell them."""
 
 
 class DenseForward(Forward):
     """The oracle: the whole Flax model in one executable, every expert on the device."""
 
-    def __init__(self, model, dense, weights, clock: WallClock):
+    def __init__(self, model, dense, weights, clock: Clock):
         self._graphdef, self._params, self._weights, self.clock = model, dense, weights, clock
 
     def forward(self, step, caches):
-        start, compiled = self.clock.now(), compile_clock().seconds
+        start, compiled = self.clock.now(), self.clock.compile_seconds()
         logits, caches = _dense_step(
             self._graphdef, self._params, self._weights, step.ids, caches, step.positions, step.last
         )
         logits = np.asarray(logits)
-        seconds, compile_s = self.clock.now() - start, compile_clock().seconds - compiled
+        seconds, compile_s = self.clock.now() - start, self.clock.compile_seconds() - compiled
         return logits, caches, StepStats(step.phase, len(step.valid), seconds, compile_s, [])
 
-    def rest(self) -> None:
+    def synchronize(self) -> None:
         """Its steps end before they return."""
+
+    def attach(self, trace, timeline) -> None:
+        if trace is not None or timeline is not None:
+            raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -26,7 +26,7 @@ READ_APART = "kv_b_proj.weight"
 """A projection that latent attention takes to pieces."""
 
 
-class Handed(NamedTuple):
+class PackedArgs(NamedTuple):
     """What a program is handed: each layer's other parameters by name, addresses uint32 [n, 2], vectors float32 [m]. Addresses hold as long as the
     parameters they were gathered from."""
 
@@ -35,7 +35,7 @@ class Handed(NamedTuple):
     vectors: jax.Array
 
 
-class Place(NamedTuple):
+class ArgSpec(NamedTuple):
     """Where a parameter is found: in the table of addresses, in the vector, or under its name; `matrix`: format's number, columns and rows."""
 
     name: str
@@ -44,43 +44,43 @@ class Place(NamedTuple):
     matrix: tuple[int, int, int] | None = None
 
 
-def gather(
+def pack_args(
     layers: Sequence[Mapping[str, jax.Array | PackedMatrix]], device: jax.Device
-) -> tuple[Handed, tuple[tuple[Place, ...], ...]]:
+) -> tuple[PackedArgs, tuple[tuple[ArgSpec, ...], ...]]:
     """-> what to hand over, and each layer's places (hashable)."""
-    others, addresses, vectors, all_places, length = [], [], [], [], 0
+    others, addresses, vectors, all_specs, length = [], [], [], [], 0
     jax.block_until_ready(layers)  # nothing waits for what is behind an address
     for params in layers:
-        rest, places = {}, []
+        rest, specs = {}, []
         for name, value in params.items():
             if _is_found(name, value):
-                places.append(Place(name, len(addresses), matrix=(*kind(value), value.shape[0])))
+                specs.append(ArgSpec(name, len(addresses), matrix=(*kind(value), value.shape[0])))
                 data = value.data if isinstance(value, PackedMatrix) else value
                 addresses.append(data.unsafe_buffer_pointer())
             elif len(value.shape) == 1 and value.dtype == jnp.float32:
-                places.append(Place(name, length, value.size))
+                specs.append(ArgSpec(name, length, value.size))
                 vectors.append(np.asarray(value))
                 length += value.size
             else:
-                places.append(Place(name))
+                specs.append(ArgSpec(name))
                 rest[name] = value
         others.append(rest)
-        all_places.append(tuple(places))
+        all_specs.append(tuple(specs))
     flat = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
-    return Handed(others, *jax.device_put((table(addresses), flat), device)), tuple(all_places)
+    return PackedArgs(others, *jax.device_put((table(addresses), flat), device)), tuple(all_specs)
 
 
-def restore(handed: Handed, layer: int, places: Sequence[Place]) -> dict:
+def restore(packed_args: PackedArgs, layer: int, specs: Sequence[ArgSpec]) -> dict:
     """The parameters of a layer by name, inside a traced function."""
     params = {}
-    for name, start, count, matrix in places:
+    for name, start, count, matrix in specs:
         if matrix is not None:
             code, columns, rows = matrix
-            params[name] = AddressedMatrix(handed.addresses, start, code, rows, columns)
+            params[name] = AddressedMatrix(packed_args.addresses, start, code, rows, columns)
         elif start is not None:
-            params[name] = jax.lax.slice(handed.vectors, (start,), (start + count,))
+            params[name] = jax.lax.slice(packed_args.vectors, (start,), (start + count,))
         else:
-            params[name] = handed.others[layer][name]
+            params[name] = packed_args.others[layer][name]
     return params
 
 

@@ -1,4 +1,4 @@
-"""Decode steps as one jitted program: up to `MOST` of them, each taking the likeliest token of the one before.
+"""Decode steps as one jitted program: up to `MAX_STEPS_PER_CALL` of them, each taking the likeliest token of the one before.
 
 Handing a program to XLA takes a core for 0.5 ms of a 466 M model's token of 4 ms (2 cores, cold caches), whatever it does, and as the native kernels use all
 cores, they lack that one. Measured without planning, programs in turns: two, four, eight steps a call make a token 1.04, 1.14, 1.18 times as fast in int4 and
@@ -24,10 +24,10 @@ from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import product
 from hybrimoe_jax.models.rope import Rope, override
 
-MOST = 8
+MAX_STEPS_PER_CALL = 8
 
 
-class Results(NamedTuple):
+class StepResults(NamedTuple):
     """What a call gives beside the caches, of which only the first `made` steps mean anything.
 
     Attributes:
@@ -41,18 +41,18 @@ class Results(NamedTuple):
     tokens: jax.Array
 
 
-class Numbers(NamedTuple):
+class StepArgs(NamedTuple):
     """What a call is told, as int32 [4]: the first step's position, how many steps, how many of them whatever their tokens are, and the
     threads of a layer's experts."""
 
     position: int
     steps: int
-    sure: int
+    min_steps: int
     threads: int
 
 
-def as_handed(embedding: jax.Array) -> jax.Array:
-    """An embedding [V, D] as `whole_program` takes it: bfloat16 as its bits, uint16, in the same memory. Of a bfloat16 table XLA's CPU backend widens every row
+def to_program_layout(embedding: jax.Array) -> jax.Array:
+    """An embedding [V, D] as `decode_program` takes it: bfloat16 as its bits, uint16, in the same memory. Of a bfloat16 table XLA's CPU backend widens every row
     before it takes one, and does so once a call, since the table does not change in the loop (839 MB of DeepSeek-V2-Lite, 0.4 s)."""
     if embedding.dtype != jnp.bfloat16:
         return embedding
@@ -68,11 +68,12 @@ def row_of(embedding: jax.Array, token: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
-    """The jitted program of a model whose layers have these (graphdef, whether it has experts) and places of their parameters.
+def decode_program(layers: tuple, specs: tuple, eps: float, isa: int):
+    """The jitted program of a model whose layers are these (graphdef, whether it has experts), with the specs of their parameters.
 
-    (parameters, (embedding `as_handed`, norm, head), table of experts, `Results.tokens` of the call before, caches (donated), `Numbers`, tokens that end a
-    sequence int32 [n], span (static)) -> `Results`, caches. Such a token is given to no step that is not among the sure ones.
+    (parameters, (embedding in program layout, norm, head), table of experts, `StepResults.tokens` of the call before, caches
+    (donated), `StepArgs`, tokens that end a sequence int32 [n], span (static)) -> `StepResults`, caches. Such a token is given to
+    no step behind the first `min_steps`.
     """
     num_moe = sum(is_moe for _, is_moe in layers)
 
@@ -82,7 +83,7 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
         positions = position.reshape(1, 1)
         kept, packed, count = [], [], len(experts) // num_moe
         for index, ((graphdef, is_moe), cache) in enumerate(zip(layers, caches)):
-            layer = merge(graphdef, restore(params, index, places[index]))
+            layer = merge(graphdef, restore(params, index, specs[index]))
             h, cache = layer.attend(h, cache, positions, span)
             kept.append(cache)
             x = layer.ffn_input(h)
@@ -97,8 +98,8 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
             packed.append(jnp.concatenate(parts, axis=-1))
         return product(rms_norm(h[:, -1], norm, eps), head), jnp.concatenate(packed), kept
 
-    def run(params, outer, experts, before, caches, numbers, ends, span):
-        position, steps, sure, threads = numbers
+    def run(params, outer, experts, before, caches, args, stop_ids, span):
+        position, steps, min_steps, threads = args
 
         def step(token, caches, i):
             return one(params, outer, experts, token, caches, position + i, threads, span)
@@ -111,17 +112,17 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
 
         with override(note):
             shapes = jax.eval_shape(step, before[0], caches, 0)[:2]
-        turns = {rope: rope.computed(position + jnp.arange(MOST)) for rope in ropes}
+        rotary_tables = {rope: rope.computed(position + jnp.arange(MAX_STEPS_PER_CALL)) for rope in ropes}
 
         def goes_on(state):
             i, token, *_ = state
-            return (i < steps) & ((i < sure) | ~jnp.any(token == ends))
+            return (i < steps) & ((i < min_steps) | ~jnp.any(token == stop_ids))
 
         def add(state):
             i, token, given, logits, packed, caches = state
 
             def look_up(rope, _):
-                return tuple(jax.lax.dynamic_slice_in_dim(turn, i, 1)[None] for turn in turns[rope])
+                return tuple(jax.lax.dynamic_slice_in_dim(table_of, i, 1)[None] for table_of in rotary_tables[rope])
 
             with override(look_up):
                 some_logits, some_packed, caches = step(token, caches, i)
@@ -130,8 +131,10 @@ def whole_program(layers: tuple, places: tuple, eps: float, isa: int):
             given = jax.lax.dynamic_update_slice(given, token[None], (i,))
             return i + 1, jnp.argmax(some_logits[0]).astype(jnp.int32), given, logits, packed, caches
 
-        empty = [jnp.zeros((MOST, *shape), jnp.float32) for shape in (shapes[0].shape[1:], shapes[1].shape)]
-        state = (jnp.int32(0), before[0], jnp.zeros(MOST, jnp.int32), *empty, caches)
+        empty = [
+            jnp.zeros((MAX_STEPS_PER_CALL, *shape), jnp.float32) for shape in (shapes[0].shape[1:], shapes[1].shape)
+        ]
+        state = (jnp.int32(0), before[0], jnp.zeros(MAX_STEPS_PER_CALL, jnp.int32), *empty, caches)
         made, token, given, logits, packed, caches = jax.lax.while_loop(goes_on, add, state)
         return logits, packed, jnp.concatenate([jnp.stack([token, made]), given]), caches
 

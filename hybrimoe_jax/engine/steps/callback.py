@@ -11,12 +11,14 @@ import functools
 import jax
 import numpy as np
 
-from hybrimoe_jax.decide.plan import LayerPlan
+from hybrimoe_jax.decide.plan import Fetch, LayerPlan
+from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.programs import _program, bucket
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
-from hybrimoe_jax.engine.steps.layered import HybridForward
+from hybrimoe_jax.engine.step import Pass
+from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.host_kernels.kernel import run_experts
 from hybrimoe_jax.models.hybrid import HybridMoE, register_host
 from hybrimoe_jax.models.parameters import merge
@@ -53,19 +55,35 @@ class HostExperts:
         return out
 
 
-class CallbackForward(HybridForward):
-    """See `HybridForward`. Args: host: the CPU lane, whose kernel and handles the callback uses."""
+class CallbackForward(LayeredForward):
+    """See `LayeredForward`. The callback uses the host lane's kernel and handles."""
 
-    def __init__(self, *args, host: HostExecutor, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._experts = HostExperts(host)
+        self._experts = HostExperts(self.host)
         self._handle = np.int32(register_host(self._experts))
 
-    def compute(self, layer, x, early, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
-        now, moe_layer = self.clock.now, layer.moe_layer
+    def carry_out(self, run: Pass, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
+        now, moe_layer, lanes = self.link.clock.now, layer.moe_layer, Lanes()
         started = now()
-        acc, kept = None, list(plan.device)
-        streamed = [f for f in plan.fetch if f.stream]
+        kept, acc = self._bring_in(layer, x, routing, plan, lanes)
+        if self.verify is not None:
+            self.verify(moe_layer)
+        if plan.fetch or plan.awaited:
+            lanes.link = max(lanes.link, now() - started)
+        started = now()
+        slots = [(expert, self.pool.get(moe_layer, expert)) for expert in kept]
+        acc = self._call(layer, acc, x, slots, routing, plan.cpu)
+        jax.block_until_ready(acc)
+        lanes.device = now() - started
+        if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
+            self.timeline.moe_block(moe_layer, started, now(), device=kept, cpu=plan.cpu)
+        self.prefetch(moe_layer, routing)
+        run.device_part, run.host_part, run.lanes = acc, self.zeros(x.shape[0]), lanes
+
+    def _bring_in(self, layer: DeviceLayer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
+        """Waits for all that moves; -> the experts that are in slots then, and the sum of those that no slot keeps (None if there is none)."""
+        moe_layer, acc, kept = layer.moe_layer, None, list(plan.device)
         for fetch in plan.fetch:
             if not fetch.stream:
                 self._fetch(moe_layer, fetch)
@@ -77,30 +95,19 @@ class CallbackForward(HybridForward):
             else:
                 kept.append(fetch.expert)
         for expert in plan.double_buffered:
-            acc = self._call(layer, acc, x, [(expert, self.buffered(moe_layer, expert, lanes))], routing, ())
-        for fetch in streamed:
-            slot = self._fetch(moe_layer, fetch)
-            acc = self._call(layer, acc, x, [(fetch.expert, slot)], routing, ())
-        if self.verify is not None:
-            self.verify(moe_layer)
-        if plan.fetch or plan.awaited:
-            lanes.link = max(lanes.link, now() - started)
-        started = now()
-        slots = [(expert, self.pool.get(moe_layer, expert)) for expert in kept]
-        acc = self._call(layer, acc, x, slots, routing, plan.cpu)
-        jax.block_until_ready(acc)
-        lanes.device = now() - started
-        if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
-            self.timeline.whole(moe_layer, started, now(), device=kept, cpu=plan.cpu)
-        self.prefetch(moe_layer, routing)
-        return acc, self.zeros(x.shape[0])
+            slot = self.double_buffered(moe_layer, expert, lanes)
+            acc = self._call(layer, acc, x, [(expert, slot)], routing, ())
+        for fetch in plan.fetch:
+            if fetch.stream:
+                acc = self._call(layer, acc, x, [(fetch.expert, self._fetch(moe_layer, fetch))], routing, ())
+        return kept, acc
 
-    def _fetch(self, moe_layer, fetch):
+    def _fetch(self, moe_layer: int, fetch: Fetch):
         """A demand fetch that has landed."""
-        issued = self.clock.now()
-        slot = jax.block_until_ready(self.load(moe_layer, fetch))
+        issued = self.link.clock.now()
+        slot = jax.block_until_ready(self.fetch(moe_layer, fetch))
         if self.timeline is not None:
-            self.timeline.transfer("fetch", moe_layer, fetch.expert, issued, self.clock.now())
+            self.timeline.transfer("fetch", moe_layer, fetch.expert, issued, self.link.clock.now())
         return slot
 
     def _call(self, layer, acc, x, slots, routing: HostRouting, cpu):

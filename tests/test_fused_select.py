@@ -1,4 +1,4 @@
-"""Where a warm-up's costs say that leaving the one program pays, both ways are run before that is believed."""
+"""Both ways of decoding are timed at load, whatever the costs say."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import time
 
 import pytest
 import tiny
-from test_whole_step import foregone_costs
+from test_fused_decode import all_on_cpu_costs
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import warmup
-from hybrimoe_jax.engine.fused.decode import WholeStep
+from hybrimoe_jax.engine.fused.decode import FusedDecode
+from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.host_kernels.native import ffi
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels f
 
 def misled(config):
     """Costs of a warm-up in a bad moment: by them the device is far the faster where experts are resident."""
-    return dataclasses.replace(foregone_costs(config), alone_expert=1.0, cpu_expert=1.0, look=0.0)
+    return dataclasses.replace(all_on_cpu_costs(config), alone_expert=1.0, cpu_expert=1.0, look=0.0)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_the_program_is_kept_where_it_is_the_faster(engine_of_a_bad_moment):
         "hybrimoe", len(config.moe_layers), config.num_experts, config.num_experts_per_tok, 4, misled(config)
     )
     assert not planner.all_on_cpu and planner.depth(1) > 0, "by its costs alone"
-    assert engine._forward.whole is not None and engine.planner.all_on_cpu and engine.planner.depth(1) == 0
+    assert isinstance(engine._forward, FusedForward) and engine.planner.all_on_cpu and engine.planner.depth(1) == 0
     assert engine.costs.handover >= engine.planner.handover_for_all_on_cpu > 0
     counters = engine.planner.counters
     assert counters.hits == counters.misses == 0, "the steps that were tried are not counted"
@@ -49,10 +50,10 @@ def test_the_program_is_kept_where_it_is_the_faster(engine_of_a_bad_moment):
 
 
 def test_it_is_left_where_layers_one_by_one_are_faster(engine_of_a_bad_moment, monkeypatch):
-    logits = WholeStep.logits
-    monkeypatch.setattr(WholeStep, "logits", lambda *args: time.sleep(0.05) or logits(*args))
+    logits = FusedDecode.logits
+    monkeypatch.setattr(FusedDecode, "logits", lambda *args: time.sleep(0.05) or logits(*args))
     engine = engine_of_a_bad_moment()
-    assert engine._forward.whole is None and not engine.planner.all_on_cpu
+    assert not isinstance(engine._forward, FusedForward) and not engine.planner.all_on_cpu
     assert engine.costs == misled(engine.config)
     prompt = tiny.prompts(engine.config, (9,))
     dense = tiny.engine(executor="dense")
@@ -62,4 +63,4 @@ def test_it_is_left_where_layers_one_by_one_are_faster(engine_of_a_bad_moment, m
 def test_a_given_profile_is_believed():
     config = tiny.weights("qwen2_moe")[0]
     engine = tiny.engine(host_kernel="native", profile=misled(config), cache_ratio=0.5)
-    assert engine._forward.whole is None and engine.costs == misled(config)
+    assert not isinstance(engine._forward, FusedForward) and engine.costs == misled(config)

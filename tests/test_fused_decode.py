@@ -1,4 +1,4 @@
-"""A decode step as one program: the dense model's tokens, the same plans and statistics as layer by layer, and only where it is meant."""
+"""Fused decode: the dense model's tokens, the same plans and statistics as layer by layer, and only where it is meant."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import tiny
 
-from hybrimoe_jax.engine.fused.program import MOST
+from hybrimoe_jax.engine.fused.forward import FusedForward
+from hybrimoe_jax.engine.fused.program import MAX_STEPS_PER_CALL
 from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.host_kernels.native import ffi, library
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
 
-def foregone_costs(config, **changes):
+def all_on_cpu_costs(config, **changes):
     """The invented machine without a device of its own, whose CPU takes everything."""
     costs = tiny.costs(config)
     return dataclasses.replace(
@@ -24,35 +25,38 @@ def foregone_costs(config, **changes):
     )
 
 
-def whole_engine(family="qwen2_moe", **options):
+def fused_engine(family="qwen2_moe", **options):
     config = tiny.weights(family)[0]
-    return tiny.engine(family, host_kernel="native", profile=foregone_costs(config), **options)
+    return tiny.engine(family, host_kernel="native", profile=all_on_cpu_costs(config), **options)
+
+
+def go_layer_by_layer(engine) -> None:
+    engine._forward = engine._forward.layered
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
 def test_the_dense_models_tokens(family):
-    engine, dense = whole_engine(family), tiny.engine(family, executor="dense")
+    engine, dense = fused_engine(family), tiny.engine(family, executor="dense")
     prompts = tiny.prompts(engine.config, (37,), seed=3)
-    assert engine._forward.whole is not None
     ran = []
-    step = engine._forward.whole.step
-    engine._forward.whole.step = lambda *args: ran.append(1) or step(*args)
+    step = engine._forward.fused.step
+    engine._forward.fused.step = lambda *args: ran.append(1) or step(*args)
     assert engine.generate(prompts, max_new_tokens=24).token_ids == dense.generate(prompts, max_new_tokens=24).token_ids
     assert len(ran) == 23
 
 
 def test_logits_of_a_step_are_the_layer_by_layer_ones():
-    engine = whole_engine()
+    engine = fused_engine()
     prompt = tiny.prompts(engine.config, (20,))
     logits = {}
-    for whole in (True, False):
+    for fused in (True, False):
         kept, forward = [], engine._forward.forward
         engine._forward.forward = lambda *args, kept=kept, forward=forward: kept.append(forward(*args)) or kept[-1]
-        if not whole:
-            engine._forward.whole = None
         engine.generate(prompt, max_new_tokens=8)
         engine._forward.forward = forward
-        logits[whole] = np.concatenate([logit for logit, _, _ in kept])
+        if fused:
+            go_layer_by_layer(engine)
+        logits[fused] = np.concatenate([logit for logit, _, _ in kept])
     scale = np.abs(logits[False]).max()
     assert np.abs(logits[True] - logits[False]).max() < 2e-5 * scale
 
@@ -62,10 +66,10 @@ def test_a_narrow_embedding_is_handed_over_in_place_and_read_by_the_row():
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.engine.fused.program import as_handed, row_of
+    from hybrimoe_jax.engine.fused.program import row_of, to_program_layout
 
     rows = jax.device_put(np.random.default_rng(0).standard_normal((512, 256), np.float32).astype(jnp.bfloat16))
-    handed = as_handed(rows)
+    handed = to_program_layout(rows)
     assert handed.unsafe_buffer_pointer() == rows.unsafe_buffer_pointer()
 
     def last(table, token, steps):
@@ -85,32 +89,32 @@ def test_a_call_needs_no_memory_in_the_size_of_the_embedding():
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.engine.fused.program import as_handed
+    from hybrimoe_jax.engine.fused.program import to_program_layout
 
-    engine = whole_engine()
-    whole, model = engine._forward.whole, engine._forward.model
+    engine = fused_engine()
+    fused, model = engine._forward.fused, engine._parts.model
     table = jnp.zeros((1 << 16, model.table.shape[1]), jnp.bfloat16)
-    before, numbers = jax.device_put(np.zeros(MOST + 2, np.int32)), np.array([5, 1, 1, 1], np.int32)
+    before, numbers = jax.device_put(np.zeros(MAX_STEPS_PER_CALL + 2, np.int32)), np.array([5, 1, 1, 1], np.int32)
     arguments = (
-        whole._params,
-        (as_handed(table), model.norm, model.head),
-        whole._table,
+        fused._params,
+        (to_program_layout(table), model.norm, model.head),
+        fused._table,
         before,
         model.init_cache(1, 256),
     )
-    lowered = whole._program.lower(*arguments, numbers, np.full(8, -1, np.int32), 256)
+    lowered = fused._program.lower(*arguments, numbers, np.full(8, -1, np.int32), 256)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < table.nbytes / 4
 
 
 def test_statistics_are_the_layer_by_layer_ones():
     runs = {}
-    for whole in (True, False):
-        engine = whole_engine(cache_ratio=0.5)
-        if not whole:
-            engine._forward.whole = None
+    for fused in (True, False):
+        engine = fused_engine(cache_ratio=0.5)
+        if not fused:
+            go_layer_by_layer(engine)
         result = engine.generate(tiny.prompts(engine.config, (20,)), max_new_tokens=12)
         layers = [layer for step in result.stats.steps for layer in step.layers]
-        runs[whole] = [(at.layer, at.loads, at.hits, at.misses, at.cpu, at.device, at.bytes_h2d) for at in layers]
+        runs[fused] = [(at.layer, at.loads, at.hits, at.misses, at.cpu, at.device, at.bytes_h2d) for at in layers]
         counters = engine.planner.counters
         assert counters.hits + counters.misses == counters.activated == counters.cpu + counters.device
         assert all(layer.lanes.cpu > 0 for layer in layers if layer.cpu)
@@ -118,39 +122,39 @@ def test_statistics_are_the_layer_by_layer_ones():
 
 
 def steps_started_ahead(engine) -> list[bool]:
-    """For every whole step that follows: whether it had been started before it was asked for."""
-    whole, seen = engine._forward.whole, []
-    find = whole._find
+    """For every fused step that follows: whether it had been started before it was asked for."""
+    fused, seen = engine._forward.fused, []
+    find = fused._find
 
     def watched(*args):
         call = find(*args)
         seen.append(call is not None)
         return call
 
-    whole._find = watched
+    fused._find = watched
     return seen
 
 
-def steps_of_calls(engine, most: int = MOST) -> list[int]:
+def steps_of_calls(engine, most: int = MAX_STEPS_PER_CALL) -> list[int]:
     """How many steps XLA was given in each call that follows."""
-    whole, seen = engine._forward.whole, []
-    start, whole.most = whole._start, most
+    fused, seen = engine._forward.fused, []
+    start, fused.max_steps = fused._start, most
 
     def watched(before, position, steps, *rest):
         seen.append(steps)
         return start(before, position, steps, *rest)
 
-    whole._start = watched
+    fused._start = watched
     return seen
 
 
 def test_the_next_greedy_step_is_started_ahead():
-    engine = whole_engine()
+    engine = fused_engine()
     seen = steps_started_ahead(engine)
     prompt = tiny.prompts(engine.config, (9,))
     engine.generate(prompt, max_new_tokens=6)
     assert seen == [False, True, True, True, True]
-    assert engine._forward.whole._ahead is None, "nothing follows the last token"
+    assert engine._forward.fused._next_call is None, "nothing follows the last token"
     seen.clear()
     engine.generate(prompt, max_new_tokens=6, temperature=0.7)
     assert seen == [False] * 5, "which token is drawn is not known before"
@@ -160,7 +164,7 @@ def test_the_next_greedy_step_is_started_ahead():
     ("new_tokens", "most", "calls"), [(22, 8, [1, 2, 4, 8, 6]), (9, 3, [1, 2, 3, 2]), (4, 1, [1, 1, 1])]
 )
 def test_steps_share_calls_that_grow_and_end_with_the_run(new_tokens, most, calls):
-    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    engine, dense = fused_engine(), tiny.engine(executor="dense")
     seen, prompt = steps_of_calls(engine, most), tiny.prompts(engine.config, (9,))
     made = engine.generate(prompt, max_new_tokens=new_tokens)
     assert seen == calls
@@ -170,7 +174,7 @@ def test_steps_share_calls_that_grow_and_end_with_the_run(new_tokens, most, call
 
 def test_no_call_reads_beyond_the_span_that_its_program_was_made_for():
     """A call begins where attention must read more of the cache, and ends before."""
-    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    engine, dense = fused_engine(), tiny.engine(executor="dense")
     prompt = tiny.prompts(engine.config, (250,))
     seen = steps_of_calls(engine)
     made = engine.generate(prompt, max_new_tokens=20).token_ids
@@ -179,52 +183,53 @@ def test_no_call_reads_beyond_the_span_that_its_program_was_made_for():
 
 
 def test_nothing_is_computed_behind_a_token_that_ends_the_sequence():
-    engine = whole_engine()
+    engine = fused_engine()
     prompt = tiny.prompts(engine.config, (9,))
     tokens = engine.generate(prompt, max_new_tokens=20).token_ids[0]
     at = next(i for i in range(5, 15) if tokens[i] not in tokens[:i])
     engine.eos = (tokens[at],)
-    whole, given = engine._forward.whole, []
-    start, whole.most = whole._start, MOST
-    whole._start = lambda *args: given.append(start(*args)) or given[-1]
+    fused, given = engine._forward.fused, []
+    start, fused.max_steps = fused._start, MAX_STEPS_PER_CALL
+    fused._start = lambda *args: given.append(start(*args)) or given[-1]
     assert engine.generate(prompt, max_new_tokens=20).token_ids[0] == tokens[: at + 1]
     computed = [int(np.asarray(call.results.tokens)[1]) for call, _ in given]
     assert sum(computed) == at and computed[-1] == 0, "the last call is given the ending token"
 
 
 def test_a_token_that_ends_sequences_can_be_given():
-    engine = whole_engine()
-    model, whole = engine._parts.model, engine._forward.whole
+    engine = fused_engine()
+    model, fused = engine._parts.model, engine._forward.fused
     zero = np.zeros((1, 1), np.int32)
     logits = []
     for ends in ((), (0,)):
         step = StepInput(zero, zero + 3, 256, "decode", np.zeros(1, np.int64), 4, ends)
-        logits.append(whole.logits(step, model.init_cache(1, 256))[0])
-        whole.rest()
+        logits.append(fused.logits(step, model.init_cache(1, 256))[0])
+        fused.synchronize()
     np.testing.assert_array_equal(*logits)
     assert np.abs(logits[0]).max() > 0
 
 
-def test_steps_looked_at_out_of_order_are_planned_in_order():
-    """The steps of a call of four, the last first, while none of them has been planned."""
+def test_a_drawn_steps_layers_are_planned_beside_the_next_one():
+    """Nothing runs meanwhile, so planning waits; it reads the same as layer by layer, and reading runs nothing."""
     runs = {}
-    for looks in (False, True):
-        engine = whole_engine(cache_ratio=0.5)
-        calls, steps = steps_of_calls(engine), []
-        for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=12):
+    for fused in (True, False):
+        engine, steps = fused_engine(cache_ratio=0.5), []
+        if not fused:
+            go_layer_by_layer(engine)
+        for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=8, temperature=0.7):
             steps.append(emitted.stats)
-            if looks and len(steps) == 8:  # the prompt's, one, two, four
-                assert calls[:3] == [1, 2, 4] and len(engine._forward.whole._owed) == 4
-                assert all(len(step.layers) for step in steps[::-1]) and not engine._forward.whole._owed
-        runs[looks] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
+            if fused and len(steps) > 2:
+                assert not steps[-1].layers and all(step.layers for step in steps[:-1])
+        runs[fused] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
+        assert len(steps[-1].layers) == len(engine.config.moe_layers), "the run's end plans what is left"
     assert runs[False] == runs[True]
 
 
 def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read(monkeypatch):
-    engine = whole_engine()
+    engine = fused_engine()
     prompt = tiny.prompts(engine.config, (9,))
     want = engine.generate(prompt, max_new_tokens=12).token_ids
-    whole, plan, planned = engine._forward.whole, engine._forward.whole._plan, []
+    fused, plan, planned = engine._forward.fused, engine._forward.fused._plan, []
 
     def interrupted(*args):
         planned.append(1)
@@ -232,7 +237,7 @@ def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read
             raise KeyboardInterrupt
         return plan(*args)
 
-    monkeypatch.setattr(whole, "_plan", interrupted)
+    monkeypatch.setattr(fused, "_plan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, max_new_tokens=12)
     assert engine.stats.summary()["hits"] >= 0
@@ -240,17 +245,18 @@ def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read
 
 
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
-    engine = whole_engine(eos=(95, 94))
+    engine = fused_engine(eos=(95, 94))
     prompt = tiny.prompts(engine.config, (9,))
-    engine._forward.whole, whole = None, engine._forward.whole
+    forward = engine._forward
+    engine._forward = forward.layered
     engine.generate(prompt, max_new_tokens=3)  # so that the prompt's are made
-    engine._forward.whole, made = whole, tiny.executables()
+    engine._forward, made = forward, tiny.executables()
     engine.generate(prompt, max_new_tokens=12)
     assert tiny.executables() == made
 
 
 def test_runs_that_take_turns_compute_no_steps_for_nobody():
-    engine = whole_engine()
+    engine = fused_engine()
     prompts = tiny.prompts(engine.config, (9, 12), seed=5)
     want = [engine.generate([prompt], max_new_tokens=12).token_ids[0] for prompt in prompts]
     calls, made = steps_of_calls(engine), [[], []]
@@ -262,7 +268,7 @@ def test_runs_that_take_turns_compute_no_steps_for_nobody():
 
 
 def test_steps_share_the_time_of_their_calls():
-    engine = whole_engine()
+    engine = fused_engine()
     engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20)
     start = time.perf_counter()
     steps = engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20).stats.steps
@@ -272,25 +278,25 @@ def test_steps_share_the_time_of_their_calls():
     assert decode[1] == decode[2] and len(set(decode[3:7])) == 1, "one, two, four"
 
 
-@pytest.mark.parametrize(("step_s", "most"), [(0.001, MOST), (0.03, 3), (0.5, 1)])
+@pytest.mark.parametrize(("step_s", "most"), [(0.001, MAX_STEPS_PER_CALL), (0.03, 3), (0.5, 1)])
 def test_calls_hold_as_many_steps_as_take_a_tenth_of_a_second(step_s, most):
-    engine = whole_engine()
-    whole, now = engine._forward.whole, [0.0]
+    engine = fused_engine()
+    fused, now = engine._forward.fused, [0.0]
 
     class Clock:
         def now(self):
             now[0] += step_s
             return now[0]
 
-    whole.calibrate(Clock(), 256, 2)
-    assert whole.most == most
+    fused.calibrate(Clock(), 256, 2)
+    assert fused.max_steps == most
 
 
 def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
     """A sampler that takes the second likeliest token."""
     from hybrimoe_jax.engine.sampling import Sampler
 
-    engine, dense = whole_engine(), tiny.engine(executor="dense")
+    engine, dense = fused_engine(), tiny.engine(executor="dense")
     prompt = tiny.prompts(engine.config, (9,))
     greedy = engine.generate(prompt, max_new_tokens=12).token_ids
     monkeypatch.setattr(Sampler, "__call__", lambda self, row, logits: int(np.argsort(logits)[-2]))
@@ -312,22 +318,22 @@ def occupy() -> None:
 def test_a_step_that_fails_is_told_once():
     import jax
 
-    engine = whole_engine()
+    engine = fused_engine()
     prompt, pair = tiny.prompts(engine.config, (9,)), tiny.prompts(engine.config, (9, 5))
     want = engine.generate(prompt, max_new_tokens=4).token_ids
-    whole = engine._forward.whole
-    table = whole._table
-    whole._table = jax.device_put(np.zeros_like(table))  # no expert has a record
+    fused = engine._forward.fused
+    table = fused._table
+    fused._table = jax.device_put(np.zeros_like(table))  # no expert has a record
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the routing does not fit the experts"):
         engine.generate(prompt, max_new_tokens=4)
-    whole._table = table
+    fused._table = table
     assert engine.logits(prompt[0]).shape == (9, engine.config.vocab_size)
     engine.generate(pair, max_new_tokens=2)
     assert engine.generate(prompt, max_new_tokens=4).token_ids == want
 
 
 def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
-    engine = whole_engine()
+    engine = fused_engine()
     prompts = tiny.prompts(engine.config, (9, 21), seed=5)
     want = [engine.generate([prompt], max_new_tokens=8).token_ids for prompt in prompts]
     run = engine.steps([prompts[0]], max_new_tokens=8)
@@ -335,7 +341,7 @@ def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
         next(run)
     occupy()  # so that the step ahead is still to be computed when the run ends
     next(run)
-    ahead = engine._forward.whole._ahead
+    ahead = engine._forward.fused._next_call
     assert ahead is not None and ahead.cache() is not None
     with pytest.raises(StopIteration):
         run.send(0)
@@ -349,7 +355,7 @@ def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
 def test_a_recorder_attached_between_steps_sees_the_same_tokens():
     from hybrimoe_jax.engine.recording import EngineTrace
 
-    engine = whole_engine()
+    engine = fused_engine()
     prompt = tiny.prompts(engine.config, (9,))
     want = engine.generate(prompt, max_new_tokens=10).token_ids[0]
     tokens = []
@@ -363,14 +369,14 @@ def test_a_recorder_attached_between_steps_sees_the_same_tokens():
 
 
 def test_the_callers_own_time_is_not_a_steps():
-    engine = whole_engine()
+    engine = fused_engine()
     for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=6):
         time.sleep(0.2)
         assert emitted.stats.phase == "prefill" or emitted.stats.seconds < 0.2
 
 
 def test_every_step_yielded_has_its_statistics():
-    engine = whole_engine()
+    engine = fused_engine()
     for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=5):
         assert [layer.layer for layer in emitted.stats.layers] == list(range(len(engine.config.moe_layers)))
 
@@ -378,12 +384,12 @@ def test_every_step_yielded_has_its_statistics():
 def test_batches_and_recorders_go_layer_by_layer():
     from hybrimoe_jax.engine.recording import EngineTrace
 
-    engine = whole_engine()
+    engine = fused_engine()
 
     def refuse(*args):
         raise AssertionError("this step must go layer by layer")
 
-    engine._forward.whole.step = refuse
+    engine._forward.fused.step = refuse
     engine.generate(tiny.prompts(engine.config, (9, 5)), max_new_tokens=4)
     engine.record(trace=EngineTrace(engine))
     engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=4)
@@ -394,24 +400,24 @@ def test_batches_and_recorders_go_layer_by_layer():
     [{"lazy": True}, {"debug": True}, {"clock": "virtual"}, {"host_kernel": "reference"}, {"executor": "callback"}],
     ids=lambda options: next(iter(options)),
 )
-def test_other_engines_have_no_whole_step(options):
+def test_other_engines_have_no_fused_decode(options):
     config = tiny.weights("qwen2_moe")[0]
-    engine = tiny.engine(**{"host_kernel": "native", "profile": foregone_costs(config), **options})
-    assert engine._forward.whole is None
+    engine = tiny.engine(**{"host_kernel": "native", "profile": all_on_cpu_costs(config), **options})
+    assert not isinstance(engine._forward, FusedForward)
 
 
 def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(monkeypatch):
     """That would mean: there is no such program."""
     from hybrimoe_jax.engine import warmup
 
-    engine = whole_engine()
+    engine = fused_engine()
     timed, seconds = warmup._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment
     monkeypatch.setattr(warmup, "_timed", lambda *args: next(seconds, None) or timed(*args))
     assert 0 < warmup._handover(engine._parts.model, engine.clock, 256) < 1
 
 
-def test_a_machine_with_a_device_of_its_own_has_no_whole_step():
-    assert tiny.engine(host_kernel="native")._forward.whole is None
+def test_a_machine_with_a_device_of_its_own_has_no_fused_decode():
+    assert not isinstance(tiny.engine(host_kernel="native")._forward, FusedForward)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 50])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_whole_step import foregone_costs, whole_engine
+from test_fused_decode import all_on_cpu_costs, fused_engine
 
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore
@@ -14,7 +14,7 @@ from hybrimoe_jax.checkpoint.weights import ArrayTensor
 from hybrimoe_jax.engine import device_model
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.engine import Engine
-from hybrimoe_jax.engine.fused import arguments as gathered
+from hybrimoe_jax.engine.fused import arguments
 from hybrimoe_jax.formats.packing import Format
 from hybrimoe_jax.formats.plain import BF16, aligned_copy
 from hybrimoe_jax.host_kernels.native import ffi
@@ -25,16 +25,16 @@ pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels f
 @pytest.fixture
 def small_ones_too(monkeypatch):
     """So that a tiny model's matrices are found by their addresses."""
-    monkeypatch.setattr(gathered, "LARGE", 1)
+    monkeypatch.setattr(arguments, "LARGE", 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
 def test_every_parameter_is_found_again(small_ones_too, family):
-    layers = [layer.params for layer in whole_engine(family)._forward.model.layers]
-    handed, places = gathered.gather(layers, jax.devices("cpu")[0])
+    layers = [layer.params for layer in fused_engine(family)._parts.model.layers]
+    handed, places = arguments.pack_args(layers, jax.devices("cpu")[0])
     assert len(jax.tree.leaves(handed)) < len(jax.tree.leaves(layers)) / 2
     for index, params in enumerate(layers):
-        found = gathered.restore(handed, index, places[index])
+        found = arguments.restore(handed, index, places[index])
         assert list(found) == list(params)
         for name, value in params.items():
             assert found[name].shape == value.shape
@@ -44,11 +44,11 @@ def test_every_parameter_is_found_again(small_ones_too, family):
             else:
                 np.testing.assert_array_equal(found[name], value)
         if family == "deepseek_v2":
-            assert not isinstance(found["self_attn." + gathered.READ_APART], ffi.AddressedMatrix)
+            assert not isinstance(found["self_attn." + arguments.READ_APART], ffi.AddressedMatrix)
 
 
 def engine_of(family: str, dense_format: str) -> Engine:
-    """An engine whose steps are whole, with projections in this format."""
+    """An engine whose steps are fused, with projections in this format."""
     config, dense, experts = tiny.weights(family)
     dense = dict(dense)
     for name, array in dense.items():
@@ -56,7 +56,7 @@ def engine_of(family: str, dense_format: str) -> Engine:
             dense[name] = aligned_copy(array, BF16)
         elif dense_format != "f32" and is_projection(name, array.shape):
             dense[name] = pack_tensor(ArrayTensor(array), format_of(name, Format.parse(dense_format)))
-    options = EngineConfig(host_kernel="native", profile=foregone_costs(config), prefill_chunk=16)
+    options = EngineConfig(host_kernel="native", profile=all_on_cpu_costs(config), prefill_chunk=16)
     return Engine(config, dense, ExpertStore.from_arrays(experts), options)
 
 
@@ -66,15 +66,15 @@ def engine_of(family: str, dense_format: str) -> Engine:
 )
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
 def test_the_layer_by_layer_tokens(monkeypatch, family, dense_format, large):
-    monkeypatch.setattr(gathered, "LARGE", large)
+    monkeypatch.setattr(arguments, "LARGE", large)
     monkeypatch.setattr(device_model, "LARGE", 1)  # so that bfloat16 stays what it is
     engine = engine_of(family, dense_format)
-    whole, steps = engine._forward.whole, []
-    assert len(whole._params.addresses) > 0
-    step = whole.step
-    whole.step = lambda *args: steps.append(1) or step(*args)
+    fused, steps = engine._forward.fused, []
+    assert len(fused._params.addresses) > 0
+    step = fused.step
+    fused.step = lambda *args: steps.append(1) or step(*args)
     prompts = tiny.prompts(engine.config, (21,), seed=3)
     made = engine.generate(prompts, max_new_tokens=10).token_ids
     assert len(steps) == 9
-    engine._forward.whole = None
+    engine._forward = engine._forward.layered
     assert engine.generate(prompts, max_new_tokens=10).token_ids == made
