@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_cases import planner_of, prefetch
 
 from hybrimoe_jax.decide.cache import POLICIES, policy_class
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
@@ -34,7 +35,11 @@ COSTS = CostModel(
 
 
 def planner(system="hybrimoe", slots=2, costs=COSTS, **options) -> Planner:
-    return Planner(system, LAYERS, EXPERTS, TOP_K, slots, costs, **options)
+    return planner_of(system, LAYERS, EXPERTS, TOP_K, slots, costs, **options)
+
+
+def residents(p: Planner) -> list[frozenset[int]]:
+    return [p.resident(layer) for layer in range(LAYERS)]
 
 
 def one_each(*experts: int) -> dict[int, int]:
@@ -63,7 +68,7 @@ def test_a_free_slot_is_used_before_anything_is_evicted():
     p = planner("on-demand", cold=True)
     plan = p.plan(0, one_each(6, 7), None, 1)
     assert plan.fetch == (Fetch(6, None, False), Fetch(7, None, False))
-    assert p.initial_residents() == [[], [], []]
+    assert not p.resident(1) and not p.resident(2)
 
 
 def test_a_step_larger_than_the_cache_streams_the_rest():
@@ -99,7 +104,7 @@ def test_pooled_slots_go_to_whoever_was_used_last():
     """Six slots, warm with the most frequent experts of all layers; the oldest use of all makes room, whichever layer's."""
     frequencies = [[9, 8, 7, 6, 0, 0, 0, 0], [5, 4, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
     p = planner("on-demand", scope="pooled", frequencies=frequencies)
-    assert p.initial_residents() == [[0, 1, 2, 3], [0, 1], []]
+    assert residents(p) == [{0, 1, 2, 3}, {0, 1}, set()]
     p.plan(0, one_each(0, 1), None, 1)
     assert p.plan(1, one_each(0, 7), None, 1).fetch == (Fetch(7, (0, 2), False),)
     assert p.plan(2, one_each(4, 5), None, 1).fetch == (Fetch(4, (0, 3), False), Fetch(5, (1, 1), False))
@@ -111,7 +116,7 @@ def test_pooled_slots_go_to_whoever_was_used_last():
 def test_pooled_slots_keep_what_the_running_layer_needs_and_what_was_brought_for_a_coming_one():
     p = planner("hybrimoe", slots=1, scheduler="fetch-misses", cache="lru", guard="none", scope="pooled", cold=True)
     p.plan(0, one_each(0, 1), None, 1)
-    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == (Prefetch(1, 6, 1),)
+    assert prefetch(p, 0, [Prediction(one_each(6))]) == (Prefetch(1, 6, 1),)
     assert p.landed(1, 6) is None, "three slots, two of them used"
     p.plan(0, one_each(2, 3), None, 1)
     assert [sorted(p.resident(layer)) for layer in range(LAYERS)] == [[2, 3], [6], []]
@@ -134,18 +139,18 @@ def test_doubling_the_cpu_cost_changes_the_plan():
 def test_frequencies_choose_the_first_residents():
     frequencies = [[0, 0, 5, 0, 0, 0, 0, 9]] * LAYERS
     for system in ("ktransformers", "hybrimoe"):
-        assert planner(system, frequencies=frequencies).initial_residents() == [[7, 2]] * LAYERS
+        assert residents(planner(system, frequencies=frequencies)) == [{7, 2}] * LAYERS
 
 
 def test_a_static_placement_is_loaded_even_from_cold():
-    assert planner("ktransformers", cold=True).initial_residents() == [[0, 1]] * LAYERS
+    assert residents(planner("ktransformers", cold=True)) == [{0, 1}] * LAYERS
 
 
 def test_parts_can_be_replaced_one_by_one():
-    p = planner("hybrimoe", cache="lfu", scheduler="cpu-misses", prefetch="none", cache_params={"decay": 0.9})
+    p = planner("hybrimoe", cache="lfu:decay=0.9", scheduler="cpu-misses", prefetch="none")
     assert p.policies[0].decay == 0.9
     assert p.plan(0, one_each(4), None, 1).cpu == (4,)
-    assert p.plan_prefetch(0, [Prediction(one_each(5), None)]) == ()
+    assert prefetch(p, 0, [Prediction(one_each(5), None)]) == ()
 
 
 def prefetching(**options) -> Planner:
@@ -156,7 +161,7 @@ def prefetching(**options) -> Planner:
 def test_a_prefetch_that_lands_in_time_is_useful():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == (Prefetch(layer=1, expert=6, distance=1),)
+    assert prefetch(p, 0, [Prediction(one_each(6))]) == (Prefetch(layer=1, expert=6, distance=1),)
     assert p.landed(1, 6) == 0 and p.resident(1) == {1, 6}
     plan = p.plan(1, one_each(6), None, 1)
     assert (plan.hits, plan.device, plan.useful, plan.late, plan.wasted) == ((6,), (6,), (6,), (), ())
@@ -167,7 +172,7 @@ def test_a_prefetch_that_lands_in_time_is_useful():
 def test_a_prefetch_still_on_the_link_is_awaited_and_late():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction(one_each(6))])
+    prefetch(p, 0, [Prediction(one_each(6))])
     plan = p.plan(1, one_each(6), None, 1)
     assert (plan.awaited, plan.late, plan.misses, plan.cpu) == ((Fetch(6, 0, False),), (6,), (6,), ())
     assert p.resident(1) == {1, 6}
@@ -180,7 +185,7 @@ def test_a_prefetch_still_on_the_link_is_awaited_and_late():
 def test_a_prefetch_of_what_is_not_asked_for_is_wasted():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction(one_each(6))])
+    prefetch(p, 0, [Prediction(one_each(6))])
     p.landed(1, 6)
     assert p.plan(1, one_each(1), None, 1).wasted == (6,)
     p.finish_step()
@@ -190,7 +195,7 @@ def test_a_prefetch_of_what_is_not_asked_for_is_wasted():
 def test_a_wasted_prefetch_that_lands_after_its_step_may_still_take_a_slot():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction(one_each(6))])
+    prefetch(p, 0, [Prediction(one_each(6))])
     assert p.plan(1, one_each(1), None, 1).wasted == (6,)
     p.finish_step()
     assert p.landed(1, 6) == 0 and p.resident(1) == {1, 6}
@@ -201,7 +206,7 @@ def test_a_wasted_prefetch_that_lands_after_its_step_may_still_take_a_slot():
 def test_a_step_cut_short_closes_its_prefetches():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction({}), Prediction(one_each(6, 7))])
+    prefetch(p, 0, [Prediction({}), Prediction(one_each(6, 7))])
     p.landed(2, 6)
     p.finish_step()
     assert (p.counters.prefetch_issued, p.counters.prefetch_wasted) == (2, 2)
@@ -210,24 +215,24 @@ def test_a_step_cut_short_closes_its_prefetches():
 def test_prefetches_under_way_are_limited_and_never_repeated():
     p = prefetching(max_in_flight=1)
     p.plan(0, one_each(0), None, 1)
-    assert len(p.plan_prefetch(0, [Prediction(one_each(5, 6))])) == 1
+    assert len(prefetch(p, 0, [Prediction(one_each(5, 6))])) == 1
     p.plan(0, one_each(0), None, 1)
-    assert p.plan_prefetch(0, [Prediction(one_each(5, 6))]) == ()
+    assert prefetch(p, 0, [Prediction(one_each(5, 6))]) == ()
     p.landed(1, 5)
-    assert p.plan_prefetch(0, [Prediction(one_each(5, 6))]) == (Prefetch(1, 6, 1),)
+    assert prefetch(p, 0, [Prediction(one_each(5, 6))]) == (Prefetch(1, 6, 1),)
 
 
 def test_a_landing_evicts_nothing_that_the_step_needs_or_expects():
     p = prefetching(slots=2)
     p.plan(0, one_each(0), None, 1)
-    assert p.plan_prefetch(0, [Prediction(one_each(0, 1, 6))]) == ()  # both residents are predicted
-    assert p.plan_prefetch(0, [Prediction(one_each(0, 6))]) == (Prefetch(1, 6, 1),)
+    assert prefetch(p, 0, [Prediction(one_each(0, 1, 6))]) == ()  # both residents are predicted
+    assert prefetch(p, 0, [Prediction(one_each(0, 6))]) == (Prefetch(1, 6, 1),)
     assert p.landed(1, 6) == 1  # 0 is expected
     p.finish_step()
 
     p = prefetching(slots=2)
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction(one_each(6))])
+    prefetch(p, 0, [Prediction(one_each(6))])
     p.plan(1, one_each(0, 1), None, 1)
     assert p.landed(1, 6) is REFUSED and p.resident(1) == {0, 1}
     assert p.counters.prefetch_refused == 1 and p.counters.prefetch_wasted == 1
@@ -236,24 +241,24 @@ def test_a_landing_evicts_nothing_that_the_step_needs_or_expects():
 def test_two_landings_in_one_layer_do_not_evict_each_other():
     p = prefetching(slots=2)
     p.plan(0, one_each(0), None, 1)
-    assert len(p.plan_prefetch(0, [Prediction(one_each(5, 6))])) == 2
+    assert len(prefetch(p, 0, [Prediction(one_each(5, 6))])) == 2
     p.policies[1].heat[:2] = [0.5, 0.4]
     assert p.landed(1, 5) == 1
-    assert p.plan_prefetch(0, [Prediction(one_each(6))]) == ()  # a newer prediction no longer has 5
+    assert prefetch(p, 0, [Prediction(one_each(6))]) == ()  # a newer prediction no longer has 5
     assert p.landed(1, 6) == 0 and p.resident(1) == {5, 6}
 
 
 def test_no_more_is_sent_to_a_layer_than_may_leave_it():
     p = prefetching(slots=2, max_in_flight=4)
     p.plan(0, one_each(0), None, 1)
-    assert len(p.plan_prefetch(0, [Prediction(one_each(0, 4, 5, 6))])) == 1  # 0 is expected, so only 1 may leave
-    assert p.plan_prefetch(0, [Prediction(one_each(0, 4, 5, 6))]) == ()
+    assert len(prefetch(p, 0, [Prediction(one_each(0, 4, 5, 6))])) == 1  # 0 is expected, so only 1 may leave
+    assert prefetch(p, 0, [Prediction(one_each(0, 4, 5, 6))]) == ()
 
 
 def test_waiting_for_a_prefetch_of_an_earlier_step_is_not_late():
     p = prefetching()
     p.plan(0, one_each(0), None, 1)
-    p.plan_prefetch(0, [Prediction(one_each(6))])
+    prefetch(p, 0, [Prediction(one_each(6))])
     p.plan(1, one_each(1), None, 1)
     p.finish_step()
     plan = p.plan(1, one_each(6), None, 1)
@@ -272,15 +277,15 @@ def hot_residents(guard: str) -> Planner:
 
 def test_the_guard_keeps_residents_hotter_than_the_candidate():
     coming = [Prediction(one_each(6), [0, 0, 0, 0, 0, 0, 1.0, 0])]
-    assert hot_residents("value").plan_prefetch(0, coming) == ()
-    assert hot_residents("expected").plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
-    assert hot_residents("none").plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
+    assert prefetch(hot_residents("value"), 0, coming) == ()
+    assert prefetch(hot_residents("expected"), 0, coming) == (Prefetch(1, 6, 1),)
+    assert prefetch(hot_residents("none"), 0, coming) == (Prefetch(1, 6, 1),)
 
 
 def test_the_guard_looks_again_when_the_transfer_lands():
     p = planner("hybrimoe", scheduler="cpu-misses", guard="value")
     p.plan(0, one_each(0), None, 1)
-    assert p.plan_prefetch(0, [Prediction(one_each(6))])
+    assert prefetch(p, 0, [Prediction(one_each(6))])
     p.policies[1].heat[:2] = [0.9, 0.8]
     assert p.landed(1, 6) is REFUSED
 
@@ -289,7 +294,7 @@ def test_no_prefetch_into_a_layer_without_slots_or_a_static_one():
     coming = [Prediction(one_each(6))]
     for p in (prefetching(slots=[2, 0, 2]), prefetching(cache="static")):
         p.plan(0, one_each(0), None, 1)
-        assert p.plan_prefetch(0, coming) == ()
+        assert prefetch(p, 0, coming) == ()
 
 
 def test_a_busy_link_leaves_no_room_for_a_prefetch():
@@ -297,18 +302,18 @@ def test_a_busy_link_leaves_no_room_for_a_prefetch():
     idle.plan(0, one_each(0), None, 1)
     busy.plan(0, one_each(0, 3, 4, 5, 6, 7), None, 1)
     coming = [Prediction(one_each(6))]
-    assert idle.plan_prefetch(0, coming) == (Prefetch(1, 6, 1),)
+    assert prefetch(idle, 0, coming) == (Prefetch(1, 6, 1),)
     assert len(busy.plan(0, one_each(2, 3, 4, 5, 6, 7), None, 1).fetch) >= 4
     tight = planner("hybrimoe", costs=COSTS.scaled(layer=0.0), scheduler="fetch-misses", guard="none")
     tight.plan(0, one_each(0, 3, 4), None, 1)
-    assert tight.plan_prefetch(0, coming) == ()
+    assert prefetch(tight, 0, coming) == ()
 
 
 def test_adapmoe_prefetches_the_next_layers_misses_by_score():
     p = planner("adapmoe")
     p.plan(0, one_each(0), None, 1)
     coming = predict([0.05, 0.0, 0.1, 0.0, 0.3, 0.0, 0.55, 0.0], 2)
-    assert p.plan_prefetch(0, [coming, coming]) == (Prefetch(1, 6, 1), Prefetch(1, 4, 1))
+    assert prefetch(p, 0, [coming, coming]) == (Prefetch(1, 6, 1), Prefetch(1, 4, 1))
 
 
 def test_accuracy_is_measured_where_predictions_are_made():
@@ -316,7 +321,7 @@ def test_accuracy_is_measured_where_predictions_are_made():
     before = p.accuracy.probability(1), p.accuracy.probability(2)
     for _ in range(5):
         p.plan(0, one_each(0), None, 1)
-        p.plan_prefetch(0, [Prediction(one_each(1, 2)), Prediction(one_each(3, 4))])
+        prefetch(p, 0, [Prediction(one_each(1, 2)), Prediction(one_each(3, 4))])
         p.plan(1, one_each(1, 2), None, 1)
         p.plan(2, one_each(5, 6), None, 1)
         p.finish_step()
@@ -328,7 +333,7 @@ def test_the_callers_clock_shortens_what_is_left_of_a_transfer():
     makespans = []
     for p, arrival in ((soon, 100.5), (late, 102.0)):
         p.plan(0, one_each(0), None, 1, now=100.0)
-        p.plan_prefetch(0, [Prediction(one_each(6))])
+        prefetch(p, 0, [Prediction(one_each(6))])
         makespans.append(p.plan(1, one_each(6), None, 1, now=arrival).makespan)
     assert makespans[0] > makespans[1]
 
@@ -338,7 +343,7 @@ def test_arrays_are_accepted_for_scores():
     scores = numpy.linspace(0, 1, EXPERTS, dtype=numpy.float32)
     a, b = planner(), planner()
     assert a.plan(0, one_each(3), scores, 1) == b.plan(0, one_each(3), [float(s) for s in scores], 1)
-    a.plan_prefetch(0, [Prediction(one_each(4), scores)])
+    prefetch(a, 0, [Prediction(one_each(4), scores)])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +384,7 @@ def engines(draw):
     )
     system, cache = draw(st.sampled_from(sorted(SYSTEMS))), draw(st.none() | st.sampled_from(sorted(POLICIES)))
     comparable = policy_class(cache or get_system(system).cache).comparable
-    return Planner(
+    return planner_of(
         system,
         LAYERS,
         EXPERTS,
@@ -392,7 +397,6 @@ def engines(draw):
         prefetch=draw(st.none() | st.sampled_from(["impact", "next-layer"])),
         guard=draw(st.none() | st.sampled_from(["value", "expected", "none"])),
         max_in_flight=draw(st.integers(0, 4)),
-        allow_steal=draw(st.booleans()),
         cold=draw(st.booleans()),
     )
 
@@ -401,7 +405,7 @@ def engines(draw):
 @given(engine=engines(), data=st.data())
 def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data):
     """A model of the slots, moved only by what plans and landings say, agrees with the planner through random steps."""
-    slots = [set(experts) for experts in engine.initial_residents()]
+    slots = [set(experts) for experts in residents(engine)]
     under_way: set[tuple[int, int]] = set()
 
     def move(layer, entered, victim):
@@ -447,7 +451,7 @@ def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data
             assert engine.resident(layer) == slots[layer]
 
             ahead = data.draw(st.lists(score_vectors(), max_size=3), "lookahead")
-            started = engine.plan_prefetch(layer, [predict(row, TOP_K) for row in ahead])
+            started = prefetch(engine, layer, [predict(row, TOP_K) for row in ahead])
             for p in started:
                 assert layer < p.layer == layer + p.distance < LAYERS
                 assert p.expert not in slots[p.layer] and (p.layer, p.expert) not in under_way

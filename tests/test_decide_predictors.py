@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_cases import planner_of, prefetch
 from public_traces import shared
 from test_decide_planner import COSTS, prefetching
 
@@ -19,10 +20,14 @@ from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder, save_trace
 from hybrimoe_jax.trace.importers import open_trace
-from hybrimoe_jax.trace.tokens import by_token
+from hybrimoe_jax.trace.tokens import by_token, load_recording
 
 LAYERS, EXPERTS, TOP_K, DISTANCES = 4, 6, 2, 3
 MODEL = (LAYERS, EXPERTS, TOP_K, DISTANCES)
+
+
+def recorded_predictor(path):
+    return build_predictor(f"recorded:{path}", *MODEL, load_recording(str(path)))
 
 
 def steps(rng, sizes, gates: bool = True, skew: float = 1.0):
@@ -75,7 +80,7 @@ NAMES = [*PREDICTORS, "recorded"]
 )
 def test_a_prediction_is_a_possible_demand_of_the_layers_ahead(name, recording, sizes, depth, gates, seed):
     run = steps(np.random.default_rng(seed), sizes, gates)
-    predictor = build_predictor(f"recorded:{recording}" if name == "recorded" else name, *MODEL)
+    predictor = recorded_predictor(recording) if name == "recorded" else build_predictor(name, *MODEL)
     for step in run:
         if name == "perfect":
             predictor.foresee({layer: shown.ids for layer, shown in enumerate(step)})
@@ -172,7 +177,7 @@ def test_what_is_not_asked_for_changes_no_later_prediction():
             always.finish_step(), sometimes.finish_step()
 
 
-def test_a_planner_predicts_only_where_a_transfer_could_start():
+def test_a_planner_predicts_only_where_a_transfer_could_start(monkeypatch):
     """A layer with two misses on the CPU takes 9.5 s. Four layers, two of lookahead."""
     asked = []
 
@@ -181,12 +186,14 @@ def test_a_planner_predicts_only_where_a_transfer_could_start():
             asked.append(depth)
             return super().predict(layer, shown, depth)
 
+    monkeypatch.setitem(PREDICTORS, "spy", Spy)
+
     def depths(max_in_flight, transfer):
         asked.clear()
         costs = dataclasses.replace(COSTS, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
-        planner = Planner(
-            "hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor=Spy(*MODEL),
-            lookahead=2, max_in_flight=max_in_flight,
+        planner = planner_of(
+            "hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor="spy", lookahead=2,
+            max_in_flight=max_in_flight,
         )  # fmt: skip
         for ids in ([4, 5], [2, 3]):
             for layer in range(LAYERS):
@@ -203,7 +210,7 @@ def test_a_planner_predicts_only_where_a_transfer_could_start():
 
 
 def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
-    online, recorded = CoActivation(*MODEL), build_predictor(f"recorded:{recording}", *MODEL)
+    online, recorded = CoActivation(*MODEL), recorded_predictor(recording)
     for record in open_trace(recording).records():
         online.predict(record.layer, RouterOutlook(record.ids), DISTANCES)
         if record.layer == LAYERS - 1:
@@ -230,7 +237,7 @@ def test_a_recorded_table_of_a_batch_is_that_of_its_sequences_one_by_one(tmp_pat
                 ids = np.concatenate([runs[number][at][layer].ids for number in sequences])
                 recorder.add(layer, "decode", sequence=sequences, position=[at] * len(sequences), ids=ids)
         recorder.save(tmp_path / f"{name}.npz")
-        tables.append(build_predictor(f"recorded:{tmp_path / name}.npz", *MODEL))
+        tables.append(recorded_predictor(tmp_path / f"{name}.npz"))
     for table in ("_across", "_after", "_count", "_tokens"):
         assert np.array_equal(getattr(tables[0], table), getattr(tables[1], table)), table
 
@@ -298,31 +305,31 @@ def test_names_are_checked_before_anything_runs(recording, tmp_path):
     with pytest.raises(UserError, match="'perfect' knows the future"):
         EngineConfig(predictor="perfect")
     with pytest.raises(UserError, match=r"none.npz: cannot be read"):
-        Planner("hybrimoe", *MODEL[:3], 2, COSTS, predictor=f"recorded:{tmp_path / 'none.npz'}")
+        load_recording(str(tmp_path / "none.npz"))
     with pytest.raises(UserError, match=r"4 layers, 6 experts, 2 a token; this model has 4, 8 and 2"):
-        Planner("hybrimoe", 4, 8, 2, 2, COSTS, predictor=f"recorded:{recording}")
+        build_predictor(f"recorded:{recording}", 4, 8, 2, DISTANCES, load_recording(str(recording)))
 
 
 @pytest.mark.parametrize("transfer, depth", [(1.0, 1), (6.5, 1), (6.6, 2), (20.0, 4), (38.9, 6), (39.1, 0)])
 def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth):
     """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest; six layers are the limit."""
     costs = dataclasses.replace(COSTS, layer_base=1.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
-    planner = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
+    planner = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
     assert planner.depth(1) == planner.routers_wanted(1) == depth
-    fixed = Planner("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=6)
+    fixed = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=6)
     assert fixed.depth(1) == (6 if depth else 0)
 
 
 @pytest.mark.parametrize("name", ["co-activation", "previous"])
 def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(name):
-    planner = Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS, predictor=name)
+    planner = planner_of("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS, predictor=name)
     assert planner.depth(1) == 3 and planner.routers_wanted(1) == 0
     assert Planner("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, COSTS).routers_wanted(1) == 3
     for _ in range(6):
         in_flight = []
         for layer in range(LAYERS):
-            for prefetch in in_flight:
-                planner.landed(prefetch.layer, prefetch.expert)
+            for p in in_flight:
+                planner.landed(p.layer, p.expert)
             ids = np.array([[4, 5]]) if layer % 2 else np.array([[2, 3]])
             planner.plan(layer, {e: 1 for e in ids[0].tolist()}, None, 1)
             in_flight = planner.prefetch(layer, RouterOutlook(ids))
@@ -335,7 +342,7 @@ def in_flight():
     """A planner with expert 6 on its way into layer 1; a transfer takes 2.5 s."""
     p = prefetching()
     p.plan(0, {0: 1}, None, 1)
-    assert len(p.plan_prefetch(0, [Prediction({6: 1})])) == 1
+    assert len(prefetch(p, 0, [Prediction({6: 1})])) == 1
     return p, p.counters
 
 

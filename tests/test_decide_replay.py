@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planner_cases import planner_of, prefetch
 
 from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.decide.planner import Planner
@@ -98,7 +99,7 @@ def decode(planner: Planner, ids, weights, recall: float) -> float:
                     if score and generator.random() >= recall:
                         seen[generator.randrange(64)] = score
                 ahead.append(predict(seen, 6))
-            under_way = planner.plan_prefetch(layer, ahead)
+            under_way = prefetch(planner, layer, ahead)
         planner.finish_step()
     return total / steps
 
@@ -106,7 +107,7 @@ def decode(planner: Planner, ids, weights, recall: float) -> float:
 def test_on_real_routing_each_idea_of_the_paper_saves_predicted_time():
     ids, weights = (array[:120, :8] for array in trace("intent"))
     seconds = {
-        name: decode(Planner(system, 8, 64, 6, 16, MACHINE, **options), ids, weights, recall=0.85)
+        name: decode(planner_of(system, 8, 64, 6, 16, MACHINE, **options), ids, weights, recall=0.85)
         for name, system, options in [
             ("ktransformers", "ktransformers", {}),
             ("on-demand", "on-demand", {}),
@@ -139,8 +140,8 @@ def test_decisions_cost_microseconds():
     assert fastest(lambda: planner.plan(0, loads, scores, 1)) < 250e-6
     ahead = [predict(generator.sample(scores, 64), 8) for _ in range(3)]
 
-    def plan_prefetch():
-        for p in planner.plan_prefetch(0, ahead):
+    def start_prefetches():
+        for p in prefetch(planner, 0, ahead):
             planner.landed(p.layer, p.expert)
 
-    assert fastest(plan_prefetch) < 400e-6
+    assert fastest(start_prefetches) < 400e-6

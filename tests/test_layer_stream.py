@@ -5,10 +5,12 @@ import random
 import numpy as np
 import pytest
 import tiny
+from planner_cases import planner_of, prefetch
 
-from hybrimoe_jax.decide import CostModel, Planner, Prediction, get_system
+from hybrimoe_jax.decide import Planner, Prediction, get_system
 from hybrimoe_jax.decide.plan import Fetch
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import Asked, Step
@@ -153,8 +155,6 @@ def test_only_prompts_are_streamed_and_only_where_the_system_says_so():
         assert not planner.streams(phase) and planner.begin_step(phase) == ()
         plan = planner.plan(0, {5: 2, 6: 1}, None, 3)
         assert not plan.double_buffered and not plan.next_layer_experts and planner.counters.layer_streamed == 0
-    planner = Planner("freetoken", LAYERS, EXPERTS, TOP_K, 2, machine(), allow_fetch=False)
-    assert not planner.streams("prefill")
 
 
 def test_the_step_after_a_streamed_one_decodes_as_ever():
@@ -169,11 +169,11 @@ def test_the_step_after_a_streamed_one_decodes_as_ever():
 
 
 def test_an_expert_that_a_prefetch_pushes_out_meanwhile_is_fetched():
-    planner = Planner(
+    planner = planner_of(
         "freetoken", LAYERS, EXPERTS, TOP_K, 1, machine(), prefetch="next-layer", guard="none", max_in_flight=1
     )
     planner.plan(0, {0: 1, 3: 1}, None, 1)
-    assert [(p.layer, p.expert) for p in planner.plan_prefetch(0, [Prediction({5: 1})])] == [(1, 5)]
+    assert [(p.layer, p.expert) for p in prefetch(planner, 0, [Prediction({5: 1})])] == [(1, 5)]
     planner.finish_step()
     planner.begin_step("prefill")
     ahead = planner.plan(0, {0: 1, 3: 2}, None, 9).next_layer_experts

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrimoe_jax.decide import CostModel
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import FOLDER, PROFILES, load_costs, load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, find_shape, get_shape, shape_of
 

@@ -7,8 +7,10 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_cases import planner_of, prefetch
 
-from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, CostModel, Planner, predict
+from hybrimoe_jax.decide import SCHEDULERS, SYSTEMS, Planner, predict
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.link import LinkLane
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.trace.timeline import Timeline
@@ -76,7 +78,7 @@ def test_the_same_events_as_a_machine_that_counts_every_moment(system, seed):
     generator = random.Random(seed)
     slots = generator.randint(0, 4)
     pair = [
-        Planner(system, LAYERS, EXPERTS, TOP_K, slots, COSTS, scheduler=s)
+        planner_of(system, LAYERS, EXPERTS, TOP_K, slots, COSTS, scheduler=s)
         for s in [generator.choice([None, "paper"])] * 2
     ]
     machine, naive = VirtualMachine(COSTS), Naive(COSTS)
@@ -94,7 +96,7 @@ def test_the_same_events_as_a_machine_that_counts_every_moment(system, seed):
                     planner.landed(*key)
             plans = [planner.plan(layer, loads, scores, tokens, machine.now) for planner in pair]
             assert plans[0] == plans[1]
-            wanted = [planner.plan_prefetch(layer, ahead) for planner in pair]
+            wanted = [prefetch(planner, layer, ahead) for planner in pair]
             machine.run(plans[0], loads, tokens)
             naive.run(plans[1], loads, tokens, [(p.layer, p.expert) for p in wanted[0]])
             for p in wanted[0]:
@@ -125,7 +127,7 @@ def problems(draw):
 @given(problems())
 def test_with_nothing_in_flight_a_layer_takes_what_was_planned(problem):
     costs, loads, slots, rule = problem
-    planner = Planner("hybrimoe", 1, EXPERTS, TOP_K, slots, costs, scheduler=rule)
+    planner = planner_of("hybrimoe", 1, EXPERTS, TOP_K, slots, costs, scheduler=rule)
     machine = VirtualMachine(costs)
     plan = planner.plan(0, loads, None, 9)
     machine.run(plan, loads, 9)
@@ -147,7 +149,7 @@ def test_lanes_do_one_thing_at_a_time_and_their_events_add_up(system):
                 planner.landed(*key)
             machine.run(planner.plan(layer, loads, scores, 1, machine.now), loads, 1)
             ahead = predict([generator.random() for _ in range(EXPERTS)], TOP_K)
-            for p in planner.plan_prefetch(layer, [ahead]):
+            for p in prefetch(planner, layer, [ahead]):
                 machine.prefetch(p.layer, p.expert)
         planner.finish_step()
     for lane in ("cpu", "device", "link"):

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide import SYSTEMS, CostModel, Planner
+from hybrimoe_jax.decide import SYSTEMS, Planner
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.virtual import VirtualMachine
-from hybrimoe_jax.simulate.bound import CLAIRVOYANT, _most_kept, foreknowledge, least_seconds
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, _most_kept, clairvoyant_policies, least_seconds
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import Asked, Step
 
@@ -60,7 +61,16 @@ def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
         bound = least_seconds(steps, slots, costs, cold=start_cold, pooled=system.scope == "pooled")
         assert taken(planner, costs, steps) >= bound * (1 - 1e-9), system
     slots = [round(ratio * EXPERTS)] * LAYERS
-    known = Planner(CLAIRVOYANT, LAYERS, EXPERTS, TOP_K, slots, costs, cold=cold, **foreknowledge(steps, LAYERS))
+    known = Planner(
+        CLAIRVOYANT,
+        LAYERS,
+        EXPERTS,
+        TOP_K,
+        slots,
+        costs,
+        policies=clairvoyant_policies(steps, EXPERTS, slots, TOP_K),
+        cold=cold,
+    )
     assert taken(known, costs, steps) >= least_seconds(steps, slots, costs, cold=cold) * (1 - 1e-9)
 
 
@@ -110,7 +120,15 @@ def test_the_clairvoyant_is_faster_than_the_systems():
     )  # fmt: skip
     steps = decode([[i % 3, 3 + i % 2] for i in range(40)])
     bound = least_seconds(steps, [3, 3], costs)
-    planner = Planner(CLAIRVOYANT, LAYERS, EXPERTS, TOP_K, 3, costs, **foreknowledge(steps, LAYERS))
+    planner = Planner(
+        CLAIRVOYANT,
+        LAYERS,
+        EXPERTS,
+        TOP_K,
+        3,
+        costs,
+        policies=clairvoyant_policies(steps, EXPERTS, [3] * LAYERS, TOP_K),
+    )
     known = taken(planner, costs, steps)
     others = [
         taken(Planner(name, LAYERS, EXPERTS, TOP_K, 3, costs), costs, steps) for name in ("hybrimoe", "on-demand")

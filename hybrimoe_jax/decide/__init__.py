@@ -1,7 +1,8 @@
 """The decision plane: which expert stays, moves, and runs where. Pure Python; imports no jax.
 
-`Planner` joins the parts: `costs` (what things take), `schedule` (one layer's lanes), `caching` (who makes room), `predictors` and
-`prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use the same objects.
+`Planner` joins the parts: `schedule` (one layer's lanes), `cache` (who makes room), `residency` (who is in the slots, and
+what is on its way), `prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use the
+same objects. What things take is handed in, see `schedule.Problem`.
 """
 
 from hybrimoe_jax.decide.cache import POLICIES, CachePolicy
@@ -11,9 +12,6 @@ from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predic
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, Schedule, Scheduler, get_scheduler, replay
 from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
-from hybrimoe_jax.formats.sizes import expert_bytes
-from hybrimoe_jax.machine.costs import CostModel
-from hybrimoe_jax.machine.fit import Samples, fit
 
 __all__ = [
     "POLICIES",
@@ -23,7 +21,6 @@ __all__ = [
     "SYSTEMS",
     "Accuracy",
     "CachePolicy",
-    "CostModel",
     "Counters",
     "Fetch",
     "LayerPlan",
@@ -33,12 +30,9 @@ __all__ = [
     "Prefetch",
     "Problem",
     "RouterOutlook",
-    "Samples",
     "Schedule",
     "Scheduler",
     "System",
-    "expert_bytes",
-    "fit",
     "get_scheduler",
     "get_system",
     "predict",

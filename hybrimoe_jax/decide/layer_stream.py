@@ -12,12 +12,21 @@ l+1) + C of the last; less, since a layer's experts start one by one as they lan
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.schedule import FetchMissesScheduler, Problem, Schedule
 
 BUFFERED_LAYERS = 2
+
+
+class StreamedLayer(NamedTuple):
+    """A layer's lanes, and where the device's experts are: in its buffer (in order), in slots, or still on the link."""
+
+    double_buffered: tuple[int, ...]
+    schedule: Schedule
+    device: tuple[int, ...]
+    awaited: tuple[int, ...]
 
 
 class LayerStream:
@@ -54,8 +63,8 @@ class LayerStream:
         in_flight: Mapping[int, float],
         clock: float,
         link_busy: float,
-    ) -> tuple[Schedule, tuple[int, ...]]:
-        """(the layer's lanes, the experts that run from its buffer, in order); its buffer is done with.
+    ) -> StreamedLayer:
+        """The layer as it is run; its buffer is done with.
 
         Args: as of `schedule.Problem`; in_flight: prefetches under way. An expert that was resident when the stream was started and has
         been evicted by a prefetch since is fetched.
@@ -69,7 +78,8 @@ class LayerStream:
         schedule = self._rule.schedule(problem)
         double_buffered = tuple([expert for expert in schedule.awaited if expert not in in_flight])
         self.counters.layer_streamed_used += len(double_buffered)
-        return schedule, double_buffered
+        device = tuple([expert for expert in schedule.device if expert in resident])
+        return StreamedLayer(double_buffered, schedule, device, tuple([e for e in schedule.awaited if e in in_flight]))
 
     def clear(self) -> None:
         """Forgets what is under way."""

@@ -1,9 +1,8 @@
 """How the planner gets a layer's schedule: from memory where it was asked the same before, from the rule otherwise.
 
-Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known beforehand (`all_on_cpu`, see
-`schedule.shared_cores`). Where all loads are 1 the rule is asked once for each pair of numbers, residents and misses (`schedule.equal`). Everything
-else
-is a `Problem` of its own.
+Three ways, cheapest first. Where the CPU computes every expert of a token whatever the routing, the answer is known
+beforehand (`all_on_cpu`, see `schedule.shared_cores`). Where all loads are 1 the rule is asked once for each pair of
+numbers, residents and misses (`schedule.unit_load_cache`). Everything else is a `Problem` of its own.
 """
 
 from __future__ import annotations
@@ -21,20 +20,22 @@ class ScheduleCache:
 
     Args:
       rule, costs: the engine's.
-      flags: allow_cpu, allow_fetch, allow_steal, see `schedule.Problem`.
     """
 
-    def __init__(self, rule: Scheduler, costs: Any, **flags: bool):
-        self.rule, self.costs, self.flags = rule, costs, flags
+    def __init__(self, rule: Scheduler, costs: Any):
+        self.rule, self.costs = rule, costs
         self.all_on_cpu: Schedule | None = None
-        self._equal = UnitLoadCache(rule, costs, **self.flags_for(1)) if rule.depends_on_counts_only else None
+        self._unit_loads = UnitLoadCache(rule, costs, self.allow_fetch(1)) if rule.depends_on_counts_only else None
 
     def prove_all_on_cpu(self, top_k: int, most_resident: int) -> float | None:
-        """Lets a step of one token be answered beforehand, where that is the rule's answer whatever the routing; `most_resident`: experts of
-        a layer in slots at most. Returns what `CostModel.handover` must be for that, None where nothing would do."""
+        """Lets a step of one token be answered beforehand, where that is the rule's answer whatever the routing.
+
+        `most_resident`: experts of a layer in slots at most. Returns what `costs.handover` must be for that, None where
+        nothing would do.
+        """
         if not isinstance(self.rule, SharedCoresScheduler):
             return None
-        needed, self.all_on_cpu = self.rule.prove_all_on_cpu(self.costs, top_k, most_resident, **self.flags)
+        needed, self.all_on_cpu = self.rule.prove_all_on_cpu(self.costs, top_k, most_resident)
         return needed
 
     def schedule(
@@ -47,42 +48,44 @@ class ScheduleCache:
         misses: Sequence[int],
         in_flight: Mapping[int, float],
         link_busy: float,
-        equal: bool,
+        unit_loads: bool,
     ) -> tuple[Schedule, tuple[int, ...]]:
         """(the layer's lanes, those of the device's experts that are resident).
 
-        Args: as of `schedule.Problem`; `hits` and `misses` are the activated experts that are resident, and not; `equal`: all loads are 1 and
-        so is `tokens`.
+        Args: as of `schedule.Problem`; `hits` and `misses` are the activated experts that are resident, and not;
+        `unit_loads`: all loads are 1 and so is `tokens`.
         """
         if not in_flight and tokens == 1:
             if self.all_on_cpu is not None:
                 return self.all_on_cpu._replace(cpu=tuple(sorted(loads)), link_seconds=link_busy), ()
-            memory = self._equal
-            if equal and memory is not None:
+            memory = self._unit_loads
+            if unit_loads and memory is not None:
                 by_id = memory.by_id or scores is None
                 order = _order(hits, misses, None if by_id else scores)
                 pattern = None if order is None else memory.find(len(hits), len(misses), by_id, link_busy)
                 if pattern is not None:
                     return apply(pattern, order, link_busy), pattern.resident(order)
-        flags = self.flags_for(1 if equal else max(loads.values(), default=1))
-        problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, **flags)
+        allow_fetch = self.allow_fetch(1 if unit_loads else max(loads.values(), default=1))
+        problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, allow_fetch=allow_fetch)
         schedule = self.rule.schedule(problem)
         if not misses:
             return schedule, schedule.device
         return schedule, tuple([expert for expert in schedule.device if expert in resident])
 
-    def flags_for(self, load: int) -> dict[str, bool]:
-        """No demand fetches where issuing one keeps the CPU from computing for longer than it takes for the heaviest expert, of load `load`, itself."""
+    def allow_fetch(self, load: int) -> bool:
+        """Whether a demand fetch may be issued beside an expert of load `load`, the heaviest.
+
+        Not where issuing one keeps the CPU from computing for longer than it takes for that expert.
+        """
         costs = self.costs
-        if not costs.fetch_host or not self.rule.uses_cpu or not self.flags["allow_cpu"]:
-            return self.flags
-        if costs.fetch_host < costs.cpu(load):
-            return self.flags
-        return self.flags | {"allow_fetch": False}
+        return not (costs.fetch_host and self.rule.uses_cpu and costs.fetch_host >= costs.cpu(load))
 
 
 def _order(hits: Sequence[int], misses: Sequence[int], scores: Sequence[float] | None) -> list[int] | None:
-    """Hits, then misses, each by falling score, then rising id; None where scores are equal, which the rules settle each in its way."""
+    """Hits, then misses, each by falling score, then rising id.
+
+    None where scores are equal, which the rules settle each in its way.
+    """
     if scores is None:
         return sorted(hits) + sorted(misses)
     key = scores.__getitem__

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from hybrimoe_jax.decide.cache import policy_class
-from hybrimoe_jax.decide.prefetch.predictors import check_predictor
+from hybrimoe_jax.decide.prefetch.predictors import RECORDED, check_predictor
 from hybrimoe_jax.decide.schedule import get_scheduler
 from hybrimoe_jax.errors import UserError
 
@@ -97,6 +97,12 @@ class System:
     def max_distance(self) -> int:
         """Layers ahead that are predicted at most."""
         return MAX_DEPTH if self.lookahead == "adaptive" else self.lookahead
+
+    @property
+    def recording(self) -> str | None:
+        """The trace that the predictor is counted on, if it is `recorded:TRACE`."""
+        name = self.predictor
+        return name.removeprefix(RECORDED) if name.startswith(RECORDED) else None
 
     @property
     def uses_cpu(self) -> bool:

@@ -38,6 +38,7 @@ from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.trace.tokens import load_recording
 
 STAGING = 2
 """Staging slots: one fills while the other is read."""
@@ -134,6 +135,8 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     fusible = select.can_fuse(options, device, host)
     costs = _costs(options, model, pool, link, host, store, wake_s, system.max_distance, expert_format, fusible)
 
+    recording = load_recording(system.recording)
+
     def plan_with(costs: CostModel) -> Planner:
         return Planner(
             system,
@@ -143,6 +146,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
             slots_per_layer=slots,
             costs=costs,
             frequencies=frequencies,
+            recording=recording,
             max_in_flight=IN_FLIGHT,
         )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.decide.cache import Belady
+from hybrimoe_jax.decide.cache import Belady, CachePolicy
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulate.workload import Step
 
@@ -37,13 +37,22 @@ def knows_the_future(name: str) -> System | None:
     return {system.name: system for system in (CLAIRVOYANT, BELADY)}.get(name)
 
 
-def foreknowledge(steps: Iterable[Step], num_layers: int) -> dict[str, Any]:
-    """Options that make a `Planner` know the steps to come; it must then be replayed on exactly these."""
-    future: list[list[list[int]]] = [[] for _ in range(num_layers)]
+def clairvoyant_policies(
+    steps: Iterable[Step],
+    num_experts: int,
+    slots: Sequence[int],
+    top_k: int,
+    frequencies: Sequence[Sequence[float]] | None = None,
+) -> list[CachePolicy]:
+    """Cache policies that know the steps to come; their planner must be replayed on exactly these.
+
+    Args as of `Planner`; slots: of each layer.
+    """
+    future: list[list[list[int]]] = [[] for _ in slots]
     for step in steps:
         for asked in step.layers:
             future[asked.layer].append(list(asked.loads))
-    return {"cache": Belady, "cache_params": {"future": future}}
+    return Belady.for_layers(num_experts, slots, top_k, future=future, frequencies=frequencies)
 
 
 def least_seconds(

@@ -23,7 +23,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.machine.virtual import VirtualMachine
-from hybrimoe_jax.simulate.bound import CLAIRVOYANT, foreknowledge, knows_the_future, least_seconds
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, clairvoyant_policies, knows_the_future, least_seconds
 from hybrimoe_jax.simulate.records import measures, versions
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.synthetic import KNOBS, PREFIX, synthetic_trace
@@ -31,6 +31,7 @@ from hybrimoe_jax.simulate.workers import workers
 from hybrimoe_jax.simulate.workload import Step, TokenSteps
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.timeline import Timeline
+from hybrimoe_jax.trace.tokens import load_recording
 
 KIND, VERSION = "hybrimoe-jax simulation", 1
 STARTS = ("warm", "cold")
@@ -45,7 +46,7 @@ class Case:
 
     Attributes:
       trace: a file that `open_trace` reads. profile: name or file. fmt: weight format of the experts.
-      system: its name; `parts` replace some of its parts (names in OVERRIDES), `cache_params` go to the cache policy.
+      system: its name; `parts` replace some of its parts (names in OVERRIDES).
       ratio: share of the experts that the device holds.
       start: "warm" (the most frequent experts of other sequences are loaded) or "cold".
       prompt: tokens of a prompt, one step each time; None for token by token.
@@ -64,7 +65,6 @@ class Case:
     prompt: int | None = None
     prompts: int = 8
     parts: tuple[tuple[str, Any], ...] = ()
-    cache_params: tuple[tuple[str, Any], ...] = ()
     shape: str | None = None
     steps: int | None = None
     blind: bool = False
@@ -153,19 +153,22 @@ def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
 
 def planner_for(case: Case, system: System, costs: Any, tokens: TokenSteps, frequencies, steps) -> Planner:
     """A fresh planner of a case; `steps` are those to come, which only the oracle looks at."""
-    facts, options = tokens.facts, {"cache_params": dict(case.cache_params)}
+    facts = tokens.facts
+    slots = system.slots_per_layer(case.ratio, facts.layers, facts.experts, frequencies)
+    policies = None
     if knows_the_future(case.system):
-        options = foreknowledge(steps, facts.layers)
+        policies = clairvoyant_policies(steps, facts.experts, slots, facts.top_k, frequencies)
     return Planner(
         system,
         facts.layers,
         facts.experts,
         facts.top_k,
-        system.slots_per_layer(case.ratio, facts.layers, facts.experts, frequencies),
+        slots,
         costs,
         frequencies=frequencies,
+        policies=policies,
+        recording=load_recording(system.recording),
         cold=case.start == "cold",
-        **options,
     )
 
 
@@ -224,7 +227,6 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "choices": {
             **dataclasses.asdict(system),
             **({"cache": "belady"} if knows_the_future(case.system) else {}),
-            "cache_params": dict(case.cache_params),
             "steps_limit": case.steps,
             "blind": case.blind,
         },

@@ -19,6 +19,7 @@ from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.workload import recorded_steps
 from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.tokens import load_recording
 
 
 class Landings:
@@ -78,6 +79,7 @@ def replay_run(trace: Trace, where: str | Path = "trace") -> tuple[Planner, Resu
             run["slots"],
             costs,
             frequencies=run["frequencies"],
+            recording=load_recording(system.recording),
             max_in_flight=run["max_in_flight"],
         )
     except (KeyError, TypeError, AttributeError) as error:

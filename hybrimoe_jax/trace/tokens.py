@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.importers import open_trace
 
 REPLAYED = "prefill, replayed token by token"
 
@@ -24,6 +26,23 @@ class Tokens(NamedTuple):
     phase: np.ndarray
     ids: np.ndarray
     weights: np.ndarray | None
+
+
+class Recording(NamedTuple):
+    """What a predictor counts of a trace: `ids` [T, L, k]; `follows` [T - 1], whether each token but the first is the next one of its predecessor."""
+
+    facts: TraceFacts
+    ids: np.ndarray
+    follows: np.ndarray
+
+
+def load_recording(path: str | None) -> Recording | None:
+    """The recording in a trace's file; None for None."""
+    if path is None:
+        return None
+    trace = open_trace(path)
+    tokens = by_token(trace)
+    return Recording(trace.facts, tokens.ids, (np.diff(tokens.sequence) == 0) & (np.diff(tokens.position) == 1))
 
 
 def token_of_row(trace: Trace) -> tuple[np.ndarray, np.ndarray]:

@@ -33,12 +33,11 @@ class Forecast:
 
     Args:
       scheduler, costs: the engine's.
-      flags: allow_cpu, allow_fetch, allow_steal, see `schedule.Problem`.
     """
 
-    def __init__(self, scheduler: Scheduler, costs: Any, **flags: bool):
-        self.scheduler, self.costs, self.flags = scheduler.forecaster(), costs, flags
-        self.transfer = costs.transfer(scheduler.uses_cpu and flags.get("allow_cpu", True))
+    def __init__(self, scheduler: Scheduler, costs: Any):
+        self.scheduler, self.costs = scheduler.forecaster(), costs
+        self.transfer = costs.transfer(scheduler.uses_cpu)
         self._memo: dict[tuple, Outlook] = {}
 
     def outlook(self, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
@@ -53,7 +52,7 @@ class Forecast:
 
     def _simulate(self, key: tuple, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         loads = dict(enumerate((*resident, *absent)))
-        schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens, **self.flags))
+        schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens))
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
         known = self._memo[key] = Outlook(schedule.makespan, schedule.link_seconds)

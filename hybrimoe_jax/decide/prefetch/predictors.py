@@ -16,6 +16,7 @@ N tokens, E experts, k experts per token, D distances.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -122,25 +123,26 @@ def check_predictor(name: str) -> None:
         raise UserError(f"predictor {name!r} is unknown (known: {', '.join(PREDICTORS)}, recorded:TRACE)")
 
 
-def build_predictor(name: str, num_layers: int, num_experts: int, top_k: int, distances: int) -> Predictor:
-    """The predictor called `name` for a model. UserError where the name, or the trace behind `recorded:`, does not fit."""
+def build_predictor(
+    name: str, num_layers: int, num_experts: int, top_k: int, distances: int, recording: Any = None
+) -> Predictor:
+    """The predictor called `name` for a model. UserError where the name, or the recording, does not fit.
+
+    `recording` is what `recorded:TRACE` counts, a `trace.tokens.Recording`: facts (layers, experts, top_k), ids [T, L, k],
+    and follows [T - 1], see `CoActivation.count`.
+    """
     check_predictor(name)
     model = (num_layers, num_experts, top_k, distances)
     if not name.startswith(RECORDED):
         return PREDICTORS[name](*model)
-    from hybrimoe_jax.trace.importers import open_trace
-    from hybrimoe_jax.trace.tokens import by_token
-
-    trace = open_trace(name[len(RECORDED) :])
-    facts = trace.facts
+    facts = recording.facts
     if (facts.layers, facts.experts, facts.top_k) != model[:3]:
         raise UserError(
             f"predictor {name}: its trace is of {facts.layers} layers, {facts.experts} experts, {facts.top_k} a token; "
             f"this model has {num_layers}, {num_experts} and {top_k}"
         )
     predictor = CoActivation(*model, learn=False)
-    tokens = by_token(trace)
-    predictor.count(tokens.ids, (np.diff(tokens.sequence) == 0) & (np.diff(tokens.position) == 1))
+    predictor.count(recording.ids, recording.follows)
     return predictor
 
 

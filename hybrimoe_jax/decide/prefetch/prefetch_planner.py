@@ -9,7 +9,6 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hybrimoe_jax.decide.plan import Prefetch
 from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
@@ -31,14 +30,13 @@ class PrefetchPlanner:
         forecast: Forecast,
         accuracy: Accuracy,
         residency: Residency,
-        costs: Any,
         max_in_flight: int,
     ):
         self.system, self.predictor, self.forecast, self.accuracy = system, predictor, forecast, accuracy
-        self.residency, self.inflight, self.costs = residency, residency.inflight, costs
+        self.residency, self.inflight, self.costs = residency, residency.inflight, forecast.costs
         self.max_in_flight = max_in_flight
         self.num_layers, self.num_experts, self.top_k = predictor.num_layers, predictor.num_experts, predictor.top_k
-        self.active = bool(system.max_distance) and forecast.flags["allow_fetch"]
+        self.active = system.max_distance > 0
         self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
         self._resting = self._issued_before = 0

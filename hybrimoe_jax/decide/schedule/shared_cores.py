@@ -64,16 +64,14 @@ class SharedCoresScheduler(Scheduler):
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
-    def prove_all_on_cpu(
-        self, costs: Any, top_k: int, most_resident: int, **flags: bool
-    ) -> tuple[float | None, Schedule | None]:
+    def prove_all_on_cpu(self, costs: Any, top_k: int, most_resident: int) -> tuple[float | None, Schedule | None]:
         """(what leaving the device's program for a layer must take for a step of one token to be all on the CPU, the schedule of each of its layers, experts
         called 0 .. top_k-1, where `costs.handover` is that much).
 
         It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not have them all."""
         loads, needed = dict.fromkeys(range(top_k), 1), 0.0
         for hits in range(min(top_k, most_resident) + 1):
-            problem = Problem(loads, range(hits), costs, **flags)
+            problem = Problem(loads, range(hits), costs)
             found, alone = self.rule.schedule(problem), self.alone(problem)
             if not self.may_take_all(problem, found):
                 return None, None

@@ -1,11 +1,12 @@
-"""Answers for equal loads, remembered: decoding asks the same few questions over and over.
+"""Answers for loads of 1, remembered: decoding asks the same few questions over and over.
 
-Where every load is 1 and no expert is in flight, a rule's answer depends on how many experts are resident and how many are not: which of them
-does what follows from their order (by falling score, then rising id). So a rule is asked once for each pair of numbers, with positions in
-place of experts, and afterwards the positions are filled in.
+Where every load is 1 and no expert is in flight, a rule's answer depends on how many experts are resident and how many
+are not. Which of them does what follows from their order (by falling score, then rising id). So a rule is asked once for
+each pair of numbers, with positions in place of experts, and afterwards the positions are filled in.
 
-A link that is still busy adds a number that is never twice the same. But a rule that would not use the link, busy as it is, answers as if
-it were busy for ever; `Scheduler.link_idle_from` says from when on that holds, and what lies between goes the long way.
+A link that is still busy adds a number that is never twice the same. But a rule that would not use the link, busy as it
+is, answers as if it were busy for ever. `Scheduler.link_idle_from` says from when on that holds; what lies between goes
+the long way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
-from hybrimoe_jax.errors import UserError
 
 Pick = Callable[[Sequence[int]], tuple[int, ...]]
 _CAREFUL = 1e-9
@@ -23,8 +23,11 @@ _CAREFUL = 1e-9
 
 
 class Pattern(NamedTuple):
-    """A schedule of positions. Each `pick` takes the experts in order, resident ones first, and gives a lane's experts; `resident` those of
-    the device's that were there; `times` is the schedule that the positions had."""
+    """A schedule of positions.
+
+    Each `pick` takes the experts in order, resident ones first, and gives a lane's experts; `resident` those of the
+    device's that were there; `times` is the schedule that the positions had.
+    """
 
     cpu: Pick
     device: Pick
@@ -37,26 +40,22 @@ class UnitLoadCache:
     """One rule's answers for load 1 and one token a step.
 
     Args:
-      rule, costs: the engine's. flags: allow_cpu, allow_fetch, allow_steal, see `Problem`.
+      rule, costs: the engine's. allow_fetch: see `Problem`.
     """
 
-    def __init__(self, rule: Scheduler, costs: Any, **flags: bool):
-        self.rule, self.costs, self.flags = rule, costs, flags
+    def __init__(self, rule: Scheduler, costs: Any, allow_fetch: bool = True):
+        self.rule, self.costs, self.allow_fetch = rule, costs, allow_fetch
         self.by_id = rule.by_id
         self._known: dict[tuple[int, int, bool], tuple[float, Pattern, Pattern | None]] = {}
 
     def find(self, resident: int, absent: int, by_id: bool, link_busy: float) -> Pattern | None:
-        """The pattern for so many experts; None where it depends on how long exactly the link is busy, or the rule refuses.
+        """The pattern for so many experts; None where it depends on how long exactly the link is busy.
 
         `by_id`: the experts' order is that of their ids alone (no scores are known).
         """
         known = self._known.get((resident, absent, by_id))
         if known is None:
-            try:
-                known = self._ask(resident, absent, by_id)
-            except UserError:  # to be said of the experts themselves
-                return None
-            self._known[resident, absent, by_id] = known
+            known = self._known[resident, absent, by_id] = self._ask(resident, absent, by_id)
         idle_from, free, busy = known
         if link_busy <= 0.0:
             return free
@@ -65,7 +64,8 @@ class UnitLoadCache:
     def _ask(self, resident: int, absent: int, by_id: bool) -> tuple[float, Pattern, Pattern | None]:
         count = resident + absent
         scores = None if by_id else [float(count - i) for i in range(count)]
-        problem = Problem(dict.fromkeys(range(count), 1), range(resident), self.costs, 1, scores, {}, 0.0, **self.flags)
+        loads = dict.fromkeys(range(count), 1)
+        problem = Problem(loads, range(resident), self.costs, 1, scores, {}, 0.0, allow_fetch=self.allow_fetch)
         free = _pattern(self.rule.schedule(problem), resident)
         idle_from = self.rule.link_idle_from(problem) if absent else 0.0
         if idle_from == float("inf"):
