@@ -1,4 +1,5 @@
-"""Runtime choices: one small frozen dataclass, every field a flag of `python -m hybrimoe_jax.generate`. Imports no jax."""
+"""Runtime choices: one small frozen dataclass, every field a flag of `python -m hybrimoe_jax.generate`. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -22,18 +23,22 @@ class EngineConfig:
 
     Attributes:
       system: a named bundle of policies (`hybrimoe_jax.decide.systems`).
-      cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a budget is set.
-      vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of cache_ratio.
+      cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a
+        budget is set.
+      vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of
+        cache_ratio.
       cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
-      cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact", "next-layer" or "none";
-        `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`: a name in `decide.prefetch.predictors`, or "recorded:TRACE").
-      stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a vram_budget reserves;
+      cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact",
+        "next-layer" or "none"; `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`:
+        a name in `decide.prefetch.predictors`, or "recorded:TRACE").
+      stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a
+        vram_budget reserves;
         None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
       host_kernel: "reference" (numpy), "onednn", "native", or "auto" (the best of them that is installed).
-      device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a kernel of our own that
-        wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly. On the CPU backend "xla" leaves them to the
-        native kernels.
+      device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a
+        kernel of our own that wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly.
+        On the CPU backend "xla" leaves them to the native kernels.
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
@@ -41,7 +46,8 @@ class EngineConfig:
       seed: of sampling.
       profile: costs to plan with instead of the warm-up at load: a file that `generate --profile` wrote, or a
         machine profile (`machine.profile`) by name or file.
-      clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the same.
+      clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the
+        same.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.
       debug: check on every step that each slot holds the expert it should (slow).

@@ -1,4 +1,5 @@
-"""The dense part of a model on the device: split once into static graphs and flat parameters, called by the programs."""
+"""The dense part of a model on the device: split once into static graphs and flat parameters, called by the
+programs."""
 
 from __future__ import annotations
 
@@ -35,13 +36,13 @@ class DeviceLayer:
 
 
 class DeviceModel:
-    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix); `native`: whether
-    the programs that will read them may call the native kernels.
+    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix);
+    `native`: whether the programs that will read them may call the native kernels.
 
-    On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s measured);
-    but with `native` the large matrices stay bfloat16 (`stays_narrow`).
-    `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their own norms.
-    `device_kernel`: as in EngineConfig.
+    On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s
+    measured); but with `native` the large matrices stay bfloat16 (`stays_narrow`).
+    `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their
+    own norms. `device_kernel`: as in EngineConfig.
     """
 
     own_norm = False
@@ -114,8 +115,8 @@ class DeviceModel:
         return jax.device_put(_empty_caches(shapes, self.cache_dtype), self.device)
 
     def lookahead_routers(self, moe_layer: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance. Past the end the last layer stands in, so that
-        every layer runs the same executable; predictors ignore those."""
+        """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance. Past the end the last layer stands in, so
+        that every layer runs the same executable; predictors ignore those."""
         if distance not in self._routers:
             last = len(self.moe_layers) - 1
             routers = [layer.router for layer in self.moe_layers]
@@ -130,7 +131,8 @@ class DeviceModel:
 
 
 def stays_narrow(name: str, array: np.ndarray) -> bool:
-    """Whether a dense weight is a large bfloat16 matrix that is only multiplied with, through `products`, or looked up by row."""
+    """Whether a dense weight is a large bfloat16 matrix that is only multiplied with, through `products`, or looked
+    up by row."""
     read = name == TABLE or is_projection(name, array.shape)
     return read and array.dtype == BF16 and array.size >= LARGE
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.engine import budget
-from hybrimoe_jax.engine.assembly import LOGIT_ROWS, assemble
+from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.engine.step import StepInput
@@ -22,7 +23,8 @@ from hybrimoe_jax.machine.costs import CostModel
 
 @dataclasses.dataclass
 class Generation:
-    """What `Engine.generate` returns: per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics."""
+    """What `Engine.generate` returns: per prompt its new tokens and why it stopped ("eos", "length", "stop"); the
+    statistics."""
 
     token_ids: list[list[int]]
     finish_reasons: list[str]
@@ -84,8 +86,8 @@ class Engine:
         self.costs.save(path)
 
     def record(self, trace=None, timeline=None) -> None:
-        """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under the virtual clock a
-        `trace.timeline.Timeline`."""
+        """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under
+        the virtual clock a `trace.timeline.Timeline`."""
         self._forward.attach(trace, timeline)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -160,8 +162,8 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Generation:
-        """New tokens for each prompt of token ids. temperature 0 is greedy. `stop` strings need a tokenizer; the tokens
-        of the text up to the one that completed a stop string are returned."""
+        """New tokens for each prompt of token ids. temperature 0 is greedy. `stop` strings need a tokenizer; the
+        tokens of the text up to the one that completed a stop string are returned."""
         if stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this checkpoint has none")
         tokens: list[list[int]] = [[] for _ in prompts]

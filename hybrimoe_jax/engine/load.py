@@ -30,7 +30,8 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
 
     checkpoint = open_checkpoint(path or bundled_model())
     tokenizer = checkpoint.tokenizer()
-    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same values).
+    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same
+    # values).
     dtype = "float32" if jax.default_backend() == "cpu" else None
     store = checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify)
     return Engine(

@@ -1,8 +1,8 @@
 """The jitted pieces of a step. Few executables: one per (layer kind, token bucket, slot count), shared by all engines.
 
-Shapes: B batch, T tokens a row, N = B*T, D model width, E experts, k experts per token, n slots in a call, C gathered rows.
-The residual stream between layers is kept in parts `(h, acc, host)`: the stream before the MoE, the device's part
-[N, D] and the host's part [N, D]; the next program adds them up, so that combining costs no call of its own.
+Shapes: B batch, T tokens a row, N = B*T, D model width, E experts, k experts per token, n slots in a call, C gathered
+rows. The residual stream between layers is kept in parts `(h, acc, host)`: the stream before the MoE, the device's
+part [N, D] and the host's part [N, D]; the next program adds them up, so that combining costs no call of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hybrimoe_jax.models.products import native_here, on_native_kernels, product
 SLOTS_PER_CALL = 4
 DENSE_ROWS = 8
 """Up to this many rows an expert is computed for every row (weight zero where it was not chosen): decode is bound by
-reading the weights, and a gather would cost a call's worth of time. The native kernels, which skip such rows, take any number
-(1.1 to 3.8 times faster than a call an expert, prompts of 64 to 512 tokens)."""
+reading the weights, and a gather would cost a call's worth of time. The native kernels, which skip such rows, take any
+number (1.1 to 3.8 times faster than a call an expert, prompts of 64 to 512 tokens)."""
 
 _PROGRAMS: list = []
 
@@ -42,8 +42,9 @@ def _program(function, **options):
 class LayerPrograms(NamedTuple):
     """The jitted pieces of one kind of layer.
 
-    front(params, lookahead, h, acc, host, cache, positions, span) -> (h, x, cache, packed) for a MoE layer, with packed
-      [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so one read-back);
+    front(params, lookahead, h, acc, host, cache, positions, span) -> (h, x, cache, packed) for a MoE layer, with
+      packed [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so one
+      read-back);
     shared(params, x) -> [N, D]; None where the family has no shared experts;
     dense(params, h, acc, host, cache, positions, span) -> (h, cache) for a layer without experts.
 
@@ -136,7 +137,8 @@ def bucket(n: int, smallest: int = 1) -> int:
 
 
 def runs(slot, kernel: str) -> str:
-    """What computes an expert in such a slot for few tokens where `kernel` is asked for: that one, `xla`, or `native` in its place."""
+    """What computes an expert in such a slot for few tokens where `kernel` is asked for: that one, `xla`, or
+    `native` in its place."""
     return "native" if kernel == "xla" and native_here() and native_for(slot) else kernel
 
 

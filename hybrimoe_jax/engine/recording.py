@@ -1,9 +1,9 @@
 """Attaching the recorders of `trace/` to a running engine.
 
-Device work finishes when nobody looks. For a timeline a watcher thread waits for each dispatched array in turn and notes
-when it was ready, so an event on the device or link lane begins when its work was dispatched, or when the one before it on
-that lane ended, and ends when its result was seen. The watcher disturbs what it measures a little: a timeline is for
-looking at, the statistics of a run without one are for quoting.
+Device work finishes when nobody looks. For a timeline a watcher thread waits for each dispatched array in turn and
+notes when it was ready, so an event on the device or link lane begins when its work was dispatched, or when the one
+before it on that lane ended, and ends when its result was seen. The watcher disturbs what it measures a little: a
+timeline is for looking at, the statistics of a run without one are for quoting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from hybrimoe_jax.trace.timeline import Timeline
 
 
 class EngineTimeline:
-    """Collects a run's events; `write` saves them. Args: engine: whose clock, system and executor are named in the file."""
+    """Collects a run's events; `write` saves them. Args: engine: whose clock, system and executor are named in the
+    file."""
 
     def __init__(self, engine):
         self._clock = engine.clock
@@ -71,7 +72,8 @@ class EngineTimeline:
 
 
 class EngineTrace:
-    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step. Full scores and lookahead included."""
+    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step. Full scores and lookahead
+    included."""
 
     def __init__(self, engine):
         config, planner = engine.config, engine.planner
@@ -100,7 +102,8 @@ class EngineTrace:
     def abandon_step(self) -> None:
         """The current step was broken off: nothing of it is kept, as the run's statistics keep nothing.
 
-        What the planner saw of it stays with the planner, so a run that goes on after it cannot be repeated exactly: its record says so.
+        What the planner saw of it stays with the planner, so a run that goes on after it cannot be repeated exactly:
+        its record says so.
         """
         step = self.recorder.step
         self.recorder.drop_from(step)

@@ -84,8 +84,8 @@ def _timed(clock: WallClock, run) -> float:
 
 
 def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1, wide: bool = False):
-    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if several); `wide`:
-    as in a step, on all workers."""
+    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if
+    several); `wide`: as in a step, on all workers."""
     tokens = 1 if load == 1 else 2 * load
     x = np.random.default_rng(0).standard_normal((tokens, width), np.float32)
     rows, mix = np.arange(0, tokens, 2), np.ones(load, np.float32)
@@ -123,8 +123,8 @@ def _host_samples(samples: Samples, host: HostExecutor, experts, width: int, sha
 def _device_samples(
     samples: Samples, model: DeviceModel, slots: list, clock: WallClock, capacity: int, inline: bool
 ) -> None:
-    """Where host experts run `inline`, a device expert also holds up the host for as long as its dispatch takes; that is
-    added to its cost, since a lane of its own cannot show it."""
+    """Where host experts run `inline`, a device expert also holds up the host for as long as its dispatch takes; that
+    is added to its cost, since a lane of its own cannot show it."""
     rotation = itertools.cycle(slots)
     layer = model.moe_layers[0]
     for load in DEVICE_LOADS:
@@ -160,10 +160,11 @@ def _dispatch(model: DeviceModel, clock: WallClock, x: jax.Array, slot, rows, mi
 
 
 def _handover(model: DeviceModel, clock: WallClock, capacity: int) -> float:
-    """Seconds that a layer's front takes longer when its routing is waited for and read than when nobody asks; no less than reading takes.
+    """Seconds that a layer's front takes longer when its routing is waited for and read than when nobody asks; no less
+    than reading takes.
 
-    What lies between two measurements may hide the difference on a busy machine. It is never nothing, which would say that there is no
-    program to leave.
+    What lies between two measurements may hide the difference on a busy machine. It is never nothing, which would say
+    that there is no program to leave.
     """
     config, repeats = model.config, 4 * REPEATS
     run = _front_run(model, model.moe_layers[0], jnp.ones((1, config.hidden_size), jnp.float32), capacity)
@@ -230,7 +231,8 @@ def _issue(clock: WallClock, pool: SlotPool, link: Link, rotation, weights) -> f
 
 
 def _look(model: DeviceModel, clock: WallClock) -> float:
-    """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the host."""
+    """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the
+    host."""
     config = model.config
     norm, gate = model.moe_layers[0].router
     h = jnp.ones((1, 1, config.hidden_size), jnp.float32)

@@ -1,10 +1,11 @@
-"""A program's parameters in few arrays: every array that a call is handed costs some microseconds, cold caches, at every call.
+"""A program's parameters in few arrays: every array that a call is handed costs some microseconds, cold caches, at
+every call.
 
-Large matrices are found by their addresses, which lie in one table, and vectors are slices of one vector; the rest is handed over as it is.
-For the CPU backend, whose native kernels read weights where they lie.
+Large matrices are found by their addresses, which lie in one table, and vectors are slices of one vector; the rest is
+handed over as it is. For the CPU backend, whose native kernels read weights where they lie.
 
-Measured (466 M model, 8 layers, 2 cores with AVX2): 143 arrays become 42. With dense weights on huge pages, two processes in turns, a token is 1.07 and 1.11
-times as fast in int4, 0.98 and 1.10 in int8, 1.04 in float32.
+Measured (466 M model, 8 layers, 2 cores with AVX2): 143 arrays become 42. With dense weights on huge pages, two
+processes in turns, a token is 1.07 and 1.11 times as fast in int4, 0.98 and 1.10 in int8, 1.04 in float32.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ READ_APART = "kv_b_proj.weight"
 
 
 class PackedArgs(NamedTuple):
-    """What a program is handed: each layer's other parameters by name, addresses uint32 [n, 2], vectors float32 [m]. Addresses hold as long as the
-    parameters they were gathered from."""
+    """What a program is handed: each layer's other parameters by name, addresses uint32 [n, 2], vectors float32 [m].
+    Addresses hold as long as the parameters they were gathered from."""
 
     others: list[dict[str, jax.Array | PackedMatrix]]
     addresses: jax.Array
@@ -36,7 +37,8 @@ class PackedArgs(NamedTuple):
 
 
 class ArgSpec(NamedTuple):
-    """Where a parameter is found: in the table of addresses, in the vector, or under its name; `matrix`: format's number, columns and rows."""
+    """Where a parameter is found: in the table of addresses, in the vector, or under its name; `matrix`: format's
+    number, columns and rows."""
 
     name: str
     start: int | None = None

@@ -1,18 +1,19 @@
 """Fused decode, for machines without a device of their own: nothing has to be decided between a step's layers.
 
-Where a plan gives every expert of a one-token step to the CPU whatever the routing (`Planner.all_on_cpu`), the layers need not
-come back to Python in turn: attention, routers, shared experts and, through an XLA FFI handler, the host experts run as one
-executable (`decode_program`), which hands out every layer's routing at its end. The planner then plans each layer as ever, so
-that caches learn and statistics count the same; the program has done what those plans say.
+Where a plan gives every expert of a one-token step to the CPU whatever the routing (`Planner.all_on_cpu`), the layers
+need not come back to Python in turn: attention, routers, shared experts and, through an XLA FFI handler, the host
+experts run as one executable (`decode_program`), which hands out every layer's routing at its end. The planner then
+plans each layer as ever, so that caches learn and statistics count the same; the program has done what those plans
+say.
 
-Where the next step takes this one's likeliest token, it is started before this one has ended, and more steps behind it in the
-same call: twice as many as in the call before, up to MAX_STEPS_PER_CALL and to as many as take `BURST_S`. So what Python does
-between two steps happens while later ones run. A run that its caller stops has up to two calls' steps computed or under way
-that nobody wants, 15 at most. Whatever the next step turns out to be, the caches serve it: what was written ahead lies at its
-own position, which it writes first.
+Where the next step takes this one's likeliest token, it is started before this one has ended, and more steps behind it
+in the same call: twice as many as in the call before, up to MAX_STEPS_PER_CALL and to as many as take `BURST_S`. So
+what Python does between two steps happens while later ones run. A run that its caller stops has up to two calls' steps
+computed or under way that nobody wants, 15 at most. Whatever the next step turns out to be, the caches serve it: what
+was written ahead lies at its own position, which it writes first.
 
-Measured (bundled model, 2 cores, AVX-512, one run, a step a call): 0.35 ms a token as one program, 0.44 ms as one per layer,
-1.14 ms layer by layer through Python.
+Measured (bundled model, 2 cores, AVX-512, one run, a step a call): 0.35 ms a token as one program, 0.44 ms as one per
+layer, 1.14 ms layer by layer through Python.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ from hybrimoe_jax.host_kernels.native.routed import table
 
 REPEATS = 9
 BURST_S = 0.1
-"""Of one call, whose tokens come together; what takes no longer seems immediate to people. A run that is stopped waits for two
-calls at most."""
+"""Of one call, whose tokens come together; what takes no longer seems immediate to people. A run that is stopped waits
+for two calls at most."""
 STOP_IDS = 8
-"""Tokens that end a sequence are handed over as this many (or a power of two that holds them), so that there is one executable."""
+"""Tokens that end a sequence are handed over as this many (or a power of two that holds them), so that there is one
+executable."""
 
 
 @dataclasses.dataclass
@@ -85,7 +87,8 @@ class _Call:
 class FusedDecode:
     """Args:
     model: the device model.
-    addresses: for each MoE layer those of its experts' records (`HostKernel.native_handle`). isa: the kernel's instruction set.
+    addresses: for each MoE layer those of its experts' records (`HostKernel.native_handle`). isa: the kernel's
+      instruction set.
     """
 
     def __init__(self, model: DeviceModel, addresses: Sequence[Sequence[int]], isa: int):
@@ -107,8 +110,8 @@ class FusedDecode:
         self._interleaved = False
         """Whether runs take turns, so that what is started ahead is wanted by none."""
         self._latest: list[StepResults] = []
-        """Of the call that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a thread's
-        programs in order."""
+        """Of the call that XLA was given last; those before it are done when it is, since XLA's CPU backend runs a
+        thread's programs in order."""
         weakref.finalize(self, _wait, self._latest)  # the interpreter must not end under it
         self._given_at = 0.0
         """When the first step of the latest call was handed out."""
@@ -116,18 +119,18 @@ class FusedDecode:
         """What each step took of the latest call that was waited for."""
 
     def logits(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
-        """A step of one token -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last, the
-        seconds of its experts, [L, 2k + E + 1]."""
+        """A step of one token -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last,
+        the seconds of its experts, [L, 2k + E + 1]."""
         return self._take(self._find(step, caches), step, caches)
 
     def step(self, step: StepInput, caches, planner: Planner, clock: Clock) -> tuple[np.ndarray, list, StepStats]:
-        """Runs a decode step of one sequence and plans its layers, while the program of the next call runs if there is one. Where
-        the next token is drawn nothing runs meanwhile: then planning is left until the next step's program does, or the run ends,
-        and the record's layers are filled in then. Layers' times are shares: what the program took beside the experts is divided
-        among them, and what a call took among its steps.
+        """Runs a decode step of one sequence and plans its layers, while the program of the next call runs if there is
+        one. Where the next token is drawn nothing runs meanwhile: then planning is left until the next step's program
+        does, or the run ends, and the record's layers are filled in then. Layers' times are shares: what the program
+        took beside the experts is divided among them, and what a call took among its steps.
 
-        A call that was started ahead counts from when the one before was there. If it was done before it was asked for, it waited
-        for the caller; then its steps count no longer than the latest that were waited for.
+        A call that was started ahead counts from when the one before was there. If it was done before it was asked
+        for, it waited for the caller; then its steps count no longer than the latest that were waited for.
         """
         start, compiled = clock.now(), clock.compile_seconds()
         call = self._find(step, caches)
@@ -157,8 +160,8 @@ class FusedDecode:
             record.layers[:] = self._plan(*rest)
 
     def synchronize(self) -> None:
-        """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked for, or whose
-        waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
+        """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked
+        for, or whose waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
         self._call = self._next_call = None
         self._interleaved = False
         _wait(self._latest)
@@ -253,7 +256,8 @@ class FusedDecode:
 
 
 def _wait(latest: list[StepResults]) -> None:
-    """Until they are there or have failed: whoever asked for the step was told, and of one that nobody asked for nobody wants to know."""
+    """Until they are there or have failed: whoever asked for the step was told, and of one that nobody asked for
+    nobody wants to know."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.block_until_ready(latest)
     latest.clear()

@@ -1,8 +1,10 @@
-"""Decode steps as one jitted program: up to `MAX_STEPS_PER_CALL` of them, each taking the likeliest token of the one before.
+"""Decode steps as one jitted program: up to `MAX_STEPS_PER_CALL` of them, each taking the likeliest token of the one
+before.
 
-Handing a program to XLA takes a core for 0.5 ms of a 466 M model's token of 4 ms (2 cores, cold caches), whatever it does, and as the native kernels use all
-cores, they lack that one. Measured without planning, programs in turns: two, four, eight steps a call make a token 1.04, 1.14, 1.18 times as fast in int4 and
-0.99, 1.02, 1.08 in float32. One executable serves any number: unrolled, four steps took 2.6 times as long to compile and ran no faster.
+Handing a program to XLA takes a core for 0.5 ms of a 466 M model's token of 4 ms (2 cores, cold caches), whatever it
+does, and as the native kernels use all cores, they lack that one. Measured without planning, programs in turns: two,
+four, eight steps a call make a token 1.04, 1.14, 1.18 times as fast in int4 and 0.99, 1.02, 1.08 in float32. One
+executable serves any number: unrolled, four steps took 2.6 times as long to compile and ran no faster.
 
 Shapes: S = MOST steps, L MoE layers, E experts, k experts per token, V vocabulary.
 """
@@ -32,7 +34,8 @@ class StepResults(NamedTuple):
 
     Attributes:
       logits: float32 [S, V].
-      packed: float32 [S, L, 2k + E + 1], of each MoE layer its ids, weights, scores, and last the seconds of its experts.
+      packed: float32 [S, L, 2k + E + 1], of each MoE layer its ids, weights, scores, and last the seconds of its
+        experts.
       tokens: int32 [S + 2]: the token that comes next, `made`, and the token that each step was given.
     """
 
@@ -42,8 +45,8 @@ class StepResults(NamedTuple):
 
 
 class StepArgs(NamedTuple):
-    """What a call is told, as int32 [4]: the first step's position, how many steps, how many of them whatever their tokens are, and the
-    threads of a layer's experts."""
+    """What a call is told, as int32 [4]: the first step's position, how many steps, how many of them whatever their
+    tokens are, and the threads of a layer's experts."""
 
     position: int
     steps: int
@@ -52,8 +55,9 @@ class StepArgs(NamedTuple):
 
 
 def to_program_layout(embedding: jax.Array) -> jax.Array:
-    """An embedding [V, D] as `decode_program` takes it: bfloat16 as its bits, uint16, in the same memory. Of a bfloat16 table XLA's CPU backend widens every row
-    before it takes one, and does so once a call, since the table does not change in the loop (839 MB of DeepSeek-V2-Lite, 0.4 s)."""
+    """An embedding [V, D] as `decode_program` takes it: bfloat16 as its bits, uint16, in the same memory. Of a
+    bfloat16 table XLA's CPU backend widens every row before it takes one, and does so once a call, since the table
+    does not change in the loop (839 MB of DeepSeek-V2-Lite, 0.4 s)."""
     if embedding.dtype != jnp.bfloat16:
         return embedding
     return jax.device_put(np.asarray(embedding).view(np.uint16), embedding.device, may_alias=True)
@@ -69,11 +73,12 @@ def row_of(embedding: jax.Array, token: jax.Array) -> jax.Array:
 
 @functools.cache
 def decode_program(layers: tuple, specs: tuple, eps: float, isa: int):
-    """The jitted program of a model whose layers are these (graphdef, whether it has experts), with the specs of their parameters.
+    """The jitted program of a model whose layers are these (graphdef, whether it has experts), with the specs of their
+    parameters.
 
-    (parameters, (embedding in program layout, norm, head), table of experts, `StepResults.tokens` of the call before, caches
-    (donated), `StepArgs`, tokens that end a sequence int32 [n], span (static)) -> `StepResults`, caches. Such a token is given to
-    no step behind the first `min_steps`.
+    (parameters, (embedding in program layout, norm, head), table of experts, `StepResults.tokens` of the call before,
+    caches (donated), `StepArgs`, tokens that end a sequence int32 [n], span (static)) -> `StepResults`, caches. Such a
+    token is given to no step behind the first `min_steps`.
     """
     num_moe = sum(is_moe for _, is_moe in layers)
 

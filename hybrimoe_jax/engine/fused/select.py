@@ -1,8 +1,8 @@
 """Whether decode steps run fused: both ways are timed at load, and the faster one is taken.
 
-The costs have no say in it. They come from short measurements, one kind of work after another; on a noisy machine they may say
-that residents or prefetches are worth leaving the program for where they are not (seen in one start of some ten beside a busy
-process; its steps took two to three times as long).
+The costs have no say in it. They come from short measurements, one kind of work after another; on a noisy machine they
+may say that residents or prefetches are worth leaving the program for where they are not (seen in one start of some
+ten beside a busy process; its steps took two to three times as long).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ REPEATS = 5
 
 
 def can_fuse(options: EngineConfig, device: jax.Device, host: HostExecutor) -> bool:
-    """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single tokens."""
+    """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single
+    tokens."""
     plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
     return plain and device.platform == "cpu" and ffi.available() and _handle(host, 0, 0) is not None
 
@@ -34,8 +35,8 @@ def fused_decode(layered: LayeredForward) -> FusedDecode:
 
 
 def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> bool:
-    """Runs decode steps both ways, in turns, and compares the fastest of each. What `layered`'s planner and slots hold afterwards
-    is of no use: fill the slots anew, and give the engine another planner."""
+    """Runs decode steps both ways, in turns, and compares the fastest of each. What `layered`'s planner and slots hold
+    afterwards is of no use: fill the slots anew, and give the engine another planner."""
     clock = layered.clock
     layered.fill()
     caches = layered.model.init_cache(1, capacity)

@@ -1,7 +1,8 @@
 """What time it is, and what a step's work takes: on this machine's clock, or on that of a profile's machine.
 
-A step tells its clock what it does, and asks it what has landed; it never asks which clock that is. Under the wall clock things take the time
-they take. Under the virtual clock a `VirtualMachine` says when each of them would have ended. Every time that is shown names its clock.
+A step tells its clock what it does, and asks it what has landed; it never asks which clock that is. Under the wall
+clock things take the time they take. Under the virtual clock a `VirtualMachine` says when each of them would have
+ended. Every time that is shown names its clock.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Clock(abc.ABC):
 
     @abc.abstractmethod
     def attach(self, timeline):
-        """Takes a timeline if it notes events itself; returns the one that the executor notes its events in, or None."""
+        """Takes a timeline if it notes events itself; returns the one that the executor notes its events in, or
+        None."""
 
 
 class WallClock(Clock):
@@ -163,7 +165,8 @@ class VirtualClock(Clock):
 
 
 class CompileClock:
-    """Adds up what jax reports of tracing, lowering and compiling in this process, so that no measured step hides a compilation."""
+    """Adds up what jax reports of tracing, lowering and compiling in this process, so that no measured step hides a
+    compilation."""
 
     def __init__(self):
         import jax.monitoring

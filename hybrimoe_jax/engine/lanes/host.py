@@ -1,8 +1,9 @@
 """The CPU lane: host experts on persistent worker threads, beside whatever the device is doing.
 
-A kernel with `teams` gets a layer's experts in one call and spreads them over threads of its own; with others each worker
-takes a share of the experts. Kernels release the interpreter lock, so the thread that drives the device goes on dispatching meanwhile. Work too small
-to be worth waking a thread runs inline when the result is asked for. Imports no jax.
+A kernel with `teams` gets a layer's experts in one call and spreads them over threads of its own; with others each
+worker takes a share of the experts. Kernels release the interpreter lock, so the thread that drives the device goes on
+dispatching meanwhile. Work too small to be worth waking a thread runs inline when the result is asked for. Imports no
+jax.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 
 @dataclasses.dataclass
 class HostWork:
-    """Some experts of one layer. `tokens` and `weights` hold, per expert, its rows of x [N, D] and their routing weights."""
+    """Some experts of one layer. `tokens` and `weights` hold, per expert, its rows of x [N, D] and their routing
+    weights."""
 
     layer: int
     experts: list[int]
@@ -46,7 +48,8 @@ class HostExecutor:
     Args:
       kernel: the host kernel.
       weights: (layer, expert) -> HostExpert.
-      workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is `wide`.
+      workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is
+        `wide`.
       detailed: time every expert on its own (for the timeline) instead of every share.
     """
 

@@ -1,4 +1,5 @@
-"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert (two for a plain one).
+"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert (two for a
+plain one).
 
 Measured on XLA:CPU: experts kept as separate arrays and passed as arguments run 3-10 times faster than experts indexed
 out of one stacked buffer, because nothing copies weights. Only the thread that owns the pool may call it.
@@ -30,7 +31,8 @@ class SlotPool:
       slots: how many slots each layer has.
       hidden, width: D and F; an expert is gate_up [2F, D] and down [D, F] of `dtype`,
       layout: or, where this is given, the bytes of a quantised expert.
-      staging: slots through which experts are streamed that find no place (at least two, so that one fills while one is read).
+      staging: slots through which experts are streamed that find no place (at least two, so that one fills while one
+        is read).
       pooled: all layers share the sum of the slots; a victim is then (layer, expert).
     """
 
@@ -107,7 +109,8 @@ class SlotPool:
         return self._staging[index]
 
     def verify(self, layer: int, expected) -> None:
-        """Debug: every resident slot of the layer must equal `expected(expert)`; RuntimeError naming the first that does not."""
+        """Debug: every resident slot of the layer must equal `expected(expert)`; RuntimeError naming the first that
+        does not."""
         for expert in self._where[layer]:
             want: HostExpert = expected(expert)
             for have, reference in zip(jax.tree.leaves(self.get(layer, expert)), jax.tree.leaves(want), strict=True):

@@ -1,8 +1,8 @@
 """Dividing the cores: XLA's pool and the host experts' workers are sized on purpose, before jax starts.
 
 XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. It gets all cores,
-since prefill is bound by arithmetic; host experts use half of them, or all where the plan gives them the layer (docs/log.md).
-Importing this module imports no jax.
+since prefill is bound by arithmetic; host experts use half of them, or all where the plan gives them the layer
+(docs/log.md). Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def jax_started() -> bool:
 def split_threads(threads: int | None, executor: str) -> ThreadBudget:
     """Sizes both sides and, where jax has not started yet, makes XLA's pool obey.
 
-    The host's experts get half of the cores beside the device's work. XLA gets all of them where programs and host experts take turns
-    (prefill is bound by arithmetic: 1.2 times faster so), half under the callback executor, which is never without both.
+    The host's experts get half of the cores beside the device's work. XLA gets all of them where programs and host
+    experts take turns (prefill is bound by arithmetic: 1.2 times faster so), half under the callback executor, which
+    is never without both.
 
     Raises nothing; warns once if `threads` was asked for too late.
     """
@@ -60,7 +61,8 @@ def split_threads(threads: int | None, executor: str) -> ThreadBudget:
 
 
 def set_async_dispatch(executor: str) -> None:
-    """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous dispatch.
+    """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous
+    dispatch.
 
     Raises UserError where jax has started asynchronously on one core, the case that was seen to hang.
     """

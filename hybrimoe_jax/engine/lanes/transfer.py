@@ -1,12 +1,12 @@
 """The link lane: host experts on their way to the device.
 
-Whole layers that a prompt's chunk is streamed through cross it like prefetches, but go into no slot: the staged arrays themselves are the buffer,
-which is freed when nobody holds them any more.
+Whole layers that a prompt's chunk is streamed through cross it like prefetches, but go into no slot: the staged arrays
+themselves are the buffer, which is freed when nobody holds them any more.
 
-A demand fetch is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A prefetch
-is staged by the link's own thread and committed, at a layer boundary, only once it has landed. On the CPU backend an
-aligned `device_put` would alias the host array; there the staged copy is made explicitly, so that a fetch costs a real copy.
-A quantised expert is one buffer of bytes, the same on both sides: its fetch is one copy.
+A demand fetch is issued and committed by the thread that owns the slots; data dependencies make its reader wait. A
+prefetch is staged by the link's own thread and committed, at a layer boundary, only once it has landed. On the CPU
+backend an aligned `device_put` would alias the host array; there the staged copy is made explicitly, so that a fetch
+costs a real copy. A quantised expert is one buffer of bytes, the same on both sides: its fetch is one copy.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Link:
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
-        """Demand fetch: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is read-only;
-        writing them into a slot is the copy."""
+        """Demand fetch: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is
+        read-only; writing them into a slot is the copy."""
         return jax.device_put(parts_of(weights), self.device)
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
@@ -83,7 +83,8 @@ class Link:
             noted[expert] = transfer
 
     def streamed(self, layer: int, expert: int) -> Transfer:
-        """Waits for one expert of a layer under way to its buffer, and takes it out: the buffer's place is free once the arrays are dropped."""
+        """Waits for one expert of a layer under way to its buffer, and takes it out: the buffer's place is free once
+        the arrays are dropped."""
         transfer = self._streamed[layer].pop(expert)
         transfer.done.wait()
         if transfer.error is not None:
@@ -91,8 +92,8 @@ class Link:
         return transfer
 
     def end_stream(self, layer: int) -> float:
-        """Frees what is left in a layer's buffer and returns how many seconds the link took for what has landed of it; what is still on its
-        way lands for nobody."""
+        """Frees what is left in a layer's buffer and returns how many seconds the link took for what has landed of it;
+        what is still on its way lands for nobody."""
         left = self._streamed.pop(layer, {}).values()
         return sum(transfer.seconds for transfer in left if transfer.done.is_set())
 

@@ -1,8 +1,10 @@
-"""The overlapped executor: device work is dispatched first, host experts compute while it runs, fetches land beside both.
+"""The overlapped executor: device work is dispatched first, host experts compute while it runs, fetches land beside
+both.
 
 Measured: a host callback inside one executable blocks all of it, while separate dispatches overlap (82 + 123 ms alone,
-145 ms together). So a layer is: shared experts and resident experts dispatched, host experts started, demand fetches issued
-and their experts dispatched behind them, prefetches issued into idle link time, and only then the host's part collected.
+145 ms together). So a layer is: shared experts and resident experts dispatched, host experts started, demand fetches
+issued and their experts dispatched behind them, prefetches issued into idle link time, and only then the host's part
+collected.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class OverlappedForward(LayeredForward):
 
     Args:
       wake_s: what handing work to a worker thread and waiting for it costs (measured at load).
-      spin_s: how long to poll for a result before sleeping until it comes. A sleeping thread is woken late and with cold
+      spin_s: how long to poll for a result before sleeping until it comes. A sleeping thread is woken late and with
+        cold
         caches: polling made a decode step of small layers 1.2 times faster (2 cores). 0 where there is but one core.
 
     Host work whose experts take less than a few times that each is done by this thread once everything else has been
@@ -40,7 +43,8 @@ class OverlappedForward(LayeredForward):
         self.inline_s, self.spin_s = INLINE_WAKES * wake_s, spin_s
         self._wall = self.link.clock
         self._unfinished: tuple | None = None
-        """Of the layer before: when its device work began and its result, when its fetches began and the last of them."""
+        """Of the layer before: when its device work began and its result, when its fetches began and the last of
+        them."""
 
     def dispatch_shared(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
         self._dispatched, self._working_from = self._wall.now(), self._working()
@@ -66,7 +70,8 @@ class OverlappedForward(LayeredForward):
         self._unfinished = (self._working_from, acc, link_start, fetched)
 
     def read(self, result: jax.Array, lanes: Lanes | None) -> np.ndarray:
-        """Notes on the way when the layer before was done: the next program is dispatched, so waiting costs the device nothing."""
+        """Notes on the way when the layer before was done: the next program is dispatched, so waiting costs the
+        device nothing."""
         watched = []
         if lanes is not None and self._unfinished is not None:
             began, acc, link_start, fetched = self._unfinished

@@ -1,0 +1,78 @@
+"""What an engine is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from hybrimoe_jax.decide.plan import Counters
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.engine import budget
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.device_model import DeviceModel
+from hybrimoe_jax.engine.lanes import threads
+from hybrimoe_jax.engine.lanes.clock import Clock
+from hybrimoe_jax.engine.lanes.host import HostExecutor
+from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.transfer import Link
+from hybrimoe_jax.engine.stats import RunStats
+from hybrimoe_jax.engine.step import Forward
+from hybrimoe_jax.machine.costs import CostModel
+
+LOGIT_ROWS = 16
+"""Tokens whose logits `Engine.logits` holds on the device at once."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Parts:
+    """What an engine is made of. `slots`: of each MoE layer. `lookahead`: layers at most. The dense executor has no planner,
+    costs, pool, link and host lane."""
+
+    options: EngineConfig
+    system: System
+    device: jax.Device
+    model: DeviceModel
+    forward: Forward
+    clock: Clock
+    footprint: budget.Footprint
+    cores: threads.ThreadBudget
+    expert_format: str
+    device_kernel: str
+    slots: list[int]
+    lookahead: int = 0
+    planner: Planner | None = None
+    costs: CostModel | None = None
+    pool: SlotPool | None = None
+    link: Link | None = None
+    host: HostExecutor | None = None
+
+    def new_stats(self) -> RunStats:
+        experts = self.model.config.num_experts * len(self.model.moe_layers)
+        return RunStats(
+            system=self.system.name,
+            executor=self.options.executor,
+            cache_ratio=sum(self.slots) / experts if experts else 0.0,
+            clock=self.options.clock,
+            host_kernel=self.host.kernel.describe() if self.host else {},
+            device_kernel=self.device_kernel,
+            cores=dataclasses.asdict(self.cores),
+            costs=self.costs.describe() if self.costs else {},
+            slots=self.slots,
+            expert_format=self.expert_format,
+        )
+
+    def counters(self) -> Counters:
+        """The planner's totals so far (all zero for the dense executor)."""
+        return dataclasses.replace(self.planner.counters) if self.planner else Counters()
+
+    def predicted(self) -> list[tuple[int, int]]:
+        """By distance from 1: experts predicted so far, and how many of them were activated."""
+        accuracy = self.planner.accuracy if self.planner else None
+        return list(zip(accuracy.predicted, accuracy.came_true))[1:] if accuracy else []
+
+    def close(self) -> None:
+        for part in (self.host, self.link):
+            if part is not None:
+                part.close()
