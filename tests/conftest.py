@@ -1,5 +1,6 @@
-"""Shared by all tests: the `--slow` switch, one core for each of XLA and the host experts, as on the smallest machine, one cache of compiled
-programs, and how tests are shared out among workers (pytest-xdist).
+"""Shared by all tests: known conditions however they were started, which of them run, and which worker runs them.
+
+One core for each of XLA and the host experts, as on the smallest machine. Compiled programs are kept (`program_cache`).
 """
 
 from __future__ import annotations
@@ -8,28 +9,60 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
+import hypothesis
+import program_cache
 import pytest
 
-os.environ.setdefault("NPROC", "1")
 MOST_WORKERS = 8
+LOCKS = Path(tempfile.gettempdir(), f"hybrimoe-tests-{os.getuid()}")
+"""One folder for all runs of this user, so that a test that wants to be alone is."""
 
-# Most of what a test with an engine takes is XLA compiling (25 of 38 s of CPU in test_dense_format), often what another process of the same
-# run has compiled before. A run's first process makes the folder; workers and the commands that tests start inherit it. It does not
-# outlive the run, so that no test ever meets a program that another version or machine made.
-SHARED = "HYBRIMOE_TESTS_FOLDER"
-if SHARED not in os.environ:
-    _folder = tempfile.TemporaryDirectory(prefix="hybrimoe-tests-")
-    os.environ[SHARED] = _folder.name
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _folder.name + "/programs")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+FOREIGN = re.compile("LC_|LANG|COLUMNS|LINES|FORCE_COLOR|PYTHON(IO|WARN|UTF8|COLORS)")
+"""Variables that change what a command prints."""
+
+
+def know_the_start() -> None:
+    """The same conditions for every start. The commands that tests start inherit them.
+
+    A shell ignores Ctrl-C for what it starts in the background, `nohup` ignores a hang-up. A caller may block signals,
+    keep new files to itself, or speak another language.
+    """
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(0o022)
+    for name in filter(FOREIGN.match, list(os.environ)):
+        del os.environ[name]
+    os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", NO_COLOR="1")
+    os.environ.setdefault("NPROC", "1")
+
+
+know_the_start()
+PROGRAMS = program_cache.start()
+# The same examples in every run, however busy the machine; `--nightly` looks for others.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("nightly", hypothesis.settings.get_profile("default"), derandomize=False)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--nightly", action="store_true", help="run all tests, those marked nightly as well")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "default")
+
+
+def pytest_unconfigure(config):
+    if PROGRAMS is not None:
+        PROGRAMS.close()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -40,7 +73,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One worker runs all tests of a file, which share fixtures and compiled programs; of the exactness matrix, all cells of a model."""
+    """One worker runs all tests of a file, which share fixtures; of the exactness matrix, all cells of a model."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):
@@ -52,24 +85,29 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if "slow" in item.keywords]
-    if slow:
-        items[:] = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=slow)
+    everything, slow = config.getoption("--nightly"), config.getoption("--slow")
+    left_out = set() if everything else {"nightly"} if slow else {"nightly", "slow"}
+    deselected = [item for item in items if any(mark.name in left_out for mark in item.iter_markers())]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not any(mark.name in left_out for mark in item.iter_markers())]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """A test marked `alone` runs while no other worker runs any: it compares times."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return (yield)
+    """A test marked `alone` compares times: no other worker, of any run, runs a test beside it.
+
+    After a file its compiled programs are there for all workers.
+    """
     with contextlib.ExitStack() as locks:
-        door = locks.enter_context(open(Path(os.environ[SHARED], "door"), "w"))
-        room = locks.enter_context(open(Path(os.environ[SHARED], "room"), "w"))
+        LOCKS.mkdir(exist_ok=True)
+        door = locks.enter_context(open(LOCKS / "door", "w"))
+        room = locks.enter_context(open(LOCKS / "room", "w"))
         alone = item.get_closest_marker("alone") is not None
         fcntl.flock(door, fcntl.LOCK_EX)  # held while waiting alone, so that nobody slips in
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
-        return (yield)
+        result = yield
+    if PROGRAMS is not None and (nextitem is None or nextitem.path != item.path):
+        PROGRAMS.exchange()
+    return result

@@ -191,15 +191,13 @@ def test_a_checkpoint_without_a_tokenizer_takes_and_gives_ids(command, checkpoin
 
 def test_ctrl_c_prints_what_there_is(checkpoint, profile, decode, first):
     """The text so far is already there (it streams), the statistics follow, and the exit code is 130."""
-    # A test runner in the background ignores SIGINT and its children inherit that: the handler is set by hand.
-    program = (
-        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "runpy.run_module('hybrimoe_jax.generate', run_name='__main__', alter_sys=True)"
-    )
     flags = ["--model", str(checkpoint), "--host-kernel", "reference", "--profile", str(profile)]
     flags += ["--prompt", PROMPT, "--max-tokens", "4000", "--stats", "json"]
     with subprocess.Popen(
-        [sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        [sys.executable, "-m", "hybrimoe_jax.generate", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
     ) as process:
         shown = process.stdout.read(20)
         assert process.poll() is None and len(shown) == 20, "text must come while the program runs"
