@@ -15,7 +15,7 @@ from public_traces import ESFT, esft_folder, routing, shared
 
 from hybrimoe_jax.bench import cache as bench
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import TraceRecorder
+from hybrimoe_jax.trace.recorder import TraceRecorder
 
 OWN = """
 from hybrimoe_jax.decide import CachePolicy

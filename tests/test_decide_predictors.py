@@ -18,8 +18,10 @@ from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS, CoActivation, bu
 from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder, save_trace
+from hybrimoe_jax.trace.facts import TraceFacts
+from hybrimoe_jax.trace.file import save_trace
 from hybrimoe_jax.trace.importers import open_trace
+from hybrimoe_jax.trace.recorder import TraceRecorder
 from hybrimoe_jax.trace.tokens import by_token, load_recording
 
 LAYERS, EXPERTS, TOP_K, DISTANCES = 4, 6, 2, 3

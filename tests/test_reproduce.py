@@ -35,7 +35,8 @@ def test_cases_are_in_the_order_that_the_tables_read_them():
 
 
 def test_no_prefetch_at_depth_zero():
-    from hybrimoe_jax.simulate.grid import Case, run_case
+    from hybrimoe_jax.simulate.cases import Case
+    from hybrimoe_jax.simulate.grid import run_case
 
     counts = [
         run_case(Case(experiments.QWEN, "a6000-paper", "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=4))

@@ -34,7 +34,7 @@ FLOORS = (
 )
 """From top to bottom: a room may import from its own floor and those below."""
 
-KNOWN = {("bench", "convert"), ("decide", "machine"), ("decide", "trace")}
+KNOWN: set[tuple[str, str]] = set()
 """(room, room above it that it imports): to be mended, none to be added."""
 
 WITHOUT_JAX = ("decide", "formats", "machine")
@@ -62,8 +62,12 @@ def statements(node: ast.AST, at_module_level: bool = True) -> Iterator[tuple[as
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child, at_module_level
-        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-        yield from statements(child, at_module_level and not inside)
+        runs_later = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or for_types_only(child)
+        yield from statements(child, at_module_level and not runs_later)
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:

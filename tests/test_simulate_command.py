@@ -14,7 +14,7 @@ import pytest
 
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.simulate import __main__ as simulate
-from hybrimoe_jax.simulate.grid import trace_names
+from hybrimoe_jax.simulate.cases import trace_names
 from hybrimoe_jax.trace.facts import MODELS
 from hybrimoe_jax.trace.file import Trace, save_trace
 
@@ -22,6 +22,7 @@ SLOW = """
 import os, time
 from pathlib import Path
 from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.cases import Case
 
 def run_case(case):
     Path(case.trace, str(os.getpid())).touch()
@@ -29,7 +30,7 @@ def run_case(case):
 
 def main(marks):
     grid.run_case = run_case
-    list(grid.run_cases([grid.Case(marks, "", "", ratio) for ratio in range(6)], jobs=2))
+    list(grid.run_cases([Case(marks, "", "", ratio) for ratio in range(6)], jobs=2))
 """
 
 

@@ -10,9 +10,11 @@ from hybrimoe_jax.decide import SYSTEMS, Problem, get_scheduler, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, get_shape, shape_of
-from hybrimoe_jax.simulate.grid import ORACLE, Case, run_case
+from hybrimoe_jax.simulate.cases import ORACLE, Case
+from hybrimoe_jax.simulate.grid import run_case
 from hybrimoe_jax.simulate.synthetic import KNOBS, statistics, synthetic_trace
-from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder
+from hybrimoe_jax.trace.facts import TraceFacts
+from hybrimoe_jax.trace.recorder import TraceRecorder
 
 QWEN = "synthetic:qwen2-57b-a14b"
 

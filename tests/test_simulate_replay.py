@@ -11,7 +11,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import ModelShape
 from hybrimoe_jax.machine.virtual import VirtualMachine
-from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.cases import halves
 from hybrimoe_jax.simulate.records import interval, measures
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import TokenSteps, recorded_steps
@@ -173,10 +173,10 @@ def test_full_scores_are_used_where_the_trace_has_them():
 
 def test_halves_never_run_on_their_own_frequencies():
     tokens = TokenSteps(routing())
-    (one, from_two), (two, from_one) = grid.halves(tokens)
+    (one, from_two), (two, from_one) = halves(tokens)
     assert sorted([*one, *two]) == tokens.sequences and not set(one) & set(two)
     assert from_two == tokens.frequencies(two) and from_one == tokens.frequencies(one)
-    assert grid.halves(TokenSteps(routing((5,)))) == [([0], None)]
+    assert halves(TokenSteps(routing((5,)))) == [([0], None)]
 
 
 def test_intervals_cover_the_mean_of_sequences_and_need_two():

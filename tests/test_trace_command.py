@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from public_traces import ESFT, GPT_OSS, esft_folder, fingerprint_json, route_csv, routing
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.trace.file import TraceFacts, TraceRecorder, save_trace
+from hybrimoe_jax.trace.facts import TraceFacts
+from hybrimoe_jax.trace.file import save_trace
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.info import info, lacks
+from hybrimoe_jax.trace.recorder import TraceRecorder
 from hybrimoe_jax.trace.tokens import REPLAYED, by_token, one_token_steps
 
 

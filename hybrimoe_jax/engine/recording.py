@@ -17,7 +17,7 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.trace.facts import facts_of
-from hybrimoe_jax.trace.file import TraceRecorder
+from hybrimoe_jax.trace.recorder import TraceRecorder
 from hybrimoe_jax.trace.timeline import Timeline
 
 

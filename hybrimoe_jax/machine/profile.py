@@ -182,6 +182,16 @@ def load_profile(name: str | Path) -> MachineProfile:
     figures, combine = raw.get("figures"), raw.get("combine", {})
     if not isinstance(figures, dict) or not isinstance(combine, dict):
         raise UserError(f"profile {name}: `figures` and `combine` must be objects")
+    values, sources = _figures(figures, name)
+    for lane, how in combine.items():
+        if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
+            raise UserError(f"profile {name}: combine.{lane} is {how!r}; cpu and device may be max, sum or hidden")
+    about = str(raw.get("about", ""))
+    return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine)
+
+
+def _figures(figures: dict, name: str | Path) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:
+    """A file's figures by name, and their sources; UserError for the first thing wrong."""
     names = [field.name for field in dataclasses.fields(Figures)]
     for missing in [n for n in names if n not in figures] + [n for n in figures if n not in names]:
         raise UserError(f"profile {name}: figure {missing!r} is {'missing' if missing in names else 'unknown'}")
@@ -196,20 +206,14 @@ def load_profile(name: str | Path) -> MachineProfile:
             or not 0 <= value <= sys.float_info.max
             or (rate and not value)
         ):
-            raise UserError(
-                f"profile {name}: {field}.value must be a finite number {'above' if rate else 'of at least'} 0, not {repr(value)[:40]}"
-            )
+            least = "above 0" if rate else "of at least 0"
+            raise UserError(f"profile {name}: {field}.value must be a finite number {least}, not {repr(value)[:40]}")
         if not isinstance(entry.get("source"), str) or not entry["source"].strip():
             raise UserError(f"profile {name}: {field} has no source; every figure says where it comes from")
         values[field], sources[field] = float(value), (str(entry.get("kind", "unstated")), entry["source"])
     if values["link_bandwidth_cpu_busy"] > values["link_bandwidth"]:
         raise UserError(f"profile {name}: link_bandwidth_cpu_busy must not be above link_bandwidth")
-    for lane, how in combine.items():
-        if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
-            raise UserError(f"profile {name}: combine.{lane} is {how!r}; cpu and device may be max, sum or hidden")
-    return MachineProfile(
-        str(raw.get("name", path.stem)), str(raw.get("about", "")), Figures(**values), sources, combine
-    )
+    return values, sources
 
 
 def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | CostModel:

@@ -77,27 +77,51 @@ class VirtualMachine:
 
     def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None:
         """Carries out a plan and moves the clock to its end."""
-        costs, start, timeline = self.costs, self.now, self.timeline
-        self._block = cpu = start
+        start = self._block = self.now
         if self._in_flight or self._streaming:
             self._advance(start)
-        if plan.cpu:
-            cpu += costs.fetch_host * len(plan.fetch)
-            first, cost = True, costs.cpu
-            for expert in plan.cpu:
-                begin = cpu
-                cpu += cost(loads[expert], first)
-                first = False
-                if timeline is not None:
-                    self._note("cpu", "expert", plan.layer, expert, begin, cpu, load=loads[expert])
-            self.cpu += cpu - start
+        cpu = self._run_cpu(plan, loads) if plan.cpu else start
         for lane in self.links:
             lane.cpu_until = cpu
-        device = start + costs.shared(tokens)
+        device = self._run_device(plan, loads, tokens)
+        self.now = cpu if cpu > device else device
+        if plan.next_layer_experts:
+            self._start_stream(plan.layer + 1, plan.next_layer_experts)
+
+    def prefetch(self, layer: int, expert: int) -> None:
+        """Starts a transfer behind all that is queued, at the start of the MoE block that ran last."""
+        self._in_flight.add((layer, expert))
+        self._send("prefetch", layer, expert)
+
+    def drain(self) -> None:
+        """Forgets every transfer under way."""
+        for lane in self.links:
+            lane.clear()
+        self._landed.clear()
+        self._in_flight.clear()
+        self._buffered.clear()
+        self._streaming = 0
+
+    def _run_cpu(self, plan: LayerPlan, loads: Mapping[int, int]) -> float:
+        """The CPU's experts, one behind the other; when they end."""
+        cpu = self.now + self.costs.fetch_host * len(plan.fetch)
+        first, cost = True, self.costs.cpu
+        for expert in plan.cpu:
+            begin = cpu
+            cpu += cost(loads[expert], first)
+            first = False
+            if self.timeline is not None:
+                self._note("cpu", "expert", plan.layer, expert, begin, cpu, load=loads[expert])
+        self.cpu += cpu - self.now
+        return cpu
+
+    def _run_device(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> float:
+        """The shared experts, then the device's queue, which waits for what has not landed; when it ends."""
+        start, timeline, cost = self.now, self.timeline, self.costs.device
+        device = start + self.costs.shared(tokens)
         busy = device - start
         if timeline is not None and busy:
             timeline.add("device", f"shared {plan.layer}", start, device, layer=plan.layer)
-        cost = costs.device
         if plan.fetch or plan.awaited or plan.double_buffered:
             ready = self._arrivals(plan)
             for expert in plan.schedule.device:
@@ -116,23 +140,7 @@ class VirtualMachine:
                     self._note("device", "expert", plan.layer, expert, begin, device, load=loads[expert])
             busy = device - start
         self.device += busy
-        self.now = cpu if cpu > device else device
-        if plan.next_layer_experts:
-            self._start_stream(plan.layer + 1, plan.next_layer_experts)
-
-    def prefetch(self, layer: int, expert: int) -> None:
-        """Starts a transfer behind all that is queued, at the start of the MoE block that ran last."""
-        self._in_flight.add((layer, expert))
-        self._send("prefetch", layer, expert)
-
-    def drain(self) -> None:
-        """Forgets every transfer under way."""
-        for lane in self.links:
-            lane.clear()
-        self._landed.clear()
-        self._in_flight.clear()
-        self._buffered.clear()
-        self._streaming = 0
+        return device
 
     def _dense(self, seconds: float, name: str, *layer: int) -> None:
         start = self.now

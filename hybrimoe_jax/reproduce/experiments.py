@@ -11,7 +11,7 @@ from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import BELADY
-from hybrimoe_jax.simulate.grid import ORACLE, Case, halves, tokens_of
+from hybrimoe_jax.simulate.cases import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.trace.file import Trace
 

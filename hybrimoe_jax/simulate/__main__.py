@@ -16,8 +16,9 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate.cases import cases_of, parts_of, prepared, trace_names
 from hybrimoe_jax.simulate.recorded import replay_run
-from hybrimoe_jax.simulate.table import table
+from hybrimoe_jax.simulate.records import table
 from hybrimoe_jax.trace.importers import open_trace
 
 TIMELINE_STEPS = 4
@@ -64,18 +65,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for flag in ("out", "timeline"):
-        path = getattr(args, flag)
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
-        if path and os.path.isdir(path):
-            raise UserError(f"--{flag} {path}: a folder; a file is needed")
-    if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
-        raise UserError(f"--plots {args.plots}: a file; a folder is needed")
-    check_lookahead(args.lookahead)
+    check_flags(args)
     if args.as_recorded:
         return repeat(args.trace)
-    cases = grid.cases_of(
+    cases = cases_of(
         args.trace,
         args.profile,
         _words(args.systems, "--systems"),
@@ -84,19 +77,16 @@ def main(argv: list[str] | None = None) -> int:
         starts=_words(args.starts, "--starts"),
         lengths=[_whole(word, "--prompt-lengths") for word in args.prompt_lengths.split(",") if word.strip()],
         prompts=args.prompts,
-        parts=grid.parts_of(vars(args)),
+        parts=parts_of(vars(args)),
         shape=args.shape,
         steps=args.steps,
     )
-    for name in ("prompts", "jobs", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
     if args.plots:
         from hybrimoe_jax.simulate import plots
 
         plots.check()
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
-        grid.prepared(case)  # what cannot be is said before anything runs
+        prepared(case)  # what cannot be is said before anything runs
     records = list(progress(grid.run_cases(cases, args.jobs), len(cases), "simulating"))
     if args.out:
         with replacing(args.out) as file:
@@ -110,9 +100,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for the first flag that cannot be."""
+    for flag in ("out", "timeline"):
+        path = getattr(args, flag)
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
+        if path and os.path.isdir(path):
+            raise UserError(f"--{flag} {path}: a folder; a file is needed")
+    if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
+        raise UserError(f"--plots {args.plots}: a file; a folder is needed")
+    check_lookahead(args.lookahead)
+    for name in ("prompts", "jobs", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+
+
 def repeat(paths: list[str]) -> int:
     """Replays the very runs that traces were recorded from: a JSON line each."""
-    for path, name in grid.trace_names(paths).items():
+    for path, name in trace_names(paths).items():
         trace = open_trace(path)
         planner, result = replay_run(trace, path)
         c = result.counters

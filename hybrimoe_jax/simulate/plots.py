@@ -1,6 +1,7 @@
-"""Pictures of simulations: times, hits by capacity, lanes of one layer or step, prefetch by distance. Needs matplotlib (the extra `plots`).
+"""Pictures of simulations: times, hits by capacity, lanes of one layer or step, how often predictors are right.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths fit a column of 3.4 inches. Every title says that times are simulated.
+Needs matplotlib (the extra `plots`). Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths fit
+a column of 3.4 inches. Every title says that times are simulated.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from hybrimoe_jax.decide.prefetch.predictors import build_predictor
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
+from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
+from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.timeline import Timeline
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -29,6 +33,7 @@ STYLE = {
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
 POLICIES = ("lru", "lfu", "mrs", "echo")
 GANTT_STEPS, GANTT_LAYERS, PROMPT = 6, 4, 128
+DISTANCES = 6
 
 
 def check() -> None:
@@ -37,7 +42,7 @@ def check() -> None:
         raise UserError("--plots needs matplotlib: install the extra [plots]")
 
 
-def write_all(records: Sequence[dict], cases: Sequence[grid.Case], folder: str | Path) -> list[Path]:
+def write_all(records: Sequence[dict], cases: Sequence[Case], folder: str | Path) -> list[Path]:
     """Writes what the records and their cases give: PNG files in `folder`, which is made."""
     import matplotlib
 
@@ -55,17 +60,17 @@ def write_all(records: Sequence[dict], cases: Sequence[grid.Case], folder: str |
         written.append(path)
 
     with plt.rc_context(STYLE):
-        words = _words(dict.fromkeys(map(grid.trace_name, cases)))
+        words = _words(dict.fromkeys(map(trace_name, cases)))
         for key in dict.fromkeys((r["trace"], r["rows"], r["start"], r["profile"]) for r in records):
             chosen = [r for r in records if (r["trace"], r["rows"], r["start"], r["profile"]) == key]
             what = "ttft" if chosen[0]["prompt_tokens"] else "tbt"
             save(times(plt, chosen), "-".join([what, words[key[0]], *map(_word, key[1:])]))
         for trace in dict.fromkeys(case.trace for case in cases):
             case = next(c for c in cases if c.trace == trace and c.prompt is None)
-            word = words[grid.trace_name(case)]
+            word = words[trace_name(case)]
             save(capacity(plt, case), f"hits-{word}")
-            tokens = grid.tokens_of(trace)
-            prompt = min(PROMPT, *(tokens.count(sequences) for sequences, _ in grid.halves(tokens)))
+            tokens = tokens_of(trace)
+            prompt = min(PROMPT, *(tokens.count(sequences) for sequences, _ in halves(tokens)))
             for length, name in ((None, "decode"), (prompt, "prefill")):
                 save(gantt(plt, case, length), f"lanes-{name}-{word}")
             save(accuracy(plt, case), f"prediction-{word}")
@@ -111,7 +116,7 @@ def times(plt, records: Sequence[dict]):
     return figure
 
 
-def capacity(plt, case: grid.Case):
+def capacity(plt, case: Case):
     """Hit rate against capacity with every miss fetched and kept, under Belady's rule too."""
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
     for place, policy in enumerate((*POLICIES, "belady")):
@@ -119,7 +124,7 @@ def capacity(plt, case: grid.Case):
         for ratio in CAPACITIES:
             parts = () if policy == "belady" else (("cache", policy),)
             system = BELADY.name if policy == "belady" else "on-demand"
-            one = grid.Case(
+            one = Case(
                 case.trace,
                 case.profile,
                 system,
@@ -136,12 +141,12 @@ def capacity(plt, case: grid.Case):
         )
     axes.set_xlabel("slots [% of a layer's experts]")
     axes.set_ylabel("hit rate [%]")
-    axes.set_title(f"{grid.trace_name(case)}: one token a step, every miss kept, warm start", fontsize=6)
+    axes.set_title(f"{trace_name(case)}: one token a step, every miss kept, warm start", fontsize=6)
     axes.legend()
     return figure
 
 
-def gantt(plt, case: grid.Case, prompt: int | None):
+def gantt(plt, case: Case, prompt: int | None):
     """Lanes of one step (a few layers of it) or of one layer of a prompt, for the first system of the case: where the link does most."""
     timeline = Timeline()
     grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS), timeline)
@@ -200,12 +205,10 @@ def gantt(plt, case: grid.Case, prompt: int | None):
     return figure
 
 
-def accuracy(plt, case: grid.Case):
+def accuracy(plt, case: Case):
     """Share of predicted experts that were asked for, by distance, for each predictor that the trace allows."""
-    from hybrimoe_jax.simulate.accuracy import recall_by_distance
-
     figure, axes = plt.subplots(figsize=(WIDTH, 2.0))
-    tokens = grid.tokens_of(case.trace)
+    tokens = tokens_of(case.trace)
     for place, (name, shares) in enumerate(recall_by_distance(tokens, steps=case.steps or 300).items()):
         axes.plot(
             range(1, len(shares) + 1),
@@ -220,9 +223,33 @@ def accuracy(plt, case: grid.Case):
     axes.set_xlabel("lookahead distance [layers]")
     axes.set_ylabel("predicted experts\nthat were asked for [%]")
     axes.set_ylim(0, 100)
-    axes.set_title(grid.trace_name(case), fontsize=6)
+    axes.set_title(trace_name(case), fontsize=6)
     axes.legend(fontsize=5.5, ncols=2)
     return figure
+
+
+def recall_by_distance(tokens: TokenSteps, steps: int = 300, distances: int = DISTANCES) -> dict[str, list[float]]:
+    """Per predictor that the trace allows, the share of activated experts that it named, at distances 1, 2, ...
+
+    One token a step; nothing is planned.
+    """
+    facts = tokens.facts
+    names = ["co-activation", "previous"] + (["router-reuse", "corrected"] if tokens.has_lookahead else [])
+    shares = {}
+    for name in names:
+        predictor = build_predictor(name, facts.layers, facts.experts, facts.top_k, distances)
+        hits, asked = [0] * distances, [0] * distances
+        for step in tokens.steps(tokens.sequences, steps):
+            loads = {a.layer: a.loads for a in step.layers}
+            for one in step.layers:
+                for d, prediction in enumerate(predictor.predict(one.layer, one.shown, distances), 1):
+                    wanted = loads.get(one.layer + d)
+                    if wanted and prediction.loads:
+                        hits[d - 1] += len(wanted.keys() & prediction.loads.keys())
+                        asked[d - 1] += len(wanted)
+            predictor.finish_step()
+        shares[name] = [h / a for h, a in zip(hits, asked) if a]
+    return shares
 
 
 def _words(names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""The route_trace layout (Helldez/BigMoeOnEdge, `*.route.csv`): `#` lines with the model's facts and each layer's expert bytes, then a row per selected expert,
+"""The route_trace layout (Helldez/BigMoeOnEdge, `*.route.csv`).
+
+First `#` lines with the model's facts and each layer's expert bytes, then a row per selected expert:
 `turn,phase,step,layer,slot,expert,weight,residency,expert_bytes`.
 
 Prompt tokens are steps of their own, written layer by layer; the last layer is written for the last of them only.
@@ -23,6 +25,17 @@ ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
 
 def route_csv(text: str, path: Path, where: str) -> Trace:
     """A route_trace. `extra` keeps the engine's own `residency` [R, k] (1 was a hit) and `layer_bytes` [L]."""
+    header, sizes, rows = _read(text, where)
+    facts = _facts(header, sizes, where)
+    about = {"source": "route_trace", "model": header.get("model", "").rpartition("/")[2], "file": path.name}
+    trace = _route_rows(rows, facts, where)
+    if "as-stored" in facts.expert_bytes:
+        trace.extra["layer_bytes"] = np.array([sizes[layer] for layer in range(facts.layers)])
+    return dataclasses.replace(trace, about=about)
+
+
+def _read(text: str, where: str) -> tuple[dict[str, str], dict[int, int], list[tuple]]:
+    """(facts by name, bytes of an expert by layer, rows with their line numbers first)."""
     header, sizes, rows, begun = {}, {}, [], False
     for number, line in enumerate(whole_lines(text, where), 1):
         try:
@@ -38,22 +51,31 @@ def route_csv(text: str, path: Path, where: str) -> Trace:
                     raise ValueError(f"the columns must be {ROUTE_COLUMNS}")
                 begun = True
             elif line.strip():
-                *integers, weight, residency, size = line.split(",")
-                rows.append((number, *map(int, integers), float(weight), int(residency), int(size)))
-                if len(rows[-1]) != 10:
-                    raise ValueError("9 values are needed")
-                if max(map(abs, (*rows[-1][1:7], rows[-1][9]))) > LARGEST:
-                    raise ValueError(f"a number beyond {LARGEST}")
-                if not 0 <= rows[-1][8] <= 127:
-                    raise ValueError(f"residency {rows[-1][8]} is outside 0..127")
+                rows.append((number, *_row(line)))
         except (ValueError, KeyError, OverflowError) as error:
             raise UserError(f"{where}: line {number}: {error}") from None
+    return header, sizes, rows
+
+
+def _row(line: str) -> tuple:
+    """The nine values of a row; ValueError where they are not."""
+    *integers, weight, residency, size = line.split(",")
+    row = (*map(int, integers), float(weight), int(residency), int(size))
+    if len(row) != 9:
+        raise ValueError("9 values are needed")
+    if max(map(abs, (*row[:6], row[8]))) > LARGEST:
+        raise ValueError(f"a number beyond {LARGEST}")
+    if not 0 <= row[7] <= 127:
+        raise ValueError(f"residency {row[7]} is outside 0..127")
+    return row
+
+
+def _facts(header: dict[str, str], sizes: dict[int, int], where: str) -> TraceFacts:
+    """The model's, with the bytes of an expert of the model that has this many layers and experts, where one is known."""
     try:
         layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
     except (KeyError, ValueError):
         raise UserError(f"{where}: its # lines lack n_layer, n_expert and n_expert_used as numbers") from None
-    if not begun or not rows:
-        raise UserError(f"{where}: no rows; it is truncated")
     try:
         facts = TraceFacts(header.get("arch", "unknown"), layers, experts, top_k)
     except UserError as error:
@@ -62,16 +84,13 @@ def route_csv(text: str, path: Path, where: str) -> Trace:
     known = dict(MODELS[named].expert_bytes) if named else {}
     if sorted(sizes) == list(range(layers)):
         known["as-stored"] = round(sum(sizes.values()) / layers)
-    facts = dataclasses.replace(facts, expert_bytes=known)
-    about = {"source": "route_trace", "model": header.get("model", "").rpartition("/")[2], "file": path.name}
-    trace = _route_rows(rows, facts, where)
-    if "as-stored" in known:
-        trace.extra["layer_bytes"] = np.array([sizes[layer] for layer in range(layers)])
-    return dataclasses.replace(trace, about=about)
+    return dataclasses.replace(facts, expert_bytes=known)
 
 
 def _route_rows(rows: list[tuple], facts: TraceFacts, where: str) -> Trace:
     """A record for every k rows; refused where they are not the k slots of one layer, or a step is not whole."""
+    if not rows:
+        raise UserError(f"{where}: no rows; it is truncated")
     k = facts.top_k
     records = []
     for first in range(0, len(rows), k):

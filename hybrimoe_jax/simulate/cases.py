@@ -1,0 +1,154 @@
+"""One run described, and what it needs at hand: its trace, its system, what the machine takes.
+
+A trace's sequences are split in two halves (every second one). Each half is run with frequencies counted on the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.profile import load_costs
+from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, knows_the_future
+from hybrimoe_jax.simulate.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulate.workload import TokenSteps
+from hybrimoe_jax.trace.importers import open_trace
+
+STARTS = ("warm", "cold")
+ORACLE = CLAIRVOYANT.name
+OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope", "stream_prefill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+      trace: a file that `open_trace` reads. profile: name or file. fmt: weight format of the experts.
+      system: its name; `parts` replace some of its parts (names in OVERRIDES).
+      ratio: share of the experts that the device holds.
+      start: "warm" (the most frequent experts of other sequences are loaded) or "cold".
+      prompt: tokens of a prompt, one step each time; None for token by token.
+      prompts: how many prompts in each half. shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
+      steps: at most so many steps of each half, None for all.
+      blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
+      name: what results call the trace; None for the end of its path.
+    """
+
+    trace: str
+    profile: str
+    system: str
+    ratio: float
+    fmt: str = "int4"
+    start: str = "warm"
+    prompt: int | None = None
+    prompts: int = 8
+    parts: tuple[tuple[str, Any], ...] = ()
+    shape: str | None = None
+    steps: int | None = None
+    blind: bool = False
+    name: str | None = None
+
+
+@functools.lru_cache(maxsize=4)
+def tokens_of(path: str) -> TokenSteps:
+    """A trace, token by token; "synthetic:" and a model's name stand for made-up routing."""
+    if path.startswith(PREFIX):
+        name = path.removeprefix(PREFIX)
+        if name not in KNOBS:
+            raise UserError(f"trace {path}: there is synthetic routing of {', '.join(KNOBS)} only")
+        return TokenSteps(synthetic_trace(name))
+    return TokenSteps(open_trace(path))
+
+
+def trace_names(paths: Iterable[str]) -> dict[str, str]:
+    """What results call traces: the last two parts of their paths, or as many more as it takes to tell them apart."""
+    paths = list(dict.fromkeys(paths))
+
+    def ends(path: str, count: int) -> str:
+        return path if path.startswith(PREFIX) else str(Path(*Path(path).parts[-count:]))
+
+    names = {}
+    for path in paths:
+        longest = max(2, len(Path(path).parts))
+        others = [other for other in paths if other != path]
+        unique = (n for n in range(2, longest) if ends(path, n) not in [ends(other, n) for other in others])
+        names[path] = ends(path, next(unique, longest))
+    return names
+
+
+def trace_name(case: Case) -> str:
+    """What results call the case's trace."""
+    return case.name or trace_names([case.trace])[case.trace]
+
+
+def system_of(case: Case, tokens: TokenSteps) -> System:
+    """The case's system, parts replaced. Where a trace has no router predictions the co-activation table predicts."""
+    known = knows_the_future(case.system)
+    if known is not None:
+        return known
+    system = get_system(case.system).override(**dict(case.parts))
+    asked = dict(case.parts).get("predictor")
+    if system.lookahead and asked is None and not tokens.has_lookahead:
+        return system.override(predictor="co-activation")
+    return system
+
+
+def shape_for(tokens: TokenSteps, case: Case) -> ModelShape:
+    """The model's sizes; UserError where neither the trace nor the case tells."""
+    facts = tokens.facts
+    shape = get_shape(case.shape) if case.shape else find_shape(facts.layers, facts.experts, facts.top_k)
+    if shape is None:
+        raise UserError(
+            f"trace {case.trace}: no known model has {facts.layers} MoE layers of {facts.experts} experts, {facts.top_k} a token; "
+            "name one with --shape"
+        )
+    if (shape.layers, shape.experts) != (facts.layers, facts.experts):
+        raise UserError(
+            f"shape {shape.name}: {shape.layers} layers of {shape.experts} experts; the trace has {facts.layers} of {facts.experts}"
+        )
+    return shape
+
+
+def halves(tokens: TokenSteps) -> list[tuple[list[int], list[list[int]] | None]]:
+    """(sequences to run, frequencies of the others or None) of each half."""
+    first, second = tokens.sequences[::2], tokens.sequences[1::2]
+    if not second:
+        return [(first, None)]
+    return [(first, tokens.frequencies(second)), (second, tokens.frequencies(first))]
+
+
+def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
+    """(trace, system, costs); UserError where they do not fit together."""
+    if case.start not in STARTS:
+        raise UserError(f"start {case.start!r} is unknown (known: {', '.join(STARTS)})")
+    tokens = tokens_of(case.trace)
+    system = system_of(case, tokens)
+    return tokens, system, load_costs(case.profile, shape_for(tokens, case), case.fmt)
+
+
+def cases_of(
+    traces: Iterable[str], profile: str, systems: Iterable[str], ratios: Iterable[float], *, fmt: str = "int4",
+    starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
+) -> list[Case]:  # fmt: skip
+    """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt length."""
+    names = trace_names(traces)
+    return [
+        Case(trace, profile, system, ratio, fmt, start, length, name=names[trace], **common)
+        for trace in names
+        for ratio in ratios
+        for start in starts
+        for system in systems
+        for length in (None, *lengths)
+    ]
+
+
+def parts_of(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Those replacements that are given, for `Case.parts`."""
+    return tuple((name, given[name]) for name in OVERRIDES if given.get(name) is not None)
