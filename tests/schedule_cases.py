@@ -1,4 +1,6 @@
-"""Scheduling problems for tests, and two oracles that share nothing with the code under test: a lane simulator and brute force."""
+"""Scheduling problems for tests, and two oracles that share nothing with the code under test: a lane simulator and
+brute force.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ def costs(*, cpu=(0.0, 1.0, 0.0), device=(1.0, 0.0), shared=2.0, transfer=3.0, t
 
 
 def simulate(problem: Problem, schedule) -> tuple[float, float, float]:
-    """(cpu, device, link) finish times by stepping through events: a lane starts its next job at the first event where it is idle and
-    the job's expert is there. The link's progress is an integral over its two speeds. Shares nothing with the code under test."""
+    """(cpu, device, link) finish times by stepping through events: a lane starts its next job at the first event where
+    it is idle and the job's expert is there. The link's progress is an integral over its two speeds. Shares nothing
+    with the code under test.
+    """
     jobs = {
         "cpu": [
             (
@@ -69,8 +73,9 @@ def simulate(problem: Problem, schedule) -> tuple[float, float, float]:
 
 
 def least_makespan(problem: Problem) -> float:
-    """The optimum by brute force: every assignment of experts to CPU and device, timed in the order that is proven best elsewhere
-    (`test_no_order_beats_the_one_that_brute_force_takes`)."""
+    """The optimum by brute force: every assignment of experts to CPU and device, timed in the order that is proven best
+    elsewhere (`test_no_order_beats_the_one_that_brute_force_takes`).
+    """
     loads, model = problem.loads, problem.costs
     cpu_time = {e: model.cpu_expert + model.cpu_token * loads[e] for e in loads}
     device_time = {e: model.device_expert + model.device_token * loads[e] for e in loads}
@@ -108,7 +113,8 @@ def least_makespan(problem: Problem) -> float:
 
 
 def random_problem(generator: random.Random, experts: int, constant: bool, flags: bool = True) -> Problem:
-    """A layer of any regime: equal, few and heavy-tailed loads, fast and slow links, transfers in flight, a busy link, limits.
+    """A layer of any regime: equal, few and heavy-tailed loads, fast and slow links, transfers in flight, a busy link,
+    limits.
 
     `constant`: device time that does not depend on the load. `flags`: with limits on who may do what, now and then.
     """

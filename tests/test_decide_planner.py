@@ -101,7 +101,10 @@ def test_every_system_works_with_no_slots_and_with_all(system, ratio):
 
 
 def test_pooled_slots_go_to_whoever_was_used_last():
-    """Six slots, warm with the most frequent experts of all layers; the oldest use of all makes room, whichever layer's."""
+    """Six slots, warm with the most frequent experts of all layers.
+
+    The oldest use of all makes room, whichever layer's.
+    """
     frequencies = [[9, 8, 7, 6, 0, 0, 0, 0], [5, 4, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
     p = planner("on-demand", scope="pooled", frequencies=frequencies)
     assert residents(p) == [{0, 1, 2, 3}, {0, 1}, set()]

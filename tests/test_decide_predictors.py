@@ -1,4 +1,4 @@
-"""Predictors: one contract over all of them, oracles for what each computes, and what they are worth on real routing."""
+"""Predictors: one contract over all of them, oracles for what each computes, and their worth on real routing."""
 
 from __future__ import annotations
 
@@ -314,7 +314,10 @@ def test_names_are_checked_before_anything_runs(recording, tmp_path):
 
 @pytest.mark.parametrize("transfer, depth", [(1.0, 1), (6.5, 1), (6.6, 2), (20.0, 4), (38.9, 6), (39.1, 0)])
 def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth):
-    """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest; six layers are the limit."""
+    """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest.
+
+    Six layers are the limit.
+    """
     costs = dataclasses.replace(COSTS, layer_base=1.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
     planner = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
     assert planner.depth(1) == planner.routers_wanted(1) == depth

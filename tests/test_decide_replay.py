@@ -1,4 +1,7 @@
-"""The policies on real routing, against the hit counts of an independent event-atomic replay; and what a decision costs."""
+"""The policies on real routing, against the hit counts of an independent event-atomic replay.
+
+And what a decision costs.
+"""
 
 import os
 import random
@@ -82,7 +85,10 @@ def test_hit_rates_on_real_routing(task, name, params, hit_rate):
 
 
 def decode(planner: Planner, ids, weights, recall: float) -> float:
-    """Predicted seconds per token; each expert of a coming layer is foreseen with probability `recall`, else another is."""
+    """Predicted seconds per token.
+
+    Each expert of a coming layer is foreseen with probability `recall`, else another is.
+    """
     generator, total, under_way = random.Random(0), 0.0, ()
     steps, layers = ids.shape[:2]
     for step in range(steps):

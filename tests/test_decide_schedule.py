@@ -1,4 +1,6 @@
-"""Schedulers: the paper's worked instance, every rule's contract, and timing against an independent three-lane simulator."""
+"""Schedulers: the paper's worked instance, every rule's contract, and timing against an independent three-lane
+simulator.
+"""
 
 import dataclasses
 import random

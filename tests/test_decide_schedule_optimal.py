@@ -115,9 +115,11 @@ def test_many_transfers_in_flight_are_still_solved():
 
 
 def milp(problem: Problem) -> float:
-    """The optimum as a mixed-integer programme: x of each expert on the device, y of each absent expert and its place on the link.
+    """The optimum as a mixed-integer programme: x of each expert on the device, y of each absent expert and its place
+    on the link.
 
-    The landing of the k-th transfer is link + min(k beside, k alone + (1 - alone / beside) max(0, CPU end - link)): one binary a place.
+    The landing of the k-th transfer is link + min(k beside, k alone + (1 - alone / beside) max(0, CPU end - link)): one
+    binary a place.
     """
     from scipy.optimize import Bounds, LinearConstraint
     from scipy.optimize import milp as solve

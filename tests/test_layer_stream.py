@@ -1,4 +1,4 @@
-"""Prompts streamed layer by layer: the timeline against one told apart, what moves and what stays, and the live engine doing it."""
+"""Prompts streamed layer by layer: the timeline against one told apart, what moves, and the live engine."""
 
 import random
 
@@ -51,8 +51,10 @@ def random_chunk(generator: random.Random) -> Step:
 
 
 def streamed_seconds(step: Step, residents: list[set[int]], costs: CostModel) -> float:
-    """The chunk's time told apart: two buffers, a link that moves a layer's absent experts by id from the moment that the layer before it
-    starts, and a device that takes residents by falling load and then whatever has landed, in the order of landing."""
+    """The chunk's time told apart: two buffers, a link that moves a layer's absent experts by id from the moment that
+    the layer before it starts, and a device that takes residents by falling load and then whatever has landed, in the
+    order of landing.
+    """
     link = landed = 0.0
     now, landing = 0.0, {}
 
@@ -93,7 +95,7 @@ def test_the_timeline_is_that_of_one_told_apart(speed):
 
 
 def test_whole_layers_take_the_first_stream_and_then_the_longer_of_computing_and_streaming():
-    """With one expert a layer nothing starts before its layer has landed, so that the rule of thumb holds to the letter."""
+    """With one expert a layer nothing starts before its layer has landed, so the rule of thumb holds exactly."""
     generator = random.Random(0)
     for _ in range(30):
         costs = machine(generator.uniform(0.1, 3), shared=0.0, front=0.0)

@@ -1,8 +1,8 @@
 """The decision plane: which expert stays, moves, and runs where. Pure Python; imports no jax.
 
-`Planner` joins the parts: `schedule` (one layer's lanes), `cache` (who makes room), `residency` (who is in the slots, and
-what is on its way), `prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use the
-same objects. What things take is handed in, see `schedule.Problem`.
+`Planner` joins the parts: `schedule` (one layer's lanes), `cache` (who makes room), `residency` (who is in the slots,
+and what is on its way), `prefetch` (what to move ahead) and `systems` (named bundles). The live engine and a replay use
+the same objects. What things take is handed in, see `schedule.Problem`.
 """
 
 from hybrimoe_jax.decide.cache import POLICIES, CachePolicy

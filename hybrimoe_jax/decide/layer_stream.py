@@ -1,12 +1,13 @@
 """Whole layers through two buffers: how FreeToken reads prompts (arXiv 2608.16157).
 
-A chunk of a prompt asks for nearly every expert of every layer, so nothing is gained by choosing. The device runs all that were activated: the
-resident ones from their slots, the others from one of two buffers. While layer l computes from one, the experts of layer l+1 that are not
-resident cross the link into the other, asked for or not, since their routing is not known yet; those of the first layer start with the step.
-When layer l+1 starts, layer l is done with its buffer, and layer l+2 may follow. Nothing enters or leaves the slots.
+A chunk of a prompt asks for nearly every expert of every layer, so nothing is gained by choosing. The device runs all
+that were activated: the resident ones from their slots, the others from one of two buffers. While layer l computes from
+one, the experts of layer l+1 that are not resident cross the link into the other, asked for or not, since their routing
+is not known yet; those of the first layer start with the step. When layer l+1 starts, layer l is done with its buffer,
+and layer l+2 may follow. Nothing enters or leaves the slots.
 
-With compute times C and stream times S of whole layers a chunk so takes about S of the first layer + the sum of max(C of layer l, S of layer
-l+1) + C of the last; less, since a layer's experts start one by one as they land.
+With compute times C and stream times S of whole layers a chunk so takes about S of the first layer + the sum of max(C
+of layer l, S of layer l+1) + C of the last; less, since a layer's experts start one by one as they land.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class LayerStream:
     ) -> StreamedLayer:
         """The layer as it is run; its buffer is done with.
 
-        Args: as of `schedule.Problem`; in_flight: prefetches under way. An expert that was resident when the stream was started and has
-        been evicted by a prefetch since is fetched.
+        Args: as of `schedule.Problem`; in_flight: prefetches under way. An expert that was resident when the stream was
+        started and has been evicted by a prefetch since is fetched.
         """
         landing = self._landing.pop(layer, {})
         absent = [expert for expert in loads if expert not in resident]

@@ -1,4 +1,7 @@
-"""What the planner hands out: plans, prefetches and totals. Plain values, so that a plan can be recorded, replayed and compared."""
+"""What the planner hands out: plans, prefetches and totals.
+
+Plain values, so that a plan can be recorded, replayed and compared.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,11 @@ Victim = int | tuple[int, int]
 
 
 class Fetch(NamedTuple):
-    """An expert that reaches the device in this step. It takes `victim`'s slot, a free one (victim None), or, where `stream`, none: it runs
-    from a staging slot and is not kept."""
+    """An expert that reaches the device in this step.
+
+    It takes `victim`'s slot, a free one (victim None), or, where `stream`, none: it runs from a staging slot and is not
+    kept.
+    """
 
     expert: int
     victim: Victim | None
@@ -44,19 +50,25 @@ class Prefetch(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """What to do for one layer in one step. Every activated expert is in exactly one of device, fetch, awaited, double_buffered and cpu.
+    """What to do for one layer in one step.
+
+    Every activated expert is in exactly one of device, fetch, awaited, double_buffered and cpu.
 
     Attributes:
       layer: MoE layer.
-      hits, misses: activated experts found resident, and not, when the step was planned (an expert in flight is a miss).
+      hits, misses: activated experts found resident, and not, when the step was planned (an expert in flight is a
+        miss).
       device: resident experts that the device runs, in order.
       fetch: demand fetches, in link order.
-      waits: experts that a prefetch is already moving and the device runs once they have landed; their prefetch ends here (no `landed`).
+      awaited: experts that a prefetch is already moving and the device runs once they have landed; their prefetch ends
+        here (no `landed`).
       cpu: experts that the CPU runs, in order.
       useful, late, wasted: this layer's prefetches, judged.
       makespan: predicted seconds from the start of the MoE block.
-      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, awaited, double_buffered and fetch as simulated.
-      double_buffered: experts that the device runs from the buffer that the whole layer was streamed into (see `layer_stream`), in order.
+      schedule: the lanes in full, with finish times; `schedule.device` interleaves device, awaited, double_buffered and
+        fetch as simulated.
+      double_buffered: experts that the device runs from the buffer that the whole layer was streamed into (see
+        `layer_stream`), in order.
       next_layer_experts: experts of the next layer to stream into the other buffer from now on.
     """
 
@@ -78,14 +90,17 @@ class LayerPlan(NamedTuple):
 
 @dataclasses.dataclass
 class Counters:
-    """Totals since the start. Experts are counted per (expert, layer, step); issued = useful + late + wasted + those still undecided.
+    """Totals since the start.
 
-    useful: run on the device by its target step after landing in time; late: used but waited for; wasted: neither; refused: wasted because
-    it got no slot when it landed. `*_s` are the seconds that those transfers held the link, counted when they have ended, on the clock of
-    whoever told the planner (by the cost model where nobody measured); `wait_s`: how long steps waited for transfers under way, likewise.
+    Experts are counted per (expert, layer, step); issued = useful + late + wasted + those still undecided.
 
-    `fetched` are demand fetches, `streamed` those of them that were not kept. `layer_streamed` are experts that crossed the link with their whole
-    layer, `layer_streamed_used` those of them that were asked for.
+    useful: run on the device by its target step after landing in time; late: used but waited for; wasted: neither;
+    refused: wasted because it got no slot when it landed. `*_s` are the seconds that those transfers held the link,
+    counted when they have ended, on the clock of whoever told the planner (by the cost model where nobody measured);
+    `wait_s`: how long steps waited for transfers under way, likewise.
+
+    `fetched` are demand fetches, `streamed` those of them that were not kept. `layer_streamed` are experts that crossed
+    the link with their whole layer, `layer_streamed_used` those of them that were asked for.
     """
 
     steps: int = 0

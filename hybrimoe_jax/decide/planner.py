@@ -106,7 +106,10 @@ class Planner:
         return self._stream is not None and phase == "prefill"
 
     def begin_step(self, phase: str, now: float | None = None) -> tuple[int, ...]:
-        """Opens a step. Returns the experts of the first MoE layer to move into a buffer at once, none unless streamed."""
+        """Opens a step.
+
+        Returns the experts of the first MoE layer to move into a buffer at once, none unless streamed.
+        """
         self._streaming = self.streams(phase)
         if not self._streaming:
             return ()
@@ -194,10 +197,11 @@ class Planner:
         """
         if not self._tokens or self._streaming:
             return ()
-        return self._prefetch_planner.look(layer, outlook, self._tokens, self._until_next)
+        return self._prefetch_planner.prefetch(layer, outlook, self._tokens, self._until_next)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
-        """Tells of a prefetch whose transfer is complete: the victim whose slot it takes, None for a free slot, or REFUSED.
+        """Tells of a prefetch whose transfer is complete: the victim whose slot it takes, None for a free slot, or
+        REFUSED.
 
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or
         hotter. `seconds`: how long it held the link, where that was measured.
@@ -227,7 +231,7 @@ class Planner:
         self._prefetch_planner.finish_step(self._tokens, self.counters.prefetch_issued)
 
     def abandon_step(self) -> None:
-        """Forgets a step that was broken off: its transfers under way are wasted, and `landed` will not tell of them."""
+        """Forgets a step that was broken off: its transfers under way are wasted, and never told of by `landed`."""
         self.finish_step()
         self._inflight.abandon()
         self._tokens = 0

@@ -1,16 +1,20 @@
-"""Systems: named bundles of a placement, a cache policy, a scheduler and a prefetcher, as published engines choose them.
+"""Systems: named bundles of placement, cache policy, scheduler and prefetcher, as published engines choose them.
 
   hybrimoe       MRS cache, three-lane scheduler, impact-driven prefetch over three layers (HybriMoE, arXiv 2504.05897)
   ktransformers  static placement by frequency, the CPU computes what is not resident
   adapmoe        device only: LRU cache, misses are fetched, the next layer's predicted misses are prefetched
   llamacpp       whole layers are resident (the last ones, as `--n-gpu-layers` has it), the CPU computes the others
-  fiddler        the most popular experts of all layers together stay; a miss goes where it alone is done first, CPU or link and device
-  powerinfer     the same placement, the CPU computes what is not resident (PowerInfer's hot and cold, by expert instead of by neuron)
-  freetoken      slots that all layers share, LRU; misses shared between link and CPU by bandwidth; no prefetch; prompts: whole layers are streamed
-                 through two buffers and the device runs everything (see `layer_stream`)
-  on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its speculation)
-  device-only    device only, no cache management: a static resident set, everything else is streamed each time and not kept (layer
-                 offloading as in Accelerate or DeepSpeed inference, expert by expert)
+  fiddler        the most popular experts of all layers together stay; a miss goes where it alone is done first, CPU or
+                 link and device
+  powerinfer     the same placement, the CPU computes what is not resident (PowerInfer's hot and cold, by expert instead
+                 of by neuron)
+  freetoken      slots that all layers share, LRU; misses shared between link and CPU by bandwidth; no prefetch;
+                 prompts: whole layers are streamed through two buffers and the device runs everything (see
+                 `layer_stream`)
+  on-demand      device only: an LRU cache, every miss is fetched and kept, no prefetch (Mixtral-offloading without its
+                 speculation)
+  device-only    device only, no cache management: a static resident set, everything else is streamed each time and not
+                 kept (layer offloading as in Accelerate or DeepSpeed inference, expert by expert)
   cpu-only       no slots: the CPU computes every routed expert
 
 Each part can be replaced: `get_system("hybrimoe").override(cache="lru")`.
@@ -50,17 +54,20 @@ class System:
     Attributes:
       name: what it is called; overrides keep it.
       cache, scheduler: a name for `cache.parse_policy`, one in `schedule.SCHEDULERS`.
-      prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see `prefetch`.
-      lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a transfer, at most MAX_DEPTH.
-      placement: how slots are shared out: "uniform" (the same number in each layer), "popular" (to the most frequent experts of
-        all layers together; uniform where frequencies are unknown), "whole-layers" or "none".
-      guard: which residents a prefetch may not evict because they are hotter: those whose value is "expected" to be larger than the
-        candidate's once the predicted step has come, those whose "value" is larger already now (strict: where every miss is fetched, all
-        residents are hotter than all candidates, and next to nothing is prefetched), or "none".
+      prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see
+        `prefetch`.
+      lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a
+        transfer, at most MAX_DEPTH.
+      placement: how slots are shared out: "uniform" (the same number in each layer), "popular" (to the most frequent
+        experts of all layers together; uniform where frequencies are unknown), "whole-layers" or "none".
+      guard: which residents a prefetch may not evict because they are hotter: those whose value is "expected" to be
+        larger than the candidate's once the predicted step has come, those whose "value" is larger already now (strict:
+        where every miss is fetched, all residents are hotter than all candidates, and next to nothing is prefetched),
+        or "none".
       predictor: a name in `predictors.PREDICTORS`, or "recorded:TRACE".
       scope: "layer": each layer has slots of its own; "pooled": all layers share them, see `pool`.
-      stream_prefill: chunks of prompts run on the device, whole layers being streamed through two buffers, see `layer_stream`; the scheduler
-        and the prefetcher then decide in decoding only.
+      stream_prefill: chunks of prompts run on the device, whole layers being streamed through two buffers, see
+        `layer_stream`; the scheduler and the prefetcher then decide in decoding only.
     """
 
     name: str
@@ -121,7 +128,7 @@ class System:
         num_experts: int,
         frequencies: Sequence[Sequence[float]] | None = None,
     ) -> list[int]:
-        """Slots of each MoE layer: floor(ratio * experts), or whole layers within ratio * layers, the last ones first."""
+        """Slots of each MoE layer: floor(ratio * experts), or whole layers within the ratio, the last ones first."""
         if not 0 <= cache_ratio <= 1:
             raise UserError(f"cache ratio {cache_ratio} is outside 0..1")
         if self.placement == "whole-layers":
@@ -164,7 +171,8 @@ class System:
     ) -> System:  # fmt: skip
         """This system with the given parts replaced; None keeps a part.
 
-        A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer); lookahead 0 turns prefetch off.
+        A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer);
+        lookahead 0 turns prefetch off.
         """
         parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
         parts |= {"predictor": predictor, "scope": scope, "stream_prefill": stream_prefill}

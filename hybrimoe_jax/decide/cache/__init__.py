@@ -56,8 +56,9 @@ def parse_policy(spec: str) -> tuple[type[CachePolicy], dict[str, Any]]:
     """A policy's class and parameters.
 
     Args:
-      spec: a name in `POLICIES`, with parameters if wanted ("mrs:alpha=0.3,p=6"), or a class of one's own as "package.module:Class", which is
-        imported from where Python looks, the current folder included under `python -m`.
+      spec: a name in `POLICIES`, with parameters if wanted ("mrs:alpha=0.3,p=6"), or a class of one's own as
+        "package.module:Class", which is imported from where Python looks, the current folder included under
+        `python -m`.
 
     UserError for a name, parameter, module or class that does not exist or is no `CachePolicy`.
     """
@@ -68,7 +69,8 @@ def parse_policy(spec: str) -> tuple[type[CachePolicy], dict[str, Any]]:
         raise UserError("cache policy 'belady' knows the future: it runs in replays only (bench cache)")
     if not rest:
         raise UserError(
-            f"cache policy {spec!r} is unknown (known: {', '.join(POLICIES)}; or a class of yours as package.module:Class)"
+            f"cache policy {spec!r} is unknown (known: {', '.join(POLICIES)}; "
+            "or a class of yours as package.module:Class)"
         )
     return _imported(spec, name, rest), {}
 

@@ -10,12 +10,13 @@ from hybrimoe_jax.errors import UserError
 
 
 class Belady(CachePolicy):
-    """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs: the fewest misses of all
-    policies that keep every miss (exact, tested against exhaustive search).
+    """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs: the
+    fewest misses of all policies that keep every miss (exact, tested against exhaustive search).
 
-    **With bypass it is a heuristic**: at or above the fewest misses. A miss is kept where it is needed no later than the victim, and a hit
-    holds its slot until its step is over, so what is best to keep depends on more than the next use. The needs {0}, {1, 2}, {0}, {1, 2},
-    {0, 2} with two slots cost it five misses where four are possible. (The fewest are those of a flow of as many units as there are slots.)
+    **With bypass it is a heuristic**: at or above the fewest misses. A miss is kept where it is needed no later than
+    the victim, and a hit holds its slot until its step is over, so what is best to keep depends on more than the next
+    use. The needs {0}, {1, 2}, {0}, {1, 2}, {0, 2} with two slots cost it five misses where four are possible. (The
+    fewest are those of a flow of as many units as there are slots.)
 
     Args:
       future: the experts that the layer needs in each step, in the order in which `observe` will tell of them.

@@ -1,18 +1,20 @@
 """Echo: keeps the experts that followed earlier tokens which were routed like this one.
 
-Text repeats itself, and a token's routing is a fingerprint of the token and its context. `Memory` holds which experts each of the last
-`window` steps chose in each layer, as bit masks, and knows at any moment how much each of those steps resembles the current one: experts in
-common, over the layers of this step so far and, with less weight, over the steps before it. A layer's policy asks which experts were used
-*after* the most similar steps: the value of an expert is the similarity-weighted mean of its discounted uses in the steps that followed,
+Text repeats itself, and a token's routing is a fingerprint of the token and its context. `Memory` holds which experts
+each of the last `window` steps chose in each layer, as bit masks, and knows at any moment how much each of those steps
+resembles the current one: experts in common, over the layers of this step so far and, with less weight, over the steps
+before it. A layer's policy asks which experts were used *after* the most similar steps: the value of an expert is the
+similarity-weighted mean of its discounted uses in the steps that followed,
 
     value(e) = sum_m w_m sum_h d^(h-1) [e used at step m + h] / sum_m w_m,    w_m = exp(sharpness * similarity(now, m)),
 
-which is a kernel regression of the discounted number of coming uses. The horizon grows with capacity over top-k, that is with how long an
-unused expert can stay. Where nothing similar is remembered, decayed frequencies at two time scales take over, as one more neighbour of
-similarity `floor`. So the work of a step is constant, nothing is trained, and no parameter depends on the model or the task.
+which is a kernel regression of the discounted number of coming uses. The horizon grows with capacity over top-k, that
+is with how long an unused expert can stay. Where nothing similar is remembered, decayed frequencies at two time scales
+take over, as one more neighbour of similarity `floor`. So the work of a step is constant, nothing is trained, and no
+parameter depends on the model or the task.
 
-Ours. Related: FineMoE (EuroSys 2026) searches expert maps of earlier iterations for prefetching; kNN language models (Khandelwal et al., ICLR
-2020) predict tokens in this way.
+Ours. Related: FineMoE (EuroSys 2026) searches expert maps of earlier iterations for prefetching; kNN language models
+(Khandelwal et al., ICLR 2020) predict tokens in this way.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ class Memory:
     """Which experts the last `window` steps chose in each layer, and how like the current step each of them is.
 
     Args:
-      num_layers, num_experts, top_k: of the model. A step that activates more than 2 top-k experts of a layer (many tokens at once) says
-        little about any one token: that layer of it is left blank.
+      num_layers, num_experts, top_k: of the model. A step that activates more than 2 top-k experts of a layer (many
+        tokens at once) says little about any one token: that layer of it is left blank.
       horizon: how many steps after a remembered one are asked for at most.
-      window: steps remembered; a ring of `window` slots and `horizon` blank ones, so that what has not happened yet reads as nothing.
+      window: steps remembered; a ring of `window` slots and `horizon` blank ones, so that what has not happened yet
+        reads as nothing.
     """
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, horizon: int, window: int = WINDOW):
@@ -68,8 +71,8 @@ class Memory:
         """Adds a layer of the current step; a layer not behind the last one begins the next step.
 
         Returns:
-          slots of the most similar earlier steps, their weights (1 for the most similar) and the similarity of that one (0..1);
-          None where no step has anything in common.
+          slots of the most similar earlier steps, their weights (1 for the most similar) and the similarity of that one
+          (0..1); None where no step has anything in common.
         """
         if layer <= self._layer:
             self._next_step()
@@ -99,7 +102,9 @@ class Memory:
         return slots, np.exp((total[slots] - nearest) * scale), nearest / whole
 
     def followers(self, layer: int, slots: np.ndarray, weights: np.ndarray, discounts: np.ndarray) -> np.ndarray:
-        """[num_experts] float32: uses in the steps after `slots`, weighted, and discounted by the number of steps after (from 1)."""
+        """[num_experts] float32: uses in the steps after `slots`, weighted, and discounted by the number of steps after
+        (from 1).
+        """
         after = slots[:, None] + self._ahead[: len(discounts)]
         rows = self.masks[layer].take(after.ravel(), axis=1, mode="wrap").T
         bits = np.unpackbits(np.ascontiguousarray(rows).view(np.uint8), bitorder="little")
@@ -172,7 +177,8 @@ class Echo(CachePolicy):
 
 
 class Frequencies:
-    """Uses of each expert, decayed with a time constant of `scale` steps: `counts` over `steps` is the share of steps that use it.
+    """Uses of each expert, decayed with a time constant of `scale` steps: `counts` over `steps` is the share of steps
+    that use it.
 
     Later steps count more instead of earlier ones less, so that a step touches only the experts that it uses.
     """

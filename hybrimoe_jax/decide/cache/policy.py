@@ -1,8 +1,9 @@
 """The contract of a cache policy: one object per layer, seeing every step before it is scheduled.
 
-A policy keeps a *heat* per expert (larger is hotter) and, for ties, the step in which each was last used. The victim is the coldest
-resident that the current step does not need; nothing needed in a step is ever evicted in it (event-atomic: sequential replay misstates
-LRU by 27-29 %, arXiv 2608.07911). Policies know nothing of slots or transfers, so the live engine and a replay use the same objects.
+A policy keeps a *heat* per expert (larger is hotter) and, for ties, the step in which each was last used. The victim is
+the coldest resident that the current step does not need; nothing needed in a step is ever evicted in it (event-atomic:
+sequential replay misstates LRU by 27-29 %, arXiv 2608.07911). Policies know nothing of slots or transfers, so the live
+engine and a replay use the same objects.
 
 A policy of one's own derives from `CachePolicy` and implements `update`; see `cache.policy_class` for how it is named.
 """
@@ -26,8 +27,8 @@ class CachePolicy(ABC):
       frequencies: activation counts per expert from other sequences, where there are any; the warm start.
 
     Attributes:
-      sees: what the values depend on beside the routing: "routing" (nothing), "capacity" or "residents". A replay lets caches of several sizes
-        share one object where it can.
+      sees: what the values depend on beside the routing: "routing" (nothing), "capacity" or "residents". A replay lets
+        caches of several sizes share one object where it can.
       fixed: nothing is ever evicted, so the slots are filled at the start, a cold one too.
       comparable: values of different layers mean the same, so that layers can share their slots (`pooled`).
     """
@@ -70,7 +71,10 @@ class CachePolicy(ABC):
         frequencies: Sequence[Sequence[float]] | None = None,
         **parameters: Any,
     ) -> list[Self]:
-        """The policies of all layers of one model, in order; a policy that learns across layers lets them share what it knows here."""
+        """The policies of all layers of one model, in order.
+
+        A policy that learns across layers lets them share what it knows here.
+        """
         return [
             cls(
                 num_experts, slots, top_k, frequencies=None if frequencies is None else frequencies[layer], **parameters
@@ -79,9 +83,11 @@ class CachePolicy(ABC):
         ]
 
     def expected(self, expert: int, score: float, load: int) -> float:
-        """The heat `expert` will have if its next step comes as predicted: mean router score `score`, `load` tokens (0: not chosen).
+        """The heat `expert` will have if its next step comes as predicted: mean router score `score`, `load` tokens (0:
+        not chosen).
 
-        Prefetches are guarded by it. Where a policy cannot know that heat: the value of holding the expert from that step on.
+        Prefetches are guarded by it. Where a policy cannot know that heat: the value of holding the expert from that
+        step on.
         """
         return self.heat[expert] + (1 if load else 0)
 
@@ -110,7 +116,10 @@ class CachePolicy(ABC):
         return best
 
     def admits(self, expert: int, victim: int) -> bool:
-        """Whether a fetched miss deserves `victim`'s place; otherwise it is used once and dropped. Asked where a cache may bypass."""
+        """Whether a fetched miss deserves `victim`'s place; otherwise it is used once and dropped.
+
+        Asked where a cache may bypass.
+        """
         return self.value(expert) >= self.value(victim)
 
     def value(self, expert: int) -> float:
@@ -121,7 +130,10 @@ class CachePolicy(ABC):
         """Told once of what the slots hold before the first step, if anything."""
 
     def moved(self, entered: int | None, left: int | None) -> None:  # noqa: B027 - as above
-        """Told of every change of residency after that; `entered` is None where another layer takes over a shared slot."""
+        """Told of every change of residency after that.
+
+        `entered` is None where another layer takes over a shared slot.
+        """
 
     def initial(self) -> list[int]:
         """What to preload: the most frequent experts, ties and unknown frequencies by lowest id."""

@@ -1,6 +1,7 @@
 """Policies that keep queues of residents instead of numbers: SLRU and S3-FIFO.
 
-Their order is not one of single values, so each finds its victim in the queues. `value` is what the guard of prefetches compares.
+Their order is not one of single values, so each finds its victim in the queues. `value` is what the guard of prefetches
+compares.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from hybrimoe_jax.errors import UserError
 
 
 class SLRU(CachePolicy):
-    """Segmented LRU (Karedla, Love and Wherry 1994): a second use moves an expert into the protected segment, `share` of the slots.
+    """Segmented LRU (Karedla, Love and Wherry 1994): a second use moves an expert into the protected segment, `share`
+    of the slots.
 
-    The probationary segment is evicted first, each segment by least recent use; overflow of the protected one falls back to probation.
+    The probationary segment is evicted first, each segment by least recent use; overflow of the protected one falls
+    back to probation.
     """
 
     comparable = False
@@ -57,10 +60,11 @@ class SLRU(CachePolicy):
 
 
 class S3FIFO(CachePolicy):
-    """S3-FIFO (Yang et al., SOSP 2023): a small FIFO queue of newcomers, a main one, and a ghost queue of those evicted from the small one.
+    """S3-FIFO (Yang et al., SOSP 2023): a small FIFO queue of newcomers, a main one, and a ghost queue of those evicted
+    from the small one.
 
-    A newcomer not used again leaves from the small queue (`share` of the slots) and is remembered; one used again, or remembered when it
-    comes back, goes to the main queue, where uses (counted up to 3) buy further rounds.
+    A newcomer not used again leaves from the small queue (`share` of the slots) and is remembered; one used again, or
+    remembered when it comes back, goes to the main queue, where uses (counted up to 3) buy further rounds.
     """
 
     comparable = False
@@ -112,7 +116,8 @@ class S3FIFO(CachePolicy):
         self._small, self._main, self._uses = [], list(experts), dict.fromkeys(experts, 0)
 
     def _walk(self, allowed: Collection[int]) -> tuple[int | None, bool, list[int], list[int], dict[int, int]]:
-        """The first of `allowed` that the queues evict, whether from the small queue, and both queues and the uses after that.
+        """The first of `allowed` that the queues evict, whether from the small queue, and both queues and the uses
+        after that.
 
         Where others come first, they stay, at the end of the main queue.
         """

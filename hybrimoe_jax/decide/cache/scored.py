@@ -1,8 +1,8 @@
 """Policies that give every expert a number and evict the lowest: recency, frequency, both, and the router's scores.
 
-MRS ("minus recent score") is HybriMoE's (arXiv 2504.05897, section 4.4): S <- alpha TopP(s) + (1 - alpha) S, where s are the router's scores
-of all experts in this iteration and TopP keeps the p highest; the lowest S is evicted. An expert that almost made the top k stays warm,
-which recency and frequency, seeing only what was chosen, cannot do.
+MRS ("minus recent score") is HybriMoE's (arXiv 2504.05897, section 4.4): S <- alpha TopP(s) + (1 - alpha) S, where s
+are the router's scores of all experts in this iteration and TopP keeps the p highest; the lowest S is evicted. An
+expert that almost made the top k stays warm, which recency and frequency, seeing only what was chosen, cannot do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class LFU(CachePolicy):
 
 
 class LFRU(CachePolicy):
-    """Least frequently and recently used: uses so far over steps since the last one, as expert caches of vLLM and others have it."""
+    """Least frequently and recently used: uses so far over steps since the last one, as expert caches of vLLM and
+    others have it.
+    """
 
     sees = "routing"
 
@@ -69,7 +71,8 @@ class LFRU(CachePolicy):
 class MRS(CachePolicy):
     """Minus recent score. `alpha` weighs the newest scores, `p` is how many of them count (default 2 x top-k).
 
-    Where a step brings no scores, the shares of its loads stand in, which makes p effectively the number of activated experts.
+    Where a step brings no scores, the shares of its loads stand in, which makes p effectively the number of activated
+    experts.
     """
 
     sees = "routing"

@@ -1,6 +1,6 @@
-"""Slots that all layers share: who makes room is the least valuable of the layers' own victims, the earliest layer's among equals.
+"""Slots that all layers share: the least valuable of the layers' own victims makes room, the earliest among equals.
 
-A layer's victim is remembered until the layer runs again or its residents change, so that finding room asks few policies.
+A layer's victim is remembered until the layer runs again or its residents change, so finding room asks few policies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hybrimoe_jax.errors import UserError
 
 
 class VictimCandidate(NamedTuple):
-    """A layer's victim and its value there; offers sort by value, then layer."""
+    """A layer's victim and its value there; candidates sort by value, then layer."""
 
     value: float
     layer: int
@@ -21,7 +21,12 @@ class VictimCandidate(NamedTuple):
 
 
 class VictimCandidates:
-    """Args: policies: of all layers; UserError where their values do not compare. resident: the experts of each layer in slots, kept by the caller."""
+    """Every layer's own victim.
+
+    Args:
+      policies: of all layers; UserError where their values do not compare.
+      resident: the experts of each layer in slots, kept by the caller.
+    """
 
     def __init__(self, policies: Sequence[CachePolicy], resident: Sequence[set[int]]):
         for policy in policies:
@@ -30,7 +35,7 @@ class VictimCandidates:
                     f"cache: the values of {type(policy).__name__} mean nothing in other layers; it cannot share slots"
                 )
         self.policies, self.resident = policies, resident
-        self._known: list[tuple[int, VictimCandidate | None] | None] = [None] * len(policies)  # (step, offer)
+        self._known: list[tuple[int, VictimCandidate | None] | None] = [None] * len(policies)  # (step, candidate)
 
     def changed(self, layer: int) -> None:
         """The layer's residents are others now."""
@@ -43,14 +48,14 @@ class VictimCandidates:
             return known[1]
         resident = self.resident[layer]
         victim = policy.victim(resident, protected) if resident else None
-        offer = None if victim is None else VictimCandidate(policy.value(victim), layer, victim)
+        candidate = None if victim is None else VictimCandidate(policy.value(victim), layer, victim)
         if not protected:
-            self._known[layer] = policy.step, offer
-        return offer
+            self._known[layer] = policy.step, candidate
+        return candidate
 
     def all(self, protected: Sequence[Collection[int]]) -> Iterator[VictimCandidate]:
         """Every layer's victim, if it has one; `protected`: by layer."""
         for layer, some in enumerate(protected):
-            offer = self.of(layer, some)
-            if offer is not None:
-                yield offer
+            candidate = self.of(layer, some)
+            if candidate is not None:
+                yield candidate

@@ -1,6 +1,8 @@
-"""Predicting from co-activation: tables, counted while running, of which experts follow which, across layers and from token to token.
+"""Predicting from co-activation: tables, counted while running, of which experts follow which, across layers and from
+token to token.
 
-It needs no router and no scores, so it serves traces that have none. N tokens, L MoE layers, E experts, k experts per token, D distances.
+It needs no router and no scores, so it serves traces that have none. N tokens, L MoE layers, E experts, k experts per
+token, D distances.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ import numpy as np
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, predict
 
 ALIGNED_ROWS = 16
-"""Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a prompt."""
+"""Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a
+prompt.
+"""
 
 
 class CoActivation(Predictor):
-    """p(j) = prior(j) times the root of the product of the evidence's lifts p(j | i) / p(j), i being this token's experts in this layer and the token
-    before's in the coming one.
+    """p(j) = prior(j) times the root of the product of the evidence's lifts p(j | i) / p(j), i being this token's
+    experts in this layer and the token before's in the coming one.
 
-    The root, where naive Bayes has the product itself, allows for evidence that is not independent (measured better on two real models).
-    Counts are smoothed towards the prior as by `smoothing` observations. Tables hold L * D * E^2 + L * E^2 float32 numbers, as rows of E, so that
-    the evidence of all distances is gathered at once; they are brought up to date when a step ends, all layers at once: what a step
-    shows is of use to later steps only.
+    The root, where naive Bayes has the product itself, allows for evidence that is not independent (measured better on
+    two real models). Counts are smoothed towards the prior as by `smoothing` observations. Tables hold L * D * E^2 + L
+    * E^2 float32 numbers, as rows of E, so that the evidence of all distances is gathered at once; they are brought up
+    to date when a step ends, all layers at once: what a step shows is of use to later steps only.
 
     Args: learn: whether the tables follow what is shown.
     """
@@ -82,7 +86,10 @@ class CoActivation(Predictor):
         self._before_rows = self._after_row + ids if whole else None
 
     def count(self, ids: np.ndarray, follows: np.ndarray) -> None:
-        """Adds recorded tokens to the tables: ids [T, L, k], -1 where unknown; follows [T - 1], whether each but the first is its predecessor's next."""
+        """Adds recorded tokens to the tables: ids [T, L, k], -1 where unknown.
+
+        Follows [T - 1], whether each but the first is its predecessor's next.
+        """
         known = ids[:, :, 0] >= 0
         hot = _one_hot(np.maximum(ids, 0), self.num_experts) * known[:, :, None]  # [T, L, E]
         for layer in range(self.num_layers):
@@ -96,8 +103,9 @@ class CoActivation(Predictor):
     def _refresh(self) -> None:
         """The priors that the coming step is predicted with, [L, E], and what evidence is weighed by.
 
-        A row's factor p(j | i) / p(j) is (table / prior + m) / (count of i + m). The denominator is the same for every j and falls out when
-        scores are made to sum to 1, so the root of the number of tokens stands in its place, which keeps products of many in range.
+        A row's factor p(j | i) / p(j) is (table / prior + m) / (count of i + m). The denominator is the same for every
+        j and falls out when scores are made to sum to 1, so the root of the number of tokens stands in its place, which
+        keeps products of many in range.
         """
         self._prior = (self._count + self.top_k / self.num_experts) / (self._tokens[:, None] + 1)
         scale = 1 / np.sqrt(self._tokens[:, None] + 1)
@@ -124,7 +132,10 @@ class CoActivation(Predictor):
         return [Prediction(dict.fromkeys(one, 1), row) for one, row in zip(best, scores.tolist())]
 
     def _with_ragged_before(self, rows: np.ndarray, layer: int, reach: int) -> np.ndarray:
-        """After a step that was broken off the token before may be known of some layers; all of those in reach, or none, are used."""
+        """After a step that was broken off the token before may be known of some layers.
+
+        All of those in reach, or none, are used.
+        """
         before = [self._before.get(layer + 1 + d) for d in range(reach)]
         if not all([b is not None and len(b) == 1 for b in before]):
             return rows

@@ -1,10 +1,12 @@
 """Prefetching: which experts of the coming layers are worth moving while the link is idle.
 
-A predictor (`predictors`) says what layers i+1, i+2, ... will be asked for while layer i runs. *Impact* (HybriMoE, arXiv 2504.05897, section 4.3): the makespan of the predicted layer
-without a candidate minus the makespan with it resident, both by the scheduler that the engine runs. What the paper leaves open is decided
-so: an impact is discounted by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in
-flight; it must land before its layer starts, and before any nearer layer starts that is expected to need the link itself, behind the
-demand fetches of this step; it is moved only where a resident expert may make room for it. The chosen are sent nearest layer first.
+A predictor (`predictors`) says what layers i+1, i+2, ... will be asked for while layer i runs. *Impact* (HybriMoE,
+arXiv 2504.05897, section 4.3): the makespan of the predicted layer without a candidate minus the makespan with it
+resident, both by the scheduler that the engine runs. What the paper leaves open is decided so: an impact is discounted
+by the measured probability that a prediction at its distance comes true; a candidate is neither resident nor in flight;
+it must land before its layer starts, and before any nearer layer starts that is expected to need the link itself,
+behind the demand fetches of this step; it is moved only where a resident expert may make room for it. The chosen are
+sent nearest layer first.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any, NamedTuple
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction
 from hybrimoe_jax.decide.schedule import Problem, Scheduler
 
-# Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each candidate.
+# Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each
+# candidate.
 TRIALS = 3
 _MEMO_LIMIT = 8192
 
@@ -29,7 +32,9 @@ class Outlook(NamedTuple):
 
 
 class Forecast:
-    """Simulates predicted layers by the engine's own scheduler. Times depend on the loads alone, so they are remembered by them.
+    """Simulates predicted layers by the engine's own scheduler.
+
+    Times depend on the loads alone, so they are remembered by them.
 
     Args:
       scheduler, costs: the engine's.
@@ -67,8 +72,8 @@ class Target:
       layer, distance: which layer, and how many layers ahead.
       prediction: what it is expected to be asked for.
       present: its experts that are resident or in flight.
-      openings: the value of what each further prefetch into this layer would evict, smallest first (minus infinity: a free slot); called
-        only when a candidate is looked at.
+      openings: the value of what each further prefetch into this layer would evict, smallest first (minus infinity: a
+        free slot); called only when a candidate is looked at.
       worth: a candidate's value, to be at least that of what it evicts.
     """
 
@@ -93,7 +98,10 @@ class Target:
 
 
 class _State:
-    """A target during the choice: the loads not yet prefetched, and what is left to evict. `equal`: the load of all, where it is the same."""
+    """A target during the choice: the loads not yet prefetched, and what is left to evict.
+
+    `equal`: the load of all, where it is the same.
+    """
 
     def __init__(self, target: Target, forecast: Forecast, tokens: int, deadline: float, base: Outlook, equal: int):
         self.target, self.forecast, self.tokens, self.deadline, self.base = target, forecast, tokens, deadline, base
@@ -209,7 +217,9 @@ def choose_by_impact(
 
 
 def _outlook_of(target: Target, forecast: Forecast, tokens: int) -> tuple[int, Outlook]:
-    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook without further prefetches."""
+    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook without further
+    prefetches.
+    """
     loads, present = target.prediction.loads, target.present
     distinct = set(loads.values())
     if len(distinct) == 1:
@@ -227,7 +237,9 @@ def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, 
 
 
 def choose_next_layer(target: Target, room: int) -> list[tuple[Target, int]]:
-    """The next layer's predicted misses by falling score, without simulation and however busy the link is (as AdapMoE does)."""
+    """The next layer's predicted misses by falling score, without simulation and however busy the link is (as AdapMoE
+    does).
+    """
     scores = target.prediction.scores
     candidates = target.candidates()
     if scores is not None:

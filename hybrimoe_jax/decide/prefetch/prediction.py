@@ -1,4 +1,5 @@
-"""Predictions of what coming layers will be asked for: what they are made from, who makes them, and how often they come true.
+"""Predictions of what coming layers will be asked for: what they are made from, who makes them, and how often they come
+true.
 
 N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE layers after the one that looks.
 """
@@ -13,15 +14,19 @@ import numpy as np
 
 
 class Prediction(NamedTuple):
-    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None where unknown)."""
+    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None
+    where unknown).
+    """
 
     loads: Mapping[int, int]
     scores: Sequence[float] | None = None
 
 
 class RouterOutlook(NamedTuple):
-    """What one layer shows of a step: chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and, by distance from 1, the
-    probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state (empty where they were not applied)."""
+    """What one layer shows of a step: chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and,
+    by distance from 1, the probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state
+    (empty where they were not applied).
+    """
 
     ids: np.ndarray
     scores: np.ndarray | None = None
@@ -66,7 +71,10 @@ def as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
 
 
 class Predictor(abc.ABC):
-    """Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most."""
+    """Foresees what coming layers will be asked for.
+
+    Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most.
+    """
 
     needs_routers: ClassVar[bool] = False
     """Whether it needs `RouterOutlook.ahead`."""
@@ -89,8 +97,8 @@ class Predictor(abc.ABC):
 class Accuracy:
     """Per distance, the share of predicted experts that were activated; recent steps weigh more.
 
-    Starts from one success and one failure (probability a half) and forgets with `decay` per update. `predicted` and `came_true` are plain
-    totals by distance.
+    Starts from one success and one failure (probability a half) and forgets with `decay` per update. `predicted` and
+    `came_true` are plain totals by distance.
     """
 
     def __init__(self, lookahead: int, decay: float = 0.99):
@@ -101,7 +109,9 @@ class Accuracy:
         self.came_true = [0] * (lookahead + 1)
 
     def update(self, distance: int, predicted: Set[int], activated: Set[int]) -> None:
-        """Compares one layer's prediction, made `distance` layers before, with what was activated (sets, or the keys of loads)."""
+        """Compares one layer's prediction, made `distance` layers before, with what was activated (sets, or the keys of
+        loads).
+        """
         hits = len(predicted & activated)
         self._hits[distance] = self._hits[distance] * self.decay + hits
         self._tries[distance] = self._tries[distance] * self.decay + len(predicted)

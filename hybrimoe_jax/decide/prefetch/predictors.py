@@ -1,16 +1,21 @@
-"""Predictors: what the coming layers will be asked for, from what the layers so far have shown. One contract, used live and in replay.
+"""Predictors: what the coming layers will be asked for, from what the layers so far have shown.
 
-  router-reuse     the coming layers' own norms and routers on this layer's state (HybriMoE, arXiv 2504.05897, section 4.3), scores live or from a trace
-  router-input     the same routers on this layer's normed router input, literally reused; differs from router-reuse in what the runtime computes
-  corrected      gate reuse plus, per layer and distance, the mean difference between true and reused log-probabilities, fitted online: the image,
-                 under the nearly linear router, of the mean shift of the residual stream between the two layers
-  co-activation  needs no router: online tables of which experts follow which, across layers and from token to token
-  previous       what the coming layers chose in the step before
-  recorded:FILE  co-activation with tables counted beforehand on a recorded trace, and not learned any further
-  perfect        the future itself: the bound, in replay only
+One contract, used live and in replay.
 
-A predictor sees every layer of every step that is looked at, in order: `predict(layer, shown, depth)`, then `finish_step()`.
-N tokens, E experts, k experts per token, D distances.
+  router-reuse     the coming layers' own norms and routers on this layer's state (HybriMoE, arXiv 2504.05897, section
+                   4.3), scores live or from a trace
+  router-input     the same routers on this layer's normed router input, literally reused; differs from router-reuse in
+                   what the runtime computes
+  corrected        router reuse plus, per layer and distance, the mean difference between true and reused
+                   log-probabilities, fitted online: the image, under the nearly linear router, of the mean shift of
+                   the residual stream between the two layers
+  co-activation    needs no router: online tables of which experts follow which, across layers and from token to token
+  previous         what the coming layers chose in the step before
+  recorded:TRACE   co-activation with tables counted beforehand on a recorded trace, and not learned any further
+  perfect          the future itself: the bound, in replay only
+
+A predictor sees every layer of every step that is looked at, in order: `predict(layer, shown, depth)`, then
+`finish_step()`. N tokens, E experts, k experts per token, D distances.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, Route
 from hybrimoe_jax.errors import UserError
 
 
-class GateReuse(Predictor):
+class RouterReuse(Predictor):
     """The runtime's or the trace's scores as they are; no prediction at distances that have none."""
 
     needs_routers = True
@@ -35,7 +40,9 @@ class GateReuse(Predictor):
 
 
 class Corrected(Predictor):
-    """Gate reuse with a mean shift of the log-probabilities by layer and distance: a running mean with weight 1/n, at least `rate`, on the newest step."""
+    """Router reuse with a mean shift of the log-probabilities by layer and distance: a running mean with weight 1/n, at
+    least `rate`, on the newest step.
+    """
 
     needs_routers = True
 
@@ -68,7 +75,10 @@ class Corrected(Predictor):
 
 
 class Previous(Predictor):
-    """The experts of the step before. Where that had other rows, as after a prompt, its last row stands for the token before."""
+    """The experts of the step before.
+
+    Where that had other rows, as after a prompt, its last row stands for the token before.
+    """
 
     def __init__(self, *model):
         super().__init__(*model)
@@ -107,8 +117,8 @@ class Perfect(Predictor):
 
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    "router-reuse": GateReuse,
-    "router-input": GateReuse,
+    "router-reuse": RouterReuse,
+    "router-input": RouterReuse,
     "corrected": Corrected,
     "co-activation": CoActivation,
     "previous": Previous,
@@ -128,8 +138,8 @@ def build_predictor(
 ) -> Predictor:
     """The predictor called `name` for a model. UserError where the name, or the recording, does not fit.
 
-    `recording` is what `recorded:TRACE` counts, a `trace.tokens.Recording`: facts (layers, experts, top_k), ids [T, L, k],
-    and follows [T - 1], see `CoActivation.count`.
+    `recording` is what `recorded:TRACE` counts, a `trace.tokens.Recording`: facts (layers, experts, top_k), ids [T, L,
+    k], and follows [T - 1], see `CoActivation.count`.
     """
     check_predictor(name)
     model = (num_layers, num_experts, top_k, distances)

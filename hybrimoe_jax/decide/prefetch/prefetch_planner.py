@@ -1,9 +1,9 @@
-"""Looking ahead: how far it pays, when it is worth the trouble, and which transfers to start.
+"""Prefetching: how far ahead it pays to predict, when it is worth the trouble, and which transfers to start.
 
-Predicting and choosing cost several times what planning a layer does, so they are done only where a transfer could be started at all: with a
-buffer free, and with the link free early enough for one more expert to land before the farthest layer in sight could start. Elsewhere
-the predictor learns from the layer and predicts nothing, which changes no decision; the accuracy by distance is that of the predictions
-asked for.
+Predicting and choosing cost several times what planning a layer does, so they are done only where a transfer could be
+started at all: with a buffer free, and with the link free early enough for one more expert to land before the farthest
+layer in sight could start. Elsewhere the predictor learns from the layer and predicts nothing, which changes no
+decision; the accuracy by distance is that of the predictions asked for.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, Predic
 from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
 
-REST_STEPS = 7
+BACK_OFF_STEPS = 7
 _INF = float("inf")
 
 
 class PrefetchPlanner:
-    """The planner's part that looks ahead. Args as of `Planner`."""
+    """The planner's part that prefetches. Args as of `Planner`."""
 
     def __init__(
         self,
@@ -39,11 +39,12 @@ class PrefetchPlanner:
         self.active = system.max_distance > 0
         self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
-        self._resting = self._issued_before = 0
-        self._looked = False
+        self._back_off = self._issued_before = 0
+        self._predicted = False
 
     def depth(self, tokens: int) -> int:
-        """How many layers to look ahead in a step of so many tokens; 0 where looking cannot pay: it costs device time too.
+        """How many layers to predict in a step of so many tokens; 0 where that cannot pay: it costs device time
+        too.
 
         With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
         lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
@@ -63,25 +64,29 @@ class PrefetchPlanner:
         return depth
 
     def leave_out(self, tokens: int) -> None:
-        """Looks ahead no more in steps of so many tokens."""
+        """Predicts no more in steps of so many tokens."""
         self._depths[tokens] = 0
 
     def backing_off(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found worth its
-        while, a few are let pass (predicting for hundreds of tokens takes longer than planning)."""
-        return tokens > 1 and self._resting > 0
+        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found
+        worth its while, a few are let pass (predicting for hundreds of tokens takes longer than planning).
+        """
+        return tokens > 1 and self._back_off > 0
 
     @property
     def room(self) -> int:
         """How many more transfers may be under way."""
         return self.max_in_flight - self.inflight.num_in_flight
 
-    def look(self, layer: int, shown: RouterOutlook, tokens: int, until_next: float) -> tuple[Prefetch, ...]:
-        """Predicts from what `layer` shows, if a transfer could be started, and starts those that are worth it; args as of `start`."""
+    def prefetch(self, layer: int, shown: RouterOutlook, tokens: int, until_next: float) -> tuple[Prefetch, ...]:
+        """Predicts from what `layer` shows, if a transfer could be started, and starts those that are worth it.
+
+        Args as of `start`.
+        """
         if not self.active:
             return ()
         depth = min(self.depth(tokens), self.num_layers - 1 - layer)
-        self._looked = True
+        self._predicted = True
         possible = self.room > 0 and depth > 0 and self._fits(depth, tokens, until_next)
         found = self.predictor.predict(layer, shown, depth if possible else 0)
         return self.start(layer, found, tokens, until_next) if possible else ()
@@ -103,7 +108,7 @@ class PrefetchPlanner:
     def _choose(
         self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float
     ) -> list[tuple[Target, int]]:
-        self._looked = True
+        self._predicted = True
         depth = self.system.max_distance if self.system.lookahead != "adaptive" else self.depth(tokens)
         depth = min(depth, self.num_layers - 1 - layer)
         if len(lookahead) > depth:
@@ -130,13 +135,15 @@ class PrefetchPlanner:
     def finish_step(self, tokens: int, issued: int) -> None:
         """The step had so many tokens, and so many prefetches have been issued since the start."""
         if tokens > 1:
-            fruitless = self._looked and issued == self._issued_before
-            self._resting = REST_STEPS if fruitless else max(0, self._resting - 1)
-        self._looked, self._issued_before = False, issued
+            fruitless = self._predicted and issued == self._issued_before
+            self._back_off = BACK_OFF_STEPS if fruitless else max(0, self._back_off - 1)
+        self._predicted, self._issued_before = False, issued
         self.predictor.finish_step()
 
     def _fits(self, depth: int, tokens: int, until_next: float) -> bool:
-        """Whether a transfer queued now can land before the layer `depth` ahead starts, if every layer in between takes as long as it ever may."""
+        """Whether a transfer queued now can land before the layer `depth` ahead starts, if every layer in between takes
+        as long as it ever may.
+        """
         if tokens > 1 or self.system.prefetch == "next-layer":
             return True
         if self._longest is None:

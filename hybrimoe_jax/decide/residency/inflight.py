@@ -1,8 +1,9 @@
-"""The prefetch ledger: which transfers are under way, which have landed for a step to come, and what became of each.
+"""Prefetches: which transfers are in flight, which have landed for a step to come, and what became of each.
 
-A prefetch is *useful* if its target step runs it on the device after it landed in time, *late* if that step had to wait for it, *wasted*
-otherwise. It is judged once, when its target layer is planned (or when the step ends without); one that is still on the link then lands
-later and may yet take a slot. How long the link is expected to be busy, with these and all other transfers, is kept here too.
+A prefetch is *useful* if its target step runs it on the device after it landed in time, *late* if that step had to wait
+for it, *wasted* otherwise. It is judged once, when its target layer is planned (or when the step ends without); one
+that is still on the link then lands later and may yet take a slot. How long the link is expected to be busy, with these
+and all other transfers, is kept here too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from hybrimoe_jax.decide.plan import Counters
 
 
 class InflightTransfer:
-    """A transfer under way: when it should land (seconds, the planner's clock); `open` until it is judged; `seconds` that it holds the link."""
+    """A transfer under way: when it should land (seconds, the planner's clock).
+
+    `open` until it is judged; `seconds` that it holds the link.
+    """
 
     __slots__ = ("landing", "open", "seconds")
 
@@ -24,8 +28,8 @@ class InflightTransfer:
 class InflightTransfers:
     """All layers' prefetches; totals go to `counters`.
 
-    `clock` is the planner's: seconds at the start of the MoE block that is being planned; `link_free`: when the link is expected to be done with
-    all that is queued.
+    `clock` is the planner's: seconds at the start of the MoE block that is being planned; `link_free`: when the link is
+    expected to be done with all that is queued.
     """
 
     def __init__(self, num_layers: int, counters: Counters):
@@ -81,7 +85,7 @@ class InflightTransfers:
 
         Args:
           device: resident experts that the device runs.
-          waits: experts under way that the device runs, and for how many seconds it waits; their transfers end here.
+          awaited: experts in flight that the device runs, and for how many seconds it waits; their transfers end here.
         """
         ready, in_flight, counters = self.ready[layer], self.in_flight[layer], self.counters
         self._awaited.clear()

@@ -1,7 +1,7 @@
 """Slots that all layers share (FreeToken): any expert of any layer may take any slot, since all have one size.
 
-A step is event-atomic per layer: what the running layer needs is never evicted, nor what a prefetch brought for a layer to come. What coming layers
-need without saying so is not known, and may go.
+A step is event-atomic per layer: what the running layer needs is never evicted, nor what a prefetch brought for a layer
+to come. What coming layers need without saying so is not known, and may go.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def capacity_of(total: int, num_layers: int, num_experts: int) -> int:
 
 
 def initial(policies: Sequence[CachePolicy], total: int) -> list[list[int]]:
-    """What fills `total` slots: the most frequent experts of all layers together, or each layer's own first ones where frequencies are unknown."""
+    """What fills `total` slots: the most frequent experts of all layers together, or each layer's own first ones where
+    frequencies are unknown.
+    """
     first: list[list[int]] = [[] for _ in policies]
     if all([policy.frequencies is not None for policy in policies]):
         ranked = [(-count, i, e) for i, policy in enumerate(policies) for e, count in enumerate(policy.frequencies)]
@@ -75,21 +77,26 @@ class Pool:
         return Fetch(expert, self.move(layer, expert, victim), False)
 
     def openings(self, protected: Sequence[Collection[int]], worth: Callable[[int, int], float] | None) -> list[float]:
-        """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus infinity for a free slot, and
-        for all where `worth` is None. `worth`: of (layer, expert)."""
+        """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus
+        infinity for a free slot, and for all where `worth` is None. `worth`: of (layer, expert).
+        """
         values: list[float] = [_FREE] * (self.total - self.used)
-        offers = self._candidates.all(protected)
-        values += [_FREE for _ in offers] if worth is None else sorted([worth(o.layer, o.expert) for o in offers])
+        candidates = self._candidates.all(protected)
+        values += (
+            [_FREE for _ in candidates] if worth is None else sorted([worth(c.layer, c.expert) for c in candidates])
+        )
         return values[self.inflight.num_in_flight :]
 
     def admit_landed(
         self, layer: int, expert: int, protected: Sequence[Collection[int]], may_go: Callable[[int, int], bool]
     ) -> tuple[bool, Victim | None]:
-        """Finds a slot for a prefetch that has landed, (whether it got one, its victim): the least valuable of those that `may_go`, (layer, expert)."""
+        """Finds a slot for a prefetch that has landed, (whether it got one, its victim): the least valuable of those
+        that `may_go`, (layer, expert).
+        """
         victim = None
         if self.used >= self.total:
-            offers = sorted(self._candidates.all(protected))
-            victim = next((o for o in offers if may_go(o.layer, o.expert)), None)
+            candidates = sorted(self._candidates.all(protected))
+            victim = next((c for c in candidates if may_go(c.layer, c.expert)), None)
             if victim is None:
                 return False, None
         return True, self.move(layer, expert, victim)

@@ -1,7 +1,8 @@
 """Who is resident: the slots of all layers, who makes room for whom, and which experts nothing may push out.
 
-A step is event-atomic: what it needs is never evicted in it. A prefetch that has landed is held to more: it may not push out what the
-coming step is predicted to need, what another prefetch brought for it, nor (the guard) an expert hotter than itself.
+A step is event-atomic: what it needs is never evicted in it. A prefetch that has landed is held to more: it may not
+push out what the coming step is predicted to need, what another prefetch brought for it, nor (the guard) an expert
+hotter than itself.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ class Residency:
         return victim
 
     def admit_landed(self, layer: int, expert: int, coming: bool) -> tuple[bool, Victim | None]:
-        """Finds a slot for a prefetch that has landed: (whether it got one, its victim). `coming`: its step is yet to come."""
+        """Finds a slot for a prefetch that has landed: (whether it got one, its victim).
+
+        `coming`: its step is yet to come.
+        """
         if self.pool is not None:
             floor = self._worth(layer, self._newest(layer) if coming else None)(expert)
             return self.pool.admit_landed(
@@ -144,7 +148,10 @@ class Residency:
         return self._worth(layer, prediction)(expert)
 
     def _make_way(self, layer: int, expert: int, coming: bool) -> int | None:
-        """The policy's victim for a landed prefetch, passing over those hotter than it; None where there is no other."""
+        """The policy's victim for a landed prefetch, passing over those hotter than it.
+
+        None where there is no other.
+        """
         policy, resident = self.policies[layer], self.resident[layer]
         prediction = self._newest(layer)
         protected = self._protected(layer, prediction)

@@ -1,8 +1,9 @@
 """Hybrid scheduling: who computes each activated expert of one MoE layer in one step, and what crosses the link for it.
 
-Three lanes work at once: the CPU (any expert: all of them live in host memory), the device (resident experts) and the link (host to
-device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE, arXiv 2504.05897, equation 2). A scheduler takes a
-`Problem` and returns a `Schedule`: what each lane does, in order, and when it will be done by the cost model. Rules live in a table by name:
+Three lanes work at once: the CPU (any expert: all of them live in host memory), the device (resident experts) and the
+link (host to device). The objective is the makespan, max(CPU finish, device finish) (HybriMoE, arXiv 2504.05897,
+equation 2). A scheduler takes a `Problem` and returns a `Schedule`: what each lane does, in order, and when it will be
+done by the cost model. Rules live in a table by name:
 
   paper            three lanes, each proposes, the proposal that would finish first is committed (HybriMoE, figure 5)
   released         the two-candidate rule of HybriMoE's released code

@@ -1,7 +1,8 @@
-"""A problem in numbers, as the searches for the best schedule use it: experts by group, their seconds on each lane, and the limits.
+"""A problem in numbers, as the searches for the best schedule use it: experts by group, their seconds on each lane, and
+the limits.
 
-Groups: *here* (resident), *flying* (in flight) and *absent*. In each, loads fall, then scores, then ids rise; experts in flight stand by landing.
-A *choice* is what the searches return: the positions in each group that the device runs.
+Groups: *here* (resident), *in flight* and *absent*. In each, loads fall, then scores, then ids rise; experts in flight
+stand by landing. A *choice* is what the searches return: the positions in each group that the device runs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Instance:
     """One problem, all times in seconds.
 
     Attributes:
-      here, flying, absent: expert ids.
+      here, in_flight, absent: expert ids.
       cpu_*, device_*: seconds of each on either lane; `ready` when those in flight land.
       first: what the CPU's first expert takes longer.
       shared: when the device is done with the shared experts; `link` when the link is free.
@@ -106,7 +107,8 @@ class Instance:
         return cpu_seconds + (count - (cpu_seconds - self.link) / self.beside) * self.alone
 
     def device_seconds(self, work: float, in_flight: Sequence[int], absent: Sequence[int], cpu_seconds: float) -> float:
-        """When the device is done: `work` seconds of shared and resident experts, then the others in the order in which they land.
+        """When the device is done: `work` seconds of shared and resident experts, then the others in the order in which
+        they land.
 
         `absent` is in link order. Running jobs by release time gives the earliest end.
         """
@@ -125,7 +127,9 @@ class Instance:
         return work
 
     def link_order(self, absent: Sequence[int]) -> list[int]:
-        """The best order of demand fetches: what keeps the device longest comes first (Johnson's rule for equal transfers)."""
+        """The best order of demand fetches: what keeps the device longest comes first (Johnson's rule for equal
+        transfers).
+        """
         if self.constant:
             return list(absent)
         return sorted(absent, key=lambda i: -self.device_absent[i])

@@ -1,16 +1,19 @@
 """The minimum makespan: which experts the CPU runs, resident ones included, which are fetched and in what order.
 
-*Order.* On the device, by the time at which experts are there, since one machine with release times and the last completion as the objective
-wants nothing else; on the link, by falling device time (Johnson's rule with equal first stages); on the CPU any.
+*Order.* On the device, by the time at which experts are there, since one machine with release times and the last
+completion as the objective wants nothing else; on the link, by falling device time (Johnson's rule with equal first
+stages); on the CPU any.
 
-*Assignment, device time the same for every load* (as in the paper, and in every step whose loads are equal). Of q demand fetches and s residents
-on the CPU only the numbers matter to device and link, and less CPU work also makes transfers land sooner; so for each (q, s) the CPU takes the
-lightest experts. For given q the CPU's end and the last landing rise with s while the device's work falls, so the best s is found by
-bisection: O(n log n) in the number of experts, times the sets of experts in flight that are worth awaiting (few: a prefetcher has few
-buffers; where loads are equal, only their number counts). Exact.
+*Assignment, device time the same for every load* (as in the paper, and in every step whose loads are equal). Of q
+demand fetches and s residents on the CPU only the numbers matter to device and link, and less CPU work also makes
+transfers land sooner; so for each (q, s) the CPU takes the lightest experts. For given q the CPU's end and the last
+landing rise with s while the device's work falls, so the best s is found by bisection: O(n log n) in the number of
+experts, times the sets of experts in flight that are worth awaiting (few: a prefetcher has few buffers; where loads are
+equal, only their number counts). Exact.
 
-*Assignment, device time by load.* Balancing two lanes is then as hard as partitioning numbers. The same scan gives a schedule, `search.refine`
-improves it and bounds what is left; `Schedule.bound` states it. Small problems are solved to the end.
+*Assignment, device time by load.* Balancing two lanes is then as hard as partitioning numbers. The same scan gives a
+schedule, `search.refine` improves it and bounds what is left; `Schedule.bound` states it. Small problems are solved to
+the end.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ _INF = float("inf")
 class OptimalScheduler(Scheduler):
     """The least makespan, with fewest demand fetches among equals.
 
-    `nodes` bounds the search where device time depends on the load; without any there is no search and no bound either. `Schedule.bound` is
-    a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the optimum is proven.
+    `nodes` bounds the search where device time depends on the load; without any there is no search and no bound either.
+    `Schedule.bound` is a lower bound on every schedule's makespan, equal to the makespan (to rounding) where the
+    optimum is proven.
     """
 
     name = "optimal"

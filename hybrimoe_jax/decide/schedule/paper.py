@@ -20,11 +20,12 @@ _NEVER = float("inf")
 class PaperScheduler(Scheduler):
     """HybriMoE's greedy simulation. Queues: device by falling load, CPU by rising load over the non-resident experts.
 
-    Until every expert is assigned each lane proposes its next operation: the CPU the head of its queue, or where that is empty the
-    smallest-load resident expert; the device its highest-load expert, waiting for its transfer if need be; the link the highest load of the
-    CPU queue, which then joins the device queue. The proposal that would finish first is committed (ties: device, CPU, link), the others
-    are made again. Between equal loads the CPU takes the lower score and the link the higher, then the lower id; the device what is ready
-    first. Experts in flight stand in both queues, so that a layer never waits for a prefetch that the CPU beats.
+    Until every expert is assigned each lane proposes its next operation: the CPU the head of its queue, or where that
+    is empty the smallest-load resident expert; the device its highest-load expert, waiting for its transfer if need be;
+    the link the highest load of the CPU queue, which then joins the device queue. The proposal that would finish first
+    is committed (ties: device, CPU, link), the others are made again. Between equal loads the CPU takes the lower score
+    and the link the higher, then the lower id; the device what is ready first. Experts in flight stand in both queues,
+    so that a layer never waits for a prefetch that the CPU beats.
     """
 
     name = "paper"
@@ -32,51 +33,29 @@ class PaperScheduler(Scheduler):
     depends_on_counts_only = True
 
     def link_idle_from(self, problem: Problem) -> float:
-        """The link's proposal loses against the CPU's as long as the CPU has an absent expert left that would be done before it."""
+        """The link's proposal loses against the CPU's as long as the CPU has an absent expert left that would be done
+        before it.
+        """
         if not (problem.allow_cpu and problem.allow_fetch):
             return super().link_idle_from(problem)
         return cpu_seconds_of_all(problem) - self.transfer_seconds(problem)
 
     def schedule(self, problem: Problem) -> Schedule:
-        loads, resident, costs, in_flight = problem.loads, problem.resident, problem.costs, problem.in_flight
-        allow_cpu, allow_fetch = problem.allow_cpu, problem.allow_fetch
-        transfer = self.transfer_seconds(problem)
-        score = problem.scores if problem.scores is not None else _Zeros()
-        here = [expert for expert in loads if expert in resident]
-        absent = [expert for expert in loads if expert not in resident]
-        if not (allow_cpu or allow_fetch):
-            require_lane(problem, [e for e in absent if e not in in_flight], False)
-        # Queues are sorted so that the next expert stands last, and popped; `done` experts met on the way are dropped.
-        to_cpu = to_link = steal = ()
-        if allow_cpu:
-            to_cpu = sorted([(-loads[e], e not in in_flight, -score[e], -e) for e in absent])
-            if problem.allow_steal:
-                steal = sorted([(-loads[e], -score[e], -e) for e in here])
-        if allow_fetch:
-            to_link = sorted([(loads[e], score[e], -e) for e in absent if e not in in_flight])
-        to_device = [(loads[e], 0.0, score[e], -e) for e in here]
-        to_device += [(loads[e], -in_flight[e], score[e], -e) for e in absent if e in in_flight]
-        to_device.sort()
-
-        cpu_of, device_of = costs.cpu, costs.device
-        t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
-        cpu, device, fetch, awaited = [], [], [], []
+        to_cpu, steal, to_link, to_device = self._queues(problem)
+        cpu_of, device_of, transfer = problem.costs.cpu, problem.costs.device, self.transfer_seconds(problem)
+        t_cpu, t_device, t_link = 0.0, problem.costs.shared(problem.tokens), problem.link_start
+        cpu, device, fetch = [], [], []
         done: set[int] = set()
-        left = len(loads)
-        while left:
+        while len(done) < len(problem.loads):
             finish = cpu_finish = link_finish = _NEVER
             while to_device and -to_device[-1][-1] in done:
                 to_device.pop()
             if to_device:
                 load, negative_ready, _, minus = to_device[-1]
                 finish = (t_device if t_device > -negative_ready else -negative_ready) + device_of(load)
-            while to_cpu and -to_cpu[-1][-1] in done:
-                to_cpu.pop()
             cpu_queue = to_cpu
-            if not to_cpu:
-                while steal and -steal[-1][-1] in done:
-                    steal.pop()
-                cpu_queue = steal
+            if not to_cpu or -to_cpu[-1][-1] in done:
+                cpu_queue = _drop_done(to_cpu, done) or _drop_done(steal, done)
             if cpu_queue:
                 cpu_finish = t_cpu + cpu_of(-cpu_queue[-1][0], not cpu)
             while to_link and -to_link[-1][-1] in done:
@@ -85,38 +64,56 @@ class PaperScheduler(Scheduler):
                 link_finish = t_link + transfer
 
             if finish <= cpu_finish and finish <= link_finish:
-                expert = -minus
                 to_device.pop()
-                device.append(expert)
-                if expert in in_flight and expert not in resident:
-                    awaited.append(expert)
+                device.append(-minus)
+                done.add(-minus)
                 t_device = finish
-                done.add(expert)
-                left -= 1
             elif cpu_finish <= link_finish:
                 expert = -cpu_queue.pop()[-1]
                 cpu.append(expert)
-                t_cpu = cpu_finish
                 done.add(expert)
-                left -= 1
+                t_cpu = cpu_finish
             else:
-                load, tie, minus = to_link.pop()
+                load, score, minus = to_link.pop()
                 fetch.append(-minus)
+                insort(to_device, (load, -link_finish, score, minus))
+                if to_cpu:
+                    to_cpu.remove((-load, True, -score, minus))
                 t_link = link_finish
-                insort(to_device, (load, -link_finish, tie, minus))
-                if allow_cpu:
-                    to_cpu.remove((-load, True, -tie, minus))
         if fetch and t_link > t_cpu:
             return replay(problem, cpu, device, fetch)  # the last transfers go faster once the CPU is done
-        makespan = t_cpu if t_cpu > t_device else t_device
-        return Schedule(
-            tuple(cpu), tuple(device), tuple(fetch), tuple(awaited), makespan, t_cpu if cpu else 0.0, t_device, t_link
-        )
+        awaited = tuple([e for e in device if e in problem.in_flight and e not in problem.resident])
+        lanes = tuple(cpu), tuple(device), tuple(fetch), awaited
+        return Schedule(*lanes, max(t_cpu, t_device), t_cpu, t_device, t_link)
+
+    def _queues(self, problem: Problem) -> tuple[list, list, list, list]:
+        """What the CPU may compute, what it may take from the device, what the link may fetch, and the device's own.
+
+        The next expert stands last; its id, negated, ends its entry.
+        """
+        loads, resident, in_flight = problem.loads, problem.resident, problem.in_flight
+        score = problem.scores if problem.scores is not None else _Zeros()
+        here = [expert for expert in loads if expert in resident]
+        absent = [expert for expert in loads if expert not in resident]
+        if not (problem.allow_cpu or problem.allow_fetch):
+            require_lane(problem, [e for e in absent if e not in in_flight], False)
+        to_cpu, steal, to_link = [], [], []
+        if problem.allow_cpu:
+            to_cpu = sorted([(-loads[e], e not in in_flight, -score[e], -e) for e in absent])
+            if problem.allow_steal:
+                steal = sorted([(-loads[e], -score[e], -e) for e in here])
+        if problem.allow_fetch:
+            to_link = sorted([(loads[e], score[e], -e) for e in absent if e not in in_flight])
+        to_device = [(loads[e], 0.0, score[e], -e) for e in here]
+        to_device += [(loads[e], -in_flight[e], score[e], -e) for e in absent if e in in_flight]
+        to_device.sort()
+        return to_cpu, steal, to_link, to_device
 
 
 class ReleasedScheduler(Scheduler):
-    """The rule of the released code (PKU-SEC-Lab/HybriMoE): resident experts by falling load, then the others by falling load; of the first
-    and the last, the first goes to the device if it would be done there no later than the last on the CPU, else the last goes to the CPU.
+    """The rule of the released code (PKU-SEC-Lab/HybriMoE): resident experts by falling load, then the others by
+    falling load; of the first and the last, the first goes to the device if it would be done there no later than the
+    last on the CPU, else the last goes to the CPU.
 
     Experts in flight stand between the two groups and are always the device's: their transfer is paid for.
     """
@@ -163,6 +160,13 @@ class ReleasedScheduler(Scheduler):
                 t_cpu = cpu_finish
                 j -= 1
         return replay(problem, cpu, device, fetch)
+
+
+def _drop_done(queue: list, done: set[int]) -> list:
+    """The queue without those at its end that another lane has taken."""
+    while queue and -queue[-1][-1] in done:
+        queue.pop()
+    return queue
 
 
 class _Zeros:

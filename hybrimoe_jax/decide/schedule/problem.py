@@ -1,8 +1,9 @@
 """What a scheduler is asked, what it answers, and what an answer means in time.
 
-The device runs its queue in order and waits for an expert that has not landed; the link moves one expert after the other; the CPU never
-waits. A transfer takes longer while the CPU computes, since both read the same memory: it goes at one over `costs.transfer(True)` a
-second until the CPU's last expert is done and at one over `costs.transfer()` from then on.
+The device runs its queue in order and waits for an expert that has not landed; the link moves one expert after the
+other; the CPU never waits. A transfer takes longer while the CPU computes, since both read the same memory: it goes at
+one over `costs.transfer(True)` a second until the CPU's last expert is done and at one over `costs.transfer()` from
+then on.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Problem:
     Attributes:
       loads: tokens of each activated expert, all above 0.
       resident: experts in device memory (others than the activated ones may be among them).
-      costs: seconds for everything: a `costs.CostModel` or an object with its methods. The first expert of a run costs the CPU the same
-        extra time whatever its load, and a transfer beside a computing CPU takes no less than one alone.
+      costs: seconds for everything: a `machine.costs.CostModel` or an object with its methods. The first expert of a
+        run costs the CPU the same extra time whatever its load, and a transfer beside a computing CPU takes no less
+        than one alone.
       tokens: tokens in the step; what the shared experts, which open the device lane, are charged for.
       scores: router score per expert, for ties between equal loads; None where unknown.
       in_flight: seconds until landing, for experts that a prefetch is already moving.
@@ -53,10 +55,10 @@ class Problem:
 class Schedule(NamedTuple):
     """What each lane does, in order; every activated expert is in exactly one of `cpu` and `device`.
 
-    `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand fetches in link order; `awaited` the experts in
-    flight that the device runs once they land. `*_seconds` are the lanes' finish times from the start of the layer's MoE block;
-    `link_seconds` is when the link is free again. `makespan` is the larger of CPU and device. `bound` is a lower bound on the makespan of
-    every schedule, where the rule knows one (0: it does not).
+    `device` holds resident, awaited and fetched experts as they are run; `fetch` the demand fetches in link order;
+    `awaited` the experts in flight that the device runs once they land. `*_seconds` are the lanes' finish times from
+    the start of the layer's MoE block; `link_seconds` is when the link is free again. `makespan` is the larger of CPU
+    and device. `bound` is a lower bound on the makespan of every schedule, where the rule knows one (0: it does not).
     `uses_all_cores`: the CPU has the device's cores too (see `shared_cores`).
     """
 
@@ -73,16 +75,17 @@ class Schedule(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """By what share of its own length the makespan may be longer than the least possible; 1 where nothing is known."""
+        """By what share of itself the makespan may exceed the least possible; 1 where nothing is known."""
         return 1.0 - self.bound / self.makespan if self.makespan else 0.0
 
 
 class Scheduler(ABC):
     """A rule from problems to schedules.
 
-    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident ones.
-    `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts
-    are resident and absent, and on their order by score, then id (`by_id`: by id alone), so that it may be remembered (see `equal`).
+    `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident
+    ones. `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts are
+    resident and absent, and on their order by score, then id (`by_id`: by id alone), so that it may be remembered (see
+    `unit_load_cache`).
     """
 
     name: str
@@ -97,16 +100,18 @@ class Scheduler(ABC):
         """Assigns every activated expert; UserError where the problem's flags leave a miss no lane."""
 
     def forecaster(self) -> Scheduler:
-        """The rule that times predicted layers in this one's place: itself, or a quicker one where that makes thousands of them affordable."""
+        """The rule that times predicted layers, thousands of them: this one, or a quicker one in its place."""
         return self
 
     def link_idle_from(self, problem: Problem) -> float:
-        """For equal loads and nothing in flight: if the link is busy for so many seconds or more, the rule fetches nothing, and its answer no longer
-        depends on how long exactly. Infinity where that cannot be said."""
+        """For equal loads and nothing in flight: seconds of a busy link from which on the rule fetches nothing.
+
+        Its answer then no longer depends on how long exactly. Infinity where that cannot be said.
+        """
         return float("inf") if problem.allow_fetch and self.uses_link else 0.0
 
     def transfer_seconds(self, problem: Problem) -> float:
-        """What rules decide by, one constant per step: the slower transfer wherever the CPU may be computing meanwhile."""
+        """What rules decide by: the slower transfer wherever the CPU may be computing meanwhile."""
         return problem.costs.transfer(self.uses_cpu and problem.allow_cpu)
 
 
@@ -156,7 +161,10 @@ def replay(problem: Problem, cpu: Sequence[int], device: Sequence[int], fetch: S
 
 
 def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
-    """Activated experts that are resident, in flight and absent; loads fall, then scores, then ids rise (in flight: by landing)."""
+    """Activated experts that are resident, in flight and absent.
+
+    Loads fall, then scores, then ids rise (in flight: by landing).
+    """
     loads, score = problem.loads, problem.scores
     resident, in_flight = problem.resident, problem.in_flight
     if score is None:

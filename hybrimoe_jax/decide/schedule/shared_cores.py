@@ -1,12 +1,12 @@
 """Rules on a machine whose "device" has no cores of its own, as where XLA's CPU backend stands in for a GPU.
 
-Three lanes are then two that take each other's cores and a link that is a copy. A rule which believes in three splits the work where
-one lane with all cores would be done sooner (measured: prefill of 512 tokens 1.2 times). So one more schedule is weighed: the device does
-what only it can, then the CPU takes every expert with all cores. What the rule found is charged for the work of both lanes, since neither
-can work for nothing beside the other: no sooner done than the device's seconds and the CPU's, each with all cores, one after the other.
+Three lanes are then two that take each other's cores and a link that is a copy. A rule which believes in three splits
+the work where one lane with all cores would be done sooner (measured: prefill of 512 tokens 1.2 times). So one more
+schedule is weighed: the device does what only it can, then the CPU takes every expert with all cores. What the rule
+found is charged for the work of both lanes, each with all cores, one after the other.
 
-Where the CPU takes every expert of every layer whatever the routing, nothing has to be decided between two layers, and a step can be one
-program (`prove_all_on_cpu`).
+Where the CPU takes every expert of every layer whatever the routing, nothing has to be decided between two layers, and
+a step can be one program (`prove_all_on_cpu`).
 """
 
 from __future__ import annotations
@@ -38,18 +38,16 @@ class SharedCoresScheduler(Scheduler):
         found = self.rule.schedule(problem)
         if not problem.loads or not self.may_take_all(problem, found):
             return found
-        alone = self.alone(problem)
-        return (
-            found
-            if alone.makespan >= self.charged(problem, found)
-            else alone._replace(bound=min(found.bound, alone.makespan))
-        )
+        on_cpu = self.all_on_cpu(problem)
+        if on_cpu.makespan >= self.charged(problem, found):
+            return found
+        return on_cpu._replace(bound=min(found.bound, on_cpu.makespan))
 
     def may_take_all(self, problem: Problem, found: Schedule) -> bool:
         """Whether the CPU may have every expert that `found`, this rule's schedule, gives to the device."""
         return problem.allow_cpu and (not found.device or (self.steals and problem.allow_steal))
 
-    def alone(self, problem: Problem) -> Schedule:
+    def all_on_cpu(self, problem: Problem) -> Schedule:
         """Every expert on the CPU with all cores, behind the shared ones."""
         loads, costs = problem.loads, problem.costs
         shared = costs.shared(problem.tokens)
@@ -65,18 +63,19 @@ class SharedCoresScheduler(Scheduler):
         return max(found.makespan, both)
 
     def prove_all_on_cpu(self, costs: Any, top_k: int, most_resident: int) -> tuple[float | None, Schedule | None]:
-        """(what leaving the device's program for a layer must take for a step of one token to be all on the CPU, the schedule of each of its layers, experts
-        called 0 .. top_k-1, where `costs.handover` is that much).
+        """What `costs.handover` must be for a step of one token to be all on the CPU whatever the routing.
 
-        It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not have them all."""
+        It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not
+        have them all. Where it is that much, also the schedule of each layer, experts called 0 .. top_k-1.
+        """
         loads, needed = dict.fromkeys(range(top_k), 1), 0.0
         for hits in range(min(top_k, most_resident) + 1):
             problem = Problem(loads, range(hits), costs)
-            found, alone = self.rule.schedule(problem), self.alone(problem)
+            found, on_cpu = self.rule.schedule(problem), self.all_on_cpu(problem)
             if not self.may_take_all(problem, found):
                 return None, None
-            needed = max(needed, alone.makespan - self.charged(problem, found))
-        return needed, alone if costs.handover and needed <= costs.handover else None
+            needed = max(needed, on_cpu.makespan - self.charged(problem, found))
+        return needed, on_cpu if costs.handover and needed <= costs.handover else None
 
 
 def with_shared_cores(rule: Scheduler, costs: Any) -> Scheduler:

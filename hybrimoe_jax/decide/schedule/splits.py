@@ -1,4 +1,4 @@
-"""Rules that sort the misses once and simulate nothing: all to the CPU, all to the device, or shared out by bandwidth."""
+"""Rules that sort the misses once and simulate nothing: all to one lane, or shared out by bandwidth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, r
 
 
 class CpuMissesScheduler(Scheduler):
-    """Resident experts on the device, every miss on the CPU, as in kTransformers and llama.cpp; what is in flight is awaited."""
+    """Resident experts on the device, every miss on the CPU, as in kTransformers and llama.cpp.
+
+    What is in flight is awaited.
+    """
 
     name = "cpu-misses"
     depends_on_counts_only = True
@@ -19,7 +22,9 @@ class CpuMissesScheduler(Scheduler):
 
 
 class FetchMissesScheduler(Scheduler):
-    """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then score) first."""
+    """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then
+    score) first.
+    """
 
     name = "fetch-misses"
     depends_on_counts_only = True
@@ -32,7 +37,9 @@ class FetchMissesScheduler(Scheduler):
 
 
 class DeviceOnlyScheduler(Scheduler):
-    """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of their ids."""
+    """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of
+    their ids.
+    """
 
     name = "device-only"
     depends_on_counts_only = True
@@ -46,8 +53,9 @@ class DeviceOnlyScheduler(Scheduler):
 
 
 class CheaperScheduler(Scheduler):
-    """Each miss where it alone would be done first: on the CPU, or over the link and on the device; it looks at no other (Fiddler's rule, arXiv
-    2402.07033). What is in flight is awaited."""
+    """Each miss where it alone would be done first: on the CPU, or over the link and on the device; it looks at no
+    other (Fiddler's rule, arXiv 2402.07033). What is in flight is awaited.
+    """
 
     name = "cheaper"
     depends_on_counts_only = True
@@ -65,10 +73,11 @@ class CheaperScheduler(Scheduler):
 
 
 class BandwidthSplitScheduler(Scheduler):
-    """Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest (FreeToken's rule).
+    """Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest
+    (FreeToken's rule).
 
-    B_link is the link's bandwidth beside a computing CPU, and B_host what CPU and link draw from host memory together: the CPU reads an
-    expert once, in the time of its smallest load. What is in flight is awaited.
+    B_link is the link's bandwidth beside a computing CPU, and B_host what CPU and link draw from host memory together:
+    the CPU reads an expert once, in the time of its smallest load. What is in flight is awaited.
     """
 
     name = "bandwidth-split"

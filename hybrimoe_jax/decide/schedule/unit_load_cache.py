@@ -1,8 +1,8 @@
 """Answers for loads of 1, remembered: decoding asks the same few questions over and over.
 
 Where every load is 1 and no expert is in flight, a rule's answer depends on how many experts are resident and how many
-are not. Which of them does what follows from their order (by falling score, then rising id). So a rule is asked once for
-each pair of numbers, with positions in place of experts, and afterwards the positions are filled in.
+are not. Which of them does what follows from their order (by falling score, then rising id). So a rule is asked once
+for each pair of numbers, with positions in place of experts, and afterwards the positions are filled in.
 
 A link that is still busy adds a number that is never twice the same. But a rule that would not use the link, busy as it
 is, answers as if it were busy for ever. `Scheduler.link_idle_from` says from when on that holds; what lies between goes

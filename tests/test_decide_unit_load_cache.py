@@ -1,4 +1,4 @@
-"""Remembered answers for equal loads are those of the rules, and a planner that remembers plans as one that does not."""
+"""Remembered answers for loads of 1 are the rules' own; a planner that remembers plans as one that does not."""
 
 import random
 
@@ -37,11 +37,11 @@ def test_a_pattern_filled_in_is_the_rules_own_answer(name, shared_cores):
         if shared_cores:
             model = model.__class__(**{**model.describe(), "alone_expert": generator.uniform(0.2, 3)})
             rule = SharedCoresScheduler(rule)
-        equal = UnitLoadCache(rule, model, allow_fetch)
+        cache = UnitLoadCache(rule, model, allow_fetch)
         for _ in range(4):
             experts = generator.sample(range(32), generator.randint(1, 8))
             resident = {e for e in range(32) if generator.random() < 0.4}
-            scored = not equal.by_id and generator.random() < 0.7
+            scored = not cache.by_id and generator.random() < 0.7
             scores = [generator.random() for _ in range(32)] if scored else None
             busy = generator.choice((0.0, generator.uniform(0, 4), 100.0))
             loads = dict.fromkeys(experts, 1)
@@ -49,7 +49,7 @@ def test_a_pattern_filled_in_is_the_rules_own_answer(name, shared_cores):
             groups = [e for e in experts if e in resident], [e for e in experts if e not in resident]
             order = [e for g in groups for e in sorted(g, key=lambda e: (-scores[e] if scored else 0, e))]
             want = rule.schedule(problem)
-            pattern = equal.find(len(groups[0]), len(groups[1]), not scored, busy)
+            pattern = cache.find(len(groups[0]), len(groups[1]), not scored, busy)
             if pattern is None:
                 assert busy > 0
                 continue

@@ -1,4 +1,6 @@
-"""Policies in replay against what they are by definition: exhaustive search, sequential reference programs, a slow form of echo."""
+"""Policies in replay against what they are by definition: exhaustive search, sequential reference programs, a slow form
+of echo.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def one_layer(policy, needs, slots, bypass=False):
 
 
 def fewest_misses(needs, slots, bypass) -> int:
-    """By trying every choice of what to keep; after a step the cache holds what it needed (unless bypassed) and any of the rest."""
+    """By trying every choice of what to keep.
+
+    After a step the cache holds what it needed (unless bypassed) and any of the rest.
+    """
     needs = tuple(frozenset(experts) for experts in needs)
 
     @functools.cache
@@ -150,7 +155,9 @@ def test_slots_hold_a_step_at_least():
 
 
 def s3_fifo_by_the_paper(needs, slots, small_slots):
-    """Misses of S3-FIFO as its paper tells it, one request at a time, in a trace where no step needs more than one expert."""
+    """Misses of S3-FIFO as its paper tells it, one request at a time, in a trace where no step needs more than one
+    expert.
+    """
     small, main, ghost, uses, misses = [], [], [], {}, 0
     for (expert,) in needs:
         if expert in uses:

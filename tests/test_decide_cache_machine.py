@@ -1,4 +1,6 @@
-"""A hypothesis state machine that treats every policy as the planner does: steps, misses kept or not, prefetches that land in between."""
+"""A hypothesis state machine that treats every policy as the planner does: steps, misses kept or not, prefetches that
+land in between.
+"""
 
 from __future__ import annotations
 

@@ -85,12 +85,12 @@ def planner_for(costs, system="hybrimoe", slots=2):
     return Planner(system, num_layers=2, num_experts=8, top_k=4, slots_per_layer=slots, costs=costs)
 
 
-def test_a_step_is_foregone_only_where_no_routing_is_worth_leaving_the_program():
+def test_a_step_is_all_on_the_cpu_only_where_no_routing_is_worth_leaving_the_program():
     """Residents would save more than the handover here: only a dearer handover makes the step all on the CPU."""
     costs = dataclasses.replace(SHARED, device_expert=0.1, device_token=0.0, look=1e9)
     rule = with_shared_cores(get_scheduler("paper"), costs)
     saved = max(
-        rule.alone(p).makespan - rule.charged(p, rule.rule.schedule(p))
+        rule.all_on_cpu(p).makespan - rule.charged(p, rule.rule.schedule(p))
         for p in (Problem(dict.fromkeys(range(4), 1), range(hits), costs) for hits in range(3))
     )
     assert saved > 0
@@ -101,7 +101,7 @@ def test_a_step_is_foregone_only_where_no_routing_is_worth_leaving_the_program()
         assert (sorted(plan.cpu) == [0, 1, 5, 6] and not plan.fetch) or not expected
 
 
-def test_residents_that_must_stay_on_the_device_leave_nothing_foregone():
+def test_residents_that_must_stay_on_the_device_leave_nothing_all_on_the_cpu():
     costs = dataclasses.replace(SHARED, handover=1e9, look=1e9)
     assert planner_for(costs).all_on_cpu and planner_for(costs, "cpu-only", 0).all_on_cpu
     assert not planner_for(costs, "ktransformers").all_on_cpu and not planner_for(costs, "on-demand").all_on_cpu
