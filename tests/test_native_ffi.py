@@ -161,7 +161,7 @@ def test_one_seam_decides_what_multiplies():
 def test_matrices_of_one_kind_are_one_call():
     def inside(x, *weights):
         with products.on_native_kernels():
-            return products.several(x, *weights)
+            return products.fused_linear(x, *weights)
 
     cases = (
         (("bf16", "bf16", "bf16"), 3, 32, 1),

@@ -1,17 +1,19 @@
-"""Grouped-query attention over a positional cache: writing the cache in place, the mask, the product in one piece or in blocks.
+"""Grouped-query attention over a positional cache: writing it in place, the mask, the product at once or in blocks.
 
 Shapes: B batch, T tokens of this call, S cache capacity, D model width, H query heads, K key/value heads, d head width.
-Positions [B, T]: a row's tokens follow one another; padding (position >= S) comes after them, writes nothing and is seen by none.
+Positions [B, T]: a row's tokens follow one another; padding (position >= S) comes after them, writes nothing and is
+seen by none.
 """
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.host_kernels.native import attention as native
-from hybrimoe_jax.models.layers import Linear, RMSNorm, rotate_half, together
+from hybrimoe_jax.models.layers import Linear, RMSNorm, apply_fused, rotate_half
 from hybrimoe_jax.models.precision import einsum
 from hybrimoe_jax.models.products import calls_native
 
@@ -21,13 +23,16 @@ BLOCK = 128
 
 
 def cache_write(cache: jax.Array, new: jax.Array, positions: jax.Array, axis: int = 1) -> jax.Array:
-    """Writes `new` at `positions` [B, T] of a cache [B, ..., S (`axis`), ...]; `new` has T in the place of S. Padding is dropped.
+    """Writes `new` at `positions` [B, T] of a cache [B, ..., S (`axis`), ...]. Padding is dropped.
+
+    `new` has T in the place of S.
 
     One block of T places per row is read, merged and written back: a scatter at arbitrary places makes XLA:CPU copy the
     whole cache several times per call (eight copies a layer were a third of a decode step).
     """
     batch, tokens = positions.shape
     capacity = cache.shape[axis]
+    chex.assert_shape(new, (*cache.shape[:axis], tokens, *cache.shape[axis + 1 :]))
     if tokens > capacity:  # what is past the capacity can only be padding
         new, positions = jax.lax.slice_in_dim(new, 0, capacity, axis=axis), positions[:, :capacity]
         tokens = capacity
@@ -47,7 +52,8 @@ def cache_write(cache: jax.Array, new: jax.Array, positions: jax.Array, axis: in
         shape = [1] * cache.ndim
         shape[axis] = tokens
         cache = jax.lax.dynamic_update_slice(cache, jnp.where(written.reshape(shape), block, old), at)
-    # Without the barrier the update is fused into the products that read the cache, which then works on copies of all of it.
+    # Without the barrier the update is fused into the products that read the cache, which then work on copies of all of
+    # it.
     return jax.lax.optimization_barrier(cache)
 
 
@@ -94,8 +100,10 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(head_dim if per_head else kv_heads * head_dim, eps)
 
     def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a cache for positions 0..capacity-1. It has one place more, so that attention always reads a true slice:
-        where it reads all, XLA:CPU fuses the write into the products and copies the cache for each of them."""
+        """Shapes of a cache for positions 0..capacity-1, with one place more: so attention always reads a true slice.
+
+        Where it reads all, XLA:CPU fuses the write into the products and copies the cache for each of them.
+        """
         shape = (batch, self.kv_heads, capacity + 1, self.head_dim)
         return {"k": shape, "v": shape}
 
@@ -104,11 +112,13 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache).
 
-        `span`: no valid position is at or past it, so only that much of the cache is read; None reads all of it. A span of T
-        says that every row starts at position 0.
+        `span`: no valid position is at or past it, so only that much of the cache is read; None reads all of it. A span
+        of T says that every row starts at position 0.
         """
+        chex.assert_rank(x, 3)
+        chex.assert_shape(positions, x.shape[:2])
         batch, tokens, _ = x.shape
-        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = apply_fused(x, self.q_proj, self.k_proj, self.v_proj)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
@@ -145,6 +155,9 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
     """
     batch, tokens, heads, width = q.shape
     kv_heads, span = k.shape[1], k.shape[2]
+    chex.assert_shape(k, (batch, kv_heads, span, width))
+    chex.assert_shape(v, (batch, kv_heads, span, None))
+    chex.assert_shape(mask, (batch, tokens, span))
     groups = heads // kv_heads
     q = q.reshape(batch, tokens, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
     logits = einsum("bkqd,bksd->bkqs", q.reshape(batch, kv_heads, groups * tokens, width), k.astype(jnp.float32))
@@ -158,26 +171,30 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
 
 
 def attend(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
-    """q [B, T, H, d] at `positions` [B, T] over k and v [B, K, S, d] -> [B, T, H, d]; where T = S, every row starts at position 0.
+    """q [B, T, H, d] at `positions` [B, T] over k and v [B, K, S, d] -> [B, T, H, d].
 
-    XLA:CPU runs long ones in blocks: the whole product's passes over [H, T, S] cost more than the products.
+    Where T = S, every row starts at position 0. XLA:CPU runs long ones in blocks: the whole product's passes over [H,
+    T, S] cost more than the products.
     """
 
-    def whole(q, k, v, positions):
+    chex.assert_rank((q, k, v), 4)
+    chex.assert_shape(positions, q.shape[:2])
+
+    def at_once(q, k, v, positions):
         return grouped_attention(q, k, v, visible(positions, k.shape[2], window), scale)
 
     if q.shape[1] < BLOCK or k.shape[2] < BLOCK:
-        return whole(q, k, v, positions)
+        return at_once(q, k, v, positions)
     in_blocks = causal_attention if q.shape[1] == k.shape[2] else blocked_attention
 
     def blocked(q, k, v, positions):
         return in_blocks(q, k, v, positions, window, scale)
 
-    return jax.lax.platform_dependent(q, k, v, positions, cpu=blocked, default=whole)
+    return jax.lax.platform_dependent(q, k, v, positions, cpu=blocked, default=at_once)
 
 
 def causal_attention(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
-    """`attend` where every row starts at position 0, so that which keys a block of queries sees is known when it is compiled.
+    """`attend` where every row starts at position 0: which keys a block of queries sees is known when it is compiled.
 
     On two cores 1.7 times faster than `blocked_attention`, whose loop XLA:CPU runs on one.
     """
@@ -191,9 +208,10 @@ def causal_attention(q, k, v, positions, window: int | None, scale: float) -> ja
 
 
 def blocked_attention(q, k, v, positions, window: int | None, scale: float) -> jax.Array:
-    """`attend` with an online softmax over blocks of keys (FlashAttention, arXiv 2205.14135), skipping blocks that none can see.
+    """`attend` with an online softmax over blocks of keys, skipping blocks that no query can see.
 
-    On XLA:CPU 512 tokens of 16 heads took 41 ms whole, in blocks 12 (one core).
+    Source: FlashAttention, arXiv 2205.14135. On XLA:CPU (one core) 512 tokens of 16 heads took 41 ms
+    at once, 12 in blocks.
     """
     batch, tokens, heads, width = q.shape
     kv_heads, span = k.shape[1], k.shape[2]

@@ -61,14 +61,14 @@ SIZES = (
 
 
 class RoutedExperts:
-    """`num_experts` for type checkers: a field in families whose `config.json` spells it so, a property in the others."""
+    """`num_experts` for type checkers: a field where a family's `config.json` spells it so, else a property."""
 
     num_experts: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(RoutedExperts, abc.ABC):
-    """What the engine asks of every model; hashable. A family adds the keys of its own, as fields spelled as in `config.json`.
+    """What the engine asks of every model; hashable. A family adds its own keys, spelled as in `config.json`.
 
     Derived values are properties. Every family gives `num_experts`, `moe_width` and `is_moe(layer)`.
     """
@@ -203,7 +203,7 @@ class ModelConfig(RoutedExperts, abc.ABC):
 
     @property
     def rope_width(self) -> int:
-        """How many of a head's dimensions turn with the position."""
+        """How many of a head's dimensions are rotated with the position."""
         return self.head_width
 
     @property

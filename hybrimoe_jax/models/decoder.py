@@ -40,7 +40,7 @@ class DecoderLayer(nnx.Module):
     def attend(
         self, h: jax.Array, cache: dict, positions: jax.Array, span: int | None = None
     ) -> tuple[jax.Array, dict]:
-        """Residual stream [B, T, D] -> residual stream after attention, and the updated cache; `span` as in `Attention`."""
+        """Residual stream [B, T, D] -> the stream after attention, and the updated cache; `span` as in `Attention`."""
         out, cache = self.self_attn(self.input_layernorm(h), cache, positions, span)
         return h + out, cache
 
@@ -103,7 +103,7 @@ def assemble(
     mlp_name: str = "mlp",
     mlp_bias: bool = False,
 ) -> CausalLM:
-    """The whole model from what differs between families: `attention(layer)` and `moe_block()` make a layer's two parts.
+    """The model from what differs between families: `attention(layer)` and `moe_block()` make a layer's two parts.
 
     Layers without experts have a dense SwiGLU, with biases where `mlp_bias`.
     """

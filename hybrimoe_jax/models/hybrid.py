@@ -2,8 +2,8 @@
 
 It is the simple reference for the overlapped executor: a callback blocks its whole program, so nothing overlaps here.
 The function called back touches no jax (calling jax inside deadlocks) and keeps no statistics (a pure callback may be
-dropped or repeated). It is one stable function for all layers and engines, with `engine` and `layer` as operands, so that
-layers share an executable.
+dropped or repeated). It is one stable function for all layers and engines, with `engine` and `layer` as operands, so
+that layers share an executable.
 
 Shapes: N tokens, D model width, k experts per token, n slots given.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +60,8 @@ class HybridMoE(nnx.Module):
           slots: the n experts.
           host: (engine handle, layer, ids [N, k], weights [N, k]), or None where the host has nothing to do.
         """
+        chex.assert_rank(x, 2)
+        chex.assert_shape(slot_weights, (len(slots), x.shape[0]))
         y = acc
         if y is None:
             shared = self.block.shared(x)

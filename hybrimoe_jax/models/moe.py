@@ -1,7 +1,7 @@
 """The mixture-of-experts block and its one seam: the block routes, an *experts* object computes the routed part.
 
 Shapes: N tokens (batch and time flattened), E experts, k experts per token, D model width, F expert width.
-`experts(layer, x, routing) -> [N, D]` is any callable; `DenseExperts` below is the reference that every other is tested against.
+`experts(layer, x, routing) -> [N, D]` is any callable; `DenseExperts` is the reference for all others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hybrimoe_jax.models.products import calls_native
 
 
 class Routing(NamedTuple):
-    """What a router decided: `ids` [N, k] int32, `weights` [N, k] (as multiplied into the outputs), `scores` [N, E] softmax."""
+    """A router's decision: `ids` [N, k] int32, `weights` [N, k] that multiply the outputs, softmax `scores` [N, E]."""
 
     ids: jax.Array
     weights: jax.Array
@@ -31,7 +31,8 @@ class Routing(NamedTuple):
 class MoEBlock(nnx.Module):
     """Router, optional shared experts, and the rule that turns scores into ids and weights.
 
-    `shared_expert` (Qwen2: with a sigmoid `shared_expert_gate` [1, D]) or `shared_experts` (DeepSeek) follow the checkpoint's names.
+    The router is called `gate`, as in the checkpoints. `shared_expert` (Qwen2: with a sigmoid `shared_expert_gate` [1,
+    D]) or `shared_experts` (DeepSeek) follow them too.
     """
 
     def __init__(self, width: int, num_experts: int, top_k: int, *, normalise: bool, rngs: nnx.Rngs):
@@ -39,11 +40,13 @@ class MoEBlock(nnx.Module):
         self.num_experts, self.top_k, self.normalise = num_experts, top_k, normalise
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Router probabilities of every expert, float32 [N, E]."""
+        """Router probabilities of every expert, x [N, D] -> float32 [N, E]."""
+        chex.assert_rank(x, 2)
         return jax.nn.softmax(self.gate(x), axis=-1)
 
     def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """scores [N, E] -> ids [N, k] and the weights [N, k] that multiply the experts' outputs."""
+        chex.assert_shape(scores, (None, self.num_experts))
         weights, ids = jax.lax.top_k(scores, self.top_k)
         if self.normalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -66,11 +69,15 @@ class MoEBlock(nnx.Module):
 
 
 DeviceExpert = tuple[jax.Array, jax.Array] | PackedExpert
-"""A routed expert as programs take it: gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a quantised one."""
+"""A routed expert as programs take it: gate_up [2F, D] (gate rows first) and down [D, F], or a quantised one's bytes."""
 
 
 def expert_forward(expert: DeviceExpert, x: jax.Array, kernel: str = "xla") -> jax.Array:
-    """One expert, plain or quantised: x [N, D] -> [N, D]. `kernel`: an `EngineConfig.device_kernel`, for quantised ones and few tokens."""
+    """One expert, plain or quantised: x [N, D] -> [N, D].
+
+    `kernel`: an `EngineConfig.device_kernel`, for quantised ones and few tokens.
+    """
+    chex.assert_rank(x, 2)
     if isinstance(expert, PackedExpert):
         if kernel != "xla":
             from hybrimoe_jax.models import packed_triton  # Pallas takes 50 ms to import, and few runs want it
@@ -79,13 +86,19 @@ def expert_forward(expert: DeviceExpert, x: jax.Array, kernel: str = "xla") -> j
                 return packed_triton.triton_forward(expert, x, interpret=kernel == "pallas-interpret")
         return packed_forward(expert, x)
     gate_up, down = expert
+    chex.assert_shape(gate_up, (2 * down.shape[1], x.shape[1]))
+    chex.assert_axis_dimension(down, 0, x.shape[1])
     gate, up = jnp.split(einsum("nd,fd->nf", x, gate_up), 2, axis=-1)
     return einsum("nf,df->nd", jax.nn.silu(gate) * up, down)
 
 
 SMALL_BYTES = 1 << 20
-"""Plain experts below this stay with XLA. It computes beside the thread that dispatches, where a program that is one native call runs in
-that thread: prompts of a model with experts of 147 KB that fetches each of them took 1.05 to 1.16 times longer, with 6 MB 0.6 to 0.9."""
+"""Plain experts below this stay with XLA, which computes beside the thread that dispatches; one native call runs in
+that thread.
+
+Prompts of a model that fetches each expert took 1.05 to 1.16 times longer with experts of 147 KB, 0.6 to 0.9 with 6
+MB.
+"""
 
 
 def native_for(expert: DeviceExpert) -> bool:
@@ -96,8 +109,13 @@ def native_for(expert: DeviceExpert) -> bool:
 def add_experts(
     acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert, kernel: str = "xla"
 ) -> jax.Array:
-    """acc [N, D] plus the given experts of x [N, D], expert i weighted by weights[i] ([n, N]). Inside `on_native_kernels`, unless experts
-    are small or another kernel is asked for, one call of theirs, which skips rows of weight zero."""
+    """acc [N, D] plus the given experts of x [N, D], expert i weighted by weights[i] ([n, N]).
+
+    Inside `on_native_kernels` it is one call of the native kernels, which skips rows of weight zero, unless experts are
+    small or `kernel` is another one.
+    """
+    chex.assert_equal_shape((acc, x))
+    chex.assert_shape(weights, (len(experts), x.shape[0]))
     if kernel == "xla" and calls_native() and native_for(experts[0]):
         return ffi.experts(acc, x, weights, *experts)
     return add_experts_reference(acc, x, weights, *experts, kernel=kernel)
@@ -121,8 +139,8 @@ class DenseExperts:
     """The oracle: every expert is computed for every token and weighted by zero where it was not chosen.
 
     Args:
-      weights: per decoder layer, None or its experts behind one another: (gate_up [E, 2F, D], down [E, D, F]), or a PackedExpert
-        whose data is [E, nbytes]. They are taken one at a time, so that only one is ever dequantised.
+      weights: per decoder layer, None or its experts behind one another: (gate_up [E, 2F, D], down [E, D, F]), or a
+        PackedExpert with data [E, nbytes]. They are taken one at a time, so that only one is ever dequantised.
     """
 
     def __init__(self, weights):

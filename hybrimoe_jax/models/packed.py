@@ -1,20 +1,22 @@
-"""Quantised experts inside jitted programs: the packed bytes are the argument, and are turned into numbers where they are multiplied.
+"""Quantised experts inside jitted programs: the packed bytes are the argument, dequantised where they are multiplied.
 
-`PackedMatrix` and `PackedExpert` (`formats.packing`) are registered as pytrees here: their bytes are the leaf, their layout is
-static, so that a program is compiled per layout and a slot is one array. Nothing but one matrix at a time exists in float32.
+`PackedMatrix` and `PackedExpert` (`formats.packing`) are registered as pytrees here. Their bytes are the leaf and their
+layout is static, so a program is compiled per layout and a slot is one array. Only one matrix at a time exists in
+float32.
 
-Both sides mean the same by an expert: the dequantised weights and, with `-a8`, the rounded activations are bit for bit those of the
-NumPy reference (`host_kernels.reference`). Sums differ by float32 rounding, and so may the silu(gate) * up that is rounded again
-for down: there a value next to a rounding boundary can take the other step.
+Host and device mean the same by an expert: the dequantised weights and, with `-a8`, the rounded activations are bit for
+bit those of the NumPy reference (`host_kernels.reference`). Sums differ by float32 rounding, and so may the
+silu(gate) * up that is rounded again for down: there a value next to a rounding boundary can take the other step.
 
-Measured on XLA:CPU (one core, 1408 x 2048, int4-g64, load 1): this form 1.3 ms; a product over the panels as they lie 2.3 ms;
-multiply and reduce without a matrix 6.7 ms.
+Measured on XLA:CPU (one core, 1408 x 2048, int4-g64, load 1): this form 1.3 ms; a product over the panels as they lie
+2.3 ms; multiply and reduce without a matrix 6.7 ms.
 
 Shapes: N tokens, [R, K] a matrix of R outputs and K inputs, P panels of 8 rows, S steps of 4 inputs, G groups.
 """
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,8 @@ jax.tree_util.register_dataclass(PackedExpert, data_fields=["data"], meta_fields
 def dequantise(matrix: PackedMatrix) -> jax.Array:
     """The float32 matrix [R, K] that the codes stand for."""
     layout = matrix.layout
+    chex.assert_shape(matrix.data, (layout.nbytes,))
+    chex.assert_type(matrix.data, jnp.uint8)
     panels, steps = layout.panels, layout.depth // STEP
     raw = matrix.data[: layout.codes_nbytes]
     if layout.format.bits == 4:
@@ -67,6 +71,7 @@ def _by_step(matrix: PackedMatrix, at: int, dtype: np.dtype) -> jax.Array:
 
 def rounded_activations(x: jax.Array, format: Format) -> jax.Array:
     """x [N, K] as a product in this format sees it: rounded to int8 codes and back with `-a8`, else x itself."""
+    chex.assert_rank(x, 2)
     if not format.a8:
         return x
     rows, columns = x.shape
@@ -82,6 +87,7 @@ def rounded_activations(x: jax.Array, format: Format) -> jax.Array:
 
 def matmul(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
     """x [N, K] (as `rounded_activations` gives it) times the matrix [R, K] -> [N, R]."""
+    chex.assert_shape(x, (None, matrix.layout.columns))
     return einsum("nk,rk->nr", x, dequantise(matrix))
 
 

@@ -1,17 +1,20 @@
-"""Quantised experts at decode on a GPU: Pallas kernels, compiled by Triton, that read a slot's bytes once and as they lie.
+"""Quantised experts at decode on a GPU: Pallas kernels, compiled by Triton, that read a slot's bytes once, as they lie.
 
-The reference is `models.packed.packed_forward`, which leaves to XLA whether the unpacking is fused into the product. Here it always is:
-one kernel computes silu(gate) * up, a second one down. Each takes the slot's whole buffer, codes, scales and zero points at their offsets
-in it, because XLA would copy a part of a buffer, or one seen as another type, before it calls a kernel.
+The reference is `models.packed.packed_forward`, which leaves to XLA whether the unpacking is fused into the product.
+Here it always is: one kernel computes silu(gate) * up, a second one down. Each takes the slot's whole buffer, codes,
+scales and zero points at their offsets in it, because XLA would copy a part of a buffer, or one seen as another type,
+before it calls a kernel.
 
-A program of the grid computes one panel, 8 outputs of every token. It walks the panel's codes tile by tile: one load of neighbouring
-bytes, unpacked in registers, multiplied by the inputs of each token and then by their group's scale, summed in float32. Weights are those
-of the reference but for the rounding of scale * code where scales are float32; sums are taken in another order.
+A program of the grid computes one panel, 8 outputs of every token. It walks the panel's codes tile by tile: one load of
+neighbouring bytes, unpacked in registers, multiplied by the inputs of each token and then by their group's scale,
+summed in float32. Weights are those of the reference but for the rounding of scale * code where scales are float32;
+sums are taken in another order.
 
-Nothing here was timed on a GPU yet (docs/gpu.md), so the reference is what runs unless `--device-kernel pallas` is given. jax 0.11 calls
-its Triton backend deprecated: `available` says whether this jax still has it.
+Nothing here was timed on a GPU yet (docs/gpu.md), so the reference is what runs unless `--device-kernel pallas` is
+given. jax 0.11 calls its Triton backend deprecated: `available` says whether this jax still has it.
 
-Shapes: N tokens, at most `MOST_ROWS`; a tile is T lines of 32 bytes, in g groups of c lines; a line is 8 rows of a panel by 4 bytes.
+Shapes: N tokens, at most `MOST_ROWS`; a tile is T lines of 32 bytes, in g groups of c lines; a line is 8 rows of a
+panel by 4 bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -32,10 +36,10 @@ except ImportError:
     triton = None
 
 MOST_ROWS = 8
-"""Tokens in a call; a program keeps sums of each in registers. More are the reference's, whose matrix product then pays."""
+"""Tokens in a call; a program keeps sums of each in registers. With more the reference's matrix product pays."""
 LINE = PANEL * STEP
 TILE_LINES = 256
-"""Lines that a program has on their way at one token, 16 registers of sums a thread and matrix; fewer at more tokens."""
+"""Lines that a program has on their way at one token, 16 registers of sums a thread and matrix; at more, fewer."""
 WARPS = 4
 
 
@@ -50,6 +54,8 @@ def triton_forward(expert: PackedExpert, x: jax.Array, interpret: bool = False) 
     `interpret`: emulate the kernels with jax operations, on any backend; slow, for tests.
     """
     layout = expert.layout
+    chex.assert_shape(x, (None, layout.inward.columns))
+    chex.assert_shape(expert.data, (layout.nbytes,))
     inward, outward = layout.inward, layout.outward
     seen = rounded_activations(x, layout.format)
     inner = _call(_silu_gate_up, (inward, inward), (0, inward.nbytes), expert.data, seen, interpret)
@@ -69,7 +75,10 @@ def _plain(product: jax.Array) -> jax.Array:
 def _call(
     combine, layouts: Sequence[MatrixLayout], at: Sequence[int], data, x: jax.Array, interpret: bool
 ) -> jax.Array:
-    """`combine` of the products of x [N, K] with matrices [R, K] of one layout that begin at bytes `at` of `data` -> [N, R]."""
+    """`combine` of the products of x [N, K] with matrices [R, K] of one layout -> [N, R].
+
+    The matrices begin at bytes `at` of `data`.
+    """
     layout, tokens = layouts[0], x.shape[0]
     kernel = functools.partial(_kernel, combine, layouts, at)
     options = {} if interpret else {"compiler_params": triton.CompilerParams(num_warps=WARPS, num_stages=1)}
@@ -111,12 +120,13 @@ def _kernel(combine, layouts: Sequence[MatrixLayout], at: Sequence[int], data, x
 
 
 def _weights(data, layout: MatrixLayout, start: int, panel, first, tile: int) -> tuple[list[jax.Array], jax.Array]:
-    """Lines first .. first + tile of a panel of the matrix at byte `start`: codes less their zero, float32 [T, 8, 4], the first 4 inputs
-    of each line and the next 4 where a byte holds two; and scales [T, 8]. Past the panel's last line both are 0."""
+    """Lines first .. first + tile of a panel of the matrix at byte `start`: codes less their zero, float32 [T, 8, 4],
+    the first 4 inputs of each line and the next 4 where a byte holds two; and scales [T, 8]. Past the panel's last line
+    both are 0."""
     format, lines = layout.format, layout.depth // _inputs(layout)
 
     def part(at: int, per_panel: int, size: int, in_group: int) -> jax.Array:
-        """uint8 [T, 8, size]: what each row has for each line in the part of the buffer at `at`, one for every `in_group` lines."""
+        """uint8 [T, 8, size]: each row's bytes for each line in the part of the buffer at `at`, one for `in_group` lines."""
         line, row, byte = (jax.lax.broadcasted_iota(jnp.int32, (tile, PANEL, size), axis) for axis in range(3))
         line = first + line
         index = jax.lax.div(line, in_group) * (PANEL * size) + row * size + byte

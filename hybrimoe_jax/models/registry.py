@@ -14,18 +14,18 @@ from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.families import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
 
 FUSED_GATE_UP = "experts.gate_up_proj"
-"""Below the block: all experts' gate and up rows as one tensor [E, 2F, D], gate rows first (in-memory layout of transformers 5)."""
+"""Below the block: all experts' gate and up rows as one tensor [E, 2F, D], gate rows first, as in transformers 5."""
 FUSED_DOWN = "experts.down_proj"
 """Below the block: all experts' down matrices as one tensor [E, D, F]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """`block` is the MoE block's name in the checkpoint; `gate`, `up`, `down` an expert's matrices below `experts.{e}.`.
+    """`block` is the MoE block's name in the checkpoint; `gate`, `up`, `down` are an expert's below `experts.{e}.`.
 
-    These are the names the Hugging Face hub's checkpoints use and that `save_pretrained` writes. `block_aliases` are other
-    names of the block found on disk: `canonical` turns a tensor name into the first spelling. Experts may also be on disk
-    as the two fused tensors `FUSED_GATE_UP` and `FUSED_DOWN`, in every family.
+    These are the names the Hugging Face hub's checkpoints use and that `save_pretrained` writes. `block_aliases` are
+    other names of the block found on disk: `canonical` turns a tensor name into the first spelling. Experts may also be
+    on disk as the two fused tensors `FUSED_GATE_UP` and `FUSED_DOWN`, in every family.
     """
 
     config: type[ModelConfig]
@@ -37,7 +37,8 @@ class Family:
     block_aliases: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> str:
-        """A tensor's name with the block spelt as `block`: `model.layers.0.mlp.gate.weight` -> `...block_sparse_moe.gate.weight`."""
+        """A tensor's name with the block spelt as `block`: `model.layers.0.mlp.gate.weight` ->
+        `...block_sparse_moe.gate.weight`."""
         parts = name.split(".")
         if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[3] in self.block_aliases:
             parts[3] = self.block
@@ -73,8 +74,8 @@ def family_of(model_type: str) -> Family:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Parses a `config.json` mapping into its family's dataclass; UserError where the family or a feature is unsupported, or a value is of
-    the wrong kind."""
+    """Parses a `config.json` mapping into its family's dataclass; UserError where the family or a feature is
+    unsupported, or a value is of the wrong kind."""
     if not isinstance(raw, Mapping) or "model_type" not in raw:
         raise UserError("config.json: no model_type key; is this a Hugging Face model folder?")
     if not isinstance(raw["model_type"], str):

@@ -1,7 +1,7 @@
 """Rotary position embedding: inverse frequencies and the scaling rules that `rope_scaling` may name.
 
-A pair of dimensions i turns by `position * theta^(-2i/d)`. The scaling rules stretch a trained context: `linear` slows
-every pair; `llama3` slows only long wavelengths; `yarn` blends the two per pair and also corrects the attention's
+A pair of dimensions i is rotated by `position * theta^(-2i/d)`. The scaling rules stretch a trained context: `linear`
+slows every pair; `llama3` slows only long wavelengths; `yarn` blends the two per pair and also corrects the attention's
 temperature. A `Rope` is a hashable static (it holds plain floats), so layers of one kind share one executable.
 Frequencies are computed in float32, as the reference implementations do.
 """
@@ -21,18 +21,22 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 
-_answer = contextvars.ContextVar("what ropes are answered by in what is being traced", default=None)
+_override: contextvars.ContextVar[Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]] | None]
+_override = contextvars.ContextVar("what stands in for ropes in what is being traced", default=None)
 
 
 @contextlib.contextmanager
 def override(answer: Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]]):
-    """In what is traced inside, `answer(rope, positions)` says what a rope gives: for a program that knows several steps' positions beforehand. XLA's CPU backend
-    fuses sines and cosines into what uses them, and computes them again for every head of every layer (10 us a layer of a 466 M model)."""
-    token = _answer.set(answer)
+    """In what is traced inside, `answer(rope, positions)` says what a rope gives.
+
+    For a program that knows several steps' positions beforehand. XLA's CPU backend fuses sines and cosines into what
+    uses them and computes them again for every head of every layer (10 us a layer of a 466 M model).
+    """
+    token = _override.set(answer)
     try:
         yield
     finally:
-        _answer.reset(token)
+        _override.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Rope:
     attention_factor: float = 1.0
 
     def __call__(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        answer = _answer.get()
+        answer = _override.get()
         return self.computed(positions) if answer is None else answer(self, positions)
 
     def computed(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +61,7 @@ def make_rope(
     """The rotary embedding of a head part of `width`.
 
     Args:
-      width: d, the dimensions that turn; even.
+      width: d, the dimensions that are rotated; even.
       theta: base wavelength.
       scaling: the `rope_scaling` dictionary (`rope_type` or, in older files, `type`), or None.
       max_position_embeddings: stands in for a missing `original_max_position_embeddings`.
@@ -103,23 +107,23 @@ def linear(base, width, theta, scaling, max_positions):
 def llama3(base, width, theta, scaling, max_positions):
     """Llama 3.1: wavelengths beyond the trained context slowed by `factor`, short ones kept, a linear blend between."""
     factor, low, high = (np.float32(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = np.float32(scaling["original_max_position_embeddings"]) * base / np.float32(2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    rotations = np.float32(scaling["original_max_position_embeddings"]) * base / np.float32(2 * math.pi)
+    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0).astype(np.float32)
     return (1 - keep) * base / factor + keep * base, 1.0
 
 
 def yarn(base, width, theta, scaling, max_positions):
-    """YaRN (Peng et al., arXiv 2309.00071): pairs that turn often are kept, slow ones interpolated, a ramp between.
+    """YaRN (Peng et al., arXiv 2309.00071): pairs that rotate often are kept, slow ones interpolated, a ramp between.
 
-    The attention factor follows `attention_factor`, else `mscale` / `mscale_all_dim` where both are given, else the paper.
+    The attention factor follows `attention_factor`, else `mscale` / `mscale_all_dim` if both are given, else the paper.
     """
     original = scaling["original_max_position_embeddings"]
     factor = scaling["factor"]
     factor = max_positions / original if factor is None else factor
 
-    def pair_of(turns: float) -> float:
-        """Index of the pair that makes so many turns within the original context."""
-        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_of(rotations: float) -> float:
+        """Index of the pair that makes so many rotations within the original context."""
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):

@@ -4,7 +4,8 @@ Latent attention keeps per token only a compressed vector c (`kv_lora_rank` wide
 all heads, instead of H keys and values: 576 numbers a token instead of 4,096 in V2-Lite. Keys and values are linear in
 c, so their up-projections can be *absorbed*: q.(W_k c) = (W_k^T q).c scores the latents directly, and the weighted sum
 of latents is turned into values once per query. Absorbed work grows with the latent's width per (query, key) pair;
-expanding every cached latent first costs a fixed amount per call and less per pair. `LatentAttention` picks by the count.
+expanding every cached latent first costs a fixed amount per call and less per pair. `LatentAttention` picks by the
+count.
 
 Source: DeepSeek-AI, arXiv 2405.04434 (sections 2.1, 2.2), and the published checkpoints' keys and weight names.
 Shapes: B batch, T tokens of this call, S cache capacity, D model width, H heads, r latent width, R rotary width,
@@ -17,6 +18,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,7 +29,7 @@ from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
-from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate_pairs, together
+from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, apply_fused, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
 from hybrimoe_jax.models.packed import dequantise
 from hybrimoe_jax.models.precision import einsum
@@ -68,8 +70,9 @@ class DeepseekV2Config(ModelConfig):
         super().check(raw)
         _ = self.attention_scale  # needs the numbers of its scaling rule
         if self.topk_method not in METHODS:
+            known = ", ".join(METHODS)
             raise UserError(
-                f"config.json: topk_method {self.topk_method!r} is not supported for deepseek_v2 ({', '.join(METHODS)} are)"
+                f"config.json: topk_method {self.topk_method!r} is not supported for deepseek_v2 ({known} are)"
             )
         if self.kv_heads != self.num_attention_heads:
             raise UserError("config.json: num_key_value_heads must equal num_attention_heads in latent attention")
@@ -156,12 +159,14 @@ class LatentAttention(nnx.Module):
         span: int | None = None,
         absorb: bool | None = None,
     ) -> tuple[jax.Array, dict]:
-        """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], updated cache); `span` as in `Attention`."""
+        """x [B, T, D], positions [B, T] (>= S marks padding) -> ([B, T, D], the cache); `span` as in `Attention`."""
+        chex.assert_rank(x, 3)
+        chex.assert_shape(positions, x.shape[:2])
         batch, tokens, _ = x.shape
         if self.q_lora_rank is None:
-            q, compressed = together(x, self.q_proj, self.kv_a_proj_with_mqa)
+            q, compressed = apply_fused(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            q, compressed = together(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q, compressed = apply_fused(x, self.q_a_proj, self.kv_a_proj_with_mqa)
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.reshape(batch, tokens, self.heads, self.nope + self.rotary)
         q, q_rope = q[..., : self.nope], q[..., self.nope :]
@@ -188,10 +193,12 @@ class LatentAttention(nnx.Module):
 
 
 def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
-    """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r] (a head's key rows first), mask [B, T, S] -> [B, T, H, v].
+    """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r], mask [B, T, S] -> [B, T, H, v].
 
-    Both products take all of `up`, with zeros for the value rows, or values dropped: XLA:CPU copies a slice of it at 2 GB/s (measured on
-    DeepSeek-V2-Lite, one token: 2 ms for each of 54 slices, four fifths of a token's time).
+    A head's key rows come first in `up`.
+
+    Both products take all of `up`, with zeros for the value rows, or values dropped: XLA:CPU copies a slice of it at 2
+    GB/s (measured on DeepSeek-V2-Lite, one token: 2 ms for each of 54 slices, four fifths of a token's time).
     """
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
     nope, heads = q.shape[-1], q.shape[2]
@@ -230,8 +237,8 @@ class DeepseekV2Block(MoEBlock):
     def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Top-k within the `kept_groups` groups whose best expert scores highest.
 
-        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule (transformers
-        ignores `norm_topk_prob` here; no published DeepSeek-V2 sets it).
+        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule
+        (transformers ignores `norm_topk_prob` here; no published DeepSeek-V2 sets it).
         """
         if self.groups > 1:
             grouped = scores.reshape(-1, self.groups, self.num_experts // self.groups)
