@@ -45,7 +45,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         else:
             raise
     if code == INTERRUPTED:
-        # At once: threads of XLA may still run a program, and the interpreter's end would take from under them what they read.
+        # At once: threads of XLA may still run a program, and the interpreter's end
+        # would take from under them what they read.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         sys.stderr.flush()
@@ -59,7 +60,8 @@ def _forget_output() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a command line in one line, as any other bad input is refused; argparse alone prints the whole usage first."""
+    """Refuses a command line in one line, as any other bad input is refused;
+    argparse alone prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see {self.prog} --help)"))

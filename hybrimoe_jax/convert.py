@@ -1,9 +1,11 @@
-"""`python -m hybrimoe_jax.convert SRC DST`: a Hugging Face folder becomes a checkpoint that this project reads expert by expert.
+"""`python -m hybrimoe_jax.convert SRC DST`: a Hugging Face folder becomes a checkpoint
+that this project reads expert by expert.
 
-With `--format int4-g64` and the like the routed experts are rounded to that format (`formats`); dense tensors keep their type.
-`--dense-format` rounds the dense projections too. `--calibrate TEXT` rounds experts by what they do on a text. Experts that
-SRC has quantised already are taken over as they are. With `--random` SRC is only a configuration, and the weights are made up.
-With `--export-hf` the direction is reversed: a converted checkpoint becomes a Hugging Face folder.
+With `--format int4-g64` and the like the routed experts are rounded to that format (`formats`); dense tensors
+keep their type. `--dense-format` rounds the dense projections too. `--calibrate TEXT` rounds experts by what
+they do on a text. Experts that SRC has quantised already are taken over as they are. With `--random` SRC is only
+a configuration, and the weights are made up. With `--export-hf` the direction is reversed: a converted
+checkpoint becomes a Hugging Face folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Text to token ids and back: the checkpoint's own tokenizer, chat template and end-of-sequence rule.
 
 Everything is read from the files that came with the checkpoint (`tokenizer.json`, `tokenizer_config.json`,
-`chat_template.jinja`); nothing is guessed from the model's name. Chat templates are programs from a download, so they run in
-jinja2's immutable sandbox.
+`chat_template.jinja`); nothing is guessed from the model's name. Chat templates are programs from a download,
+so they run in jinja2's immutable sandbox.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Tokenizer:
         """Ids of `text`, with the special tokens that this tokenizer puts around a prompt.
 
         The post-processor of `tokenizer.json` decides; where `tokenizer_config.json` sets `add_bos_token`, that
-        decides about the first id (DeepSeek-V2 is published with a post-processor that adds none and this flag set;
-        transformers 4 follows the flag, transformers 5 does not). Pass `add_special_tokens=False` for the text of a chat template, which has its own.
+        decides about the first id (DeepSeek-V2 is published with a post-processor that adds none and this flag
+        set; transformers 4 follows the flag, transformers 5 does not). Pass `add_special_tokens=False` for the
+        text of a chat template, which has its own.
         """
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         wants, bos = self.config.get("add_bos_token"), self.bos_id
@@ -135,9 +136,10 @@ class Tokenizer:
 class DecodeStream:
     """Text as its tokens come: `push` gives what has become readable, `flush` what never did.
 
-    A character's bytes may be split over tokens, so text is held back while it ends in an incomplete one. The tokens since
-    the last emitted text are decoded together with those just before them, because a decoder may treat the first token of a
-    text differently (a leading space dropped, for one). Together the pieces are what `decode` gives for all ids.
+    A character's bytes may be split over tokens, so text is held back while it ends in an incomplete one.
+    The tokens since the last emitted text are decoded together with those just before them, because a
+    decoder may treat the first token of a text differently (a leading space dropped, for one). Together the
+    pieces are what `decode` gives for all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
@@ -167,7 +169,8 @@ class DecodeStream:
 
 
 def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, config) -> tuple[int, ...]:
-    """The ids that end a text: of `generation_config.json` (one id or a list), else of `config.json`, else the tokenizer's."""
+    """The ids that end a text: of `generation_config.json` (one id or a list), else
+    of `config.json`, else the tokenizer's."""
     for value in (generation_config.get("eos_token_id"), config.eos_token_id, tokenizer and tokenizer.eos_id):
         if value is not None:
             return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
@@ -202,7 +205,8 @@ def template_environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks the assistant's part for training; here it is just its body."""
+        """`{% generation %}...{% endgeneration %}` marks the assistant's part for
+        training; here it is just its body."""
 
         tags = frozenset({"generation"})
 

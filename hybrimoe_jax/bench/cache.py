@@ -1,8 +1,8 @@
 """`bench cache`: hits and misses of cache policies on recorded routing, replayed token by token from a cold start.
 
-Rules: event-atomic; every miss is kept (and, apart, only those that the policy admits: bypass); slots = max(top-k, round(ratio * experts)) a
-layer; one token a step, one sequence after another; a policy's state lives on from one sequence to the next. `gap_closed` is the share of the
-misses between MRS and Belady's rule that a policy saves.
+Rules: event-atomic; every miss is kept (and, apart, only those that the policy admits: bypass); slots = max(top-k,
+round(ratio * experts)) a layer; one token a step, one sequence after another; a policy's state lives on from one
+sequence to the next. `gap_closed` is the share of the misses between MRS and Belady's rule that a policy saves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from hybrimoe_jax.simulate.workers import workers
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.tokens import by_token, token_of_row
 
-# MRS and LFU with the parameters that are best, on average, on the development halves of the public traces (docs/log.md).
+# MRS and LFU with the parameters that are best, on average, on the development
+# halves of the public traces (docs/log.md).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
 PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
@@ -61,8 +62,8 @@ def cache_of(policies: Sequence[CachePolicy], slots: int, *, bypass: bool = Fals
 def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Sequence[Residency]) -> list[Outcome]:
     """Runs `visits`, in order, through the policies of all layers, and every cache by what they say.
 
-    No scheduler, no clock: every miss is fetched. Several caches over the same policies need policies that do not see residents
-    (`CachePolicy.sees`): each decides as if alone.
+    No scheduler, no clock: every miss is fetched. Several caches over the same policies need policies that do not see
+    residents (`CachePolicy.sees`): each decides as if alone.
     """
     if len(caches) > 1 and any(policy.sees == "residents" for policy in policies):
         raise ValueError("a policy that sees residents serves one cache")
@@ -86,7 +87,8 @@ def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Seq
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """policies: names for `cache.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for all."""
+    """policies: names for `cache.parse_policy`, and "belady". part: which sequences.
+    layers: the first so many; None for all."""
 
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
     policies: tuple[str, ...] = tuple(DEFAULT)
@@ -96,7 +98,8 @@ class Options:
 
 
 class Routing:
-    """What a trace asks for: ids [T, L, k] (-1: a layer of a token that was not recorded; it is passed over), and the router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
+    """What a trace asks for: ids [T, L, k] (-1: a layer of a token that was not recorded; it is passed over), and the
+    router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
 
     def __init__(self, path: str, part: str, layers: int | None):
         trace = open_trace(path)
@@ -165,7 +168,8 @@ def hindrance(path: str, spec: str, options: Options) -> str | None:
 
 
 def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
-    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass. None where it cannot be measured."""
+    """One policy on one trace: for each ratio the outcome with every miss kept, and with
+    bypass. None where it cannot be measured."""
     if hindrance(path, spec, options):
         return None
     trace = routing(path, options.part, options.layers)
@@ -197,9 +201,11 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
 
 
 def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda items, total, label: items) -> dict:
-    """{trace: {ratio: {policy: {"hits", "misses", "gap_closed", "bypass": {"hits", "misses", "bypassed"}}}}}; prints a table of each trace.
+    """{trace: {ratio: {policy: {"hits", "misses", "gap_closed", "bypass": {"hits", "misses",
+    "bypassed"}}}}}; prints a table of each trace.
 
-    A policy's key is its name as given, without the parameters where that leaves no two alike; those are then under "parameters".
+    A policy's key is its name as given, without the parameters where that leaves no two
+    alike; those are then under "parameters".
     """
     for spec in options.policies:  # refused before anything runs
         parsed(spec)
@@ -252,7 +258,8 @@ def _missing(path: str, options: Options) -> str:
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
-    """Hit rates in per cent by ratio; in brackets the share of the gap between MRS and Belady that is closed; behind a bar, with bypass."""
+    """Hit rates in per cent by ratio; in brackets the share of the gap between MRS and Belady that
+    is closed; behind a bar, with bypass."""
     names = list(next(iter(rows.values())))
     width = max(map(len, names))
     lines = ["hit rate % (per cent of the gap MRS-Belady closed) | with bypass"]

@@ -85,10 +85,11 @@ class EngineContender:
         return {"seconds": seconds, "token_ids": made, **{key: stats[key] for key in kept}}
 
     def overhead(self, name: str, tokens: int, new: int) -> dict:
-        """The engine's own time per MoE layer at decode: the step less what its kernels take when nothing else is timed.
+        """The engine's own time per MoE layer at decode: the step less what its
+        kernels take when nothing else is timed.
 
-        Kernel time of a layer: its front program, then the longer of the host's experts (as measured in the run) and the
-        device's (shared and resident experts), each device program timed back to back so that dispatch is hidden.
+        Kernel time of a layer: its front program, then the longer of the host's experts (as measured in the run) and
+        the device's (shared and resident experts), each device program timed back to back so that dispatch is hidden.
         """
         engine = self.engines[name]
         self.decode(name, tokens, new)

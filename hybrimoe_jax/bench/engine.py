@@ -1,8 +1,8 @@
 """`bench engine`: our engine against transformers on the same weights, interleaved, medians and ratios.
 
-Every contender sits in a process of its own and is asked in turns that rotate, so that a disturbance of the machine hits
-all of them alike; only one computes at a time. Prefill is the time to the first token, decode the time between tokens after a prompt
-of 128. Times are wall-clock and without compilation (a first round is thrown away).
+Every contender sits in a process of its own and is asked in turns that rotate, so that a disturbance of the machine
+hits all of them alike; only one computes at a time. Prefill is the time to the first token, decode the time between
+tokens after a prompt of 128. Times are wall-clock and without compilation (a first round is thrown away).
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """What a weight format costs: size, error of the logits, and perplexity, with and without calibration.
 
-One model (the bundled one by default) reads one text that it was not trained on, in windows of 256 tokens, once for each format: its routed
-experts rounded to the format and, where the format says so, their inputs too; everything else stays as it is. Compared with float32:
+One model (the bundled one by default) reads one text that it was not trained on, in windows of 256 tokens, once for
+each format: its routed experts rounded to the format and, where the format says so, their inputs too; everything
+else stays as it is. Compared with float32:
 
     rms, max    difference of the logits, in units of the float32 logits' root mean square, over all tokens and the vocabulary
     KL          mean over tokens of the divergence of the next-token distribution from float32's, in nats: less noisy than perplexity
     perplexity  exp(nats per token), and its change, with the standard error over windows
 
-Held-out text: scenes of *Macbeth*, *Twelfth Night* and *Henry V*; calibration text: scenes of twelve plays of the training text. Both in
-`assets/text`, in the public domain.
+Held-out text: scenes of *Macbeth*, *Twelfth Night* and *Henry V*; calibration text: scenes of twelve plays of the
+training text. Both in `assets/text`, in the public domain.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ CONTEXT, ROWS = 256, 16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`model`: a converted checkpoint (None: the bundled one); `text` is read, `calibration` calibrates (None: the files shipped);
+    """`model`: a converted checkpoint (None: the bundled one); `text` is read,
+    `calibration` calibrates (None: the files shipped);
     `calibrate`: also measure every 4-bit format rounded with calibration."""
 
     formats: tuple[str, ...] = DEFAULT
@@ -75,7 +77,8 @@ class Reading:
 
 
 def run(options: Options, progress: Callable) -> dict[str, Any]:
-    """Measures, prints a table and returns the record; raises UserError for a text too short and for a format that is not known."""
+    """Measures, prints a table and returns the record; raises UserError for a text too
+    short and for a format that is not known."""
     for name in options.formats:
         if name not in ("f32", "bf16"):
             Format.parse(name)
@@ -139,7 +142,8 @@ def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weig
 
 
 def rounded(weights: Weights, params: Params, name: str, sample: np.ndarray | None) -> Params:
-    """The parameters with routed experts rounded to a format, by what they do on the windows `sample` where it is given."""
+    """The parameters with routed experts rounded to a format, by what they do on the
+    windows `sample` where it is given."""
     if name == "f32":
         return params
     if name == "bf16":
@@ -193,7 +197,8 @@ def read(config: ModelConfig, params: Params, ids: Sequence[int], count: int, fo
 
 @jax.jit
 def _differences(exact, other):
-    """Logits [T, V] of one window -> the sum of squares of one, of the difference, its maximum, and the summed divergence."""
+    """Logits [T, V] of one window -> the sum of squares of one, of the difference,
+    its maximum, and the summed divergence."""
     error = other - exact
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(other)
     return jnp.sum(exact**2), jnp.sum(error**2), jnp.max(jnp.abs(error)), jnp.sum(jnp.exp(p) * (p - q))

@@ -1,8 +1,9 @@
 """ggml's expert for `bench kernels`, called with ctypes: `mul_mat_id` for gate, up and down, as llama.cpp builds it.
 
-ggml comes with `pip install llama-cpp-python` (compiled for the machine it is installed on; no dependency of this project). Weights lie in its
-CPU buffer, or, `repack`, in the buffer type in which it rearranges them for its fastest kernels. That buffer type ends the process
-for a format that it has no kernel for here, so whether it has one is asked in a process of its own.
+ggml comes with `pip install llama-cpp-python` (compiled for the machine it is installed on; no dependency of
+this project). Weights lie in its CPU buffer, or, `repack`, in the buffer type in which it rearranges them for
+its fastest kernels. That buffer type ends the process for a format that it has no kernel for here, so whether it
+has one is asked in a process of its own.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _functions() -> dict:
 
 
 class GgmlExperts:
-    """`count` experts of one format, all with the same weights (quantised from float32 gate, up [F, D], down [D, F])."""
+    """`count` experts of one format, all with the same weights (quantised from
+    float32 gate, up [F, D], down [D, F])."""
 
     def __init__(self, type: str, repack: bool, weights: tuple[np.ndarray, np.ndarray, np.ndarray], count: int):
         self._call, self._graphs = _functions(), {}

@@ -1,7 +1,8 @@
-"""GGUF files for llama.cpp to be timed on: a Hugging Face folder's own weights, or random blocks of a configuration's shapes.
+"""GGUF files for llama.cpp to be timed on: a Hugging Face folder's own weights, or
+random blocks of a configuration's shapes.
 
-Every matrix has the one type named, embedding and head too, as llama.cpp's `--pure` does; norms, biases and routers are F32. Written
-through PyPI's `gguf`, tensor by tensor. The vocabulary is left out: token ids go in and out.
+Every matrix has the one type named, embedding and head too, as llama.cpp's `--pure` does; norms, biases and routers are
+F32. Written through PyPI's `gguf`, tensor by tensor. The vocabulary is left out: token ids go in and out.
 
 Types: F32, Q8_0 (int8 in groups of 32, a float16 scale each: 8.5 bits a weight), Q4_0 (int4 likewise: 4.5 bits).
 """
@@ -32,8 +33,9 @@ ROWS = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A tensor to write. name: in GGUF. shape: outputs before inputs, experts first. sources: its names in the Hugging Face checkpoint,
-    more than one where experts are stacked. plain: F32 whatever the type. spread: of its outputs for inputs of unit variance."""
+    """A tensor to write. name: in GGUF. shape: outputs before inputs, experts first. sources: its names in the
+    Hugging Face checkpoint, more than one where experts are stacked. plain: F32 whatever the type. spread: of
+    its outputs for inputs of unit variance."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +49,8 @@ def write_gguf(path: Path, config: ModelConfig, kind: str, read: Callable[[str],
 
     Args:
       kind: of TYPES.
-      read: gives a checkpoint's tensor by name; None writes random weights. Only Qwen2-MoE is written from a checkpoint.
+      read: gives a checkpoint's tensor by name; None writes random weights. Only
+        Qwen2-MoE is written from a checkpoint.
 
     Raises UserError for a family that is not written here.
     """
@@ -137,7 +140,8 @@ def metadata(writer, config: ModelConfig) -> None:
 
 
 def layout(config: ModelConfig) -> tuple[str, list[Matrix]]:
-    """llama.cpp's name of the architecture and the tensors it reads. Raises UserError for a family other than Qwen2-MoE and DeepSeek-V2."""
+    """llama.cpp's name of the architecture and the tensors it reads. Raises UserError for a family
+    other than Qwen2-MoE and DeepSeek-V2."""
     if config.model_type not in FAMILIES or config.tie_word_embeddings:
         raise UserError(
             f"no GGUF is written for {config.model_type} (known: {', '.join(FAMILIES)}, with a head of its own)"

@@ -1,7 +1,9 @@
-"""Contenders of `bench kernels`: ours per weight format, and the peers that are installed, all with the same SwiGLU expert.
+"""Contenders of `bench kernels`: ours per weight format, and the peers that are
+installed, all with the same SwiGLU expert.
 
-Shapes: D model width, F expert width, n load. A contender holds `count` experts, enough that going round them reads weights from memory, and
-`run(index, x)` computes x [n, D] through one of them, on as many threads as `set_threads` said.
+Shapes: D model width, F expert width, n load. A contender holds `count` experts, enough that
+going round them reads weights from memory, and `run(index, x)` computes x [n, D] through one of
+them, on as many threads as `set_threads` said.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""`bench kernels`: one SwiGLU expert at a time, weights from memory, by our native kernels and by the peers, all in turns.
+"""`bench kernels`: one SwiGLU expert at a time, weights from memory, by our native
+kernels and by the peers, all in turns.
 
-The machine's limits come first, by the native library's own loops: read bandwidth (whole vectors, summed, as one stream a
-thread or as four, whichever is faster) and the multiply-adds that registers alone can do. A row's limit is the larger of its
-bytes over that bandwidth and its operations over that peak. Formats with quantised activations multiply bytes, for which the
-float32 peak is no limit, so theirs can pass 1 at large loads.
+The machine's limits come first, by the native library's own loops: read bandwidth (whole vectors, summed, as one stream
+a thread or as four, whichever is faster) and the multiply-adds that registers alone can do. A row's limit is the larger
+of its bytes over that bandwidth and its operations over that peak. Formats with quantised activations multiply bytes,
+for which the float32 peak is no limit, so theirs can pass 1 at large loads.
 
-In every turn each contender computes a burst of experts, then the others have theirs. The first of a burst, where one is
-short, is unmeasured: it wakes the threads. At small loads memory is the limit and a virtual machine's bandwidth may halve from
-one second to the next, so memory is read before and after each burst; at large ones between the turns. Rows are medians of
-the turns. Before each burst the threads of the contender before have gone to sleep.
+In every turn each contender computes a burst of experts, then the others have theirs. The first of a burst, where one
+is short, is unmeasured: it wakes the threads. At small loads memory is the limit and a virtual machine's bandwidth may
+halve from one second to the next, so memory is read before and after each burst; at large ones between the turns. Rows
+are medians of the turns. Before each burst the threads of the contender before have gone to sleep.
 
-Ratios are geometric means over the shapes and loads at the most threads, against the fastest of the peers where they have any.
+Ratios are geometric means over the shapes and loads at the most threads, against the
+fastest of the peers where they have any.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ TURNS = (3, 25)  # at least, at most
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`seconds`: of each shape, load and number of threads, all contenders together, beyond the least number of turns."""
+    """`seconds`: of each shape, load and number of threads, all contenders together,
+    beyond the least number of turns."""
 
     peers: tuple[str, ...] = ()
     formats: tuple[str, ...] = FORMATS
@@ -60,8 +63,8 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Median seconds an expert. `bandwidth`: bytes a second, read around the contender's turns. `of_bandwidth` and `share`:
-    how much of it, and of the machine's limit, medians of the turns, each against what was read around it."""
+    """Median seconds an expert. `bandwidth`: bytes a second, read around the contender's turns. `of_bandwidth` and
+    `share`: how much of it, and of the machine's limit, medians of the turns, each against what was read around it."""
 
     shape: str
     load: int
@@ -88,7 +91,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ours over the peers' at some loads: time of the fastest of `peers` over ours, or without peers `value` of our row."""
+    """Ours over the peers' at some loads: time of the fastest of `peers` over ours,
+    or without peers `value` of our row."""
 
     name: str
     ours: str

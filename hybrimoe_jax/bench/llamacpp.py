@@ -1,11 +1,13 @@
-"""`bench llamacpp`: the engine on a CPU-only machine against llama.cpp, end to end, at the same bits a weight, in turns.
+"""`bench llamacpp`: the engine on a CPU-only machine against llama.cpp, end to end,
+at the same bits a weight, in turns.
 
-Every matrix has the one format on both sides, embedding apart: here float32, or int8 and int4 in groups of 32 with a float16 scale and
-activations rounded to int8 likewise; there F32, Q8_0 and Q4_0. "mid" is one checkpoint of random weights rounded by either side, so that
-its float32 tokens can be compared; larger models are random on each side for itself: the shapes, and so the work, are the same.
+Every matrix has the one format on both sides, embedding apart: here float32, or int8 and int4 in groups of 32 with a
+float16 scale and activations rounded to int8 likewise; there F32, Q8_0 and Q4_0. "mid" is one checkpoint of random
+weights rounded by either side, so that its float32 tokens can be compared; larger models are random on each side for
+itself: the shapes, and so the work, are the same.
 
-llama.cpp comes with `pip install llama-cpp-python` (compiled on the spot), its files are written with `gguf`. Each contender is a process
-of its own; only one computes at a time, and the order rotates. Wall-clock times.
+llama.cpp comes with `pip install llama-cpp-python` (compiled on the spot), its files are written with `gguf`. Each
+contender is a process of its own; only one computes at a time, and the order rotates. Wall-clock times.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ OURS, THEIRS = "hybrimoe", "llama.cpp"
 
 @dataclasses.dataclass
 class Options:
-    """Args: formats, of TYPES (None: those of MODELS); threads of each side; rounds measured; new tokens per decode; cache_ratio of ours."""
+    """Args: formats, of TYPES (None: those of MODELS); threads of each side; rounds measured; new
+    tokens per decode; cache_ratio of ours."""
 
     formats: tuple[str, ...] | None = None
     threads: int = 2

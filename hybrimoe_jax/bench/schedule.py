@@ -1,8 +1,9 @@
 """`bench schedule`: how far each scheduling rule is from the least makespan, and what a decision costs.
 
-Machines are drawn at random over the ranges in `MACHINES`, in units of the device's time for one expert, so that no rule is tuned to one;
-layers as 64 experts are used in decoding and in prefill. The gap is a makespan over the optimum (over its lower bound where the search for
-the optimum ended unproven), minus 1. Decision times are CPU time of this process: medians of calls on different problems.
+Machines are drawn at random over the ranges in `MACHINES`, in units of the device's time for one expert, so that no
+rule is tuned to one; layers as 64 experts are used in decoding and in prefill. The gap is a makespan over the optimum
+(over its lower bound where the search for the optimum ended unproven), minus 1. Decision times are CPU time of this
+process: medians of calls on different problems.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MACHINES = {
     "shared": (0.0, 2.0),
     "device_token": (0.0, 0.02),
 }
-"""What a machine is drawn from; `_share` are parts of `cpu_expert`, `busy_factor` is what a transfer takes longer beside a busy CPU."""
+"""What a machine is drawn from; `_share` are parts of `cpu_expert`, `busy_factor` is what a
+transfer takes longer beside a busy CPU."""
 TIMED = 200
 _PROVEN = 1e-9
 Progress = Callable[[Iterable, int, str], Iterable]
@@ -38,8 +40,8 @@ Progress = Callable[[Iterable, int, str], Iterable]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Layers of one kind: tokens in a step, whether device time depends on the load, at most so many experts in flight, and whether a
-    transfer takes as long beside a computing CPU as alone."""
+    """Layers of one kind: tokens in a step, whether device time depends on the load, at most so many experts in flight,
+    and whether a transfer takes as long beside a computing CPU as alone."""
 
     name: str
     tokens: int
@@ -86,7 +88,8 @@ def draw_machine(generator: random.Random, by_load: bool, one_speed: bool) -> Co
 
 
 def draw_loads(generator: random.Random, tokens: int) -> dict[int, int]:
-    """Tokens per expert: the top k of each token, drawn by a popularity that falls as 1 / rank (heavy-tailed, as measured loads are)."""
+    """Tokens per expert: the top k of each token, drawn by a popularity that falls as 1 / rank
+    (heavy-tailed, as measured loads are)."""
     popularity = [1.0 / rank for rank in range(1, EXPERTS + 1)]
     generator.shuffle(popularity)
     # The k largest of log(u) / weight are a sample without replacement by weight (Efraimidis and Spirakis, 2006).

@@ -1,1 +1,2 @@
-"""Every file of weights: Hugging Face, GGUF, GPTQ, AWQ and compressed-tensors in; converted checkpoints out and in; export."""
+"""Every file of weights: Hugging Face, GGUF, GPTQ, AWQ and compressed-tensors in;
+converted checkpoints out and in; export."""

@@ -1,13 +1,15 @@
-"""Experts rounded with a text in hand: the float model is run over it layer by layer, and each expert's rounding errors are
-compensated for the inputs that its tokens gave it (`host_kernels.compensated`).
+"""Experts rounded with a text in hand: the float model is run over it layer by layer, and each expert's rounding errors
+are compensated for the inputs that its tokens gave it (`host_kernels.compensated`).
 
-Nothing the size of a model exists. The residual stream of all calibration tokens is carried from layer to layer in float32 (three arrays of
-tokens x width), one layer's dense weights and one expert are in memory at a time. Layers must be asked for in order, which is how a
-conversion walks them; experts of a layer that nobody asked for (a resumed conversion has them already) are only run.
+Nothing the size of a model exists. The residual stream of all calibration tokens is carried from layer to layer in
+float32 (three arrays of tokens x width), one layer's dense weights and one expert are in memory at a time. Layers must
+be asked for in order, which is how a conversion walks them; experts of a layer that nobody asked for (a resumed
+conversion has them already) are only run.
 
-What an expert sees is H = sum over its tokens of (w x)(w x)^T, w being the weight its output is multiplied with, so that errors count as
-much as they reach the residual stream. An expert of few tokens, or none, must not follow these alone: H also gets `PRIOR` * K tokens'
-worth of the layer's average, K being the number of inputs. The same holds for down, whose inputs are those that the rounded gate and up give.
+What an expert sees is H = sum over its tokens of (w x)(w x)^T, w being the weight its output is multiplied with, so
+that errors count as much as they reach the residual stream. An expert of few tokens, or none, must not follow these
+alone: H also gets `PRIOR` * K tokens' worth of the layer's average, K being the number of inputs. The same holds for
+down, whose inputs are those that the rounded gate and up give.
 
 Shapes: N calibration tokens, D model width, F expert width, E experts, k experts per token.
 """
@@ -39,7 +41,8 @@ ROWS = 2048  # tokens to a call
 
 
 def windows(ids: Sequence[int], longest: int) -> np.ndarray:
-    """Token ids of the text [n] -> windows [W, T], as many as are filled and no more than `TOKENS` in all, spread over the text.
+    """Token ids of the text [n] -> windows [W, T], as many as are filled and no more
+    than `TOKENS` in all, spread over the text.
 
     Raises UserError for a text too short to say anything.
     """
@@ -196,8 +199,8 @@ def _empty_cache(model: CausalLM, index: int, batch: int, capacity: int) -> dict
 
 @functools.lru_cache(maxsize=8)
 def _forward(graph, capacity: int):
-    """-> jitted (params, h [B, T, D], cache) -> the stream after attention and all that is not routed; where the layer has
-    routed experts, also x [N, D], ids [N, k] and weights [N, k]."""
+    """-> jitted (params, h [B, T, D], cache) -> the stream after attention and all that is not routed; where the layer
+    has routed experts, also x [N, D], ids [N, k] and weights [N, k]."""
 
     @jax.jit
     def forward(params, h, cache):

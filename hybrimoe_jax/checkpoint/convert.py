@@ -1,4 +1,5 @@
-"""A Hugging Face folder, a GGUF file, random weights or a model in memory becomes a checkpoint that is read expert by expert.
+"""A Hugging Face folder, a GGUF file, random weights or a model in memory becomes a
+checkpoint that is read expert by expert.
 
 What was killed goes on where it stopped when it is given again, and the checkpoint is complete or absent (`writer`).
 """
@@ -41,8 +42,8 @@ def convert(
     """Converts the Hugging Face folder or GGUF file `src` to a new checkpoint folder `dst`.
 
     Args:
-      fmt: "f32" or "bf16" for every tensor, or a quantised format (`formats.layout.Format`) for the routed experts. None keeps
-        each tensor's own type (float16 widens to float32).
+      fmt: "f32" or "bf16" for every tensor, or a quantised format (`formats.layout.Format`) for the routed experts.
+        None keeps each tensor's own type (float16 widens to float32).
       progress: wraps the shards as `progress(shards, total, label)`.
       calibrate: a text file; experts are rounded to `fmt` by what they do on it (`checkpoint.calibrate`).
       dense_format: a quantised format for the dense projections; None leaves them plain.
@@ -97,7 +98,8 @@ def convert_random(
     progress: Progress = silent,
     dense_format: str | None = None,
 ) -> Path:
-    """Writes a checkpoint of random weights, at its real size, for the model that `config` (a `config.json` or its folder) describes.
+    """Writes a checkpoint of random weights, at its real size, for the model that `config`
+    (a `config.json` or its folder) describes.
 
     Other arguments, result and errors as of `convert`; the same seed gives the same weights.
     """
@@ -131,9 +133,9 @@ def save(
 def return_freed_memory() -> None:
     """Has glibc keep one arena, and map blocks of a megabyte and more one by one, so that what is freed goes back.
 
-    Otherwise each of tensorstore's threads keeps an arena with the largest it ever held: measured on a model with layers
-    of 40 MB in blocks of 5 MB, up to 64 MB above the base, against 25 MB. Slower for programs that allocate often; this one
-    does not.
+    Otherwise each of tensorstore's threads keeps an arena with the largest it ever held: measured on a
+    model with layers of 40 MB in blocks of 5 MB, up to 64 MB above the base, against 25 MB. Slower for
+    programs that allocate often; this one does not.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,9 +1,10 @@
 """Quantised dense tensors: which ones, and rounding one a block of rows at a time.
 
-Quantised are the matrices that are only ever multiplied with (`Linear` through `products.product`): attention and expert projections and
-the head. Kept as they are: norms and biases; the token table, of which a step reads a row; routers, whose near-ties decide which experts
-run, and the one-row gate of a shared expert. DeepSeek's `kv_b_proj` is never given rounded activations (`-a8` is taken off its format):
-latent attention multiplies with parts of it from either side, and must mean the same by both.
+Quantised are the matrices that are only ever multiplied with (`Linear` through `products.product`): attention and
+expert projections and the head. Kept as they are: norms and biases; the token table, of which a step reads a row;
+routers, whose near-ties decide which experts run, and the one-row gate of a shared expert. DeepSeek's `kv_b_proj` is
+never given rounded activations (`-a8` is taken off its format): latent attention multiplies with parts of it from
+either side, and must mean the same by both.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def pack_tensor(tensor: Tensor, format: Format) -> PackedMatrix:
 
 
 def parts_of_panels(whole: MatrixLayout, part: MatrixLayout, first: int) -> list[tuple[int, int, int]]:
-    """Where the panels of `part`, which are those of `whole` from the one numbered `first` on, lie: (in whole, in part, bytes) of codes,
-    scales and zero points."""
+    """Where the panels of `part`, which are those of `whole` from the one numbered `first` on, lie: (in whole, in part,
+    bytes) of codes, scales and zero points."""
     codes, scales = part.codes_nbytes // part.panels, part.groups * PANEL * part.format.scale_dtype.itemsize
     places = [(0, 0, codes), (whole.scales_at, part.scales_at, scales)]
     if part.format.zeros:

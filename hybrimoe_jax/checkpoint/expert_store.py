@@ -1,11 +1,11 @@
 """The host's copy of the routed experts.
 
-`ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts are
-read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
+`ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts
+are read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
 read-only, since kernels and transfers hold them while others read.
 
-Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the bytes of a
-quantised one (`formats.layout`), which are held as they are stored.
+Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the
+bytes of a quantised one (`formats.layout`), which are held as they are stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class ExpertStore:
     """The routed experts of one model in host memory, by MoE layer (0 .. L-1) and expert (0 .. E-1).
 
     Args:
-      read: gives an expert's matrices [3, F*D] (gate, up, down) or an ExpertWeights; with `layout`, its bytes or a PackedExpert.
+      read: gives an expert's matrices [3, F*D] (gate, up, down) or an ExpertWeights;
+        with `layout`, its bytes or a PackedExpert.
       shape: (L, E, F, D).
       dtype: what the arrays handed out hold; the source's own type, or float32; uint8 with `layout`.
       keep: False hands out a fresh read each time (for a walk over a model larger than memory).
@@ -49,8 +50,8 @@ class ExpertStore:
     def from_arrays(
         cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None, format: str | None = None
     ) -> ExpertStore:
-        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied, or rounded to a quantised `format`, on
-        first use."""
+        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied, or rounded
+        to a quantised `format`, on first use."""
         layers = [(np.asarray(g), np.asarray(d)) for g, d in layers]
         if not layers:
             raise UserError("ExpertStore: no MoE layers were given")
@@ -104,7 +105,8 @@ class ExpertStore:
     def get(self, moe_layer: int, expert: int) -> HostExpert:
         """One expert's weights, read now if they were not; safe from any thread, read once.
 
-        Raises UserError where the checkpoint's files are damaged, IndexError for a MoE layer or expert that does not exist.
+        Raises UserError where the checkpoint's files are damaged, IndexError for a
+        MoE layer or expert that does not exist.
         """
         if not (0 <= moe_layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(

@@ -1,4 +1,5 @@
-"""The way back: a converted checkpoint as a Hugging Face folder. Quantised weights are written as the numbers that they stand for."""
+"""The way back: a converted checkpoint as a Hugging Face folder. Quantised weights are
+written as the numbers that they stand for."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ from hybrimoe_jax.formats.plain import ExpertWeights
 def export_hf(
     src: str | os.PathLike, dst: str | os.PathLike, progress: Progress = silent, fmt: str | None = None
 ) -> Path:
-    """Writes a converted checkpoint back as a Hugging Face folder (safetensors, config, tokenizer) that transformers loads.
+    """Writes a converted checkpoint back as a Hugging Face folder (safetensors,
+    config, tokenizer) that transformers loads.
 
-    Values are exactly those of the checkpoint. Quantised experts are written as the numbers that they stand for, in float32, or rounded to
-    bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where `src` is not a checkpoint or `dst` exists.
+    Values are exactly those of the checkpoint. Quantised experts are written as the numbers that they stand for,
+    in float32, or rounded to bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where
+    `src` is not a checkpoint or `dst` exists.
     """
     checkpoint, dst = open_checkpoint(src), Path(os.path.abspath(dst))
     check_absent(dst)

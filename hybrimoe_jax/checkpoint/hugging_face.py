@@ -77,8 +77,8 @@ def open_hf(folder: str | Path) -> Weights:
 
     Quantised tensors of the methods in `models.quantised` appear as the float32 tensors that they stand for.
 
-    Raises UserError for a wrong folder, pickled weights, a truncated file, an unsupported model, and for tensors that are missing,
-    extra or of a shape other than the configuration's (all of them named in one message).
+    Raises UserError for a wrong folder, pickled weights, a truncated file, an unsupported model, and for tensors that
+    are missing, extra or of a shape other than the configuration's (all of them named in one message).
     """
     folder = Path(folder)
     if not folder.is_dir():

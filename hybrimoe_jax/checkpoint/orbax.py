@@ -1,9 +1,9 @@
 """Orbax items on disk, written and read in bounded memory. The only file that imports Orbax or tensorstore.
 
-`orbax.checkpoint.v1.save` needs about three times an array's size (measured: a 150 MB array added 290 MB beside itself),
-so an item is saved with the first rows of each large leaf and the stored array is then grown, block by block, through
-tensorstore. The result is an ordinary Orbax item: `orbax.checkpoint` loads it whole. Blocks are the chunks of the stored
-array, so with one expert to a block, one expert is one read (measured 0.8-1.3 ms for 10 MB).
+`orbax.checkpoint.v1.save` needs about three times an array's size (measured: a 150 MB array added 290 MB beside
+itself), so an item is saved with the first rows of each large leaf and the stored array is then grown, block by block,
+through tensorstore. The result is an ordinary Orbax item: `orbax.checkpoint` loads it whole. Blocks are the chunks of
+the stored array, so with one expert to a block, one expert is one read (measured 0.8-1.3 ms for 10 MB).
 
 Orbax is imported only to write: it brings in jax and about a second of start-up.
 """

@@ -1,9 +1,10 @@
-"""Random weights for a configuration at its real size, made shard by shard as they are read: nothing the size of a model exists.
+"""Random weights for a configuration at its real size, made shard by shard as they are
+read: nothing the size of a model exists.
 
-For timing, and for trying a model that is not at hand. Spreads are such that activations stay finite through any number of layers and
-greedy tokens are no near-ties: a matrix with K inputs has standard deviation K^-1/2, routers and the head a few times that, norms
-are near 1. Quantised experts are not rounded from floats: their codes are random bytes, their scales random numbers around the one that
-gives that deviation, of either sign, since the codes' own mean is not zero.
+For timing, and for trying a model that is not at hand. Spreads are such that activations stay finite through any number
+of layers and greedy tokens are no near-ties: a matrix with K inputs has standard deviation K^-1/2, routers and the head
+a few times that, norms are near 1. Quantised experts are not rounded from floats: their codes are random bytes, their
+scales random numbers around the one that gives that deviation, of either sign, since the codes' own mean is not zero.
 
 The same seed gives the same weights. Each block of rows has a generator of its own, so that reading may start anywhere.
 """
@@ -32,7 +33,8 @@ SCALE_SPREAD = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class RandomTensor:
-    """Uniform numbers of a given mean and standard deviation; the generator of a block of rows depends on `key` and its first row."""
+    """Uniform numbers of a given mean and standard deviation; the generator of a block of
+    rows depends on `key` and its first row."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -65,8 +67,8 @@ def random_weights(source: str | Path, fmt: str | None = None, seed: int = 0) ->
     Args:
       fmt: a quantised format makes the routed experts in it; any other leaves them plain.
 
-    Dense tensors are bfloat16 where the configuration says so, else float32. Raises UserError for a file that is no configuration of
-    a supported model.
+    Dense tensors are bfloat16 where the configuration says so, else float32. Raises UserError for a file that
+    is no configuration of a supported model.
     """
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path

@@ -1,9 +1,9 @@
 """The safetensors format, read and written in bounded pieces.
 
-A file is eight bytes (header length, little-endian), a JSON header naming each tensor's dtype, shape and byte range, then
-the bytes. Reading ranges with `pread` instead of mapping the file keeps the process's memory at what was asked for (mapped
-pages count as resident, so converting a large shard would look as large as the shard), and lets a truncated file be
-refused before anything is read. Source: the format description of the `safetensors` project.
+A file is eight bytes (header length, little-endian), a JSON header naming each tensor's dtype, shape and byte range,
+then the bytes. Reading ranges with `pread` instead of mapping the file keeps the process's memory at what was asked for
+(mapped pages count as resident, so converting a large shard would look as large as the shard), and lets a truncated
+file be refused before anything is read. Source: the format description of the `safetensors` project.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FileTensor:
         return self._rows(self.dtype, start, stop)
 
     def integers(self) -> np.ndarray:
-        """The whole of a tensor of integers, such as packed codes; raises UserError where it is stored as something else."""
+        """The whole of a tensor of integers, such as packed codes; raises UserError
+        where it is stored as something else."""
         if self.kind not in INTEGERS:
             raise UserError(
                 f"{self.path}: tensor {self.name} is stored as {self.kind}, not as integers; download it again"
@@ -151,7 +152,8 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
 
 
 def write_folder(folder: Path, tensors: Iterable[Outgoing], max_file_bytes: int = 5 * 10**9) -> None:
-    """Writes `model.safetensors`, or numbered shards with an index where the tensors need more than `max_file_bytes`."""
+    """Writes `model.safetensors`, or numbered shards with an index where the tensors
+    need more than `max_file_bytes`."""
     groups: list[list[Outgoing]] = [[]]
     size = total = 0
     for t in tensors:

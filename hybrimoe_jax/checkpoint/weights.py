@@ -1,7 +1,7 @@
 """A model's weights wherever they lie, in a file or in memory, read a few rows at a time.
 
-Weights come in *shards*: `outer` (token table, final norm, head) and one for each decoder layer, so that whoever walks over
-a model holds one shard at a time.
+Weights come in *shards*: `outer` (token table, final norm, head) and one for each decoder layer, so that whoever
+walks over a model holds one shard at a time.
 
 Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D], up [F, D], down [D, F].
 """
@@ -148,7 +148,8 @@ class Weights:
 
     @property
     def expert_format(self) -> str:
-        """The format that keeps the routed experts as they are: a quantised one's name, `bf16` where all are stored so, else `f32`."""
+        """The format that keeps the routed experts as they are: a quantised one's name,
+        `bf16` where all are stored so, else `f32`."""
         formats = {str(p.experts.layout.format) for p in self.shards if isinstance(p.experts, PackedExperts)}
         if formats:
             (format,) = formats

@@ -1,8 +1,8 @@
 """Writing a converted checkpoint: shard by shard, in a folder beside its place, so that it is complete or absent.
 
-The work is done in `DST.partial` and renamed at the end. Each shard (see `weights`) leaves a record with its hashes when it is
-written. Work that was killed starts again after the last shard with stored bytes that still match their record. Memory stays
-a few row blocks above the process's base.
+The work is done in `DST.partial` and renamed at the end. Each shard (see `weights`) leaves a record with its hashes
+when it is written. Work that was killed starts again after the last shard with stored bytes that still match their
+record. Memory stays a few row blocks above the process's base.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def write_checkpoint(
 def workplace(dst: Path, plan: Mapping[str, Any] | None):
     """The folder `dst.partial`, locked; what is there is kept where it was begun with the same `plan`, else replaced.
 
-    Removed when the body succeeds, kept when it fails. Raises UserError where another process holds it or it is not ours.
+    Removed when the body succeeds, kept when it fails. Raises UserError where
+    another process holds it or it is not ours.
     """
     work = dst.with_name(dst.name + ".partial")
     if work.exists() and not (work / "lock").is_file() and (not work.is_dir() or any(work.iterdir())):

@@ -50,19 +50,12 @@ class StopBuffer:
 
 
 def stream_generate(
-    engine,
-    prompt: str | Sequence[int],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
+    engine, prompt: str | Sequence[int], *, stop: Sequence[str] = (), **options
 ) -> Iterator[StreamChunk]:
     """Yields a `StreamChunk` per new token of one prompt (text, encoded as the tokenizer does it, or token ids).
 
-    The end-of-sequence token gives no text. Afterwards `engine.stats` holds the run's statistics.
+    `options` are those of `Engine.generate`: max_new_tokens, temperature, top_k, top_p, seed. The end-of-sequence token
+    gives no text. Afterwards `engine.stats` holds the run's statistics.
     """
     if isinstance(prompt, str):
         if engine.tokenizer is None:
@@ -72,10 +65,7 @@ def stream_generate(
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     buffer = StopBuffer(stop)
     decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None
-    steps = engine.steps(
-        [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    return _chunks(steps, decoder, buffer)
+    return _chunks(engine.steps([prompt], **options), decoder, buffer)
 
 
 def _chunks(steps, decoder, buffer: StopBuffer) -> Iterator[StreamChunk]:

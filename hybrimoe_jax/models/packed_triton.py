@@ -126,7 +126,7 @@ def _weights(data, layout: MatrixLayout, start: int, panel, first, tile: int) ->
     format, lines = layout.format, layout.depth // _inputs(layout)
 
     def part(at: int, per_panel: int, size: int, in_group: int) -> jax.Array:
-        """uint8 [T, 8, size]: each row's bytes for each line in the part of the buffer at `at`, one for `in_group` lines."""
+        """uint8 [T, 8, size]: each row's bytes for each line in the part at `at`, one for every `in_group` lines."""
         line, row, byte = (jax.lax.broadcasted_iota(jnp.int32, (tile, PANEL, size), axis) for axis in range(3))
         line = first + line
         index = jax.lax.div(line, in_group) * (PANEL * size) + row * size + byte

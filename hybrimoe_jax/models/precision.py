@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 PRECISION = jax.lax.Precision.HIGHEST
-"""float32 products as float32: a GPU's default rounds operands to TF32 (10 mantissa bits), which moves greedy tokens."""
+"""float32 products as float32: a GPU's default rounds them to TF32 (10 mantissa bits), which moves greedy tokens."""
 
 
 def einsum(spec: str, *operands: jax.Array) -> jax.Array:

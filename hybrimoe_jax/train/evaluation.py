@@ -1,10 +1,11 @@
 """What a trained model is worth, and what its routers do, on works that it has never seen in any edition.
 
-Loss is in nats per BYTE, so that models with different tokenizers compare. Every id of a work is predicted once, from at
-most `context` ids before it. Windows do not overlap: the first ids of each have little to go by.
+Loss is in nats per BYTE, so that models with different tokenizers compare. Every id of a work is predicted once, from
+at most `context` ids before it. Windows do not overlap: the first ids of each have little to go by.
 
-Routing, per layer: the *share* of an expert is its part of all (token, expert) pairs, in units of the uniform share 1/E.
-The *overlap* is the part of a token's k experts that the next token uses too. Experts drawn independently by their shares
+Routing, per layer: the *share* of an expert is its part of all (token, expert) pairs, in units of the
+uniform share 1/E. The *overlap* is the part of a token's k experts that the next token uses too.
+Experts drawn independently by their shares
 would overlap by chance: for k distinct experts that is sum_e q_e^2 / k, where q_e = k * share_e / E is the probability
 that a token uses e.
 """
@@ -29,8 +30,8 @@ from hybrimoe_jax.train.loop import Params, make_forward
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats per byte; per MoE layer the least and largest expert share (uniform = 1), overlap and chance, and each
-    expert's `load` in tokens."""
+    """Losses in nats per byte; per MoE layer the least and largest expert share (uniform = 1), overlap and
+    chance, and each expert's `load` in tokens."""
 
     loss: float
     works: dict[str, float]

@@ -1,10 +1,11 @@
 """The routed experts at training speed: tokens sorted by expert into blocks, one batched matmul over the blocks.
 
-`DenseExperts` multiplies every token by every expert, E/k times the work that is needed. Here the N * k (token, expert) pairs
-are sorted by expert, every expert's run of pairs is padded to a multiple of `block` rows, and each block is multiplied by the one
-expert it belongs to. No pair is ever dropped, whatever the router does: the number of blocks is bounded by N * k / block + E,
-so the shapes are static. The idea is that of the block-sparse experts of MegaBlocks (arXiv 2211.15841), with a gather of the
-block's weights in place of a sparse kernel, which XLA does not have on the CPU.
+`DenseExperts` multiplies every token by every expert, E/k times the work that is needed. Here the N * k
+(token, expert) pairs are sorted by expert, every expert's run of pairs is padded to a multiple of `block`
+rows, and each block is multiplied by the one expert it belongs to. No pair is ever dropped, whatever the
+router does: the number of blocks is bounded by N * k / block + E, so the shapes are static. The idea is that
+of the block-sparse experts of MegaBlocks (arXiv 2211.15841), with a gather of the block's weights in place of
+a sparse kernel, which XLA does not have on the CPU.
 
 Shapes: N tokens, k experts per token, E experts, R = blocks * block rows, D model width, F expert width.
 """
@@ -21,7 +22,8 @@ from hybrimoe_jax.models.moe import Routing
 
 
 class Blocks(NamedTuple):
-    """Where every (token, expert) pair goes: `row` [N, k] of a pair, `token` [R] of a row (N marks padding), `expert` [blocks]."""
+    """Where every (token, expert) pair goes: `row` [N, k] of a pair, `token` [R] of a row
+    (N marks padding), `expert` [blocks]."""
 
     row: jax.Array
     token: jax.Array
@@ -82,7 +84,8 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 
 
 class GroupedExperts:
-    """The routed part for training and evaluation; equal to `DenseExperts` up to rounding, and it notes what was routed.
+    """The routed part for training and evaluation; equal to `DenseExperts` up to
+    rounding, and it notes what was routed.
 
     Args:
       weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).

@@ -1,7 +1,8 @@
-"""A trained model as a Hugging Face folder, which `transformers` opens as any Qwen2-MoE checkpoint; and both kinds of folder back.
+"""A trained model as a Hugging Face folder, which `transformers` opens as any Qwen2-MoE
+checkpoint; and both kinds of folder back.
 
-Weights are bfloat16 under the per-expert checkpoint names (`model.layers.0.mlp.experts.3.gate_proj.weight`), which is also what
-`python -m hybrimoe_jax.convert` reads.
+Weights are bfloat16 under the per-expert checkpoint names (`model.layers.0.mlp.experts.3.gate_proj.weight`), which is
+also what `python -m hybrimoe_jax.convert` reads.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """The training loop: objective, optimiser, schedule, and a state on disk from which a killed run goes on.
 
-The objective is the mean next-token loss plus the load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4), as
-Qwen2-MoE uses it, per layer: E * sum_e f_e P_e, where f_e is the share of the (token, expert) pairs that went to expert e and P_e the mean
-router probability of e; it is 1 when both are uniform. Its coefficient is small, so that experts stay different.
+The objective is the mean next-token loss plus the load-balancing loss of Switch Transformers (arXiv 2101.03961,
+eq. 4), as Qwen2-MoE uses it, per layer: E * sum_e f_e P_e, where f_e is the share of the (token, expert) pairs
+that went to expert e and P_e the mean router probability of e; it is 1 when both are uniform. Its coefficient
+is small, so that experts stay different.
 
-Matrices are trained with Muon (arXiv 2502.16982: momentum orthogonalised by Newton-Schulz, updates scaled to AdamW's size), every expert
-as a matrix of its own; the token table, head, routers, norms and biases with AdamW. The learning rate is constant between a short
-warm-up and a linear decay over the last part (warm-up, stable, decay; arXiv 2405.18392): a run in its stable part may be resumed
-with a different number of steps. Windows grow during the run, since short ones are cheaper and learn the words just as well.
+Matrices are trained with Muon (arXiv 2502.16982: momentum orthogonalised by Newton-Schulz, updates scaled to AdamW's
+size), every expert as a matrix of its own; the token table, head, routers, norms and biases with AdamW. The learning
+rate is constant between a short warm-up and a linear decay over the last part (warm-up, stable, decay; arXiv
+2405.18392): a run in its stable part may be resumed with a different number of steps. Windows grow during the run,
+since short ones are cheaper and learn the words just as well.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ ADAM_NAMES = ("embed_tokens", "lm_head", "norm", "bias", ".gate.", "shared_exper
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides a run besides the model's shape and the text. `stages` are (share of the run at which it starts, window)."""
+    """What decides a run besides the model's shape and the text. `stages` are (share
+    of the run at which it starts, window)."""
 
     steps: int = 700
     batch_tokens: int = 4096
@@ -74,8 +77,8 @@ class State:
 def init_params(config: ModelConfig, seed: int) -> Params:
     """{"dense": {checkpoint name: array}, "experts": {layer: {"gate_up" [E, 2F, D], "down" [E, D, F]}}}, float32.
 
-    Matrices start at 1/sqrt(fan-in), those that write to the residual stream at that over sqrt(2 x layers); the head starts near
-    zero so that the first loss is ln(vocabulary).
+    Matrices start at 1/sqrt(fan-in), those that write to the residual stream at that over sqrt(2 x layers); the head
+    starts near zero so that the first loss is ln(vocabulary).
     """
     rngs = nnx.Rngs(seed)
     _, dense = parameters.split(build_model(config, rngs))
@@ -108,7 +111,8 @@ def expert_weights(params: Params, config: ModelConfig) -> list[tuple[jax.Array,
 
 
 def make_forward(config: ModelConfig, block: int = 64, **options) -> Callable:
-    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer: Routing}); `options` are `GroupedExperts`'."""
+    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer:
+    Routing}); `options` are `GroupedExperts`'."""
     graphdef, _ = parameters.split(build_model(config))
 
     def forward(params, ids, positions):
@@ -149,7 +153,8 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def make_step(config: ModelConfig, settings: Settings) -> tuple[optax.GradientTransformation, Callable]:
-    """-> optimiser, step(params, moments, windows [B, T + 1]) -> (params, moments, {"loss", "balance"}); the first two are donated."""
+    """-> optimiser, step(params, moments, windows [B, T + 1]) -> (params, moments, {"loss",
+    "balance"}); the first two are donated."""
     forward = make_forward(config)
     optimizer = make_optimizer(settings)
 
@@ -208,9 +213,9 @@ def train(
 ) -> State:
     """Trains on the id stream [n] up to `settings.steps` and returns the last state.
 
-    `folder/state.npz` holds the state of every `save_every` steps and of the last one. `report` gets each step's loss (nats per token)
-    and balance; `saved` each saved state. With `resume`, an existing state is continued; its run must have been of
-    the same model, text and settings, but for the number of steps.
+    `folder/state.npz` holds the state of every `save_every` steps and of the last one. `report` gets each step's loss
+    (nats per token) and balance; `saved` each saved state. With `resume`, an existing state is continued; its run must
+    have been of the same model, text and settings, but for the number of steps.
     """
     longest = max(length for _, length in settings.stages)
     if len(stream) <= longest + 1:

@@ -1,8 +1,8 @@
 """From texts to windows of token ids: a byte-level BPE tokenizer, one stream of training ids, evaluation windows.
 
-Byte-level BPE (as in GPT-2) reads any UTF-8 without an unknown token. One special token, `<|endoftext|>`, stands before every work: it
-is both the beginning and the end of a text. Batches are drawn from (seed, step) alone, so that a resumed run sees what an
-uninterrupted one would have seen.
+Byte-level BPE (as in GPT-2) reads any UTF-8 without an unknown token. One special token, `<|endoftext|>`, stands before
+every work: it is both the beginning and the end of a text. Batches are drawn from (seed, step) alone, so that a resumed
+run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations

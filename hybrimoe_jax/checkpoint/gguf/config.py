@@ -1,7 +1,8 @@
 """What a GGUF file's metadata says, as the `config.json` of the same model.
 
-GGUF does not carry everything: whether a family normalises its expert weights is part of the architecture there, as llama.cpp computes
-it (qwen2moe and olmoe do not, qwen3moe and Mixtral do, deepseek2 says). What cannot be known is refused, not guessed.
+GGUF does not carry everything: whether a family normalises its expert weights is part of the architecture
+there, as llama.cpp computes it (qwen2moe and olmoe do not, qwen3moe and Mixtral do, deepseek2 says). What
+cannot be known is refused, not guessed.
 Source: the key names and tables of PyPI's `gguf`, and llama.cpp's converter for what they mean.
 """
 
@@ -33,7 +34,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
 }
-"""Keys that would change the answer and that no configuration here can say -> the values under which they change nothing."""
+"""Keys that would change the answer and that no configuration here can say -> the
+values under which they change nothing."""
 HONOURED = {
     "deepseek2": ("expert_weights_scale", "expert_weights_norm", "expert_gating_func", "rope.dimension_count"),
     "olmoe": ("attention.clamp_kqv",),
@@ -42,7 +44,8 @@ HONOURED = {
 
 
 def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
-    """`fields`: the metadata by key; `shapes`: of the tensors under their GGUF names. Raises UserError for what is not supported."""
+    """`fields`: the metadata by key; `shapes`: of the tensors under their GGUF names.
+    Raises UserError for what is not supported."""
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(f"{where}: GGUF architecture {arch!r} is not supported ({', '.join(ARCHITECTURES)} are)")
@@ -159,7 +162,8 @@ def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, An
 
 
 def rope_scaling(get, where: object) -> dict[str, Any] | None:
-    """llama.cpp's rules: without a type scaling is linear, a factor of 0 is none, and `rope.scale_linear` is the factor's old name."""
+    """llama.cpp's rules: without a type scaling is linear, a factor of 0 is none, and
+    `rope.scale_linear` is the factor's old name."""
     factor = rounded(get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0)
     kind = get("rope.scaling.type", "linear" if factor != 1 else "none")
     if kind == "none":

@@ -1,12 +1,13 @@
-"""GGUF files: llama.cpp's tensors under the names of the original checkpoint, read through PyPI's `gguf` (the extra `gguf`).
+"""GGUF files: llama.cpp's tensors under the names of the original checkpoint, read
+through PyPI's `gguf` (the extra `gguf`).
 
     Q4_0   blocks of 32 inputs: float16 d, 16 bytes; input j in the low half of byte j, input j + 16 in its high half;   w = d * (q - 8)
     Q8_0   blocks of 32 inputs: float16 d, 32 int8                                                                    w = d * q
 
-Routed experts may be Q4_0, Q8_0 (packed exactly as int4-g32 and int8-g32), F16, BF16 or F32; dense tensors any type that `gguf` can
-dequantise. llama.cpp's converter changed some tensors, which is undone here: it permutes the rows of q and k of `llama`
-models for its form of the rotary embedding, and splits DeepSeek's `kv_b_proj` into keys (transposed) and values.
-The vocabulary in the file is not read.
+Routed experts may be Q4_0, Q8_0 (packed exactly as int4-g32 and int8-g32), F16, BF16 or F32; dense tensors any type
+that `gguf` can dequantise. llama.cpp's converter changed some tensors, which is undone here: it permutes the rows of q
+and k of `llama` models for its form of the rotary embedding, and splits DeepSeek's `kv_b_proj` into keys (transposed)
+and values. The vocabulary in the file is not read.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class DerivedTensor:
 def open_gguf(path: str | Path) -> Weights:
     """Opens a GGUF file; its data stay in the file until they are read.
 
-    Raises UserError where the extra `gguf` is not installed, the file is damaged, and for architectures, types and tensors that
-    are not supported.
+    Raises UserError where the extra `gguf` is not installed, the file is damaged, and for architectures,
+    types and tensors that are not supported.
     """
     path = Path(path)
     try:
@@ -149,7 +150,8 @@ def open_gguf(path: str | Path) -> Weights:
 
 
 def original(config, arch: str, stored: dict[str, Any], shapes, path: Path) -> dict[str, Tensor]:
-    """Every tensor under its original name. Names that are not known stay as they are, and are then refused with the others."""
+    """Every tensor under its original name. Names that are not known stay as they are,
+    and are then refused with the others."""
     family = family_of(config.model_type)
     words = {"block": family.block, "shared": "shared_expert" if arch == "qwen2moe" else "shared_experts"}
     out: dict[str, Tensor] = {}
@@ -211,7 +213,8 @@ def expert_matrices(tensor, shape: tuple[int, ...], path: Path) -> list[Tensor]:
 
 
 def halves_first(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of a head as rotary halves again, where llama.cpp has pairs: its row 2i + j of a head is row j * d / 2 + i."""
+    """Rows of a head as rotary halves again, where llama.cpp has pairs: its row 2i +
+    j of a head is row j * d / 2 + i."""
 
     def make() -> np.ndarray:
         array = tensor.read()

@@ -1,7 +1,7 @@
 """What every quantised matrix comes down to: codes, scales, zero points, and which columns share them.
 
-Shapes: a matrix is [R, K], R outputs by K inputs; N groups of columns. w[r, k] = scales[r, n] * (codes[r, k] - zeros[r, n]) with
-n = group_of[k]. A float16 or bfloat16 scale times a difference of codes is exact in float32.
+Shapes: a matrix is [R, K], R outputs by K inputs; N groups of columns. w[r, k] = scales[r, n] * (codes[r, k] - zeros[r,
+n]) with n = group_of[k]. A float16 or bfloat16 scale times a difference of codes is exact in float32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ F32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """`codes` [R, K] uint8 0..15 (4 bits) or int8 (8 bits); `scales` [R, N] float32; `zeros` [R, N] uint8, None where zero is the
-    middle code (8 of 4 bits, 0 of 8); `group_of` [K]."""
+    """`codes` [R, K] uint8 0..15 (4 bits) or int8 (8 bits); `scales` [R, N] float32; `zeros` [R, N] uint8, None where
+    zero is the middle code (8 of 4 bits, 0 of 8); `group_of` [K]."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -38,7 +38,8 @@ class Codes:
         return (self.codes.astype(np.float32) - offset) * self.scales[:, self.group_of]
 
     def grouped(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        """codes, scales and zero points with a scale for every `group` neighbouring columns, as `packing.pack` takes them.
+        """codes, scales and zero points with a scale for every `group` neighbouring
+        columns, as `packing.pack` takes them.
 
         None where neighbouring columns have different scales (act-order, smaller groups).
         """
@@ -59,8 +60,9 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a quantised tensor is made of, known without reading its codes: `group` is the largest of packing's groups (None: no
-    one fits) with one scale for every so many neighbouring columns, `zeros` whether zero points differ from the middle."""
+    """What a quantised tensor is made of, known without reading its codes: `group` is the largest of
+    packing's groups (None: no one fits) with one scale for every so many neighbouring columns, `zeros`
+    whether zero points differ from the middle."""
 
     bits: int
     group: int | None
@@ -114,10 +116,11 @@ class QuantisedTensor(abc.ABC):
 def gathered(
     stored: Mapping[str, Any], parts: Sequence[str], needed: Sequence[str], make: Callable[[dict[str, Any], str], Any]
 ) -> dict[str, Any]:
-    """`stored` with the parts `X.part` of every quantised matrix replaced by `make(found, X)` under the name `X.weight`.
+    """`stored` with the parts `X.part` of every quantised matrix replaced by
+    `make(found, X)` under the name `X.weight`.
 
-    `needed` are those of `parts` that a matrix must have, the first of them the one that tells it is there; `found` maps part to tensor.
-    Raises UserError where another is lacking.
+    `needed` are those of `parts` that a matrix must have, the first of them the one that tells it is there; `found`
+    maps part to tensor. Raises UserError where another is lacking.
     """
     out: dict[str, Any] = {}
     for name, tensor in stored.items():
@@ -149,8 +152,9 @@ def groups_in_order(columns: int, size: int) -> np.ndarray:
 
 
 def check_group_size(sizes: Collection[Any], columns: int, groups: int, where: str) -> int:
-    """The columns of a group, where no list says which group a column is in: the one of `sizes` (those that the configuration
-    names; -1 is a whole row) that makes `groups` of `columns`. UserError where none does, or several do and differ."""
+    """The columns of a group, where no list says which group a column is in: the one of `sizes`
+    (those that the configuration names; -1 is a whole row) that makes `groups` of `columns`.
+    UserError where none does, or several do and differ."""
     whole = {columns if size == -1 else size for size in sizes if isinstance(size, int) and (size == -1 or size > 0)}
     fitting = {min(size, columns) for size in whole if -(-columns // size) == groups}
     if not whole and groups == 1:
@@ -181,7 +185,8 @@ def unpack_words(words: np.ndarray, bits: int, axis: int, count: int) -> np.ndar
 
 
 def centred(codes: np.ndarray, zeros: np.ndarray | None, bits: int, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unsigned codes of 8 bits around 128 become int8 around 0; those of 4 bits stay. A zero point of the middle everywhere is dropped."""
+    """Unsigned codes of 8 bits around 128 become int8 around 0; those of 4 bits stay. A zero
+    point of the middle everywhere is dropped."""
     if zeros is not None and np.all(zeros == 2 ** (bits - 1)):
         zeros = None
     if bits == 4:

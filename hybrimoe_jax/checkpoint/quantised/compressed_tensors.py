@@ -1,4 +1,5 @@
-"""compressed-tensors folders in its `pack-quantized` format: signed integers of 4 or 8 bits with a scale per group or row.
+"""compressed-tensors folders in its `pack-quantized` format: signed integers of 4 or
+8 bits with a scale per group or row.
 
     weight_packed      [R, K * bits / 32] int32     code + 2^(bits-1), neighbouring inputs in one word, lowest bits first
     weight_scale       [R, groups]                  float16, bfloat16 or float32; one column with strategy `channel`

@@ -1,9 +1,10 @@
 """Routed experts that lie quantised: which packed format holds them exactly, and the packing itself.
 
-A packed matrix has one scale for every 32, 64 or 128 neighbouring inputs. A checkpoint whose groups are made of such runs goes in
-code by code, scale by scale. Act-order checkpoints scatter a group over the inputs. For an expert's down matrix that can be
-undone: its inputs are the expert's own hidden values, so sorting them by group and permuting the rows of gate and up the same way
-changes nothing. The inputs of gate and up are the residual stream, whose order all experts share; scattered groups there do not fit.
+A packed matrix has one scale for every 32, 64 or 128 neighbouring inputs. A checkpoint whose groups are made of such
+runs goes in code by code, scale by scale. Act-order checkpoints scatter a group over the inputs. For an expert's down
+matrix that can be undone: its inputs are the expert's own hidden values, so sorting them by group and permuting the
+rows of gate and up the same way changes nothing. The inputs of gate and up are the residual stream, whose order all
+experts share; scattered groups there do not fit.
 
 Shapes: D model width, F expert width; gate and up are [F, D], down [D, F].
 """
@@ -129,7 +130,8 @@ def quantised_format(weights: Weights) -> Format | None:
 
 
 def as_packed(weights: Weights, fmt: str | None) -> Weights:
-    """The model with quantised experts as the `PackedExperts` of `fmt` (None: the format that fits best); others pass unchanged.
+    """The model with quantised experts as the `PackedExperts` of `fmt` (None: the
+    format that fits best); others pass unchanged.
 
     Raises UserError where the experts are quantised but `fmt`, or any format, would have to round them again.
     """

@@ -27,8 +27,8 @@ def method_of(settings: Any) -> str:
 def expand(settings: Mapping[str, Any], stored: Mapping[str, FileTensor], known: Collection[str]) -> dict[str, Any]:
     """The stored tensors with quantised matrices under their plain names.
 
-    Biases of zeros, which AutoGPTQ adds to layers that have none, are dropped where the model does not know them (`known`).
-    Raises UserError for a method or variant that is not supported and for damage seen in the headers.
+    Biases of zeros, which AutoGPTQ adds to layers that have none, are dropped where the model does not know them
+    (`known`). Raises UserError for a method or variant that is not supported and for damage seen in the headers.
     """
     tensors = METHODS[method_of(settings)](settings, stored)
     made_up = []

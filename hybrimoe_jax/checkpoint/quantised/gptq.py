@@ -5,9 +5,10 @@
     scales  [groups, R] float16
     g_idx   [K] int32                    the group of each input; k // group_size unless the act-order option sorted the inputs
 
-Checkpoints of format `gptq` (the first version) store each zero point less one; GPTQModel turns them into `gptq_v2`, which
-stores them as they are, by adding one to every field of the words at once, carries included; so does this file.
-Source: the `quantize_config` keys and tensor layouts published with AutoGPTQ and GPTQModel; Frantar et al., arXiv 2210.17323.
+Checkpoints of format `gptq` (the first version) store each zero point less one; GPTQModel turns them into
+`gptq_v2`, which stores them as they are, by adding one to every field of the words at once, carries included;
+so does this file. Source: the `quantize_config` keys and tensor layouts published with AutoGPTQ and
+GPTQModel; Frantar et al., arXiv 2210.17323.
 """
 
 from __future__ import annotations
