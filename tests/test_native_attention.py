@@ -12,7 +12,7 @@ from hybrimoe_jax.formats.packing import Format, PackedMatrix, pack, quantise
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.attention import Attention
 from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Config, LatentAttention
-from hybrimoe_jax.models.rope import Rope
+from hybrimoe_jax.models.rope import make_rope
 
 pytestmark = pytest.mark.skipif(not products.native_here(), reason="the package was installed without its FFI handlers")
 RNG = np.random.default_rng
@@ -58,13 +58,13 @@ def agree(native, reference, rows: list[int]) -> None:
 )
 def test_grouped_attention(heads, kv_heads, width, window, positions, span):
     module = Attention(
-        WIDTH, heads, kv_heads, width, rope=Rope(width // 2 * 2, 10000.0), rngs=nnx.Rngs(0), window=window
+        WIDTH, heads, kv_heads, width, rope=make_rope(width, 10000.0, None), rngs=nnx.Rngs(0), window=window
     )
     agree(*both(module, len(positions), positions, span), [i for i, p in enumerate(positions) if p < CAPACITY])
 
 
 def test_an_odd_position_leaves_every_other_place_alone():
-    module = Attention(WIDTH, 4, 2, 16, rope=Rope(16, 10000.0), rngs=nnx.Rngs(0))
+    module = Attention(WIDTH, 4, 2, 16, rope=make_rope(16, 10000.0, None), rngs=nnx.Rngs(0))
     (_, cache), _ = both(module, 2, [CAPACITY + 5, 3], 64)
     before = random_cache(module, 2)
     for name in ("k", "v"):
