@@ -24,13 +24,15 @@ def build_parser() -> cli.Parser:
     add(
         "src",
         metavar="SRC",
-        help="Hugging Face folder or GGUF file; with --export-hf a converted checkpoint, with --random a config.json or its folder",
+        help="Hugging Face folder or GGUF file; with --export-hf a converted checkpoint, with --random a "
+        "config.json or its folder",
     )
     add("dst", metavar="DST", help="folder to make; must not exist")
     add(
         "--format",
         metavar="F",
-        help="f32 or bf16 for every tensor, or a quantised format for the routed experts: int8-g64, int4-g64, int4z-g128, ... "
+        help="f32 or bf16 for every tensor, or a quantised format for the routed experts: int8-g64, int4-g64, "
+        "int4z-g128, ... "
         "(default: the checkpoint's own)",
     )
     add(
@@ -41,14 +43,16 @@ def build_parser() -> cli.Parser:
     add(
         "--dense-format",
         metavar="F",
-        help="a quantised format for the dense projections too: attention, shared experts, dense layers, head (default: plain)",
+        help="a quantised format for the dense projections too: attention, shared experts, dense layers, head "
+        "(default: plain)",
     )
     add("--random", action="store_true", help="write random weights for SRC, a configuration, at the model's real size")
     add("--seed", type=int, metavar="N", help="of --random (default 0)")
     add(
         "--export-hf",
         action="store_true",
-        help="write SRC, a converted checkpoint, as a Hugging Face folder; quantised experts as float32 (with --format bf16 rounded)",
+        help="write SRC, a converted checkpoint, as a Hugging Face folder; quantised experts as float32 (with "
+        "--format bf16 rounded)",
     )
     return parser
 

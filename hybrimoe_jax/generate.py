@@ -137,10 +137,12 @@ def stats_text(stats) -> str:
             + (f", {record['layer_streamed']} streamed with their layers" if record["layer_streamed"] else ""),
             f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
             f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
-            f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= {lanes['link_s']:.3f} s",
+            f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= "
+            f"{lanes['link_s']:.3f} s",
         ]
     lines.append(
-        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts {record['host_bytes'] / 2**20:.1f} MiB "
+        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts "
+        f"{record['host_bytes'] / 2**20:.1f} MiB "
         f"({record['expert_format']})"
     )
     return "\n".join(lines)

@@ -148,7 +148,8 @@ def _kernel_arguments(kernels) -> None:
         "--peers",
         default="",
         metavar="NAME,..",
-        help="ggml (pip install llama-cpp-python: compiled on the spot, some 15 minutes), torch, onednn, numpy; default none",
+        help="ggml (pip install llama-cpp-python: compiled on the spot, some 15 minutes), torch, onednn, numpy; "
+        "default none",
     )
     kernels.add_argument("--formats", metavar="F,..", help="f32, bf16, or packed ones like int4-g64-a8")
     kernels.add_argument(

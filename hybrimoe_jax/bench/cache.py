@@ -274,6 +274,7 @@ def table(rows: dict[str, dict[str, dict]]) -> str:
         lines.append(f"{name:<{width}}" + "".join(f"  {cell:>22}" for cell in cells))
     if "belady" in names:
         lines.append(
-            "belady: the fewest misses where every one is kept; with bypass a heuristic, near the fewest but not always there"
+            "belady: the fewest misses where every one is kept; with bypass a heuristic, near the fewest but "
+            "not always there"
         )
     return "\n".join(lines)

@@ -152,7 +152,8 @@ def table(result: dict) -> str:
     """What theory says, then what was measured."""
     limit = 1e3 * result["bytes_per_token"] / (1e9 * result["read_bandwidth_gb_s"])
     lines = [
-        f"{result['model']}: {result['parameters'] / 1e6:.0f} M parameters; a token reads {result['bytes_per_token'] / 1e6:.1f} MB in "
+        f"{result['model']}: {result['parameters'] / 1e6:.0f} M parameters; a token reads "
+        f"{result['bytes_per_token'] / 1e6:.1f} MB in "
         f"float32, at {result['read_bandwidth_gb_s']:.1f} GB/s measured at least {limit:.2f} ms",
         f"{'':28}{'prefill 128':>14}{'prefill 512':>14}{'decode':>14}{'same tokens':>14}",
     ]

@@ -4,8 +4,8 @@ One model (the bundled one by default) reads one text that it was not trained on
 each format: its routed experts rounded to the format and, where the format says so, their inputs too; everything
 else stays as it is. Compared with float32:
 
-    rms, max    difference of the logits, in units of the float32 logits' root mean square, over all tokens and the vocabulary
-    KL          mean over tokens of the divergence of the next-token distribution from float32's, in nats: less noisy than perplexity
+    rms, max    difference of the logits, over the float32 logits' root mean square; all tokens, all the vocabulary
+    KL          mean over tokens of the next-token distribution's divergence from float32's, in nats: less noisy
     perplexity  exp(nats per token), and its change, with the standard error over windows
 
 Held-out text: scenes of *Macbeth*, *Twelfth Night* and *Henry V*; calibration text: scenes of twelve plays of the
@@ -241,13 +241,15 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"{record['model']}: {record['tokens']} tokens ({record['bytes']} bytes) in windows of {record['context']}; "
         f"float32 {record['nats_per_byte_f32']:.4f} nats per byte",
-        "format           calibrated  expert kB  bits/weight  logits rms      max      KL  perplexity     change   +-      rounding s",
+        "format           calibrated  expert kB  bits/weight  logits rms      max      KL  perplexity     "
+        "change   +-      rounding s",
     ]
     for row in record["formats"]:
         lines.append(
             f"{row['format']:15s}  {'yes' if row['calibrated'] else '':10s}  {row['expert_bytes'] / 1e3:9.1f}  "
             f"{row['bits_per_weight']:11.2f}  {row['logits_rms']:10.5f}  {row['logits_max']:7.4f}  {row['kl']:6.4f}  "
-            f"{row['perplexity']:10.4f}  {100 * row['change']:+8.3f} %  {100 * row['change_error']:5.3f}  {row['rounding_s']:10.1f}"
+            f"{row['perplexity']:10.4f}  {100 * row['change']:+8.3f} %  {100 * row['change_error']:5.3f}  "
+            f"{row['rounding_s']:10.1f}"
         )
     marks = {True: "met", False: "MISSED", None: "not measured"}
     lines.append("bars: " + ", ".join(f"{name} {marks[value]}" for name, value in record["bars"].items()))

@@ -234,7 +234,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
             f"multiply-adds {machine.peak[n] / 1e9:.0f} GFLOP/s ({next(iter(isas()))})"
         )
     say(
-        "of limit: the time that the weights' bytes take to read, or the multiply-adds, whichever is longer, over the time taken"
+        "of limit: the time that the weights' bytes take to read, or the multiply-adds, whichever is longer, "
+        "over the time taken"
     )
     rows, absent = [], {}
     for shape in options.shapes:
@@ -275,7 +276,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
 def _table(shape: Shape, rows: list[Row], absent: dict[str, str], say: Callable[[str], None]) -> None:
     first, bandwidth = rows[0], statistics.median(row.bandwidth for row in rows)
     say(
-        f"\n{shape.name} {shape.width}x{shape.hidden}, load {first.load}, {first.threads} thread{'s' * (first.threads > 1)}"
+        f"\n{shape.name} {shape.width}x{shape.hidden}, load {first.load}, {first.threads} "
+        f"thread{'s' * (first.threads > 1)}"
         f" (memory reads at {bandwidth / 1e9:.1f} GB/s meanwhile)"
     )
     say(f"  {'':22} {'ms':>10} {'GB/s':>8} {'GFLOP/s':>9} {'of limit':>9}")

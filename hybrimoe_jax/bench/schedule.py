@@ -181,7 +181,8 @@ def run(instances: int, seed: int, progress: Progress) -> dict:
         for active, loads in TIMINGS
     }
     print(
-        f"gap to the least makespan in % of it, {instances} problems each; none: how often the makespan is proven to be the least"
+        f"gap to the least makespan in % of it, {instances} problems each; none: how often the makespan is "
+        "proven to be the least"
     )
     bounded = {workload.name for workload in WORKLOADS if workload.by_load}
     for name, rules in table.items():
@@ -194,7 +195,8 @@ def run(instances: int, seed: int, progress: Progress) -> dict:
             mean, p99, worst = (100 * gap[key] for key in ("mean", "p99", "worst"))
             print(f"  {rule:18} {mean:9.2f} {p99:9.1f} {worst:9.1f}   {100 * gap['optimal']:5.1f}%")
     print(
-        "\nmicroseconds of CPU time a decision, median; equal: all loads 1; const: a prompt's loads, device time constant; by load: device time grows with the load"
+        "\nmicroseconds of CPU time a decision, median; equal: all loads 1; const: a prompt's loads, device "
+        "time constant; by load: device time grows with the load"
     )
     heads = [
         name.replace(" experts, ", " ").replace("prefill, device ", "").replace("constant", "const") for name in times

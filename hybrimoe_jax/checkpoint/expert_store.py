@@ -61,7 +61,8 @@ class ExpertStore:
             fits = gate_up.shape == (count, 2 * hidden, width) and down.shape == (count, width, hidden)
             if not fits or gate_up.dtype != stored or down.dtype != stored:
                 raise UserError(
-                    f"ExpertStore: layer {i} has gate_up {gate_up.shape} {gate_up.dtype} and down {down.shape} {down.dtype}; "
+                    f"ExpertStore: layer {i} has gate_up {gate_up.shape} {gate_up.dtype} and down {down.shape} "
+                    f"{down.dtype}; "
                     f"{(count, 2 * hidden, width)} and {(count, width, hidden)} of {stored} are needed"
                 )
 

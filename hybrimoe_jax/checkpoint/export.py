@@ -35,7 +35,8 @@ def export_hf(
     check_absent(dst)
     if fmt is not None and (checkpoint.format in FORMATS or fmt not in FORMATS):
         raise UserError(
-            f"--format {fmt} does not go with --export-hf: {src} holds {checkpoint.format}, and values are exported as they are stored "
+            f"--format {fmt} does not go with --export-hf: {src} holds {checkpoint.format}, and values are "
+            "exported as they are stored "
             "(quantised experts as f32, or with --format bf16 rounded to that)"
         )
     plain = checkpoint.format if checkpoint.format in FORMATS else fmt or "f32"

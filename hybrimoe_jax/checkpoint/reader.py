@@ -102,7 +102,8 @@ class Checkpoint:
         layout = MatrixLayout(Format.parse(record["format"]), *record["matrix"])
         if data.shape != (layout.nbytes,):
             raise UserError(
-                f"{self.path}: tensor {name} has {data.size} bytes where {record['format']} needs {layout.nbytes}; convert the original again"
+                f"{self.path}: tensor {name} has {data.size} bytes where {record['format']} needs "
+                f"{layout.nbytes}; convert the original again"
             )
         return PackedMatrix(data, layout)
 
@@ -158,7 +159,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path / 'manifest.json'}: not the manifest of a checkpoint made by hybrimoe_jax.convert")
     if manifest.get("version") not in (PLAIN_VERSION, VERSION):
         raise UserError(
-            f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {PLAIN_VERSION} and {VERSION}; convert the original again"
+            f"{path}: checkpoint layout version {manifest.get('version')}, this program reads {PLAIN_VERSION} "
+            f"and {VERSION}; convert the original again"
         )
     raw = read_json(path / "config.json")
     if digest(json.dumps(raw, indent=2, sort_keys=True).encode()) != manifest.get("config"):

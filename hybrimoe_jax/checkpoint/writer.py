@@ -165,7 +165,8 @@ def check_source_format(weights: Weights, form: ExpertForm) -> None:
     quantised = any(isinstance(shard.experts, PackedExperts) for shard in weights.shards)
     if quantised and form.layout and form.format != weights.expert_format:
         raise UserError(
-            f"{weights.folder or 'the model'}: its experts are {weights.expert_format}; rounding them again to {form.format} would lose "
+            f"{weights.folder or 'the model'}: its experts are {weights.expert_format}; rounding them again to "
+            f"{form.format} would lose "
             f"accuracy twice (give --format {weights.expert_format}, f32 or bf16)"
         )
 

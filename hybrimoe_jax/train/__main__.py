@@ -91,7 +91,8 @@ class Report:
         self.first = step if self.first is None else self.first
         if self.terminal:
             left = seconds / (step - self.first + 1) * (self.steps - step)
-            line = f"step {step}/{self.steps}  loss {values['loss']:.3f}  balance {values['balance']:.3f}  {left / 60:.0f} min left"
+            line = f"step {step}/{self.steps}  loss {values['loss']:.3f}  balance {values['balance']:.3f}  "
+            f"{left / 60:.0f} min left"
             end = "\n" if step == self.steps else ""
             print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
 
@@ -227,7 +228,8 @@ def model_shape(args) -> dict[str, Any]:
         or args.heads % args.kv_heads
     ):
         raise UserError(
-            f"--hidden {args.hidden}, --heads {args.heads}, --kv-heads {args.kv_heads}: the width must be an even multiple "
+            f"--hidden {args.hidden}, --heads {args.heads}, --kv-heads {args.kv_heads}: the width must be an "
+            "even multiple "
             "of the heads, and the heads a multiple of the key/value heads"
         )
     for flag in (

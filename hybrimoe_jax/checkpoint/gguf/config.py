@@ -84,28 +84,32 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
-    dense = [i for i in range(layers) if f"blk.{i}.ffn_gate_exps.weight" not in shapes]
-    experts, inner = need("expert_count"), get("expert_feed_forward_length")
-    if arch in ("qwen2moe", "qwen3moe"):
-        raw |= {
-            "num_experts": experts,
-            "moe_intermediate_size": inner,
-            "intermediate_size": need("feed_forward_length"),
-        }
-        raw |= {"norm_topk_prob": arch == "qwen3moe", "mlp_only_layers": dense, "head_dim": get("attention.key_length")}
+    raw |= family_keys(arch, get, need, shapes, where)
+    check_rest(arch, get, raw, where)
+    return raw
+
+
+def family_keys(arch: str, get, need, shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
+    """The keys that only this architecture's family has."""
+    experts = need("expert_count")
+    if arch == "deepseek2":
+        return deepseek(get, need, need("attention.head_count"), experts, where)
+    raw = {"intermediate_size": need("feed_forward_length")}
+    if arch == "llama":
+        head = get("attention.key_length", get("rope.dimension_count"))
+        return raw | {"num_local_experts": experts, "head_dim": head}
+    raw |= {"num_experts": experts, "norm_topk_prob": arch == "qwen3moe"}
+    if arch == "olmoe":
+        return raw | {"clip_qkv": get("attention.clamp_kqv") or None}
+    raw |= {
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "mlp_only_layers": [i for i in range(need("block_count")) if f"blk.{i}.ffn_gate_exps.weight" not in shapes],
+        "head_dim": get("attention.key_length"),
+    }
     if arch == "qwen2moe":
         shared = shapes.get("blk.0.ffn_up_shexp.weight", (0,))[0]
         raw["shared_expert_intermediate_size"] = get("expert_shared_feed_forward_length", shared)
         raw["qkv_bias"] = "blk.0.attn_q.bias" in shapes
-    if arch == "olmoe":
-        raw |= {"num_experts": experts, "intermediate_size": need("feed_forward_length"), "norm_topk_prob": False}
-        raw["clip_qkv"] = get("attention.clamp_kqv") or None
-    if arch == "llama":
-        raw |= {"num_local_experts": experts, "intermediate_size": need("feed_forward_length")}
-        raw["head_dim"] = get("attention.key_length", get("rope.dimension_count"))
-    if arch == "deepseek2":
-        raw |= deepseek(get, need, heads, experts, where)
-    check_rest(arch, get, raw, where)
     return raw
 
 

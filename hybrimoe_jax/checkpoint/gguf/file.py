@@ -1,8 +1,9 @@
 """GGUF files: llama.cpp's tensors under the names of the original checkpoint, read
 through PyPI's `gguf` (the extra `gguf`).
 
-    Q4_0   blocks of 32 inputs: float16 d, 16 bytes; input j in the low half of byte j, input j + 16 in its high half;   w = d * (q - 8)
-    Q8_0   blocks of 32 inputs: float16 d, 32 int8                                                                    w = d * q
+    Q4_0   blocks of 32 inputs: float16 d, 16 bytes; input j in the low half of byte j,
+           input j + 16 in its high half; w = d * (q - 8)
+    Q8_0   blocks of 32 inputs: float16 d, 32 int8; w = d * q
 
 Routed experts may be Q4_0, Q8_0 (packed exactly as int4-g32 and int8-g32), F16, BF16 or F32; dense tensors any type
 that `gguf` can dequantise. llama.cpp's converter changed some tensors, which is undone here: it permutes the rows of q

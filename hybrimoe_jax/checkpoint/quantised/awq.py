@@ -45,7 +45,8 @@ class AwqTensor(QuantisedTensor):
         have = self.qweight.shape, self.qzeros.shape
         if want != have or rows % 8 or columns % groups:
             raise UserError(
-                f"{self.where}: qweight {list(have[0])}, qzeros {list(have[1])} and scales {list(self.scales.shape)} do "
+                f"{self.where}: qweight {list(have[0])}, qzeros {list(have[1])} and scales "
+                f"{list(self.scales.shape)} do "
                 "not belong together; download it again"
             )
 

@@ -162,7 +162,8 @@ def check_group_size(sizes: Collection[Any], columns: int, groups: int, where: s
     if len(fitting) != 1:
         named = ", ".join(str(size) for size in sizes) or "not given"
         raise UserError(
-            f"{where}: {groups} groups of {columns} inputs do not follow from config.json, whose group_size is {named}; "
+            f"{where}: {groups} groups of {columns} inputs do not follow from config.json, whose group_size is "
+            f"{named}; "
             "download both again"
         )
     return fitting.pop()

@@ -1,9 +1,9 @@
 """compressed-tensors folders in its `pack-quantized` format: signed integers of 4 or
 8 bits with a scale per group or row.
 
-    weight_packed      [R, K * bits / 32] int32     code + 2^(bits-1), neighbouring inputs in one word, lowest bits first
+    weight_packed      [R, K * bits / 32] int32     code + 2^(bits-1), neighbouring inputs in one word, lowest first
     weight_scale       [R, groups]                  float16, bfloat16 or float32; one column with strategy `channel`
-    weight_zero_point  [R * bits / 32, groups]      only asymmetric ones; packed along the outputs, shifted like the codes
+    weight_zero_point  [R * bits / 32, groups]      only asymmetric ones; packed along outputs, shifted like the codes
     weight_shape       [2] int64                    R, K
     weight_g_idx       [K] int32                    only with act-order: the group of each input
 
@@ -59,7 +59,8 @@ class PackedTensor(QuantisedTensor):
             fits = self.g_idx.shape == (columns,)
         if not fits:
             raise UserError(
-                f"{self.where}: weight_packed {list(self.packed.shape)} and weight_scale {list(self.scale.shape)} do not "
+                f"{self.where}: weight_packed {list(self.packed.shape)} and weight_scale "
+                f"{list(self.scale.shape)} do not "
                 f"belong to {self.bits} bits of shape {list(self.shape)}; download it again"
             )
         if self.g_idx is None:

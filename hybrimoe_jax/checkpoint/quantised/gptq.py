@@ -3,7 +3,7 @@
     qweight [K * bits / 32, R] int32     codes of one output, neighbouring inputs in one word, lowest bits first
     qzeros  [groups, R * bits / 32]      zero points, neighbouring outputs in one word
     scales  [groups, R] float16
-    g_idx   [K] int32                    the group of each input; k // group_size unless the act-order option sorted the inputs
+    g_idx   [K] int32                    the group of each input; k // group_size unless act-order sorted the inputs
 
 Checkpoints of format `gptq` (the first version) store each zero point less one; GPTQModel turns them into
 `gptq_v2`, which stores them as they are, by adding one to every field of the words at once, carries included;
@@ -67,7 +67,8 @@ class GptqTensor(QuantisedTensor):
             )
         if self.g_idx is None and self.sorted_inputs:
             raise UserError(
-                f"{self.where}: desc_act is set, but there is no g_idx to say which group an input is in; download it again"
+                f"{self.where}: desc_act is set, but there is no g_idx to say which group an input is in; "
+                "download it again"
             )
         if self.g_idx is None:
             _ = self.run  # refuses a number of groups that `group_size` does not give
