@@ -1,5 +1,5 @@
 """Experts rounded with a text in hand: the float model is run over it layer by layer, and each expert's rounding errors
-are compensated for the inputs that its tokens gave it (`host_kernels.compensated`).
+are compensated for the inputs that its tokens gave it (`formats.gptq`).
 
 Nothing the size of a model exists. The residual stream of all calibration tokens is carried from layer to layer in
 float32 (three arrays of tokens x width), one layer's dense weights and one expert are in memory at a time. Layers must

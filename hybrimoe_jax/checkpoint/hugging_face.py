@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
 def open_hf(folder: str | Path) -> Weights:
     """Opens a folder saved by `save_pretrained` or downloaded from a hub; reads headers only.
 
-    Quantised tensors of the methods in `models.quantised` appear as the float32 tensors that they stand for.
+    Quantised tensors of the methods in `checkpoint.quantised` appear as the float32 tensors that they stand for.
 
     Raises UserError for a wrong folder, pickled weights, a truncated file, an unsupported model, and for tensors that
     are missing, extra or of a shape other than the configuration's (all of them named in one message).
