@@ -1,4 +1,5 @@
-"""Decode attention in the native kernels: the same answers as the jax.numpy modules, the cache written where it should be and nowhere else."""
+"""Decode attention in the native kernels: the same answers as the jax.numpy modules, the cache written where it should
+be and nowhere else."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ RNG = np.random.default_rng
 
 
 def close(got, want, a8: bool = False) -> None:
-    """Float32 sums in another order; with int8 activations a value beside a rounding boundary may take the other step."""
+    """Float32 sums in another order; with int8 activations a value beside a rounding boundary may take the other
+    step."""
     scale = float(np.abs(want).max())
     assert np.abs(np.asarray(got) - np.asarray(want)).max() <= (2e-2 if a8 else 5e-6) * scale
 

@@ -1,5 +1,6 @@
-"""The native kernel beyond the contract of all kernels (test_host_kernels.py): runs of experts over fuzzed shapes, the same
-bits whatever is computed beside a token, calls at once from several threads, refusals, its build, and sanitizers."""
+"""The native kernel beyond the contract of all kernels (test_host_kernels.py): runs of experts over fuzzed shapes, the
+same bits whatever is computed beside a token, calls at once from several threads, refusals, its build, and
+sanitizers."""
 
 from __future__ import annotations
 
@@ -263,7 +264,8 @@ def test_it_builds_from_a_source_distribution(sources, tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizer, tmp_path):
-    """Helpers join in for the smallest run, and the 16-lane code is compiled for this processor if it has no AVX-512."""
+    """Helpers join in for the smallest run, and the 16-lane code is compiled for this processor if it has no
+    AVX-512."""
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-pthread", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
     flags += [f"-fsanitize={sanitizer}", "-DEXPERTS_GRAIN=1"]
     x86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -66,8 +66,8 @@ def exact(expert: PackedExpert, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The expert in float64, and how far from it a result may be, per token.
 
     With quantised activations what lies between the two products is rounded to codes: a value within float error of the
-    middle of two may go to either, which moves the token's output by that step times a column of `down`. Two flips of the
-    largest kind are allowed.
+    middle of two may go to either, which moves the token's output by that step times a column of `down`. Two flips of
+    the largest kind are allowed.
     """
     format = expert.layout.format
     gate_up, down = expert.matrices[:2], dequantise(expert.matrices[2]).astype(np.float64)
@@ -77,8 +77,8 @@ def exact(expert: PackedExpert, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Sums of numbers of both signs are as exact as their terms are large, not as the sums are.
     terms = np.abs(rounded(format, act)) @ np.abs(down).T
     slack = np.full((len(x), 1), TOLERANCE * max(1.0, np.abs(want).max(initial=0), terms.max(initial=0) / 4))
-    # So are gate and up: zero points far from the codes make their terms many times as large as they are. An eighth of a rounding of each:
-    # errors of both signs mostly cancel.
+    # So are gate and up: zero points far from the codes make their terms many times as large as they are. An eighth of
+    # a rounding of each: errors of both signs mostly cancel.
     in_gate, in_up = (np.abs(rounded(format, x)) @ np.abs(dequantise(m).astype(np.float64)).T for m in gate_up)
     act_off = np.abs(up) * in_gate + np.abs(gate) * in_up  # |silu'| <= 1.1, |silu(gate)| <= |gate|
     slack = slack + 2**-27 * (act_off @ np.abs(down).T).max(axis=1, keepdims=True)
@@ -177,7 +177,8 @@ def test_nothing_saturates_at_the_extremes(isa, name, sign):
 
 @every_isa
 def test_activations_are_quantised_by_the_rule(isa):
-    """A matrix that picks single inputs shows the codes: ties, groups of zeros and of nearly nothing, a short last group."""
+    """A matrix that picks single inputs shows the codes: ties, groups of zeros and of nearly nothing, a short last
+    group."""
     format, columns = Format.parse("int8-g64-s32-a8"), 100
     picks = pack(format, np.eye(columns, dtype=np.int8), np.ones((columns, 2), np.float32))
     x = tokens_of(64, columns, 5) * np.geomspace(1e-35, 1e30, 64, dtype=np.float32)[:, None]

@@ -1,4 +1,5 @@
-"""A quantised expert means the same on both sides: NumPy's reference, jitted programs, slots and the link, from the same bytes."""
+"""A quantised expert means the same on both sides: NumPy's reference, jitted programs, slots and the link, from the
+same bytes."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def test_host_and_device_agree(name, load):
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_with_rounded_activations_they_agree_but_for_a_step_at_a_boundary(name):
-    """silu(gate) * up differs by float32 rounding, so a code of it may differ by one, and that is all that may differ."""
+    """silu(gate) * up differs by float32 rounding, so a code of it may differ by one, and that is all that may
+    differ."""
     one, x = expert(name, 96, 72), inputs(300, 96)
     format = one.layout.format
     kernel, device = ReferenceKernel(), on_device(one)

@@ -88,7 +88,8 @@ def test_rounding_is_within_half_a_step(name):
     have = dequantise(pack(format, codes, scales, zeros))
     step = np.abs(scales)[:, np.arange(200) // format.group]
     error = np.abs(have - weights) / step
-    # int4's most positive value may lie up to a step outside; int4z's zero point is rounded itself; float16 scales shift both
+    # int4's most positive value may lie up to a step outside; int4z's zero point is rounded itself; float16 scales
+    # shift both
     assert error.max() <= {8: 0.6, 4: 1.05}[format.bits] and np.median(error) < 0.3
 
 

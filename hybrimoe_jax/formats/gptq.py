@@ -1,11 +1,12 @@
 """Rounding a matrix so that its products, not its weights, stay what they were: error-compensated rounding (GPTQ).
 
-Columns are rounded one after the other. What a column's rounding does to the outputs is made up for, as well as the activations
-allow, by moving the columns that are still to come: with H = X^T X over the calibration inputs and U the upper Cholesky
-factor of H's inverse, an error e of column j adds -e / U[j, j] * U[j, j + 1 :] to them. Columns with much to say go first. Scales are those of
-round to nearest, so that a matrix without calibration inputs comes out as `packing.quantise` gives it.
+Columns are rounded one after the other. What a column's rounding does to the outputs is made up for, as well as the
+activations allow, by moving the columns that are still to come: with H = X^T X over the calibration inputs and U the
+upper Cholesky factor of H's inverse, an error e of column j adds -e / U[j, j] * U[j, j + 1 :] to them. Columns with
+much to say go first. Scales are those of round to nearest, so that a matrix without calibration inputs comes out as
+`packing.quantise` gives it.
 
-Source: Frantar et al., arXiv 2210.17323 (algorithm 1; the order by H's diagonal and fixed groups are options of its code).
+Source: Frantar et al., arXiv 2210.17323 (algorithm 1; order and groups are options of its code).
 
 Shapes: a matrix is [R, K], R outputs by K inputs.
 """
@@ -23,9 +24,10 @@ BLOCK = 128
 def compensated(
     weights: np.ndarray, hessian: np.ndarray, format: Format, damping: float = DAMPING
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """weights float32 [R, K] and H [K, K] of their inputs -> codes, scales and zero points as `packing.pack` takes them.
+    """weights float32 [R, K] and H [K, K] of their inputs -> codes, scales and zero points for `packing.pack`.
 
-    Inputs that are always zero are rounded to nearest. Deterministic; where H is zero the result is `packing.quantise`'s.
+    Inputs that are always zero are rounded to nearest. Deterministic; where H is zero the result is
+    `packing.quantise`'s.
     """
     codes, scales, zeros = quantise(weights, format)
     hessian = np.array(hessian, np.float64)

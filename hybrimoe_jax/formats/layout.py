@@ -11,14 +11,14 @@ A format is called `int8-g64`, `int4-g128`, `int4z-g64-s32-a8`:
     -s32    scales are float32 instead of float16
     -a8     activations are quantised too, see `packing.quantise_activations`; without it they stay float32
 
-**Layout.** One buffer of bytes holds codes, scales and zero points, each part beginning at a multiple of 64 bytes. It is the
-same in a checkpoint, in host memory, on the link and in a device slot, and depends on no instruction set. Rows go in panels
-of 8, the inputs in steps of 4: a dot-product instruction multiplies 4 neighbouring bytes of a row by 4 activations, so that 8
-rows fill 32 bytes, two steps 64. R is padded to a multiple of 8, K to a multiple of 32; padded rows have scale 0, and kernels
-take activations past K as 0, so that what the codes there mean does not matter.
+**Layout.** One buffer of bytes holds codes, scales and zero points, each part beginning at a multiple of 64 bytes. It
+is the same in a checkpoint, in host memory, on the link and in a device slot, and depends on no instruction set. Rows
+go in panels of 8, the inputs in steps of 4: a dot-product instruction multiplies 4 neighbouring bytes of a row by 4
+activations, so that 8 rows fill 32 bytes, two steps 64. R is padded to a multiple of 8, K to a multiple of 32; padded
+rows have scale 0, and kernels take activations past K as 0, so that what the codes there mean does not matter.
 
     int8 codes   [R/8][K/4][8 rows][4 inputs]               one byte each
-    int4 codes   [R/8][K/8][8 rows][4 inputs]               byte: input 8i + j in the low half, 8i + 4 + j in the high half
+    int4 codes   [R/8][K/8][8 rows][4 inputs]               byte: input 8i + j in its low half, 8i + 4 + j in its high
     scales       [R/8][groups][8 rows]                      float16 or float32, little-endian
     zero points  [R/8][groups][8 rows]                      uint8
 
@@ -44,11 +44,11 @@ _NAME = re.compile(r"int(8|4|4z)-g(32|64|128)(-s32)?(-a8)?")
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A quantised format; `Format.parse(name)` and `str(format)` convert. `zeros`: zero points; `a8`: int8 activations."""
+    """A quantised format; `Format.parse(name)` and `str(format)` convert. `a8`: int8 activations."""
 
     bits: int
     group: int
-    zeros: bool = False
+    zeros: bool = False  # zero points
     scale: str = "f16"
     a8: bool = False
 

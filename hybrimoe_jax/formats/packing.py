@@ -1,4 +1,4 @@
-"""Quantised matrices and experts: rounding numbers to codes, laying codes out (`layout` says how), and what the codes stand for.
+"""Quantised matrices and experts: rounding numbers to codes, laying codes out (`layout` says how), and back.
 
 Shapes: a matrix is [R, K], R outputs by K inputs; G values along K share a scale.
 """
@@ -31,7 +31,7 @@ def pack(
     zeros: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> PackedMatrix:
-    """Lays out codes [R, K] (int8, or uint8 0..15), scales [R, groups] and zero points [R, groups] (uint8) in one buffer.
+    """Lays out codes [R, K] (int8, or uint8 0..15), scales [R, groups] and zero points [R, groups] (uint8).
 
     `out`: a uint8 buffer of the layout's size to fill. Scales are rounded to the format's type here.
     """
@@ -106,8 +106,8 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
 def quantise_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """The `-a8` rule: x [N, K] float32 -> codes [N, K] int8 in -127..127, scales [N, groups] float32.
 
-    In every group m is the largest magnitude, in float32: code = x * (127 / m) rounded to the nearest, ties to even; scale = m / 127.
-    A group with m < 2^-100 is all zeros.
+    In every group m is the largest magnitude, in float32: code = x * (127 / m) rounded to the nearest, ties to even;
+    scale = m / 127. A group with m < 2^-100 is all zeros.
     """
     rows, columns = x.shape
     groups = -(-columns // group)
@@ -122,10 +122,10 @@ def quantise_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndar
 
 
 def quantise(weights: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Round to nearest: float32 [R, K] -> what `pack` takes. Scales are rounded to the format's type before codes are chosen.
+    """Round to nearest: float32 [R, K] -> what `pack` takes. Scales are rounded to the format's type first.
 
-    int8: the largest magnitude of a group becomes 127. int4: the value of largest magnitude becomes code 0 (that is -8 times
-    the scale, which may be negative). int4z: the group's range, widened to include 0, becomes 0..15.
+    int8: the largest magnitude of a group becomes 127. int4: the value of largest magnitude becomes code 0 (that is -8
+    times the scale, which may be negative). int4z: the group's range, widened to include 0, becomes 0..15.
     """
     rows, columns = weights.shape
     size = format.group

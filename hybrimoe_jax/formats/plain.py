@@ -1,14 +1,15 @@
 """How an expert lies in host memory: two row-major matrices per expert, 64-byte aligned, float32 or bfloat16.
 
-Shapes: D model width, F expert width. `gate_up` [2F, D] holds the gate rows first, so that one matrix product gives both
-halves; `down` [D, F]. The alignment is a cache line: kernels stream from it with aligned loads, and XLA's CPU backend
-can take such an array without copying it.
+Shapes: D model width, F expert width. `gate_up` [2F, D] holds the gate rows first, so that one matrix product gives
+both halves; `down` [D, F]. The alignment is a cache line: kernels stream from it with aligned loads, and XLA's CPU
+backend can take such an array without copying it.
 
-Weights that stay lie side by side in an `Arena`, on pages of 2 MB: separate arrays begin and end on small ones, and small experts then
-wait for address translation (measured on a virtual machine, one thread, DeepSeek-V2-Lite's expert at load 1: int4 35.4 instead of
-29.5 GB/s, int8 36 instead of 32).
+Weights that stay lie side by side in an `Arena`, on pages of 2 MB: separate arrays begin and end on small ones, and
+small experts then wait for address translation (measured on a virtual machine, one thread, DeepSeek-V2-Lite's expert at
+load 1: int4 35.4 instead of 29.5 GB/s, int8 36 instead of 32).
 
-bfloat16 is the upper half of a float32, so widening is a 16-bit shift and always exact; narrowing rounds to nearest even.
+bfloat16 is the upper half of a float32, so widening is a 16-bit shift and always exact; narrowing rounds to nearest
+even.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ F32 = np.dtype(np.float32)
 
 
 class ExpertWeights(NamedTuple):
-    """One routed expert on the host, float32 or bfloat16: `down(silu(gate x) * (up x))`."""
+    """One routed expert in host memory, float32 or bfloat16: `down(silu(gate x) * (up x))`."""
 
     gate_up: np.ndarray  # [2F, D], gate rows first
     down: np.ndarray  # [D, F]
@@ -60,8 +61,9 @@ def aligned_empty(shape, dtype=F32) -> np.ndarray:
 
 
 class Arena:
-    """Hands out aligned arrays side by side from blocks of memory that lie on huge pages where the system has them (NumPy asks Linux for
-    them). A block is freed with the last of its arrays, so this is for arrays that stay. Safe from any thread."""
+    """Hands out aligned arrays side by side from blocks of memory that lie on huge pages where the system has them
+    (NumPy asks Linux for them). A block is freed with the last of its arrays, so this is for arrays that stay. Safe
+    from any thread."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -81,7 +83,7 @@ class Arena:
 
 
 def aligned_copy(array: np.ndarray, dtype=None, arena: Arena | None = None) -> np.ndarray:
-    """A copy in aligned memory, of an arena where one is given; `dtype` may widen bfloat16 to float32 or round float32 to bfloat16."""
+    """A copy in aligned memory, of an arena where one is given; `dtype` may widen or round to bfloat16."""
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     out = (arena.empty if arena else aligned_empty)(array.shape, dtype)
     if array.dtype == BF16 and dtype == F32:

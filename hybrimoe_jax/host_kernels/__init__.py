@@ -1,7 +1,7 @@
 """Host kernels: how an expert is computed on the CPU.
 
-`kernel` says what a kernel must do; `reference` (NumPy), `onednn` and `native` (C++) are the kernels. Nothing here imports
-jax, but for `native`'s calls from jitted programs.
+`kernel` says what a kernel must do; `reference` (NumPy), `onednn` and `native` (C++) are the kernels. Nothing here
+imports jax, but for `native`'s calls from jitted programs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ KERNELS = ("auto", "reference", "onednn", "native")
 def get_kernel(name: str, sample: HostExpert | None = None, threads: int = 1) -> HostKernel:
     """The kernel called `name`, for experts like `sample` (float32 or bfloat16 where there is none).
 
-    `auto` is the first of native, onednn and reference that is installed and computes such experts; its `unavailable` says
-    why it is not an earlier one. Measured on AVX-512 over formats and loads, choosing by a measurement was no faster.
-    `threads` is what one call may use where the library takes it per calling thread (oneDNN; NumPy's BLAS is limited for
-    the whole process with threadpoolctl, before this is called).
+    `auto` is the first of native, onednn and reference that is installed and computes such experts; its `unavailable`
+    says why it is not an earlier one. Measured on AVX-512 over formats and loads, choosing by a measurement was no
+    faster. `threads` is what one call may use where the library takes it per calling thread (oneDNN; NumPy's BLAS is
+    limited for the whole process with threadpoolctl, before this is called).
 
-    Raises UserError for an unknown name, for a kernel that is not installed, and for one that does not compute `sample`'s
-    format.
+    Raises UserError for an unknown name, for a kernel that is not installed, and for one that does not compute
+    `sample`'s format.
     """
     if name == "auto":
         unavailable = []

@@ -2,10 +2,10 @@
 
 Shapes: N tokens of the step, n the load of one expert (its tokens), D model width, F expert width, m experts.
 
-A kernel computes `down(silu(gate x) * (up x))` in float32, for plain weights (`formats.plain.ExpertWeights`) and, unless it
-refuses them, for quantised ones (`formats.layout.PackedExpert`; with an `-a8` format on rounded activations, as
-`formats.packing` defines). Worker threads call it side by side, so it keeps no state but what belongs to a handle or to the
-calling thread, and spends its time in calls that release the interpreter lock (BLAS, ctypes).
+A kernel computes `down(silu(gate x) * (up x))` in float32, for plain weights (`formats.plain.ExpertWeights`) and,
+unless it refuses them, for quantised ones (`formats.layout.PackedExpert`; with an `-a8` format on rounded activations,
+as `formats.packing` defines). Worker threads call it side by side, so it keeps no state but what belongs to a handle or
+to the calling thread, and spends its time in calls that release the interpreter lock (BLAS, ctypes).
 
 BLAS has its own threads. The engine sizes them once, with `threadpoolctl`, before its workers start; a kernel whose
 library takes the number per calling thread does so in `set_threads`.
@@ -33,12 +33,12 @@ class HostKernel(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, weights: HostExpert) -> Any:
-        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive. UserError on malformed weights, and
-        on quantised ones where the kernel computes none."""
+        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive. UserError on malformed
+        weights, and on quantised ones where the kernel computes none."""
 
     @abc.abstractmethod
     def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """x [n, D] float32 C-contiguous, n >= 1 -> [n, D] float32, written into `out` (C-contiguous, not x) if given."""
+        """x [n, D] float32 C-contiguous, n >= 1 -> [n, D] float32, into `out` (C-contiguous, not x) if given."""
 
     def run_experts(
         self,
@@ -62,8 +62,8 @@ class HostKernel(abc.ABC):
         return False
 
     def native_handle(self, handle: Any) -> tuple[int, int] | None:
-        """For jitted programs that call the native kernel themselves (`native.routed`): the number of its instruction set and
-        the address of this expert's record; None where there is none."""
+        """For jitted programs that call the native kernel themselves (`native.routed`): the number of its instruction
+        set and the address of this expert's record; None where there is none."""
         return None
 
     def set_threads(self, threads: int) -> None:

@@ -3,11 +3,11 @@
 Shapes: n load, D model width, F expert width. An expert is three inner products: `u = x up^T`, then
 `a = swish(x gate^T) * u` with both operations fused behind the product, then `a down^T`.
 
-Weights are used where they lie (row-major) or, better, in a blocked copy: on one AVX-512 server core at D=1024, F=512 it was
-faster at every load, 1.3x at load 1 and 2x at loads 4 to 32. A copy takes as much memory as the expert in float32 and some
-twenty decode calls of time. So an expert is packed at its first call, while all copies fit into `pack_limit` bytes.
-One layout serves every load: with AVX-512 the one the library picks at load 32, elsewhere the one it picks at load 128
-(measured: the layouts it picks at loads 1 to 6 are up to 1.7x slower there).
+Weights are used where they lie (row-major) or, better, in a blocked copy: on one AVX-512 server core at D=1024, F=512
+it was faster at every load, 1.3x at load 1 and 2x at loads 4 to 32. A copy takes as much memory as the expert in
+float32 and some twenty decode calls of time. So an expert is packed at its first call, while all copies fit into
+`pack_limit` bytes. One layout serves every load: with AVX-512 the one the library picks at load 32, elsewhere the one
+it picks at load 128 (measured: the layouts it picks at loads 1 to 6 are up to 1.7x slower there).
 
 A primitive is compiled per exact load up to 16; above, loads are padded to a bucket at most a quarter larger, and past
 256 they are split, so that the number of primitives stays bounded. Compiling takes under a millisecond.
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.host_kernels import onednn_api
+from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty, check_expert, to_f32
+from hybrimoe_jax.host_kernels import onednn_api
 from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.onednn_api import ARG_SCRATCHPAD, ARG_SECOND_POST_OP_SRC, Argument
-from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 MAX_LOAD = 256
@@ -50,7 +50,7 @@ def bucket_of(load: int) -> int:
 
 
 class OneDnnExpert:
-    """A prepared expert: its plain weights and, once packed, the library's copy; `refused`: there was no room for one."""
+    """A prepared expert: its plain weights and, once packed, the library's copy; `refused`: there is no room."""
 
     __slots__ = ("__weakref__", "layouts", "lock", "packed_bytes", "refused", "shape", "weights")
 
@@ -111,7 +111,7 @@ class OneDnnKernel(HostKernel):
         return out
 
     def pack(self, handle: OneDnnExpert) -> bool:
-        """Makes the packed copy where there is none; False where it would pass `pack_limit` or another thread is at it."""
+        """Makes the packed copy where there is none; False past `pack_limit`, or where another thread is at it."""
         if handle.is_packed:
             return True
         if handle.refused or not handle.lock.acquire(blocking=False):
@@ -170,7 +170,7 @@ class OneDnnKernel(HostKernel):
         return gate.weights, down.weights
 
     def _compiled(self, shape: tuple[int, int], load: int, kind: str | None) -> tuple:
-        """The inner products (gate, up, down) at a load. The library sizes them for the calling thread's thread count."""
+        """The inner products (gate, up, down) at a load. The library sizes them for the caller's threads."""
         key = (shape, load, kind, self._threads.count)
         with self._lock:
             found = self._products.get(key)

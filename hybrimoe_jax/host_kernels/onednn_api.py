@@ -1,9 +1,10 @@
-"""The few calls of oneDNN's C API that an expert needs, through ctypes: inner products with post-operations, and reorders.
+"""The few calls of oneDNN's C API that an expert needs, through ctypes: inner products, and reorders.
 
-Written against the API of oneDNN 3 (the PyPI wheel `onednn-cpu-gomp` 2023.2.0 carries 3.2). The constants are those of its
-public C headers. Three properties matter here: ctypes releases the interpreter lock during a call; `format_tag::any` lets
-the library choose a blocked weight layout; and scratchpads are given by the caller, so that one primitive may run on
-several threads at once. The wheel's OpenMP runtime is libgomp, whose thread count is set per calling thread.
+Written against the API of oneDNN 3 (the PyPI wheel `onednn-cpu-gomp` 2023.2.0 carries 3.2). The constants are those of
+its public C headers. Three properties matter here: ctypes releases the interpreter lock during a call;
+`format_tag::any` lets the library choose a blocked weight layout; and scratchpads are given by the caller, so that one
+primitive may run on several threads at once. The wheel's OpenMP runtime is libgomp, whose thread count is set per
+calling thread.
 
 Shapes: n load, K inputs, M outputs of one inner product.
 """

@@ -1,10 +1,10 @@
 // Decode attention: one token a row against its cache, written and read in place.
 //
-// XLA's CPU backend copies the part of a cache that it reads, for each product, and hands the products to a pool: of a step of a
-// 466 M model in int4 on two cores those were 0.9 of 2.6 ms, against some 0.1 here.
+// XLA's CPU backend copies the part of a cache that it reads, for each product, and hands the products to a pool: of
+// a step of a 466 M model in int4 on two cores those were 0.9 of 2.6 ms, against some 0.1 here.
 //
-// An item is a few query heads of one row: whatever they share of the cache is read once for them. A head's numbers do not depend on
-// the others, so neither on `threads`.
+// An item is a few query heads of one row: whatever they share of the cache is read once for them. A head's numbers
+// do not depend on the others, so neither on `threads`.
 
 #include "attention.h"
 
@@ -31,8 +31,8 @@ float* scratch(int64_t floats) {
 }
 
 // logits[t * pitch + r] = the dot product of rows[r] and query t.
-void score(const Isa& isa, const float* rows, int64_t depth, int64_t count, const void* const* queries, int64_t n, float* logits,
-           int64_t pitch) {
+void score(const Isa& isa, const float* rows, int64_t depth, int64_t count, const void* const* queries, int64_t n,
+           float* logits, int64_t pitch) {
     for (int64_t r = 0; r < count; r += MAX_ROWS) {
         const int64_t some = std::min(MAX_ROWS, count - r);
         isa.product[F32](rows + r * depth, some, depth, queries, n, logits + r, pitch, rows + (r + some) * depth);
@@ -43,14 +43,16 @@ struct Span {
     int64_t first, count;
 };
 
-// The places of the cache that a token at `position` sees. Padding lies past the cache, and sees something all the same: what it makes
-// of it is not used.
+// The places of the cache that a token at `position` sees. Padding lies past the cache, and sees something all the
+// same: what it makes of it is not used.
 Span seen(int32_t position, int64_t span, int64_t window) {
-    const int64_t last = std::min<int64_t>(position, span - 1), first = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+    const int64_t last = std::min<int64_t>(position, span - 1),
+                  first = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
     return {std::min(first, last), last - std::min(first, last) + 1};
 }
 
-// What an item may throw must not leave it: the team's other threads are still at work on what the caller's frame holds.
+// What an item may throw must not leave it: the team's other threads are still at work on what the caller's frame
+// holds.
 template <class Context, void (*attend)(const Context&, int64_t)>
 void guarded(const void* context, int64_t item) {
     const Context& all = *static_cast<const Context*>(context);
@@ -107,7 +109,8 @@ void absorb(const Isa& isa, const LatentAttention& a, int64_t head, const float*
     isa.mix_rows[a.up.format](a.up.data + from * a.up.pitch, a.latent, a.plain, a.latent, q, a.plain, 1, to, a.latent);
 }
 
-// out [value] = a head's value rows times x [latent, padded with zeros]; `whole` has room for the rows of whole vectors.
+// out [value] = a head's value rows times x [latent, padded with zeros]; `whole` has room for the rows of whole
+// vectors.
 void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* x, float* whole, float* out) {
     const int64_t from = head * (a.plain + a.value) + a.plain;
     if (a.up.packed()) {
@@ -118,19 +121,22 @@ void expand(const Isa& isa, const LatentAttention& a, int64_t head, const void* 
     const char* weights = a.up.data + from * a.up.pitch;
     for (int64_t r = 0; r < a.value; r += MAX_ROWS) {
         const int64_t some = std::min(MAX_ROWS, a.value - r);
-        isa.product[a.up.format](weights + r * a.up.pitch, some, a.latent, &x, 1, out + r, a.value, weights + (r + some) * a.up.pitch);
+        isa.product[a.up.format](weights + r * a.up.pitch, some, a.latent, &x, 1, out + r, a.value,
+                                 weights + (r + some) * a.up.pitch);
     }
 }
 
 void attend_heads(const Latent& all, int64_t item) {
     const Isa& isa = *all.isa;
     const LatentAttention& a = *all.call;
-    const int64_t row = item / all.groups, head = item % all.groups * all.together, n = std::min(all.together, a.heads - head);
+    const int64_t row = item / all.groups, head = item % all.groups * all.together,
+                  n = std::min(all.together, a.heads - head);
     const float *latents = a.latents + row * a.places * a.latent, *ropes = a.ropes + row * a.places * a.rotary;
     const Span places = seen(a.positions[row], a.span, 0);
     const int64_t pitch = rounded(places.count), deep = padded(a.latent, PADDED);
     float* logits = scratch(2 * n * pitch + n * deep + rounded(a.value));
-    float *turned = logits + n * pitch, *vectors = turned + n * pitch;  // of n heads: rotary logits, and vectors as long as a latent
+    // Of n heads: rotary logits, and vectors as long as a latent.
+    float *turned = logits + n * pitch, *vectors = turned + n * pitch;
     float* made = vectors + n * deep;
     const void *queries[TOGETHER], *rotary[TOGETHER];
     for (int64_t i = 0; i < n; ++i) {
@@ -177,7 +183,8 @@ int attend_latent(int64_t isa, const LatentAttention& call, int64_t threads) {
     }
     std::atomic<bool> failed{false};
     const int64_t shared = call.heads * call.rows / std::max<int64_t>(1, threads);
-    const int64_t together = std::min(TOGETHER, std::max<int64_t>(1, shared)), groups = (call.heads + together - 1) / together;
+    const int64_t together = std::min(TOGETHER, std::max<int64_t>(1, shared)),
+                  groups = (call.heads + together - 1) / together;
     const Latent latent = {&isa_number(isa), &call, together, groups, &failed};
     Phase phase = {guarded<Latent, attend_heads>, &latent, call.rows * groups};
     run_team(&phase, 1, team(call.rows * (call.up.bytes + call.span * (call.latent + call.rotary) * 4), threads));

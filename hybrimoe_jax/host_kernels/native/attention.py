@@ -1,10 +1,11 @@
-"""Decode attention inside jitted programs on the CPU backend, as XLA FFI calls: one token a row, the cache written and read in place.
+"""Decode attention inside jitted programs on the CPU backend, as XLA FFI calls: one token a row, the cache written and
+read in place.
 
-What they compute is said in jax.numpy by `models.attention` and `models.deepseek_v2`, which they are tested against. Where the caches
-are donated nothing of them is copied.
+What they compute is said in jax.numpy by `models.attention` and `models.deepseek_v2`, which they are tested against.
+Where the caches are donated nothing of them is copied.
 
-Shapes: B batch, S places of the cache, H query heads, K key/value heads, d head width; latent attention: r latent width, R rotary
-width, n un-rotated query width, v value width.
+Shapes: B batch, S places of the cache, H query heads, K key/value heads, d head width; latent attention: r latent
+width, R rotary width, n un-rotated query width, v value width.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.ffi import GROUPED, HANDLERS, LATENT, register, threads
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
-from hybrimoe_jax.formats.packing import PackedMatrix
 
 
 def _call(
@@ -43,8 +44,9 @@ def grouped(
     window: int | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes k and v [B, K, d] at `positions` [B] of keys and values [B, K, S, d] and attends q [B, H, d] to those up to there (with a
-    window: to its last ones) -> [B, H, d] and the two caches. All float32. A position at or past S marks padding; none is else at or past `span`."""
+    """Writes k and v [B, K, d] at `positions` [B] of keys and values [B, K, S, d] and attends q [B, H, d] to those up
+    to there (with a window: to its last ones) -> [B, H, d] and the two caches. All float32. A position at or past S
+    marks padding; none is else at or past `span`."""
     return _call(GROUPED, q.shape, (keys, values), q, k, v, positions, scale=scale, span=span, window=window or 0)
 
 
@@ -60,8 +62,8 @@ def latent(
     span: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] (float32, bfloat16, or packed with n and v
-    multiples of 8) and caches [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
+    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] (float32, bfloat16,
+    or packed with n and v multiples of 8) and caches [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
     packed = isinstance(up, PackedMatrix)
     data, rows = (up.data, up.layout.rows) if packed else (up, up.shape[0])
     format = format_code(up.layout.format) if packed else PLAIN[up.dtype.name]

@@ -61,8 +61,8 @@ int matrix_run(int64_t isa, int64_t format, int64_t rows, int64_t columns, const
     return matrices_run(isa, format, 1, &rows, columns, &data, N, x, &out, threads);
 }
 
-int matrices_run(int64_t isa, int64_t format, int64_t count, const int64_t* rows, int64_t columns, const void* const* data,
-                 int64_t N, const float* x, float* const* outs, int64_t threads) {
+int matrices_run(int64_t isa, int64_t format, int64_t count, const int64_t* rows, int64_t columns,
+                 const void* const* data, int64_t N, const float* x, float* const* outs, int64_t threads) {
     if (!known_format(format) || count < 1) return 1;
     static thread_local std::vector<Matrix> matrices;
     try {

@@ -1,8 +1,8 @@
-// XLA FFI handlers: jitted CPU programs call the kernels with no Python in between. The headers come with jaxlib; where the
-// build does not find them this file is empty, and ffi.py does without.
+// XLA FFI handlers: jitted CPU programs call the kernels with no Python in between. The headers come with jaxlib;
+// where the build does not find them this file is empty, and ffi.py does without.
 //
-// Buffers are XLA's own and read where they lie. Handlers allocate nothing per call: what they need belongs to the calling
-// thread, only grows, and is used again.
+// Buffers are XLA's own and read where they lie. Handlers allocate nothing per call: what they need belongs to the
+// calling thread, only grows, and is used again.
 #if __has_include("xla/ffi/api/ffi.h")
 
 #include <algorithm>
@@ -22,13 +22,14 @@ ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 // The bytes of a weight matrix or expert as its format wants them, or null for a buffer of another type or size.
 const void* weights_of(const ffi::AnyBuffer& buffer, int64_t format, int64_t bytes) {
     const ffi::DataType type = format == F32 ? ffi::F32 : format == BF16 ? ffi::BF16 : ffi::U8;
-    return buffer.element_type() == type && static_cast<int64_t>(buffer.size_bytes()) == bytes ? buffer.untyped_data() : nullptr;
+    return buffer.element_type() == type && static_cast<int64_t>(buffer.size_bytes()) == bytes ? buffer.untyped_data()
+                                                                                               : nullptr;
 }
 
-// acc [N, D] + the experts' outputs of x [N, D], each weighted by its row of mix [m, N]; a weight of zero skips the row.
-// Plain experts of `hidden` width are two arrays each, gate_up and down; packed ones are one.
-ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slots, ffi::Result<Floats> out, int64_t format,
-                       int64_t hidden, int64_t isa, int64_t threads) {
+// acc [N, D] + the experts' outputs of x [N, D], each weighted by its row of mix [m, N]; a weight of zero skips the
+// row. Plain experts of `hidden` width are two arrays each, gate_up and down; packed ones are one.
+ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slots, ffi::Result<Floats> out,
+                       int64_t format, int64_t hidden, int64_t isa, int64_t threads) {
     static thread_local std::vector<Expert> records;
     static thread_local std::vector<const Expert*> pointers;
     static thread_local std::vector<int64_t> starts, rows;
@@ -46,7 +47,8 @@ ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slot
     weights.clear();
     starts.assign(1, 0);
     for (int64_t i = 0; i < m; ++i) {
-        const auto first = slots.get<ffi::AnyBuffer>(i * arrays), second = slots.get<ffi::AnyBuffer>(i * arrays + arrays - 1);
+        const auto first = slots.get<ffi::AnyBuffer>(i * arrays),
+                   second = slots.get<ffi::AnyBuffer>(i * arrays + arrays - 1);
         if (!first || !second) return wrong("experts: a slot is no array");
         const void* data = weights_of(*first, format, 2 * inward + (arrays == 1 ? outward : 0));
         const void* down = arrays == 1 ? data : weights_of(*second, format, outward);
@@ -63,21 +65,24 @@ ffi::Error run_experts(Floats acc, Floats x, Floats mix, ffi::RemainingArgs slot
     for (const Expert& record : records) pointers.push_back(&record);
     float* to = out->typed_data();
     if (to != acc.typed_data()) std::copy_n(acc.typed_data(), N * D, to);
-    if (experts_run(isa, m, pointers.data(), N, D, x.typed_data(), starts.data(), rows.data(), weights.data(), to, threads))
+    if (experts_run(isa, m, pointers.data(), N, D, x.typed_data(), starts.data(), rows.data(), weights.data(), to,
+                    threads))
         return ffi::Error::Internal("experts: scratch does not fit into memory");
     return ffi::Error::Success();
 }
 
-// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose. `places`: of each matrix, where in a table of addresses
-// [n, 2] (halves, lower one first) its own stands, or -1 where it is the next of `matrices`, of which the first is the table where there is one.
-ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format, ffi::Span<const int64_t> places,
-                      int64_t isa, int64_t threads) {
+// For each matrix [R, K] of the format one result [N, R]: x [N, K] times its transpose. `places`: of each matrix,
+// where in a table of addresses [n, 2] (halves, lower one first) its own stands, or -1 where it is the next of
+// `matrices`, of which the first is the table where there is one.
+ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets results, int64_t format,
+                      ffi::Span<const int64_t> places, int64_t isa, int64_t threads) {
     static thread_local std::vector<int64_t> rows;
     static thread_local std::vector<const void*> read;
     static thread_local std::vector<float*> outs;
     const auto shape = x.dimensions();
     const int64_t addressed = std::count_if(places.begin(), places.end(), [](int64_t place) { return place >= 0; });
-    if (shape.size() != 2 || places.size() != results.size() || matrices.size() != results.size() - addressed + (addressed > 0))
+    if (shape.size() != 2 || places.size() != results.size() ||
+        matrices.size() != results.size() - addressed + (addressed > 0))
         return wrong("matmul: x [N, K] and a result a matrix are needed");
     const void* const* table = nullptr;
     int64_t next = 0, known = 0;
@@ -105,7 +110,8 @@ ffi::Error run_matmul(Floats x, ffi::RemainingArgs matrices, ffi::RemainingRets 
         read.push_back(data);
         outs.push_back((*result)->typed_data());
     }
-    if (matrices_run(isa, format, rows.size(), rows.data(), shape[1], read.data(), shape[0], x.typed_data(), outs.data(), threads))
+    if (matrices_run(isa, format, rows.size(), rows.data(), shape[1], read.data(), shape[0], x.typed_data(),
+                     outs.data(), threads))
         return ffi::Error::Internal("matmul: scratch does not fit into memory");
     return ffi::Error::Success();
 }

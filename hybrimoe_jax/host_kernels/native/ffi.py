@@ -2,11 +2,13 @@
 
 Shapes: N rows, D model width, F expert width, m experts; a matrix is [R, K], as all weights here.
 
-What they compute is said in jax.numpy by `models.products.product_reference` and `models.moe.add_experts_reference`, which run on any
-backend and which they are tested against. Calls can be jitted, but neither differentiated nor vmapped (jax says so).
+What they compute is said in jax.numpy by `models.products.product_reference` and `models.moe.add_experts_reference`,
+which run on any backend and which they are tested against. Calls can be jitted, but neither differentiated nor vmapped
+(jax says so).
 
-XLA's buffers are read where they lie. A call uses up to `threads()` threads, the one that XLA runs it on and the kernels'
-helpers; XLA's own pool is idle meanwhile, for the programs here are chains in which each operation waits for the one before.
+XLA's buffers are read where they lie. A call uses up to `threads()` threads, the one that XLA runs it on and the
+kernels' helpers; XLA's own pool is idle meanwhile, for the programs here are chains in which each operation waits for
+the one before.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
-from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 
 EXPERTS, MATMUL = "hybrimoe_experts", "hybrimoe_matmul"
 GROUPED, LATENT = "hybrimoe_grouped_attention", "hybrimoe_latent_attention"
@@ -43,7 +45,8 @@ def register(name: str, symbol: str) -> None:
 
 @functools.cache
 def available() -> bool:
-    """Whether the library is there, was built with XLA's headers from these sources (it has every handler), and this jax takes them."""
+    """Whether the library is there, was built with XLA's headers from these sources (it has every handler), and this
+    jax takes them."""
     if not library.available():
         return False
     try:
@@ -62,8 +65,9 @@ def threads() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class AddressedMatrix:
-    """A matrix [rows, columns] that a program is not handed but finds: at the address in row `index` of `table`, uint32 [n, 2] (lower half
-    first). Whoever made the table keeps it alive until every call has ended. `code`: its format's number."""
+    """A matrix [rows, columns] that a program is not handed but finds: at the address in row `index` of `table`, uint32
+    [n, 2] (lower half first). Whoever made the table keeps it alive until every call has ended. `code`: its format's
+    number."""
 
     table: Any
     index: int
@@ -107,7 +111,7 @@ def kind(matrix: jax.Array | PackedMatrix | AddressedMatrix) -> tuple[int, int]:
 
 
 def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix | AddressedMatrix) -> list[jax.Array]:
-    """x times the transpose of each of several matrices of one kind, in one call. Those with an address share one table."""
+    """x times the transpose of each of several matrices of one kind, in one call. Addresses share one table."""
     code, columns = kind(matrices[0])
     if x.shape[-1] != columns or any([kind(matrix) != (code, columns) for matrix in matrices]):
         raise ValueError(
@@ -132,7 +136,7 @@ def matmuls(x: jax.Array, *matrices: jax.Array | PackedMatrix | AddressedMatrix)
 def experts(
     acc: jax.Array, x: jax.Array, weights: jax.Array, *slots: tuple[jax.Array, jax.Array] | PackedExpert
 ) -> jax.Array:
-    """acc [N, D] plus m experts of x [N, D], expert i weighted by weights[i] ([m, N]); where that is zero the row is skipped.
+    """acc [N, D] plus m experts of x [N, D], expert i weighted by weights[i] ([m, N]); zero skips the row.
 
     `slots`: the experts, all of one kind: gate_up [2F, D] (gate rows first) and down [D, F], or a PackedExpert.
     """

@@ -1,4 +1,5 @@
-// The XLA FFI handler of `experts_run_routed`: a jitted CPU program runs a layer's routed experts with no Python in between.
+// The XLA FFI handler of `experts_run_routed`: a jitted CPU program runs a layer's routed experts with no Python in
+// between.
 #if __has_include("xla/ffi/api/ffi.h")
 
 #include <chrono>
@@ -8,7 +9,8 @@
 
 namespace ffi = xla::ffi;
 
-// table [n, 2]: the addresses of experts' records, as halves, lower one first; the layer's E from `first` on. seconds [1]: how long the experts took.
+// table [n, 2]: the addresses of experts' records, as halves, lower one first; the layer's E from `first` on. seconds
+// [1]: how long the experts took.
 static ffi::Error routed(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> ids, ffi::Buffer<ffi::F32> mix,
                          ffi::Buffer<ffi::U32> table, ffi::Buffer<ffi::S32> threads, ffi::ResultBuffer<ffi::F32> out,
                          ffi::ResultBuffer<ffi::F32> seconds, int64_t isa, int64_t first, int64_t E) {
@@ -19,8 +21,10 @@ static ffi::Error routed(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> ids, ffi
     const auto shape = x.dimensions();
     const int wrong = experts_run_routed(isa, E, records, shape[0], shape[1], ids.dimensions()[1], x.typed_data(),
                                          ids.typed_data(), mix.typed_data(), out->typed_data(), *threads.typed_data());
-    if (wrong == 3) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "native experts: scratch does not fit into memory");
-    if (wrong) return ffi::Error(ffi::ErrorCode::kInvalidArgument, "native experts: the routing does not fit the experts");
+    if (wrong == 3)
+        return ffi::Error(ffi::ErrorCode::kResourceExhausted, "native experts: scratch does not fit into memory");
+    if (wrong)
+        return ffi::Error(ffi::ErrorCode::kInvalidArgument, "native experts: the routing does not fit the experts");
     *seconds->typed_data() = std::chrono::duration<float>(std::chrono::steady_clock::now() - begin).count();
     return ffi::Error::Success();
 }

@@ -14,7 +14,8 @@ static const Quantised quantised = QUANTISED;
 static bool has_avx512() { return __builtin_cpu_supports("avx512f") && avx2.supported(); }
 static const Quantised& quantised = quantised_avx2;
 #endif
-const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
+const Isa avx512 = {"avx512", has_avx512, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS,
+                    &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

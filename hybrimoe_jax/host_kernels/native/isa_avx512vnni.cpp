@@ -8,10 +8,12 @@
 namespace experts {
 static bool has_avx512vnni() {
     return avx2.supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 static const Quantised quantised = QUANTISED;
-const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised_avx512vl, PROBES, ATTENTION};
+const Isa avx512vnni = {"avx512vnni", has_avx512vnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS,
+                        &quantised, &quantised_avx512vl, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

@@ -12,7 +12,8 @@ static bool has_avxvnni() {
     return avx2.supported() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 static const Quantised quantised = QUANTISED;
-const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
+const Isa avxvnni = {"avxvnni", has_avxvnni, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS,
+                     &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts
 #else
 #include "experts.h"

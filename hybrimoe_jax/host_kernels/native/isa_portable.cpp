@@ -5,5 +5,6 @@
 namespace experts {
 static bool always() { return true; }
 static const Quantised quantised = QUANTISED;
-const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS, &quantised, &quantised, PROBES, ATTENTION};
+const Isa portable = {"portable", always, {product<LoadF32>, product<LoadBf16>}, silu_times, FLOATS,
+                      &quantised, &quantised, PROBES, ATTENTION};
 }  // namespace experts

@@ -1,12 +1,12 @@
-"""The native kernel: one call computes a run of experts, with the interpreter lock released, on as many threads as asked.
+"""The native kernel: one call computes a run of experts, without the interpreter lock, on as many threads as asked.
 
 Shapes: N tokens, D model width, m experts. Weights are used where they lie: float32, bfloat16, or packed (layout.py).
 
-A token's result does not depend on the other tokens, on which experts share its call, or on the number of threads: every
-dot product is summed in one fixed order. (Another instruction set has another order.)
+A token's result does not depend on the other tokens, on which experts share its call, or on the number of threads:
+every dot product is summed in one fixed order. (Another instruction set has another order.)
 
-What Python adds to a call counts at decode, where an expert takes microseconds: a handle is the address of its record, and
-the short lists of a call are packed into bytes, which ctypes passes without copying.
+What Python adds to a call counts at decode, where an expert takes microseconds: a handle is the address of its record,
+and the short lists of a call are packed into bytes, which ctypes passes without copying.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 from hybrimoe_jax.formats.plain import F32, ExpertWeights, check_expert
 from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code, isas, library
-from hybrimoe_jax.formats.packing import PackedExpert, PackedMatrix
 
 I64 = np.dtype(np.int64)
 _byref, _char, _given = ctypes.byref, ctypes.c_char.from_buffer, partial(operator.is_not, None)
@@ -148,7 +148,7 @@ class NativeKernel(HostKernel):
     ) -> np.ndarray:
         """x [N, K] float32 times the transpose of a matrix [R, K] (packed, float32 or bfloat16) -> [N, R] float32.
 
-        Written into `out` where given (C-contiguous). `threads`: instead of the kernel's own. UserError for other matrices.
+        Written into `out` where given (C-contiguous). `threads`: instead of the kernel's own. Others: UserError.
         """
         if isinstance(matrix, PackedMatrix):
             code, data = format_code(matrix.layout.format), _bytes_of(matrix)

@@ -1,7 +1,7 @@
 // Where a matrix's bytes lie: the rules of layout.py, which documents them, in C++.
 //
-// A format is one integer: 0 float32, 1 bfloat16 (row-major), or a packed one, PACKED + the mixed-radix number of its parts
-// (group, activations, scales, codes), which library.py writes the same way.
+// A format is one integer: 0 float32, 1 bfloat16 (row-major), or a packed one, PACKED + the mixed-radix number of its
+// parts (group, activations, scales, codes), which library.py writes the same way.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,8 @@ struct Matrix {
 bool known_format(int64_t format);
 Matrix make_matrix(const void* data, int64_t format, int64_t rows, int64_t columns);
 
-// One token's quantised activations are a record: codes [depth] int8, scales [groups] float32, biases [groups] int32. A bias
-// is what a group's integer dot product begins with, see packed.inc.
+// One token's quantised activations are a record: codes [depth] int8, scales [groups] float32, biases [groups] int32.
+// A bias is what a group's integer dot product begins with, see packed.inc.
 EVERYWHERE int64_t record_bytes(const Matrix& matrix) { return matrix.depth + 8 * matrix.groups; }
 
 }  // namespace experts

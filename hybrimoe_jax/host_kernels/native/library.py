@@ -33,7 +33,7 @@ def available() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library with its argument types declared; see experts.h. Raises UserError where it is absent or does not load."""
+    """The library with its argument types declared; see experts.h. UserError where it is absent or does not load."""
     file = path()
     if not file.is_file():
         raise UserError(

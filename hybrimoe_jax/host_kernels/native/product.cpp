@@ -1,4 +1,5 @@
-// Products of rows of x with matrices of one format and depth, as two phases: x made ready, then items of rows of each matrix.
+// Products of rows of x with matrices of one format and depth, as two phases: x made ready, then items of rows of
+// each matrix.
 
 #include <algorithm>
 #include <vector>

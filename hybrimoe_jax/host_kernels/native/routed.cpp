@@ -17,8 +17,9 @@ struct Groups {
 
 }  // namespace
 
-extern "C" int experts_run_routed(int64_t isa, int64_t E, const experts::Expert* const* table, int64_t N, int64_t D, int64_t k,
-                                  const float* x, const int32_t* ids, const float* mix, float* out, int64_t threads) {
+extern "C" int experts_run_routed(int64_t isa, int64_t E, const experts::Expert* const* table, int64_t N, int64_t D,
+                                  int64_t k, const float* x, const int32_t* ids, const float* mix, float* out,
+                                  int64_t threads) {
     static thread_local Groups groups;
     for (int64_t i = 0; i < N * k; ++i)
         if (ids[i] < 0 || ids[i] >= E || table[ids[i]] == nullptr) return 2;
@@ -47,7 +48,8 @@ extern "C" int experts_run_routed(int64_t isa, int64_t E, const experts::Expert*
             rows[at] = i / k;
             weights[at] = mix[i];
         }
-        return experts_run(isa, records.size(), records.data(), N, D, x, starts.data(), rows.data(), weights.data(), out, threads);
+        return experts_run(isa, records.size(), records.data(), N, D, x, starts.data(), rows.data(), weights.data(),
+                           out, threads);
     } catch (const std::bad_alloc&) {
         return 3;
     }

@@ -1,4 +1,4 @@
-"""A layer's routed experts from inside a jitted CPU program: ids and weights in, their weighted sum out, no Python in between.
+"""A layer's routed experts in a jitted CPU program: ids and weights in, their weighted sum out, without Python.
 
 Shapes: N tokens, D model width, E experts of the layer, k experts per token.
 """
@@ -17,8 +17,8 @@ NAME = "hybrimoe_routed"
 
 
 def table(addresses: Sequence[int]) -> np.ndarray:
-    """Addresses as a program is handed them, uint32 [n, 2]. `routed` looks up in them the records of experts (`HostKernel.native_handle`),
-    `ffi.matmuls` matrices; what they came from must outlive every call."""
+    """Addresses as a program is handed them, uint32 [n, 2]. `routed` looks up in them the records of experts
+    (`HostKernel.native_handle`), `ffi.matmuls` matrices; what they came from must outlive every call."""
     return np.array(addresses, "<u8").view("<u4").reshape(-1, 2)
 
 
@@ -32,7 +32,9 @@ def routed(
     first: int = 0,
     count: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """x [N, D] float32, ids [N, k] int32, weights [N, k] float32, threads int32 [] -> sum over each token's experts [N, D], seconds [1].
+    """x [N, D] float32, ids [N, k] int32, weights [N, k] float32, threads int32 [] -> sums [N, D], seconds [1].
+
+    A sum is over a token's experts, each times its weight.
 
     The layer's experts are `count` of the table's from `first` on; all of them where that is not said.
 

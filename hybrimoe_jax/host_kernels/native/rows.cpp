@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t READIED = 16;  // rows of x in an item
 
-// Rows an odd number of cache lines apart. At a power of two, as widths usually are, the rows of a tile would evict each
-// other from the first-level cache (measured at width 1024, load 128: 70 instead of 80 GFLOP/s).
+// Rows an odd number of cache lines apart. At a power of two, as widths usually are, the rows of a tile would evict
+// each other from the first-level cache (measured at width 1024, load 128: 70 instead of 80 GFLOP/s).
 int64_t odd_lines(int64_t bytes) { return ((bytes + LINE - 1) / LINE | 1) * LINE; }
 
 void ready_row(const Isa& isa, const Matrix& matrix, const float* x, char* to) {
@@ -20,15 +20,17 @@ void ready_row(const Isa& isa, const Matrix& matrix, const float* x, char* to) {
 }  // namespace
 
 int64_t item_rows(const Matrix& matrix, int64_t n) { return matrix.packed() || n > FEW_TOKENS ? MAX_ROWS : FEW_ROWS; }
-int64_t items_of(const Matrix& matrix, int64_t n) { return (matrix.rows + item_rows(matrix, n) - 1) / item_rows(matrix, n); }
+int64_t items_of(const Matrix& matrix, int64_t n) {
+    return (matrix.rows + item_rows(matrix, n) - 1) / item_rows(matrix, n);
+}
 
 int64_t float_bytes(int64_t columns) { return odd_lines(padded(columns, PADDED) * 4); }
 int64_t input_bytes(const Matrix& matrix) {
     return matrix.a8 ? odd_lines(record_bytes(matrix)) : float_bytes(matrix.columns);
 }
 
-void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, const void* const* x, int64_t n, float* c,
-              int64_t stride, const void* next) {
+void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, const void* const* x, int64_t n,
+              float* c, int64_t stride, const void* next) {
     if (!matrix.packed())
         isa.product[matrix.format](matrix.data + from * matrix.pitch, rows, matrix.depth, x, n, c, stride, next);
     else if (!matrix.a8)

@@ -1,5 +1,5 @@
-// What a run of experts and a matrix product share: items of rows of weights, rows of activations made ready for them, and
-// memory between the phases.
+// What a run of experts and a matrix product share: items of rows of weights, rows of activations made ready for
+// them, and memory between the phases.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,8 @@
 
 namespace experts {
 
-constexpr int64_t FEW_ROWS = 32;  // of plain weights in an item, where a few tokens read each once, in one tile: two cache lines of output
+// Of plain weights in an item, where a few tokens read each once, in one tile: two cache lines of output.
+constexpr int64_t FEW_ROWS = 32;
 constexpr int64_t TOKENS = 128;   // between looks at the same rows, which stay in the second-level cache
 constexpr int64_t SCRATCH_BYTES = 16 << 20;
 // A thread more for every so many multiply-adds, where a weight read counts as READ of them: some 20 us of one core
@@ -27,10 +28,11 @@ int64_t float_bytes(int64_t columns);
 int64_t input_bytes(const Matrix& matrix);
 
 // c[t * stride + r] for `rows` rows of any matrix; `next`: plain weights that will be wanted next.
-void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, const void* const* x, int64_t n, float* c,
-              int64_t stride, const void* next);
+void multiply(const Isa& isa, const Matrix& matrix, int64_t from, int64_t rows, const void* const* x, int64_t n,
+              float* c, int64_t stride, const void* next);
 
-// Rows of floats made ready to be multiplied with `matrix`: count of them, stride floats apart, to `to`, step bytes apart.
+// Rows of floats made ready to be multiplied with `matrix`: count of them, stride floats apart, to `to`, step bytes
+// apart.
 struct Readying {
     const Isa* isa;
     const Matrix* matrix;

@@ -1,7 +1,7 @@
-// A run of experts as phases of independent items, so that one expert already occupies every core: x is made ready (copied to
-// rows that suit the cache, or quantised), then gate and up by rows of the expert width, their product quantised where the
-// format says so, then down by rows of the model width. An item of the last phase owns its columns of `out` and adds the
-// experts in the order given: nothing depends on which thread takes what.
+// A run of experts as phases of independent items, so that one expert already occupies every core: x is made ready
+// (copied to rows that suit the cache, or quantised), then gate and up by rows of the expert width, their product
+// quantised where the format says so, then down by rows of the model width. An item of the last phase owns its
+// columns of `out` and adds the experts in the order given: nothing depends on which thread takes what.
 //
 // What lies between the phases is in scratch of the calling thread that only grows. A run that needs more than
 // SCRATCH_BYTES of it goes in several waves; so does one whose experts have different formats.
@@ -33,8 +33,8 @@ Share share_of(const Expert& expert) {
     Share made = {};
     made.gate = make_matrix(expert.data, expert.format, expert.hidden, expert.width);
     made.up = make_matrix(made.gate.data + made.gate.bytes, expert.format, expert.hidden, expert.width);
-    made.down = make_matrix(made.gate.packed() ? made.up.data + made.up.bytes : expert.down, expert.format, expert.width,
-                            expert.hidden);
+    made.down = make_matrix(made.gate.packed() ? made.up.data + made.up.bytes : expert.down, expert.format,
+                            expert.width, expert.hidden);
     return made;
 }
 
@@ -102,7 +102,8 @@ void run(const Isa& isa, const Call& call, int64_t threads) {
         const bool as_is = is_ready(first, call.N);
         const int64_t step = as_is ? 0 : input_bytes(first);
         char* ready = as_is ? nullptr : scratch.ready.get(call.N * step);
-        const Readying readying = {&isa, &first, as_is || held == first.format ? 0 : call.N, call.x, call.D, ready, step};
+        const int64_t unready = as_is || held == first.format ? 0 : call.N;
+        const Readying readying = {&isa, &first, unready, call.x, call.D, ready, step};
         if (!as_is) held = first.format;
         place(call, scratch, as_is ? reinterpret_cast<const char*>(call.x) : ready, step);
         int64_t work = 0, most = 0;
@@ -110,7 +111,8 @@ void run(const Isa& isa, const Call& call, int64_t threads) {
             work += 3 * call.D * share->gate.rows * (READ + share->load);
             most = std::max(most, share->load);
         }
-        const Wave wave = {&isa, call.out, call.D, item_rows(last.down, most), begin, end, scratch.inputs.data(), scratch.acts.data(), scratch.records.data()};
+        const Wave wave = {&isa, call.out, call.D, item_rows(last.down, most), begin, end,
+                           scratch.inputs.data(), scratch.acts.data(), scratch.records.data()};
         const int64_t tokens = scratch.inputs.size();
         Phase phases[4] = {{ready_rows, &readying, readying_items(readying)},
                            {inward, &wave, last.items + items_of(last.gate, last.load)},

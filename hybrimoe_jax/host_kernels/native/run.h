@@ -1,4 +1,5 @@
-// A run of experts, and a matrix product: what the C interface calls once its arguments are checked. Both may throw std::bad_alloc.
+// A run of experts, and a matrix product: what the C interface calls once its arguments are checked. Both may throw
+// std::bad_alloc.
 #pragma once
 
 #include "experts.h"

@@ -20,8 +20,9 @@ namespace experts {
 namespace {
 
 constexpr int64_t MAX_HELPERS = 255;
-constexpr auto SPIN = std::chrono::microseconds(100);  // about a small layer: shorter gaps in a run of calls cost no wake-up
-constexpr int POLLS = 64;                              // between looks at the clock, and before giving up the processor
+// About a small layer: shorter gaps in a run of calls cost no wake-up.
+constexpr auto SPIN = std::chrono::microseconds(100);
+constexpr int POLLS = 64;  // between looks at the clock, and before giving up the processor
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -89,9 +90,10 @@ class Helper {
     }
 
    private:
-    // Linux likes to wake a helper on the processor of whoever wakes it, and then both take turns on it, for a slice of some
-    // milliseconds each, until it balances its load (measured on two cores: 42 instead of 77 GB/s, and calls of 4 ms for
-    // 0.35). So a helper may run anywhere the process may but there. It costs a system call where the caller has moved.
+    // Linux likes to wake a helper on the processor of whoever wakes it, and then both take turns on it, for a slice
+    // of some milliseconds each, until it balances its load (measured on two cores: 42 instead of 77 GB/s, and calls
+    // of 4 ms for 0.35). So a helper may run anywhere the process may but there. It costs a system call where the
+    // caller has moved.
     void keep_off(int cpu) {
 #if defined(__linux__)
         if (!known_ || cpu < 0 || cpu == off_ || !CPU_ISSET(cpu, &allowed_) || CPU_COUNT(&allowed_) < 2) return;
@@ -158,10 +160,11 @@ Helpers& helpers() {
     return one;
 }
 
-// The threads of all calls under way. A call takes what is left of the most that one ever asked for, and where nothing is left it
-// waits: more threads than processors take turns on them, and whoever waits for a phase's end then waits for all the others' turns (measured on two
-// cores, a prompt of 128 tokens whose shared experts ran beside the host's: 1.5 times as long).
-class Seats {
+// The threads of all calls under way. A call takes what is left of the most that one ever asked for, and where
+// nothing is left it waits: more threads than processors take turns on them, and whoever waits for a phase's end then
+// waits for all the others' turns (measured on two cores, a prompt of 128 tokens whose shared experts ran beside the
+// host experts: 1.5 times as long).
+class HelperLease {
    public:
     int64_t take(int64_t wanted) {
         std::unique_lock<std::mutex> hold(mutex_);
@@ -184,8 +187,8 @@ class Seats {
     int64_t all_ = 0, taken_ = 0;
 };
 
-Seats& seats() {
-    static Seats& one = *new Seats;
+HelperLease& lease() {
+    static HelperLease& one = *new HelperLease;
     return one;
 }
 
@@ -243,8 +246,8 @@ void run_team(Phase* phases, int64_t count, int64_t threads) {
     if (threads <= 1) return run_on(phases, count, 1);
     struct Taken {
         int64_t count;
-        ~Taken() { seats().leave(count); }
-    } const taken = {seats().take(threads)};
+        ~Taken() { lease().leave(count); }
+    } const taken = {lease().take(threads)};
     run_on(phases, count, taken.count);
 }
 

@@ -11,7 +11,8 @@ void inward(const void* context, int64_t item) {
                                             [](int64_t at, const Share& other) { return at < other.items; }) -
                            1);
     const Matrix &gate = share.gate, &up = share.up;
-    const int64_t step = item_rows(gate, share.load), from = (item - share.items) * step, rows = std::min(step, gate.rows - from);
+    const int64_t step = item_rows(gate, share.load), from = (item - share.items) * step,
+                  rows = std::min(step, gate.rows - from);
     const char *gate_rows = gate.data + from * gate.pitch, *up_rows = up.data + from * gate.pitch;
     alignas(64) float g[TOKENS * MAX_ROWS], u[TOKENS * MAX_ROWS];
     for (int64_t start = 0; start < share.load; start += TOKENS) {
