@@ -1,7 +1,7 @@
 """Which resident expert makes room.
 
 `policy` is the contract; `scored` and `queues` hold the known policies, `echo` our own, `clairvoyant` what knows the
-future; `victims` chooses among the layers where they share their slots.
+future.
 """
 
 from __future__ import annotations

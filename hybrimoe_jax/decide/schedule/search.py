@@ -117,7 +117,7 @@ class _Relaxation:
             self.bounds[q] = max(cpu, end, self.fixed_device)
 
     def halve(self, chosen: int) -> int:
-        """Tries the middle of the interval of `chosen`, which tells the others something too; returns its choice (bits)."""
+        """Tries the middle of the interval of `chosen`, which tells the others something too; -> its choice (bits)."""
         on_cpu, on_device, bounds, low, high = self.on_cpu, self.on_device, self.bounds, self.low, self.high
         fewest, most = self.instance.fetches
         count, first = len(self.absent), self.instance.first
