@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.bench import __main__ as bench
-from hybrimoe_jax.bench import ggml_peer, kernel_contenders, kernels
+from hybrimoe_jax.bench import ggml_peer, kernel_contenders, kernel_ratios, kernels
 from hybrimoe_jax.bench.kernel_contenders import SHAPES, Shape, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, dequantise, pack_expert
@@ -17,22 +17,24 @@ needs_native = pytest.mark.skipif(not library.available(), reason="the package w
 
 
 def row(shape, load, contender, seconds):
-    return kernels.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.25, 0.5)
+    return kernel_ratios.Row(shape, load, 2, contender, seconds, 10**6, 10**9, 1e10, 0.25, 0.5)
 
 
 def test_a_ratio_is_the_geometric_mean_over_shapes_and_loads_against_the_fastest_peer():
-    ratio = kernels.Ratio("x", "ours", (2, 4), ("a", "b"))
+    ratio = kernel_ratios.Ratio("x", "ours", (2, 4), ("a", "b"))
     rows = [row(s.name, n, "ours", 1.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "a", 9.0) for s in SHAPES for n in (2, 4)]
     rows += [row(s.name, n, "b", 1.0 if n == 2 else 4.0) for s in SHAPES for n in (2, 4)]
-    assert kernels.mean_ratio(ratio, rows, [s.name for s in SHAPES]) == pytest.approx(2.0)
+    assert kernel_ratios.mean_ratio(ratio, rows, [s.name for s in SHAPES]) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("without", ["ours", "a", "mixtral"])
 def test_a_ratio_with_a_peer_or_shape_absent_is_not_measured(without):
     rows = [row(s.name, 1, name, 1.0) for s in SHAPES for name in ("ours", "a")]
     rows = [r for r in rows if without not in (r.contender, r.shape)]
-    assert kernels.mean_ratio(kernels.Ratio("x", "ours", (1,), ("a",)), rows, [s.name for s in SHAPES]) is None
+    assert (
+        kernel_ratios.mean_ratio(kernel_ratios.Ratio("x", "ours", (1,), ("a",)), rows, [s.name for s in SHAPES]) is None
+    )
 
 
 @needs_native
