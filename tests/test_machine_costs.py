@@ -46,7 +46,8 @@ def samples_of(model: CostModel, loads=(1, 2, 8, 64, 256), noise=lambda: 1.0) ->
 
 
 def test_importing_decide_imports_no_jax():
-    code = "import hybrimoe_jax.decide, sys; print(sorted({m.split('.')[0] for m in sys.modules} & {'jax', 'jaxlib', 'flax'}))"
+    code = "import hybrimoe_jax.decide, sys; held = {m.split('.')[0] for m in sys.modules}\n"
+    code += "print(sorted(held & {'jax', 'jaxlib', 'flax'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -45,7 +45,8 @@ def test_the_paper_s_profile_gives_back_the_released_fits():
 
 @pytest.mark.parametrize(
     ("model", "tokens", "active", "milliseconds"),
-    [("mixtral-8x7b", 1, 2, 0.2587), ("mixtral-8x7b", 16, 8, 0.958), ("qwen3-30b-a3b", 1, 8, 0.0446), ("qwen3-30b-a3b", 16, 128, 0.4128)],
+    [("mixtral-8x7b", 1, 2, 0.2587), ("mixtral-8x7b", 16, 8, 0.958), ("qwen3-30b-a3b", 1, 8, 0.0446),
+     ("qwen3-30b-a3b", 16, 128, 0.4128)],
 )  # fmt: skip
 def test_the_h100_takes_what_was_measured_on_one(model, tokens, active, milliseconds):
     costs = load_profile("h100-pcie5").costs(get_shape(model), "bf16")
@@ -55,7 +56,10 @@ def test_the_h100_takes_what_was_measured_on_one(model, tokens, active, millisec
 
 def test_shapes_have_the_models_sizes():
     """Parameters of the experts and of everything else, in billions, as the models' cards give them."""
-    for name, total in [("mixtral-8x7b", 46.7), ("qwen2-57b-a14b", 57.4), ("qwen3-30b-a3b", 30.5), ("deepseek-v2-lite", 15.7), ("gpt-oss-20b", 20.9), ("olmoe-1b-7b", 6.9)]:  # fmt: skip
+    for name, total in {
+        "mixtral-8x7b": 46.7, "qwen2-57b-a14b": 57.4, "qwen3-30b-a3b": 30.5, "deepseek-v2-lite": 15.7,
+        "gpt-oss-20b": 20.9, "olmoe-1b-7b": 6.9,
+    }.items():  # fmt: skip
         s = SHAPES[name]
         weights = s.layers * (s.experts * s.expert + s.shared + s.attention) + s.leading + 2 * s.head
         assert weights / 1e9 == pytest.approx(total, rel=0.01)

@@ -1,4 +1,4 @@
-"""The virtual machine: against the planner's own prediction where the two must agree, and against a replay written apart."""
+"""The virtual machine: against the planner's own prediction, and against a replay written apart."""
 
 import dataclasses
 import itertools
@@ -18,8 +18,9 @@ from hybrimoe_jax.trace.timeline import Timeline
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
 COSTS = CostModel(
-    cpu_expert=2.0, cpu_token=0.5, cpu_first=0.5, device_expert=0.5, device_token=0.1, shared_base=0.5, shared_token=0.0,
-    layer_base=1.0, layer_token=0.25, transfer_latency=0.25, bandwidth=0.5, bandwidth_cpu_busy=0.3, expert_bytes=1,
+    cpu_expert=2.0, cpu_token=0.5, cpu_first=0.5, device_expert=0.5, device_token=0.1, shared_base=0.5,
+    shared_token=0.0, layer_base=1.0, layer_token=0.25, transfer_latency=0.25,
+    bandwidth=0.5, bandwidth_cpu_busy=0.3, expert_bytes=1,
     source="a test",
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ class Naive:
         self.costs, self.now, self.link, self.here = costs, 0.0, [], []
 
     def jump(self, lanes):
-        """Moves time to the next end of any lane's work (`lanes`: name -> seconds left) or of the transfer under way."""
+        """Moves time to the next end of any lane's work (name -> seconds left) or of the transfer under way."""
         rate = 1 / self.costs.transfer(lanes.get("cpu", 0) > 0)
         ends = [left for left in lanes.values() if left > 0]
         if self.link:
@@ -74,7 +75,7 @@ class Naive:
 @pytest.mark.parametrize("system", ["hybrimoe", "adapmoe", "on-demand", "ktransformers"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_events_as_a_machine_that_counts_every_moment(system, seed):
-    """Two planners see the same routing, each under the clock of its own machine: same plans, same landings, same times."""
+    """Two planners see the same routing, each under its own machine's clock: same plans, same landings, same times."""
     generator = random.Random(seed)
     slots = generator.randint(0, 4)
     pair = [

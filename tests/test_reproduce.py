@@ -39,8 +39,12 @@ def test_no_prefetch_at_depth_zero():
     from hybrimoe_jax.simulate.grid import run_case
 
     counts = [
-        run_case(Case(experiments.QWEN, "a6000-paper", "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")), steps=4))
-        ["prefetch"]["issued"]
+        run_case(
+            Case(
+                experiments.QWEN, "a6000-paper", "hybrimoe", 0.25, parts=(("lookahead", d), ("prefetch", "impact")),
+                steps=4,
+            )
+        )["prefetch"]["issued"]
         for d in (0, 3)
     ]  # fmt: skip
     assert counts[0] == 0 < counts[1]
@@ -89,7 +93,8 @@ def test_one_command_writes_document_and_records(tmp_path):
     flags = ["--steps", "3", "--docs", str(docs), "--results", str(results)]
     done = subprocess.run(
         [sys.executable, "-m", "hybrimoe_jax.reproduce", *flags],
-        capture_output=True, text=True, timeout=900, cwd=tmp_path, env={"HYBRIMOE_DATA": str(tmp_path / "data"), "PATH": ""},
+        capture_output=True, text=True, timeout=900, cwd=tmp_path,
+        env={"HYBRIMOE_DATA": str(tmp_path / "data"), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["clock"] == "virtual" and "left out" in done.stderr

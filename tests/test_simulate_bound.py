@@ -20,8 +20,9 @@ from hybrimoe_jax.simulate.workload import Asked, Step
 LAYERS, EXPERTS, TOP_K = 2, 6, 2
 seconds = st.floats(0.01, 2.0)
 machines = st.builds(
-    CostModel, cpu_expert=seconds, cpu_token=seconds, cpu_first=seconds, device_expert=seconds, device_token=seconds, shared_base=seconds,
-    shared_token=st.just(0.0), layer_base=seconds, layer_token=seconds, transfer_latency=seconds, bandwidth=st.just(1.0),
+    CostModel, cpu_expert=seconds, cpu_token=seconds, cpu_first=seconds, device_expert=seconds, device_token=seconds,
+    shared_base=seconds, shared_token=st.just(0.0), layer_base=seconds, layer_token=seconds, transfer_latency=seconds,
+    bandwidth=st.just(1.0),
     bandwidth_cpu_busy=st.floats(0.2, 1.0), expert_bytes=st.just(1), source=st.just("a test"),
 )  # fmt: skip
 chosen = st.lists(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K, unique=True)
@@ -102,10 +103,11 @@ def decode(rows):
 
 @pytest.mark.parametrize("cpu", [50.0, 0.001])
 def test_it_is_tight_where_nothing_needs_deciding(cpu):
-    """All resident and a slow CPU, or no slots and a slow link: one lane does everything, and the bound is what it takes."""
+    """All resident and a slow CPU, or no slots and a slow link: one lane does everything, and that is the bound."""
     costs = CostModel(
-        cpu_expert=cpu, cpu_token=0.0, cpu_first=0.0, device_expert=0.2, device_token=0.0, shared_base=0.1, shared_token=0.0,
-        layer_base=0.3, layer_token=0.0, transfer_latency=100.0, bandwidth=1.0, bandwidth_cpu_busy=1.0, expert_bytes=1, source="a test",
+        cpu_expert=cpu, cpu_token=0.0, cpu_first=0.0, device_expert=0.2, device_token=0.0, shared_base=0.1,
+        shared_token=0.0, layer_base=0.3, layer_token=0.0, transfer_latency=100.0,
+        bandwidth=1.0, bandwidth_cpu_busy=1.0, expert_bytes=1, source="a test",
     )  # fmt: skip
     steps = decode([[0, 1], [2, 3], [0, 1], [4, 5]])
     system, slots = ("device-only", EXPERTS) if cpu > 1 else ("cpu-only", 0)
@@ -115,8 +117,9 @@ def test_it_is_tight_where_nothing_needs_deciding(cpu):
 
 def test_the_clairvoyant_is_faster_than_the_systems():
     costs = CostModel(
-        cpu_expert=1.0, cpu_token=0.0, cpu_first=0.0, device_expert=0.1, device_token=0.0, shared_base=0.1, shared_token=0.0,
-        layer_base=0.5, layer_token=0.0, transfer_latency=0.0, bandwidth=2.0, bandwidth_cpu_busy=2.0, expert_bytes=1, source="a test",
+        cpu_expert=1.0, cpu_token=0.0, cpu_first=0.0, device_expert=0.1, device_token=0.0, shared_base=0.1,
+        shared_token=0.0, layer_base=0.5, layer_token=0.0, transfer_latency=0.0,
+        bandwidth=2.0, bandwidth_cpu_busy=2.0, expert_bytes=1, source="a test",
     )  # fmt: skip
     steps = decode([[i % 3, 3 + i % 2] for i in range(40)])
     bound = least_seconds(steps, [3, 3], costs)

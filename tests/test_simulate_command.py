@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.simulate` as a user runs it: table, records, timeline, and one clear error for what cannot be."""
+"""`python -m hybrimoe_jax.simulate` as a user runs it: table, records, timeline, one clear error for what cannot be."""
 
 import contextlib
 import json
@@ -58,7 +58,8 @@ def test_a_table_for_people_and_a_record_for_every_run(trace, tmp_path):
     out, timeline = tmp_path / "r.jsonl", tmp_path / "t.json"
     systems = [*SYSTEMS]
     code, text, error = command(
-        "--trace", trace, "--systems", ",".join(systems), "--cache-ratios", "0.25,0.5", "--prompt-lengths", "8", "--prompts", "1",
+        "--trace", trace, "--systems", ",".join(systems), "--cache-ratios", "0.25,0.5", "--prompt-lengths", "8",
+        "--prompts", "1",
         "--out", str(out), "--timeline", str(timeline), "--jobs", "2",
     )  # fmt: skip
     assert code == 0 and not error, error

@@ -55,10 +55,13 @@ def routing(lengths=(9, 4, 12, 7), phase=1, seed=0, **columns) -> Trace:
 
 
 def independent(trace: Trace, costs, system: str, frequencies) -> tuple[int, int, float]:
-    """(hits, fetches, seconds) of three systems, told without planner, policy, scheduler or machine. One token a step, one shared-bandwidth link.
+    """(hits, fetches, seconds) of three systems, told without planner, policy, scheduler or machine.
 
-    on-demand: least recently used, misses fetched one behind the other in the order of their ids, after the resident ones (by id) on the
-    device. ktransformers: the most frequent experts stay, the CPU runs the others. cpu-only: none stay.
+    One token a step, one shared-bandwidth link.
+
+    on-demand: least recently used, misses fetched one behind the other in the order of their ids, after the resident
+    ones (by id) on the device. ktransformers: the most frequent experts stay, the CPU runs the others. cpu-only: none
+    stay.
     """
     top = [sorted(range(EXPERTS), key=lambda e: (-row[e], e))[:SLOTS] for row in frequencies]
     cache = [collections.OrderedDict.fromkeys(sorted(experts)) for experts in top]

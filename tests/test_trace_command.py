@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.trace` as a user runs it, its figures against naive counting, and damaged files of every layout."""
+"""`python -m hybrimoe_jax.trace` as a user runs it, its figures against naive counting; damaged files too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
 
 
 def recorded(steps=((2, 3), (1, 1), (1, 1)), layers=3, experts=8, top_k=2, seed=0):
-    """Two sequences with scores and lookahead: prefill, then decode; `steps` are tokens of each sequence in each step."""
+    """Two sequences with scores and lookahead: prefill, then decode; `steps`: tokens of each sequence in a step."""
     rng = np.random.default_rng(seed)
     recorder = TraceRecorder(TraceFacts("toy", layers, experts, top_k), clock="virtual")
     position = [0, 0]

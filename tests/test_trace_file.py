@@ -1,4 +1,4 @@
-"""Traces: what was recorded is what is read, and a malformed file names its first bad record instead of replaying wrongly."""
+"""Traces: what was recorded is what is read, and a malformed file names its first bad record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public layouts become the traces that they are, by independent readings of them; damaged ones become one clear error."""
+"""Public layouts become the traces that they are, by independent readings; damaged ones become one clear error."""
 
 from __future__ import annotations
 

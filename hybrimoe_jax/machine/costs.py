@@ -1,11 +1,13 @@
 """What things take: the cost model that every decision is made with, and its file (`fit` fits it to a warm-up).
 
-The shape is the paper's (HybriMoE, arXiv 2504.05897, section 4.2): CPU time is linear in the load, and the first expert of a run is slower
-than the following ones; device time hardly depends on the load; a transfer takes as long for every expert. Two things are refined because
-measurements ask for it: a transfer is latency + bytes / bandwidth, so that it carries over to other expert sizes, and the bandwidth is
-lower while the CPU reads the same memory (published: 62 and 57 GB/s alone, 38 and 37 together).
+The shape is the paper's (HybriMoE, arXiv 2504.05897, section 4.2): CPU time is linear in the load, and the first expert
+of a run is slower than the following ones; device time hardly depends on the load; a transfer takes as long for every
+expert. Two things are refined because measurements ask for it: a transfer is latency + bytes / bandwidth, so that it
+carries over to other expert sizes, and the bandwidth is lower while the CPU reads the same memory (published: 62 and 57
+GB/s alone, 38 and 37 together).
 
-Units: seconds, bytes, bytes per second; loads in tokens. There is no default coefficient anywhere: they are measured or read from a file.
+Units: seconds, bytes, bytes per second; loads in tokens. There is no default coefficient anywhere: they are measured or
+read from a file.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ _KIND = "hybrimoe-jax cost model"
 class CostModel:
     """Seconds for everything a layer can do. UserError where a coefficient is negative or not a number.
 
-    `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for the device, the shared
-    experts, and the rest of a layer (attention, norms, router). `bandwidth` and `bandwidth_cpu_busy` are the link's, in bytes per second.
-    `fetch_host` is how long issuing a demand fetch keeps the CPU lane from computing (0 where other threads compute), and `look` what
-    predicting the coming layers costs in each layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine
-    whose device has none of its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program
-    and come back to it so that the host can decide, or as much as it must be by what both ways took (`engine/fused/select.py`); 0: a step cannot be one program.
+    `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for
+    the device, the shared experts, and the rest of a layer (attention, norms, router). `bandwidth` and
+    `bandwidth_cpu_busy` are the link's, in bytes per second. `fetch_host` is how long issuing a demand fetch keeps the
+    CPU lane from computing (0 where other threads compute), and `look` what predicting the coming layers costs in each
+    layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine whose device has none of
+    its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program and
+    come back to it so that the host can decide, or as much as it must be by what both ways took
+    (`engine/fused/select.py`); 0: a step cannot be one program.
     """
 
     cpu_expert: float
@@ -105,7 +109,10 @@ class CostModel:
         return 0.0
 
     def layer(self, tokens: int, context: int = 0) -> float:
-        """Everything between two MoE blocks: attention, norms and router. A warm-up does not tell how it grows with the context."""
+        """Everything between two MoE blocks: attention, norms and router.
+
+        A warm-up does not tell how it grows with the context.
+        """
         return self.layer_base + self.layer_token * tokens
 
     def scaled(self, *, cpu=1.0, device=1.0, shared=1.0, transfer=1.0, layer=1.0) -> CostModel:

@@ -1,4 +1,4 @@
-"""Fitting the cost model to a warm-up's measurements: non-negative lines through medians, errors weighed by the measured time.
+"""Fitting the cost model to a warm-up: non-negative lines through medians, errors weighed by the measured time.
 
 Units: seconds, bytes; loads in tokens.
 """
@@ -20,9 +20,10 @@ Points = Sequence[tuple[float, float]]
 class Samples:
     """What a warm-up measured: (load, seconds) points per kind of work, and (bytes, seconds) for transfers.
 
-    `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens in the step.
-    `alone` are experts on the CPU with the device's cores too, (load, seconds), and `alone_first` those that opened a run.
-    `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host`, `look` and `handover` are seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
+    `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens
+    in the step. `alone` are experts on the CPU with the device's cores too, (load, seconds), and `alone_first` those
+    that opened a run. `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host`, `look` and `handover` are
+    seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
     """
 
     expert_bytes: int
@@ -41,10 +42,10 @@ class Samples:
 
 
 def fit(samples: Samples, source: str = "warm-up") -> CostModel:
-    """The non-negative least-squares cost model of a warm-up; UserError where a needed measurement is missing or unusable.
+    """The non-negative least-squares cost model of a warm-up; UserError where a measurement is missing or unusable.
 
-    Errors are weighed relative to the measured time: a decode step at load 1 matters as much as a prefill at load 500, and so does its
-    error in per cent. Within each load the median counts, so that a stray interruption does not.
+    Errors are weighed relative to the measured time: a decode step at load 1 matters as much as a prefill at load 500,
+    and so does its error in per cent. Within each load the median counts, so that a stray interruption does not.
     """
     for name in ("cpu", "device", "transfer"):
         if not getattr(samples, name):

@@ -1,7 +1,8 @@
 """One link of the virtual machine: transfers of one size, first come, first served, slower while the CPU computes.
 
-What a transfer means is what `decide.schedule.problem` says: it goes on at one over `costs.transfer(True)` a second while the CPU computes
-and at one over `costs.transfer()` otherwise; the rate changes exactly when the CPU stops, in the middle of a transfer if need be.
+What a transfer means is what `decide.schedule.problem` says: it goes on at one over `costs.transfer(True)` a second
+while the CPU computes and at one over `costs.transfer()` otherwise; the rate changes exactly when the CPU stops, in the
+middle of a transfer if need be.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ Key = tuple[str, int, int]
 class LinkLane:
     """Args: costs: seconds of a transfer, beside a computing CPU and alone.
 
-    Attributes: `busy`: seconds spent transferring; `cpu_until`: when the CPU, computing since the time advanced to, will stop.
+    Attributes: `busy`: seconds spent transferring; `cpu_until`: when the CPU, computing since the time advanced to,
+    will stop.
     """
 
     def __init__(self, costs: Any):

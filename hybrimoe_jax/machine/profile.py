@@ -1,17 +1,18 @@
 """Machine profiles: what a machine takes, figure by figure, each with its source; and the costs of one model on it.
 
-A profile is JSON and knows no model: overheads in seconds, bandwidths in bytes per second, rates in operations per second. Those that come
-with the package are in `profiles/`. `MachineCosts` makes from one, a `ModelShape` and a weight format what a planner asks of
-`CostModel`, and what the virtual machine needs beyond that. W weights of b bytes, n tokens:
+A profile is JSON and knows no model: overheads in seconds, bandwidths in bytes per second, rates in operations per
+second. Those that come with the package are in `profiles/`. `MachineCosts` makes from one, a `ModelShape` and a weight
+format what a planner asks of `CostModel`, and what the virtual machine needs beyond that. W weights of b bytes, n
+tokens:
 
-  CPU expert     overhead, b / bandwidth and 2 W n / flops combined, and square W n^2; the first of a run takes `cpu_first` more
+  CPU expert     overhead, b / bandwidth and 2 W n / flops combined, and square W n^2; `cpu_first` more for the first
   device expert  overhead, b / bandwidth and 2 W n / flops combined
   MoE block      device_block, and where there are shared experts the same of them; it opens the device lane
   layer          the same of attention and router (bf16): the cache read once, scores by context
   transfer       latency + b / bandwidth, with the second bandwidth while the CPU computes
 
-How a lane combines (`combine` in the file): "max", overhead and the larger of reading and computing; "sum", all three; "hidden", the largest of
-the three, where launching a kernel takes longer than running it.
+How a lane combines (`combine` in the file): "max", overhead and the larger of reading and computing; "sum", all three;
+"hidden", the largest of the three, where launching a kernel takes longer than running it.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def _figures(figures: dict, name: str | Path) -> tuple[dict[str, float], dict[st
 
 
 def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | CostModel:
-    """Costs of a model by a profile: one of this package, a file of the same kind, or a saved warm-up (`generate --profile`).
+    """Costs of a model by a profile: one of this package, a file of the same kind, or a warm-up that `generate` saved.
 
     A warm-up is bound to the size of an expert; UserError where that is not the model's in this format.
     """
@@ -226,7 +227,8 @@ def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | 
         if costs.expert_bytes != shape.expert_bytes(fmt):
             raise UserError(
                 f"profile {name}: measured with experts of {costs.expert_bytes} bytes, those of {shape.name} have "
-                f"{shape.expert_bytes(fmt)} in {fmt}; measure it with this model or name a machine ({', '.join(PROFILES)})"
+                f"{shape.expert_bytes(fmt)} in {fmt}; measure it with this model or name a machine "
+                f"({', '.join(PROFILES)})"
             )
         return costs
     return load_profile(name).costs(shape, fmt)

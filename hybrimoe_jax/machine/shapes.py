@@ -1,7 +1,8 @@
 """What a model asks of a machine: weights, attention and cache of each layer, from its configuration.
 
-Only sizes are needed, so a shape is a handful of integers. `SHAPES` holds those of models that public traces or the paper speak of, from
-their Hugging Face `config.json`; `shape_of` makes one from any configuration with the same field names.
+Only sizes are needed, so a shape is a handful of integers. `SHAPES` holds those of models that public traces or the
+paper speak of, from their Hugging Face `config.json`; `shape_of` makes one from any configuration with the same field
+names.
 """
 
 from __future__ import annotations
@@ -113,12 +114,13 @@ _CONFIGS: dict[str, dict] = {
     "olmoe-1b-7b": dict(zip(_GQA, (2048, 16, 16, 16, 128, 64, 8, 1024, 50304))),
     "deepseek-v2-lite": dict(
         hidden_size=2048, num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16, n_routed_experts=64,
-        num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408, intermediate_size=10944, kv_lora_rank=512,
-        qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, vocab_size=102400,
+        num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408, intermediate_size=10944,
+        kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, vocab_size=102400,
     ),
     "bundled": dict(zip(_GQA, (192, 6, 4, 2, 48, 32, 4, 64, 2048))) | {"shared_expert_intermediate_size": 192},
 }  # fmt: skip
-"""The fields that count of each model's public config.json; the bundled model's lies in `hybrimoe_jax/assets/bundled`."""
+"""The fields that count of each model's public config.json; the bundled model's lies in
+`hybrimoe_jax/assets/bundled`."""
 
 SHAPES: dict[str, ModelShape] = {name: shape_of(config, name) for name, config in _CONFIGS.items()}
 
@@ -131,6 +133,9 @@ def get_shape(name: str) -> ModelShape:
 
 
 def find_shape(layers: int, experts: int, top_k: int) -> ModelShape | None:
-    """The known shape with this routing; None where there is none. A smaller top-k than the model's own still fits it."""
+    """The known shape with this routing; None where there is none.
+
+    A smaller top-k than the model's own still fits it.
+    """
     fits = [s for s in SHAPES.values() if (s.layers, s.experts) == (layers, experts) and top_k <= s.top_k]
     return dataclasses.replace(fits[0], top_k=top_k) if fits else None

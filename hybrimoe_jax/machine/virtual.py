@@ -1,10 +1,11 @@
 """The virtual machine: a CPU, a device and a link that carry out plans and take as long as a profile says.
 
-It keeps the virtual clock. What a layer does is known once it is planned, so its events are worked out in order of time: the CPU runs its
-experts one behind the other; the device opens with the shared experts and runs its queue, waiting for what has not landed; the link moves
-prefetches and demand fetches first come, first served (see `link`). A layer ends when both computing lanes have ended; then comes the next
-layer's attention, on the device. Where the link's two bandwidths are equal a layer takes what the planner predicted; where they differ the
-planner's constant transfer time is an estimate and this is the truth.
+It keeps the virtual clock. What a layer does is known once it is planned, so its events are worked out in order of
+time: the CPU runs its experts one behind the other; the device opens with the shared experts and runs its queue,
+waiting for what has not landed; the link moves prefetches and demand fetches first come, first served (see `link`). A
+layer ends when both computing lanes have ended; then comes the next layer's attention, on the device. Where the link's
+two bandwidths are equal a layer takes what the planner predicted; where they differ the planner's constant transfer
+time is an estimate and this is the truth.
 
 Used by `replay` and by the live engine under `--clock virtual`, which therefore agree.
 """
@@ -54,8 +55,10 @@ class VirtualMachine:
         return self.cpu, self.device, self.link
 
     def step(self, tokens: int, stream: Sequence[int] = ()) -> None:
-        """A step begins: what it takes outside its MoE layers is charged here. `stream`: experts of the first MoE layer that start to cross the
-        link with it."""
+        """A step begins: what it takes outside its MoE layers is charged here.
+
+        `stream`: experts of the first MoE layer that start to cross the link with it.
+        """
         self._block = self.now
         self._start_stream(0, stream)
         self._dense(self.costs.step(tokens), "step")
@@ -176,7 +179,10 @@ class VirtualMachine:
             self._note("link", kind, layer, expert, began, end, kind=kind)
 
     def _arrivals(self, plan: LayerPlan) -> dict[int, float]:
-        """When each awaited, streamed or fetched expert is on the device; the waits' transfers end here and are not told of."""
+        """When each awaited, streamed or fetched expert is on the device.
+
+        The waits' transfers end here and are not told of.
+        """
         layer, buffered = plan.layer, self._buffered
         for fetch in plan.fetch:
             self._send("fetch", layer, fetch.expert)

@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.reproduce`: the paper's experiments, as tables in docs/reproduction.md and records in results/.
+"""`python -m hybrimoe_jax.reproduce`: the paper's experiments: tables in docs/reproduction.md, records in results/.
 
 Every time is simulated, see `simulate`. Traces of Mixtral and Qwen2-57B by token are not public: their rows come from
 synthetic routing and say so.

@@ -1,15 +1,18 @@
-"""What time could be had at best: a clairvoyant planner, which is a heuristic, and a lower bound that no system can be below.
+"""What time could be had at best: a clairvoyant planner, which is a heuristic, and a bound that no system is below.
 
-Minimising time is not minimising misses: a miss may be computed by the CPU, cost nothing beside a busy device, or be fetched ahead. The
-bound relaxes all of it but three facts: each lane takes at least as long as its work; a transfer takes the link at least its own time; and an
-expert on the device was either moved there since its last use or kept in a slot since then. It
+Minimising time is not minimising misses: a miss may be computed by the CPU, cost nothing beside a busy device, or be
+fetched ahead. The bound relaxes all of it but three facts: each lane takes at least as long as its work; a transfer
+takes the link at least its own time; and an expert on the device was either moved there since its last use or kept in a
+slot since then. It
 
-* gives every step and layer the makespan max(CPU, device) of its best split with n experts on the CPU, whoever they are, made convex in n,
-* keeps as many experts from one use to the next as fit the layer's slots (interval scheduling, exact by a greedy rule; staging is free),
+* gives every step and layer the makespan max(CPU, device) of its best split with n experts on the CPU, made convex
+  in n,
+* keeps as many experts from one use to the next as fit the layer's slots (interval scheduling, exact by a greedy rule;
+  staging is free),
 * and lets all steps share one link: with N uses on the CPU at least uses - N - kept - initial transfers are needed.
 
-The bound is the least over N of the larger of the two sums. The clairvoyant planner stands above it: Belady's rule, perfect prediction
-and the optimal schedule of each layer.
+The bound is the least over N of the larger of the two sums. The clairvoyant planner stands above it: Belady's rule,
+perfect prediction and the optimal schedule of each layer.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulate.workload import Step
 
 CLAIRVOYANT = System("oracle", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
-"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound: each part is the best of its kind,
-their sum need not be."""
+"""Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound:
+each part is the best of its kind, their sum need not be."""
 
 BELADY = System("belady", "lru", "device-only")
 """Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
 
 
 def knows_the_future(name: str) -> System | None:
-    """The system called `name` if it is one of these two, whose cache policy is Belady's rule and needs the steps; else None."""
+    """The system called `name` if it is one of these two, whose cache policy, Belady's rule, needs the steps."""
     return {system.name: system for system in (CLAIRVOYANT, BELADY)}.get(name)
 
 
@@ -99,8 +102,10 @@ def least_seconds(
 
 
 def _splits(loads: Sequence[int], tokens: int, costs: Any) -> tuple[float, np.ndarray]:
-    """(makespan with nothing on the CPU, what each further expert there adds at least, rising): the lower convex envelope of
-    max(CPU, device) by the number of experts on the CPU."""
+    """(makespan with nothing on the CPU, what each further expert there adds at least, rising).
+
+    It is the lower convex envelope of max(CPU, device) by the number of experts on the CPU.
+    """
     on_cpu = np.concatenate([[0.0], np.cumsum(sorted(min(costs.cpu(n, False), costs.cpu(n, True)) for n in loads))])
     on_device = np.concatenate([[0.0], np.cumsum(sorted(costs.device(n) for n in loads))])[::-1]
     makespan = np.maximum(on_cpu, costs.shared(tokens) + on_device)
@@ -117,8 +122,10 @@ def _slope(values: np.ndarray, a: int, b: int) -> float:
 
 
 def _most_kept(stays: list[tuple[int, int]], room: int) -> int:
-    """How many of the stays (end, begin) fit `room` slots, one after another in each: the earliest end first, into the slot that has been
-    free for the shortest time (Faigle and Nawijn 1995)."""
+    """How many of the stays (end, begin) fit `room` slots, one after another in each.
+
+    The earliest end first, into the slot that has been free for the shortest time (Faigle and Nawijn 1995).
+    """
     free, count = [-1] * room, 0  # when each slot falls free, sorted
     for end, begin in sorted(stays):
         slot = bisect_right(free, begin) - 1

@@ -106,12 +106,13 @@ def shape_for(tokens: TokenSteps, case: Case) -> ModelShape:
     shape = get_shape(case.shape) if case.shape else find_shape(facts.layers, facts.experts, facts.top_k)
     if shape is None:
         raise UserError(
-            f"trace {case.trace}: no known model has {facts.layers} MoE layers of {facts.experts} experts, {facts.top_k} a token; "
-            "name one with --shape"
+            f"trace {case.trace}: no known model has {facts.layers} MoE layers of {facts.experts} experts, "
+            f"{facts.top_k} a token; name one with --shape"
         )
     if (shape.layers, shape.experts) != (facts.layers, facts.experts):
         raise UserError(
-            f"shape {shape.name}: {shape.layers} layers of {shape.experts} experts; the trace has {facts.layers} of {facts.experts}"
+            f"shape {shape.name}: {shape.layers} layers of {shape.experts} experts; "
+            f"the trace has {facts.layers} of {facts.experts}"
         )
     return shape
 
@@ -137,7 +138,8 @@ def cases_of(
     traces: Iterable[str], profile: str, systems: Iterable[str], ratios: Iterable[float], *, fmt: str = "int4",
     starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
 ) -> list[Case]:  # fmt: skip
-    """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt length."""
+    """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt
+    length."""
     names = trace_names(traces)
     return [
         Case(trace, profile, system, ratio, fmt, start, length, name=names[trace], **common)

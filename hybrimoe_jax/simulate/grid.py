@@ -1,4 +1,4 @@
-"""Many runs: every system at every cache ratio on every trace, decoding and reading prompts, from a warm and a cold start.
+"""Many runs: every system at every cache ratio on every trace, decoding and reading prompts, warm and cold.
 
 Static placements and the warm start take frequencies of the half that is not run; a run's figures are those of both
 halves. State is kept from one sequence to the next. A prompt begins with a fresh cache each time.

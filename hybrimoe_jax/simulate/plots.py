@@ -147,7 +147,7 @@ def capacity(plt, case: Case):
 
 
 def gantt(plt, case: Case, prompt: int | None):
-    """Lanes of one step (a few layers of it) or of one layer of a prompt, for the first system of the case: where the link does most."""
+    """Lanes of a few layers of one step, or of one layer of a prompt, where the link does most."""
     timeline = Timeline()
     grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS), timeline)
     fronts = [event for event in timeline.events("device") if event[2].startswith("attention")]

@@ -1,7 +1,7 @@
 """Replaying a live run: the same counts again, from what its trace carries.
 
-`generate --trace` writes the planner's parts, its costs and, since under the wall clock they cannot be computed, when each prefetch landed.
-Under the virtual clock the times come out equal as well.
+`generate --trace` writes the planner's parts, its costs and, since under the wall clock they cannot be computed, when
+each prefetch landed. Under the virtual clock the times come out equal as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from hybrimoe_jax.trace.tokens import load_recording
 
 
 class Landings:
-    """Stands in for the virtual machine under the wall clock: prefetches land when the trace says so. Times are the planner's own."""
+    """Stands in for the virtual machine under the wall clock: prefetches land when the trace says so.
+
+    Times are the planner's own.
+    """
 
     now = None
     cpu = device = link = attention = 0.0
@@ -66,7 +69,8 @@ def replay_run(trace: Trace, where: str | Path = "trace") -> tuple[Planner, Resu
         broken_off = run.get("broken_off")
         if broken_off is not None and len(trace) and int(trace.step[-1]) >= broken_off:
             raise UserError(
-                f"{where}: the run went on after a step that was broken off, before step {broken_off}: it cannot be repeated"
+                f"{where}: the run went on after a step that was broken off, before step {broken_off}: "
+                "it cannot be repeated"
             )
         costs = _costs(run)
         system = System(**run["system"])

@@ -1,7 +1,7 @@
-"""What a simulation reports: times, hits, bytes, prefetches and lane occupancy of one run, with intervals over sequences.
+"""What a simulation reports of a run, as a record and as a line of a table: times, hits, bytes, prefetches, lanes.
 
-Intervals are 95 % percentile bootstraps that draw whole sequences (for prompts: windows), since the steps of one sequence are not
-independent. With fewer than two there is none.
+Intervals are 95 % percentile bootstraps that draw whole sequences (for prompts: windows), since the steps of one
+sequence are not independent. With fewer than two there is none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COLUMNS = ("system", "cache", "start", "ms", "95 %", "hit %", "MB", "useful", "l
 
 
 def interval(above: Sequence[float], below: Sequence[float], seed: int = 0) -> list[float] | None:
-    """95 % bootstrap interval of sum(above) / sum(below) over groups: [low, high], or None for fewer than two groups."""
+    """95 % bootstrap interval of sum(above) / sum(below) over groups, [low, high]; None for fewer than two groups."""
     above, below = np.asarray(above, float), np.asarray(below, float)
     if len(above) < 2:
         return None
@@ -135,7 +135,7 @@ def _block(key: tuple, records: list[dict]) -> str:
 
 
 def _notes(records: list[dict]) -> list[str]:
-    """What is to be said, once, with those whom it concerns: systems, or single runs of them; nobody where it concerns all."""
+    """What is to be said, once, with the systems or single runs that it concerns; without where it concerns all."""
     runs: dict[str, list[str]] = {}
     who: dict[str, dict[str, list[str]]] = {}
     for record in records:

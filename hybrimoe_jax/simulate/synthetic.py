@@ -1,9 +1,12 @@
-"""Synthetic routing for models of which no per-token trace is public, with its statistics stated. Never to be taken for a measurement.
+"""Synthetic routing for models of which no per-token trace is public, with its statistics stated.
 
-A layer's logits are a fixed popularity plus a state that drifts from token to token: z <- a z + sqrt(1 - a^2) noise, tokens of a sequence in a
-row; the k largest are chosen and the softmax of all is the score. Predictions at distance d are the coming layer's logits with noise. The three
-knobs were set by hand so that neighbours share 29 to 32 % of their experts (DeepSeek-V2-Lite's real traces: 27 to 30 %) and predictions recall 77, 73 and
-72 % at distances 1 to 3; a test measures both.
+Never to be taken for a measurement.
+
+A layer's logits are a fixed popularity plus a state that drifts from token to token: z <- a z + sqrt(1 - a^2) noise,
+tokens of a sequence in a row; the k largest are chosen and the softmax of all is the score. Predictions at distance d
+are the coming layer's logits with noise. The three knobs were set by hand so that neighbours share 29 to 32 % of their
+experts (DeepSeek-V2-Lite's real traces: 27 to 30 %) and predictions recall 77, 73 and 72 % at distances 1 to 3; a test
+measures both.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ PREFIX = "synthetic:"
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """`skew`: spread of the popularity; `stay`: a above; `noise`: of predictions at distance 1, growing with the fourth root of the distance."""
+    """`skew`: spread of the popularity; `stay`: a above; `noise`: of predictions at distance 1.
+
+    It grows with the fourth root of the distance.
+    """
 
     skew: float
     stay: float
@@ -33,7 +39,7 @@ KNOBS = {"mixtral-8x7b": Knobs(0.2, 0.15, 0.4), "qwen2-57b-a14b": Knobs(0.5, 0.2
 
 
 def synthetic_trace(name: str, sequences: int = 6, tokens: int = 128, distances: int = 6, seed: int = 0) -> Trace:
-    """A trace of `sequences` sequences of `tokens` tokens each for a shape in `KNOBS`, full scores and predictions included."""
+    """A trace of `sequences` x `tokens` tokens for a shape in `KNOBS`, with full scores and predictions."""
     shape, knobs = get_shape(name), KNOBS[name]
     generator = np.random.default_rng(seed)
     layers, experts, count = shape.layers, shape.experts, sequences * tokens

@@ -11,9 +11,10 @@ from multiprocessing import active_children, get_context
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `count` fresh processes. Whatever breaks the block off, Ctrl-C too, drops the tasks that wait and ends those that run.
+    """A pool of `count` fresh processes.
 
-    Ctrl-C reaches the whole group of processes. The workers do not hear it: the process that waits for the results answers it.
+    Whatever breaks the block off, Ctrl-C too, drops the tasks that wait and ends those that run. Ctrl-C
+    reaches the whole group of processes. The workers do not hear it: the process that waits for the results answers it.
     """
     others = set(active_children())
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))

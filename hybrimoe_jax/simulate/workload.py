@@ -1,9 +1,9 @@
 """A routing trace as the steps that a planner is asked to plan.
 
-Three ways to read one: as it was recorded (what a live run did); token by token (decoding one sequence after another; where the rows are a
-prompt's they are "prefill, replayed token by token"); and as prompts (n consecutive tokens in one step). A layer that a trace lacks for a
-step is left out. What it lacks is not made up: without full scores the selected experts' weights stand in, all others being zero (MRS with
-p = k), and without weights there are none.
+Three ways to read one: as it was recorded (what a live run did); token by token (decoding one sequence after another;
+where the rows are a prompt's they are "prefill, replayed token by token"); and as prompts (n consecutive tokens in one
+step). A layer that a trace lacks for a step is left out. What it lacks is not made up: without full scores the selected
+experts' weights stand in, all others being zero (MRS with p = k), and without weights there are none.
 """
 
 from __future__ import annotations

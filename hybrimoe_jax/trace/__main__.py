@@ -74,7 +74,8 @@ def _lines(record: dict) -> list[tuple[str, str]]:
         ("trace", record["file"]),
         (
             "model",
-            f"{record['model_type']}: {record['layers']} MoE layers, {record['experts']} experts, {record['top_k']} a token",
+            f"{record['model_type']}: {record['layers']} MoE layers, {record['experts']} experts, "
+            f"{record['top_k']} a token",
         ),
         (
             "expert",
@@ -87,21 +88,24 @@ def _lines(record: dict) -> list[tuple[str, str]]:
         lines.append(
             (
                 "overlap",
-                f"{overlap['measured']:.3f} with the token before (chance: {overlap['uniform_chance']:.3f} if uniform, {overlap['popularity_chance']:.3f} by popularity alone)",
+                f"{overlap['measured']:.3f} with the token before (chance: {overlap['uniform_chance']:.3f} "
+                f"if uniform, {overlap['popularity_chance']:.3f} by popularity alone)",
             )
         )
     if skew:
         lines.append(
             (
                 "skew",
-                f"{skew['hottest_quarter']:.3f} of activations on the hottest quarter (0.25 if uniform); the hottest expert {skew['hottest_over_mean']:.1f}x the mean; {skew['never_used']:.1%} never used",
+                f"{skew['hottest_quarter']:.3f} of activations on the hottest quarter (0.25 if uniform); "
+                f"the hottest expert {skew['hottest_over_mean']:.1f}x the mean; {skew['never_used']:.1%} never used",
             )
         )
     if reuse:
         lines.append(
             (
                 "reuse distance",
-                f"{reuse['median']} experts at the median, {reuse['p90']} at p90, {reuse['p99']} at p99; {reuse['first_uses']:.2%} first uses",
+                f"{reuse['median']} experts at the median, {reuse['p90']} at p90, {reuse['p99']} at p99; "
+                f"{reuse['first_uses']:.2%} first uses",
             )
         )
     if record["router_reuse"]:

@@ -18,7 +18,7 @@ Rule = tuple[np.ndarray, Callable[[int], str]]
 
 
 def check_rows(arrays: Mapping[str, np.ndarray], facts, where: str) -> None:
-    """Raises UserError naming the first bad row, with its step, layer, sequence and position, and what is wrong in it."""
+    """Raises UserError naming the first bad row (its step, layer, sequence and position), and what is wrong in it."""
     if not len(arrays["step"]):
         return
     for rules in (_rules, _step_rules):  # the second kind asks for rows that are sound in themselves
@@ -85,7 +85,7 @@ def _step_rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
 
 
 def _other_tokens(arrays: Mapping[str, np.ndarray], order: np.ndarray) -> np.ndarray:
-    """First rows of the records whose tokens are not those of their step's first record (compared by number and hash)."""
+    """First rows of the records whose tokens, by number and hash, are not those of their step's first record."""
     starts = np.append(0, np.flatnonzero(np.diff(order)) + 1)
     sizes = np.diff(np.append(starts, len(order)))
     token = arrays["sequence"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + arrays["position"].astype(np.uint64)

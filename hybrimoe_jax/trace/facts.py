@@ -17,7 +17,10 @@ MOST = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class TraceFacts:
-    """What a replay must know of the model. `layers` counts MoE layers; `expert_bytes` maps a weight format to bytes."""
+    """What a replay must know of the model.
+
+    `layers` counts MoE layers; `expert_bytes` maps a weight format to bytes.
+    """
 
     model_type: str
     layers: int
@@ -42,7 +45,7 @@ class TraceFacts:
 
 
 def facts_of(model_type: str, layers: int, experts: int, top_k: int, hidden: int, moe_width: int) -> TraceFacts:
-    """Facts with an expert's bytes in every format of `formats.sizes.FORMATS`; `hidden` and `moe_width` are its sizes."""
+    """Facts with the bytes of an expert of these sizes in every format of `formats.sizes.FORMATS`."""
     return TraceFacts(
         model_type, layers, experts, top_k, {fmt: expert_bytes(hidden, moe_width, fmt) for fmt in FORMATS}
     )

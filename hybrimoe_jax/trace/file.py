@@ -14,11 +14,11 @@ Row = one token in one MoE layer of one step. R rows, E experts, k experts per t
 | `weights` | float32 [R, k], optional | what multiplied their outputs |
 | `scores` | float32 [R, E], optional | the router's probability of every expert |
 | `lookahead_<d>` | float32 [R, E], optional | prediction of layer + d's probabilities from this layer's state |
-| `x_landed` | int32 [n, 4], optional | prefetches as they were committed: (step, layer about to be planned, their layer, expert) |
+| `x_landed` | int32 [n, 4], optional | prefetches when committed: (step, layer to be planned, their layer, expert) |
 | `x_<name>` | any, optional | additions by other programs: kept by `load_trace`, not interpreted |
 
-Rows are ordered by (step, layer). A row whose scores or prediction were not recorded is NaN throughout; predictions past
-the last layer are always so. What is absent is absent: nothing is filled in.
+Rows are ordered by (step, layer). A row whose scores or prediction were not recorded is NaN throughout; predictions
+past the last layer are always so. What is absent is absent: nothing is filled in.
 
 Facts: `model_type`, `layers` (MoE layers), `experts`, `top_k`, `expert_bytes` (bytes of one expert per weight format).
 Integers are stored compressed, floats plainly (they hardly shrink). Reading needs NumPy only and never unpickles.

@@ -1,7 +1,7 @@
 """Any trace file as a `Trace`: our own format, or one of the public layouts of `layouts`, told apart by their contents.
 
-What a layout does not hold stays absent (`info.lacks` names it). Nothing is guessed: a file that is truncated, edited or of a model whose shape
-is unknown is refused.
+What a layout does not hold stays absent (`info.lacks` names it). Nothing is guessed: a file that is truncated, edited
+or of a model whose shape is unknown is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ READS = (
 def open_trace(path: str | os.PathLike) -> Trace:
     """Reads a trace of any known layout and checks it; UserError naming the file and the first thing wrong in it.
 
-    Steps are the forward passes that ran: an ESFT file is one prefill of a whole prompt per sequence. `tokens.one_token_steps` makes a
-    token-by-token replay of it.
+    Steps are the forward passes that ran: an ESFT file is one prefill of a whole prompt per sequence.
+    `tokens.one_token_steps` makes a token-by-token replay of it.
     """
     path = Path(path)
     where = f"trace {path}"
@@ -60,7 +60,8 @@ def open_trace(path: str | os.PathLike) -> Trace:
 def join_traces(traces: Sequence[Trace]) -> Trace:
     """Traces of one model behind one another, steps and sequences renumbered; UserError where the models differ.
 
-    What only some of them hold is NaN in the others' rows, as in any trace; additions of other programs (`extra`) are left out.
+    What only some of them hold is NaN in the others' rows, as in any trace; additions of other programs (`extra`) are
+    left out.
     """
     first = traces[0]
     if len(traces) == 1:

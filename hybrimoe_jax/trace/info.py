@@ -1,10 +1,11 @@
 """What a trace holds, what it lacks, and how its routing behaves: the figures of `python -m hybrimoe_jax.trace info`.
 
-* *Overlap*: the share of a token's experts that the token before it in its sequence chose too, in the same layer. By chance it would be k / E if all experts were
-  equally likely, and sum_e q_e^2 / k if tokens were independent but every expert as popular as it is (q_e: the share of tokens that chose e).
+* *Overlap*: the share of a token's experts that the token before it in its sequence chose too, in the same layer. By
+  chance it would be k / E if all experts were equally likely, and sum_e q_e^2 / k if tokens were independent but every
+  expert as popular as it is (q_e: the share of tokens that chose e).
 * *Skew*: the share of all activations that fall on the most activated quarter of a layer's experts (0.25 if uniform).
-* *Reuse distance*: how many distinct experts of the layer later tokens chose before an expert is chosen again; an LRU cache with more slots than
-  that, besides the token's own, has kept it.
+* *Reuse distance*: how many distinct experts of the layer later tokens chose before an expert is chosen again; an LRU
+  cache with more slots than that, besides the token's own, has kept it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """Public routing traces, layout by layout. T tokens, L MoE layers, k experts per token.
 
-* **ESFT expert scores** (deepseek-ai/ESFT, `results/expert_scores/<task>/expert_weights_<layer>.txt`): DeepSeek-V2-Lite reading task prompts. A file is
-  a MoE layer (numbered from 1), a line a sequence: k ids for every token, tab-separated, two tabs, as many weights. As `.npz`: `expert_ids`
-  [T, L, k], `weights_e4` [T, L, k] (weights times 10,000), `seq_lens`.
-* **gpt-oss fingerprints** (AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, `data/<dataset>/<subject>/*_examples.json`): one generated reply;
-  `router_data` is a list of `{"token_<position>": {"layer_<l>": {"selected_experts", "selected_probs"}}}`. As `.npz`: `expert_ids`, `probs`
-  [T, L, k], `seq_lens`; a `meta.jsonl` beside it, where there is one, tells how long the prompts were.
+* **ESFT expert scores** (deepseek-ai/ESFT, `results/expert_scores/<task>/expert_weights_<layer>.txt`): DeepSeek-V2-Lite
+  reading task prompts. A file is a MoE layer (numbered from 1), a line a sequence: k ids for every token,
+  tab-separated, two tabs, as many weights. As `.npz`: `expert_ids` [T, L, k], `weights_e4` [T, L, k] (weights times
+  10,000), `seq_lens`.
+* **gpt-oss fingerprints** (AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, `data/<dataset>/<subject>/*_examples.json`):
+  one generated reply; `router_data` is a list of `{"token_<position>": {"layer_<l>": {"selected_experts",
+  "selected_probs"}}}`. As `.npz`: `expert_ids`, `probs` [T, L, k], `seq_lens`; a `meta.jsonl` beside it, where there is
+  one, tells how long the prompts were.
 
-The third layout is in `route_csv`. Each function returns a `Trace` whose rows are still to be checked. `where` begins every error.
+The third layout is in `route_csv`. Each function returns a `Trace` whose rows are still to be checked. `where` begins
+every error.
 """
 
 from __future__ import annotations
@@ -233,7 +236,8 @@ def _table(arrays: dict[str, np.ndarray], weights: str, facts: TraceFacts, where
     ids, lengths = arrays["expert_ids"], arrays["seq_lens"]
     if ids.ndim != 3 or ids.shape[1:] != (facts.layers, facts.top_k) or ids.dtype.kind not in "iu":
         raise UserError(
-            f"{where}: array expert_ids is {ids.dtype} {list(ids.shape)}; integers [tokens, {facts.layers}, {facts.top_k}] are needed"
+            f"{where}: array expert_ids is {ids.dtype} {list(ids.shape)}; "
+            f"integers [tokens, {facts.layers}, {facts.top_k}] are needed"
         )
     if arrays[weights].shape != ids.shape:
         raise UserError(

@@ -12,7 +12,9 @@ from hybrimoe_jax.trace.file import PHASES, Trace, save_trace
 
 
 class TraceRecorder:
-    """Collects a run's routing. Call `next_step` before each forward pass and `add` per MoE layer in order, then `save`.
+    """Collects a run's routing.
+
+    Call `next_step` before each forward pass and `add` per MoE layer in order, then `save`.
 
     Args: facts; `about`: what the file says of its origin (clock, system, seed ...), JSON values.
     """

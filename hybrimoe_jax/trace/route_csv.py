@@ -71,7 +71,7 @@ def _row(line: str) -> tuple:
 
 
 def _facts(header: dict[str, str], sizes: dict[int, int], where: str) -> TraceFacts:
-    """The model's, with the bytes of an expert of the model that has this many layers and experts, where one is known."""
+    """The model's, with an expert's bytes where a known model has as many layers and experts."""
     try:
         layers, experts, top_k = (int(header[name]) for name in ("n_layer", "n_expert", "n_expert_used"))
     except (KeyError, ValueError):

@@ -1,12 +1,13 @@
 """When each lane did what: events in memory, busy time per lane, and a Chrome trace-event file that Perfetto opens.
 
-The lanes are those of the schedule: `cpu` (experts on the host), `device` (experts and dense work on the accelerator) and
-`link` (transfers between them). An event is (lane, name, start, end) in seconds on one clock, wall or virtual; the file
-names the clock, since a computed timeline looks just like a measured one. Everything is shown relative to the first start.
+The lanes are those of the schedule: `cpu` (experts on the host), `device` (experts and dense work on the accelerator)
+and `link` (transfers between them). An event is (lane, name, start, end) in seconds on one clock, wall or virtual; the
+file names the clock, since a computed timeline looks just like a measured one. Everything is shown relative to the
+first start.
 
-In the file, one process holds a named track per lane. Tracks can show nested events but not events that overlap in part, so
-a lane that did two things at once (two workers, two transfers in flight) gets further tracks, "cpu 2" and so on: each event
-goes onto the first track that is free.
+In the file, one process holds a named track per lane. Tracks can show nested events but not events that overlap in
+part, so a lane that did two things at once (two workers, two transfers in flight) gets further tracks, "cpu 2" and so
+on: each event goes onto the first track that is free.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ TRACKS_PER_LANE = 1000  # track numbers: lane i owns 1000 i + 1 and up
 
 
 class Timeline:
-    """Collects events. `about` is written into the file: the clock, the system, the executor and whatever else says what this is.
+    """Collects events.
+
+    `about` is written into the file: the clock, the system, the executor and whatever else says what this is.
 
     `add` is one comparison and one append, so that it may be called from worker threads in the middle of a step.
     """
@@ -33,7 +36,10 @@ class Timeline:
         self._events: dict[str, list[tuple[float, float, str, dict]]] = {lane: [] for lane in self.lanes}
 
     def add(self, lane: str, name: str, start_s: float, end_s: float, **args: Any) -> None:
-        """Notes an event, in seconds; `args` show when it is clicked on. ValueError for an end before the start or an unknown lane."""
+        """Notes an event, in seconds; `args` show when it is clicked on.
+
+        ValueError for an end before the start or an unknown lane.
+        """
         if not end_s >= start_s:
             raise ValueError(f"timeline: {name!r} on lane {lane} ends at {end_s} before it starts at {start_s}")
         try:
@@ -69,7 +75,7 @@ class Timeline:
         return total
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes Chrome trace-event JSON (times in microseconds), whole or not at all; UserError where it cannot be written."""
+        """Writes Chrome trace-event JSON (times in microseconds), whole or not at all; UserError where it cannot."""
         events: list[dict] = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "hybrimoe"}}]
         for index, lane in enumerate(self.lanes):
             events += self._lane_events(lane, TRACKS_PER_LANE * index + 1)

@@ -1,6 +1,7 @@
 """A trace by tokens instead of by steps: one table, and the trace as it would be if every token were a step of its own.
 
-T tokens, L MoE layers, k experts per token. Tokens are in the order of (sequence, step, position): one sequence after another, also where several ran in one batch.
+T tokens, L MoE layers, k experts per token. Tokens are in the order of (sequence, step, position): one sequence after
+another, also where several ran in one batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ REPLAYED = "prefill, replayed token by token"
 
 
 class Tokens(NamedTuple):
-    """Every token's experts. `step`, `sequence`, `position`, `phase` are [T]; `ids` [T, L, k] is -1, `weights` [T, L, k] NaN where not recorded."""
+    """Every token's experts.
+
+    `step`, `sequence`, `position`, `phase` are [T]; `ids` [T, L, k] is -1, `weights` [T, L, k] NaN where not recorded.
+    """
 
     step: np.ndarray
     sequence: np.ndarray
@@ -29,7 +33,10 @@ class Tokens(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What a predictor counts of a trace: `ids` [T, L, k]; `follows` [T - 1], whether each token but the first is the next one of its predecessor."""
+    """What a predictor counts of a trace.
+
+    `ids` [T, L, k]; `follows` [T - 1], whether each token but the first is the next one of its predecessor.
+    """
 
     facts: TraceFacts
     ids: np.ndarray
@@ -75,7 +82,8 @@ def by_token(trace: Trace) -> Tokens:
 def one_token_steps(trace: Trace) -> Trace:
     """The same routing with a step for every token: what decoding one sequence at a time would have asked for.
 
-    Phases stay what they were. Where a prefill step is split, `about["replayed"]` says so: results from it are not of decoding.
+    Phases stay what they were. Where a prefill step is split, `about["replayed"]` says so: results from it are not of
+    decoding.
     """
     token, first = token_of_row(trace)
     order = np.lexsort((trace.layer, token))
