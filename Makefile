@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+comma := ,
 
 .PHONY: venv demo test test-slow lint bench clean
 
@@ -14,14 +15,24 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# pip hides what the build says.
+SAY_BUILD = @echo "installing; building the native kernels takes a minute or two on two cores, seconds where they have not changed"
+
 $(VENV)/.run: $(BUILT) | $(BIN)/python
+	$(SAY_BUILD)
 	$(BIN)/python -m pip install --quiet --editable '.[onednn]'
 	touch $@
 
-# torch first and alone: its CPU build is all that the parity tests need, and a later resolution leaves it in place.
+# TORCH=1: also what the tests need that compare with torch. Where Python is 3.12 or later they are
+# skipped unless asked for, since torch would be a CUDA build with 18 NVIDIA packages. torch first and alone: a later resolution
+# leaves it in place.
+TORCH ?= $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import sys; print(int(sys.version_info < (3, 12)))')
+TEST_EXTRAS := onednn,test,plots$(if $(filter 1,$(TORCH)),$(comma)test-torch)
+
 $(VENV)/.test: $(BUILT) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --editable '.[onednn,test,baseline,plots]'
+	$(SAY_BUILD)
+	$(if $(filter 1,$(TORCH)),$(BIN)/python -m pip install --quiet 'torch==2.13.0')
+	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]'
 	touch $@ $(VENV)/.run
 
 venv: $(VENV)/.test
