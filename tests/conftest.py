@@ -78,15 +78,17 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            cell = re.match(r".*test_exactness.py::test_overlapped_[^/]*", nodeid)
+            cell = re.match(r".*test_exactness(_matrix)?.py::test_overlapped_[^/]*", nodeid)
             return cell[0] if cell else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return Together(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
     everything, slow = config.getoption("--nightly"), config.getoption("--slow")
     left_out = set() if everything else {"nightly"} if slow else {"nightly", "slow"}
+    items.sort(key=lambda item: item.path.stem == "test_exactness_matrix")  # the longest, and the last that one misses
     deselected = [item for item in items if any(mark.name in left_out for mark in item.iter_markers())]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

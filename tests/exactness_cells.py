@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import random
 import sys
 from typing import NamedTuple
 
@@ -85,11 +84,6 @@ def quantised_matrix(models) -> list[Cell]:
     return [Cell(*values) for values in itertools.product(*axes)]
 
 
-def pairs(cell: Cell) -> set:
-    """The pairs of (axis, value) that a cell covers."""
-    return set(itertools.combinations(enumerate(cell), 2))
-
-
 class Reference(NamedTuple):
     """The dense model's answer. `margin` is the smallest gap between the two best logits on the greedy path, over the scale."""
 
@@ -98,40 +92,6 @@ class Reference(NamedTuple):
     logits: np.ndarray
     scale: float
     margin: float
-
-
-def format_pairs(cell: Cell) -> set:
-    """The pairs with the executor, that of the system left out: each costs programs of its own, which take seconds to compile."""
-    return {(axis, value, cell.executor) for axis, value in enumerate(cell) if axis != 1}
-
-
-def covering_formats(cells: list[Cell]) -> list[Cell]:
-    """A deterministic sample in which both executors meet every format, model, ratio, kernel and batch."""
-    cells = list(cells)
-    random.Random(0).shuffle(cells)
-    return _round(cells, format_pairs)
-
-
-def covering(cells: list[Cell], at_least: int) -> list[Cell]:
-    """A deterministic sample: a round in which every pair of values of two axes occurs, another without the bundled model, and
-    more without the callback executor as well (both take longer) until it is large enough."""
-    cells = list(cells)
-    random.Random(0).shuffle(cells)
-    chosen = _round(cells)
-    cells = [cell for cell in cells if cell.model != BUNDLED]
-    while len(chosen) < at_least:
-        chosen += _round([cell for cell in cells if cell not in chosen])[: at_least - len(chosen)]
-        cells = [cell for cell in cells if cell.executor == "overlapped"]
-    return chosen
-
-
-def _round(cells: list[Cell], pairs=pairs) -> list[Cell]:
-    """Greedily the fewest cells in which every pair of values that `cells` has occurs."""
-    chosen, wanted = [], set().union(*map(pairs, cells))
-    while wanted:
-        chosen.append(max(cells, key=lambda cell: len(pairs(cell) & wanted)))
-        wanted -= pairs(chosen[-1])
-    return chosen
 
 
 @functools.lru_cache

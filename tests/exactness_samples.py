@@ -1,0 +1,122 @@
+"""Which cells of the exactness matrix run when, whether they can run here, and what is asked of their results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import exactness_cells
+import numpy as np
+import tiny
+from exactness_cells import BUNDLED, CLEAR, FORMATS, Cell
+
+from hybrimoe_jax.engine.load import bundled_model
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format, pack_expert
+from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.native import library as native
+
+
+def values(cell: Cell) -> set:
+    """The values of axes that a cell covers."""
+    return set(enumerate(cell))
+
+
+def pairs(cell: Cell) -> set:
+    """The pairs of (axis, value) that a cell covers."""
+    return set(itertools.combinations(enumerate(cell), 2))
+
+
+def format_pairs(cell: Cell) -> set:
+    """The pairs with the executor, that of the system left out: each costs programs of its own."""
+    return {(axis, value, cell.executor) for axis, value in enumerate(cell) if axis != 1}
+
+
+def _round(cells: list[Cell], covered) -> list[Cell]:
+    """Greedily the fewest cells that cover all that `cells` covers."""
+    cells = list(cells)
+    random.Random(0).shuffle(cells)
+    chosen, wanted = [], set().union(*map(covered, cells))
+    while wanted:
+        chosen.append(max(cells, key=lambda cell: len(covered(cell) & wanted)))
+        wanted -= covered(chosen[-1])
+    return chosen
+
+
+MATRIX = exactness_cells.matrix([*tiny.CONFIGS, BUNDLED])
+QUANTISED = exactness_cells.quantised_matrix(list(tiny.CONFIGS))
+
+
+def few() -> list[Cell]:
+    """At least one cell of every system, model, ratio, kernel, batch and format; the callback executor takes longer."""
+    overlapped = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "overlapped" and cell.model != BUNDLED]
+    others = [cell for cell in MATRIX if cell.executor == "callback" and cell.system == "hybrimoe"]
+    others = [cell for cell in others if cell.model != BUNDLED]
+    formats = [cell for cell in QUANTISED if cell.executor == "callback" and cell.format in FORMATS[-1:]]
+    chosen = [*_round(overlapped, values), *_round(others, values), formats[0]]
+    return [*chosen, Cell(BUNDLED, "hybrimoe", "overlapped", 0.25, "auto", "one")]
+
+
+def sample() -> list[Cell]:
+    """Every pair of values of two axes, once, and again without the bundled model; both executors with every format."""
+    chosen = _round(MATRIX, pairs)
+    chosen += _round([cell for cell in MATRIX if cell.model != BUNDLED and cell not in chosen], pairs)
+    return [*chosen, *_round(QUANTISED, format_pairs)]
+
+
+FEW = few()
+SAMPLE = [*FEW, *(cell for cell in sample() if cell not in FEW)]
+REST = [cell for cell in (*MATRIX, *QUANTISED) if cell not in set(SAMPLE)]
+
+
+def there_is(kernel: str, sample=None) -> bool:
+    try:
+        get_kernel(kernel, sample)
+    except UserError:
+        return False
+    return True
+
+
+ONEDNN = there_is("onednn")
+NATIVE_PACKED = there_is("native", pack_expert(*np.ones((3, 8, 8), np.float32), Format.parse("int8-g32")))
+
+
+def missing(cell: Cell) -> str | None:
+    """Why a cell cannot run here."""
+    if cell.model == BUNDLED and not (bundled_model() / "manifest.json").is_file():
+        return "no bundled model in hybrimoe_jax/assets"
+    if cell.kernel == "onednn" and not ONEDNN:
+        return "oneDNN is not installed (extra onednn)"
+    if cell.kernel == "native" and not native.available():
+        return "the package was installed without a C++ compiler"
+    if cell.kernel == "native" and cell.format != "f32" and not NATIVE_PACKED:
+        return "the native kernel computes no quantised experts"
+    return None
+
+
+def check(cell: Cell, result: dict) -> None:
+    assert result["margin"] > CLEAR, "the dense model's best tokens are nearly tied: other prompts are needed"
+    assert result["error"] <= cell.tolerance
+    assert result["same_tokens"]
+
+
+def callback_results(request) -> tuple[dict[str, dict], str]:
+    """One process for all callback cells that this module's tests ask for -> (results by cell, its standard error)."""
+    items = [item for item in request.session.items if item.path == request.path]
+    cells = [item.callspec.params["cell"] for item in items if "results" in item.fixturenames]
+    cells = [cell for cell in cells if not missing(cell)]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, exactness_cells.__file__],
+        input="".join(cell.label + "\n" for cell in cells),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300 + 10 * len(cells),
+    )
+    return {record["cell"]: record for record in map(json.loads, done.stdout.splitlines())}, done.stderr
