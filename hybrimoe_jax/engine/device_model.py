@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,10 @@ class DeviceLayer:
 
     moe_layer: int | None
     graphdef: object
-    params: dict[str, jax.Array]
+    params: dict[str, jax.Array | PackedMatrix]
     programs: LayerPrograms
     router: tuple[jax.Array, jax.Array] | None
-    cache_shapes: object
+    cache_shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     eps: float
 
 

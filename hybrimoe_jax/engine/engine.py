@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> Iterator[Emitted]:
+    ) -> Generator[Emitted, int | Sequence[int] | None]:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
         sampling = Sampling(temperature, top_k, top_p, self.options.seed if seed is None else seed)
         if max_new_tokens < 1:

@@ -8,6 +8,7 @@ part [N, D] and the host's part [N, D]; the next program adds them up, so that c
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,9 +52,9 @@ class LayerPrograms(NamedTuple):
     `span` (static) bounds the cache that attention reads: a power of two past the last position.
     """
 
-    front: object
-    shared: object
-    dense: object
+    front: Callable
+    shared: Callable | None
+    dense: Callable
 
 
 def _join(h, acc, host):

@@ -88,7 +88,7 @@ class RunStats:
     executor: str
     cache_ratio: float
     clock: str
-    host_kernel: str
+    host_kernel: dict
     device_kernel: str
     cores: dict[str, int]
     costs: dict

@@ -67,7 +67,7 @@ class Pass:
       tokens: real ones, without padding. routers: how many coming layers' routers the planner wants.
       moved: bytes that landed for the layer under way. streamed: experts that started with their whole layer since it
         began.
-      lanes: of the latest MoE layer.
+      moe_layer: the one under way. lanes: of the latest one.
     """
 
     step: StepInput
@@ -78,12 +78,13 @@ class Pass:
     positions: jax.Array
     h: jax.Array
     device_part: jax.Array
-    host_part: jax.Array
+    host_part: jax.Array | np.ndarray
     caches: list
     stats: StepStats
     started: float
     compiled: float
     streamed: int = 0
+    moe_layer: int = -1
     began: float = 0.0
     moved: int = 0
     lanes: Lanes | None = None

@@ -7,6 +7,7 @@ Measured on a 2-core CPU: a jitted layer of 7 arrays costs 26 us a call in this 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -19,8 +20,8 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, jax.Array]]:
     return graphdef, flat
 
 
-def merge(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> nnx.Module:
-    """Inverse of `split`, for use inside a traced function."""
+def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
+    """Inverse of `split`, for use inside a traced function: the module, of the class that was split."""
     flat = [
         (tuple(int(p) if p.isdigit() else p for p in name.split(".")), nnx.Param(leaf)) for name, leaf in params.items()
     ]

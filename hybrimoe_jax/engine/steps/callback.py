@@ -17,7 +17,6 @@ from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.programs import _program, bucket
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
-from hybrimoe_jax.engine.step import Pass
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.host_kernels.kernel import run_experts
 from hybrimoe_jax.models.hybrid import HybridMoE, register_host
@@ -64,10 +63,10 @@ class CallbackForward(LayeredForward):
         self._experts = HostExperts(self.host)
         self._handle = np.int32(register_host(self._experts))
 
-    def carry_out(self, run: Pass, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
-        now, moe_layer, lanes = self.link.clock.now, layer.moe_layer, Lanes()
+    def carry_out(self, run, lanes, layer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
+        now, moe_layer = self.link.clock.now, run.moe_layer
         started = now()
-        kept, acc = self._bring_in(layer, x, routing, plan, lanes)
+        kept, acc = self._bring_in(moe_layer, layer, x, routing, plan, lanes)
         if self.verify is not None:
             self.verify(moe_layer)
         if plan.fetch or plan.awaited:
@@ -80,12 +79,12 @@ class CallbackForward(LayeredForward):
         if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
             self.timeline.moe_block(moe_layer, started, now(), device=kept, cpu=plan.cpu)
         self.prefetch(moe_layer, routing)
-        run.device_part, run.host_part, run.lanes = acc, self.zeros(x.shape[0]), lanes
+        run.device_part, run.host_part = acc, self.zeros(x.shape[0])
 
-    def _bring_in(self, layer: DeviceLayer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
+    def _bring_in(self, moe_layer: int, layer: DeviceLayer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
         """Waits for all that moves; -> the experts that are in slots then, and the sum of those that no slot keeps
         (None if there is none)."""
-        moe_layer, acc, kept = layer.moe_layer, None, list(plan.device)
+        acc, kept = None, list(plan.device)
         for fetch in plan.fetch:
             if not fetch.stream:
                 self._fetch(moe_layer, fetch)

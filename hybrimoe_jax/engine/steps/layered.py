@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.plan import REFUSED, Fetch, LayerPlan
+from hybrimoe_jax.decide.plan import Fetch, LayerPlan, Refused
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
@@ -84,11 +84,13 @@ class LayeredForward(Forward):
             if layer.moe_layer is None:
                 self._dense_layer(run, index, layer)
                 continue
+            run.moe_layer = layer.moe_layer
             x, shared, routing = self.front(run, index, layer)
-            self.land(run, layer.moe_layer)
-            plan = self.plan(run, layer.moe_layer, routing)
-            self.carry_out(run, layer, x, shared, routing, plan)
-            self.record(run, layer.moe_layer, routing, plan)
+            self.land(run)
+            plan = self.plan(run, routing)
+            run.lanes = Lanes()
+            self.carry_out(run, run.lanes, layer, x, shared, routing, plan)
+            self.record(run, run.lanes, routing, plan)
         return self._finish(run)
 
     # the verbs
@@ -100,7 +102,7 @@ class LayeredForward(Forward):
         distance = self._lookahead if self.trace is not None else run.routers
         run.h, x, run.caches[index], packed = layer.programs.front(
             layer.params,
-            self.model.lookahead_routers(layer.moe_layer, distance),
+            self.model.lookahead_routers(run.moe_layer, distance),
             run.h,
             run.device_part,
             run.host_part,
@@ -111,48 +113,50 @@ class LayeredForward(Forward):
         shared = self.dispatch_shared(layer, x)
         packed = self.read(packed, run.lanes)
         routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid)
-        self.clock.front(layer.moe_layer, run.tokens, run.context, run.routers > 0)
+        self.clock.front(run.moe_layer, run.tokens, run.context, run.routers > 0)
         return x, shared, routing
 
-    def land(self, run: Pass, moe_layer: int) -> None:
+    def land(self, run: Pass) -> None:
         """Writes prefetches that have landed into their slots."""
         run.moved = 0
         if not self.link.busy:
             return
         for transfer in self.clock.landed(self.link):
             if self.trace is not None:
-                self.trace.landed(moe_layer, transfer.layer, transfer.expert)
+                self.trace.landed(run.moe_layer, transfer.layer, transfer.expert)
             run.moved += transfer.nbytes
             self._note(transfer)
             measured = self.clock.transfer_seconds(transfer)
             victim = self.planner.landed(transfer.layer, transfer.expert, measured)
-            if victim is not REFUSED:
+            if not isinstance(victim, Refused):
                 self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
 
-    def plan(self, run: Pass, moe_layer: int, routing: HostRouting) -> LayerPlan:
+    def plan(self, run: Pass, routing: HostRouting) -> LayerPlan:
         """Asks the planner, and starts the next layer's stream if it wants one."""
         now = self.clock.planning_time()
-        plan = self.planner.plan(moe_layer, routing.loads, routing.scores, run.tokens, now)
+        plan = self.planner.plan(run.moe_layer, routing.loads, routing.scores, run.tokens, now)
         self.clock.carry_out(plan, routing.loads, run.tokens)
-        self._stream(moe_layer + 1, plan.next_layer_experts)
+        self._stream(run.moe_layer + 1, plan.next_layer_experts)
         run.streamed += len(plan.next_layer_experts)
         return plan
 
     @abc.abstractmethod
-    def carry_out(self, run: Pass, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
-        """Sets the run's `device_part` and `host_part` [N, D], and its `lanes`; may return before the device has
+    def carry_out(
+        self, run: Pass, lanes: Lanes, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan
+    ) -> None:
+        """Sets the run's `device_part` and `host_part` [N, D], and what the `lanes` took; may return before the device has
         finished."""
 
-    def record(self, run: Pass, moe_layer: int, routing: HostRouting, plan: LayerPlan) -> None:
+    def record(self, run: Pass, lanes: Lanes, routing: HostRouting, plan: LayerPlan) -> None:
         """Hands the layer over to the statistics and the trace."""
         if self.trace is not None:
-            self.trace(moe_layer, run.step, routing)
-        run.lanes.link += self.link.end_stream(moe_layer)
+            self.trace(run.moe_layer, run.step, routing)
+        lanes.link += self.link.end_stream(run.moe_layer)
         fetched, awaited = tuple(f.expert for f in plan.fetch), tuple(f.expert for f in plan.awaited)
         experts = len(fetched) + len(awaited) + run.streamed
         run.stats.layers.append(
             LayerStats(
-                layer=moe_layer,
+                layer=run.moe_layer,
                 loads=routing.loads,
                 hits=len(plan.hits),
                 misses=len(plan.misses),
@@ -161,7 +165,7 @@ class LayeredForward(Forward):
                 fetched=fetched,
                 bytes_h2d=run.moved + experts * self.pool.expert_bytes,
                 seconds=self.clock.now() - run.began,
-                lanes=self.clock.lanes(run.lanes),
+                lanes=self.clock.lanes(lanes),
                 prefetch_useful=plan.useful,
                 prefetch_late=plan.late,
                 prefetch_wasted=plan.wasted,

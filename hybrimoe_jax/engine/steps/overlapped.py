@@ -18,7 +18,6 @@ from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.host import HostWork, Pending
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
-from hybrimoe_jax.engine.step import Pass
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 
 INLINE_WAKES = 4
@@ -52,8 +51,8 @@ class OverlappedForward(LayeredForward):
             return None
         return layer.programs.shared(layer.params, x)
 
-    def carry_out(self, run: Pass, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
-        moe_layer, lanes = layer.moe_layer, Lanes()
+    def carry_out(self, run, lanes, layer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
+        moe_layer = run.moe_layer
         acc = self.zeros(x.shape[0]) if shared is None else shared
         if self.timeline is not None and shared is not None:
             self.timeline.watch("device", "shared", self._dispatched, acc, layer=moe_layer)
@@ -66,7 +65,7 @@ class OverlappedForward(LayeredForward):
             self.verify(moe_layer)
         self.prefetch(moe_layer, routing)
         run.host_part = self._collect_host(pending, x.shape[0], routing, moe_layer, lanes)
-        run.device_part, run.lanes = acc, lanes
+        run.device_part = acc
         self._unfinished = (self._working_from, acc, link_start, fetched)
 
     def read(self, result: jax.Array, lanes: Lanes | None) -> np.ndarray:
