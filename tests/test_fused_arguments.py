@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_fused_decode import all_on_cpu_costs, fused_engine
+from test_fused_decode import all_on_cpu_costs, found_faster, fused_engine  # noqa: F401  # a fixture
 
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore

@@ -147,10 +147,10 @@ def test_a_step_that_was_broken_off_is_not_in_the_trace(tmp_path, clock, monkeyp
         next(steps)
     carry_out = engine._forward.carry_out
 
-    def interrupted(run, layer, *rest):
-        if layer.moe_layer == 2:
+    def interrupted(run, *rest):
+        if run.moe_layer == 2:
             raise KeyboardInterrupt
-        return carry_out(run, layer, *rest)
+        return carry_out(run, *rest)
 
     monkeypatch.setattr(engine._forward, "carry_out", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,8 @@
 """One forward pass, layer by layer. A MoE layer is five verbs:
 
-    front       attention, norm and router on the device, and the coming layers' routers on the same state; the routing
-    is read land        transfers that have arrived go into their slots
+    front       attention, norm and router on the device, and the coming layers' routers on the same state;
+                the routing is read
+    land        transfers that have arrived go into their slots
     plan        routing -> decide: a `LayerPlan`
     carry_out   the plan, by the executor: `overlapped` or `callback`
     record      statistics and trace

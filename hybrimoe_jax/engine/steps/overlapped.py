@@ -30,8 +30,8 @@ class OverlappedForward(LayeredForward):
     Args:
       wake_s: what handing work to a worker thread and waiting for it costs (measured at load).
       spin_s: how long to poll for a result before sleeping until it comes. A sleeping thread is woken late and with
-        cold
-        caches: polling made a decode step of small layers 1.2 times faster (2 cores). 0 where there is but one core.
+        cold caches:
+        polling made a decode step of small layers 1.2 times faster (2 cores). 0 where there is but one core.
 
     Host work whose experts take less than a few times that each is done by this thread once everything else has been
     dispatched: small experts spend most of their time in Python, which two threads cannot run at once.
