@@ -7,6 +7,8 @@ seen by none.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ def cache_write(cache: jax.Array, new: jax.Array, positions: jax.Array, axis: in
     first = positions[:, 0]
     starts = jnp.clip(first, 0, capacity - tokens)
     for row in range(batch):
-        at = [0] * cache.ndim
+        at: list[int | jax.Array] = [0] * cache.ndim
         at[0], at[axis] = row, starts[row]
         places = starts[row] + jnp.arange(tokens)
         source = jnp.clip(places - first[row], 0, tokens - 1)
@@ -63,6 +65,16 @@ def visible(positions: jax.Array, capacity: int, window: int | None) -> jax.Arra
     query = positions[:, :, None]
     seen = keys <= query
     return seen if window is None else seen & (keys > query - window)
+
+
+class CachedAttention(Protocol):
+    """What a decoder layer asks of its attention, whatever it keeps of the tokens it has seen."""
+
+    def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, ...]]: ...
+
+    def __call__(
+        self, x: jax.Array, cache: dict, positions: jax.Array, span: int | None = None
+    ) -> tuple[jax.Array, dict]: ...
 
 
 class Attention(nnx.Module):
@@ -131,11 +143,9 @@ class Attention(nnx.Module):
         cos, sin = self.rope(positions)
         q, k = rotate_half(q, cos, sin), rotate_half(k, cos, sin)
         if tokens == 1 and calls_native() and cache["k"].dtype == jnp.float32:
-            new = (part[:, 0] for part in (q, k, v))
-            span = span or cache["k"].shape[2]
-            out, *cached = native.grouped(
-                *new, positions[:, 0], cache["k"], cache["v"], span, self.window, self.head_dim**-0.5
-            )
+            new, at, caches = (q[:, 0], k[:, 0], v[:, 0]), positions[:, 0], (cache["k"], cache["v"])
+            span = span or caches[0].shape[2]
+            out, *cached = native.grouped(*new, at, *caches, span, self.window, self.head_dim**-0.5)
             return self.o_proj(out.reshape(batch, 1, -1)), dict(zip(("k", "v"), cached))
         cache = {
             name: cache_write(cache[name], part.transpose(0, 2, 1, 3), positions, axis=2)

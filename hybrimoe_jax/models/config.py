@@ -116,19 +116,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)} (needed for model_type {raw.get('model_type')!r})")
         for field in fields:
-            kind = str(field.type).removesuffix(" | None")
-            value = values.get(field.name)
-            if kind == "list[int]" and value is not None:
-                if not isinstance(value, list) or not all(type(item) is int for item in value):
-                    raise UserError(f"config.json: {field.name} must be a list of whole numbers, not {value!r}")
-            if value is None or kind not in KINDS:
-                continue
-            if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
-                raise UserError(f"config.json: {field.name} must be of type {kind}, not {value!r}")
-            if kind == "int" and value < 0 and not field.name.endswith("token_id"):
-                raise UserError(f"config.json: {field.name} must be at least 0, not {value}")
-            if kind == "float" and not abs(value) <= sys.float_info.max:
-                raise UserError(f"config.json: {field.name} must be a finite number, not {value!r}")
+            if values.get(field.name) is not None:
+                check_kind(field.name, str(field.type).removesuffix(" | None"), values[field.name])
         config = cls(**values)
         config.check(raw)
         return config
@@ -231,6 +220,20 @@ class ModelConfig(RoutedExperts, abc.ABC):
     @abc.abstractmethod
     def moe_width(self) -> int:
         """F, an expert's hidden width."""
+
+
+def check_kind(name: str, kind: str, value: Any) -> None:
+    """Raises UserError where the value of a key is not of its field's type or not a sensible number."""
+    if kind == "list[int]":
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise UserError(f"config.json: {name} must be a list of whole numbers, not {value!r}")
+    elif kind in KINDS:
+        if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
+            raise UserError(f"config.json: {name} must be of type {kind}, not {value!r}")
+        if kind == "int" and value < 0 and not name.endswith("token_id"):
+            raise UserError(f"config.json: {name} must be at least 0, not {value}")
+        if kind == "float" and not abs(value) <= sys.float_info.max:
+            raise UserError(f"config.json: {name} must be a finite number, not {value!r}")
 
 
 def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:

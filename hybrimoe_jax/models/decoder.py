@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.models.attention import Attention
+from hybrimoe_jax.models.attention import Attention, CachedAttention
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from hybrimoe_jax.models.moe import MoEBlock
@@ -22,7 +22,7 @@ from hybrimoe_jax.models.products import product
 class DecoderLayer(nnx.Module):
     """Pre-norm block; `mlp` is a dense SwiGLU or a MoEBlock (`mlp_name` is what the checkpoint calls it)."""
 
-    def __init__(self, width: int, eps: float, attention: nnx.Module, mlp: nnx.Module, mlp_name: str = "mlp"):
+    def __init__(self, width: int, eps: float, attention: CachedAttention, mlp: nnx.Module, mlp_name: str = "mlp"):
         self.input_layernorm = RMSNorm(width, eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(width, eps)
@@ -98,7 +98,7 @@ class CausalLM(nnx.Module):
 def assemble(
     config: ModelConfig,
     rngs: nnx.Rngs,
-    attention: Callable[[int], nnx.Module],
+    attention: Callable[[int], CachedAttention],
     moe_block: Callable[[], MoEBlock],
     mlp_name: str = "mlp",
     mlp_bias: bool = False,

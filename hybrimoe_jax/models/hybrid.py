@@ -11,6 +11,7 @@ Shapes: N tokens, D model width, k experts per token, n slots given.
 from __future__ import annotations
 
 import weakref
+from typing import Protocol
 
 import chex
 import jax
@@ -20,14 +21,18 @@ from flax import nnx
 
 from hybrimoe_jax.models.moe import DeviceExpert, MoEBlock, expert_forward
 
-_HOSTS: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+class Host(Protocol):
+    """Computes host experts, in NumPy only: x [N, D] -> [N, D]; `ids` [N, k] is -1 where an expert is not its own."""
+
+    def __call__(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray: ...
 
 
-def register_host(host) -> int:
-    """Makes `host(layer, x, ids, weights) -> [N, D]` (numpy only) callable from jitted code; returns its handle.
+_HOSTS: weakref.WeakValueDictionary[int, Host] = weakref.WeakValueDictionary()
 
-    `ids` [N, k] is -1 where an expert is not the host's. The registry holds `host` weakly.
-    """
+
+def register_host(host: Host) -> int:
+    """Makes `host` callable from jitted code and returns its handle. The registry holds it weakly."""
     handle = max(_HOSTS, default=0) + 1
     _HOSTS[handle] = host
     return handle

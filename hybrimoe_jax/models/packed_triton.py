@@ -20,7 +20,9 @@ panel by 4 bytes.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -31,7 +33,7 @@ from hybrimoe_jax.formats.packing import PANEL, STEP, MatrixLayout, PackedExpert
 from hybrimoe_jax.models.packed import rounded_activations
 
 try:
-    from jax.experimental.pallas import triton
+    triton: Any = importlib.import_module("jax.experimental.pallas.triton")
 except ImportError:
     triton = None
 
@@ -81,13 +83,13 @@ def _call(
     """
     layout, tokens = layouts[0], x.shape[0]
     kernel = functools.partial(_kernel, combine, layouts, at)
-    options = {} if interpret else {"compiler_params": triton.CompilerParams(num_warps=WARPS, num_stages=1)}
+    params = None if interpret else triton.CompilerParams(num_warps=WARPS, num_stages=1)
     out = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((tokens, layout.panels * PANEL), jnp.float32),
         grid=(layout.panels,),
         interpret=interpret,
-        **options,
+        compiler_params=params,
     )(data, x)
     return out[:, : layout.rows]
 

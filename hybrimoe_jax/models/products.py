@@ -72,6 +72,8 @@ def calls_native() -> bool:
 def product(x: jax.Array, weight: Weight) -> jax.Array:
     """x [..., K] times the transpose of a matrix [R, K] -> float32 [..., R]."""
     chex.assert_axis_dimension(x, -1, weight.shape[1])
+    if isinstance(weight, ffi.AddressedMatrix):  # made for programs of the kernels only
+        return ffi.matmul(x, weight)
     if calls_native() and (always_native(weight) or worthwhile(x.size // x.shape[-1], weight.size)):
         return ffi.matmul(x, weight)
     return product_reference(x, weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
@@ -18,9 +18,11 @@ FUSED_GATE_UP = "experts.gate_up_proj"
 FUSED_DOWN = "experts.down_proj"
 """Below the block: all experts' down matrices as one tensor [E, D, F]."""
 
+Config = TypeVar("Config", bound=ModelConfig)
+
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Family(Generic[Config]):
     """`block` is the MoE block's name in the checkpoint; `gate`, `up`, `down` are an expert's below `experts.{e}.`.
 
     These are the names the Hugging Face hub's checkpoints use and that `save_pretrained` writes. `block_aliases` are
@@ -28,8 +30,8 @@ class Family:
     on disk as the two fused tensors `FUSED_GATE_UP` and `FUSED_DOWN`, in every family.
     """
 
-    config: type[ModelConfig]
-    build: Callable[[ModelConfig, nnx.Rngs], CausalLM]
+    config: type[Config]
+    build: Callable[[Config, nnx.Rngs], CausalLM]
     block: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -47,7 +49,7 @@ class Family:
     def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Canonical tensor names of one routed expert: gate [F, D], up [F, D], down [D, F]."""
         stem = f"model.layers.{layer}.{self.block}.experts.{expert}"
-        return tuple(f"{stem}.{matrix}.weight" for matrix in (self.gate, self.up, self.down))
+        return f"{stem}.{self.gate}.weight", f"{stem}.{self.up}.weight", f"{stem}.{self.down}.weight"
 
     def fused_names(self, layer: int) -> tuple[str, str]:
         """Canonical tensor names of a layer's fused experts: gate_up [E, 2F, D], down [E, D, F]."""
@@ -55,7 +57,7 @@ class Family:
         return f"{stem}.{FUSED_GATE_UP}", f"{stem}.{FUSED_DOWN}"
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Family[Any]] = {
     "deepseek_v2": Family(deepseek_v2.DeepseekV2Config, deepseek_v2.build),
     "mixtral": Family(
         mixtral.MixtralConfig, mixtral.build, "block_sparse_moe", gate="w1", up="w3", down="w2", block_aliases=("mlp",)

@@ -175,9 +175,9 @@ class LatentAttention(nnx.Module):
         q_rope, k_rope = rotate_pairs(q_rope, cos, sin), rotate_pairs(k_rope[:, :, None], cos, sin)[:, :, 0]
         up = self.kv_b_proj.weight.get_value()
         if tokens == 1 and absorb is None and calls_native() and self.native_takes(up, cache["latent"]):
-            new = (part[:, 0] for part in (q, q_rope, latent, k_rope))
+            new, at = (q[:, 0], q_rope[:, 0], latent[:, 0], k_rope[:, 0]), positions[:, 0]
             span = span or cache["latent"].shape[1]
-            out, *cached = native.latent(*new, up, positions[:, 0], cache["latent"], cache["rope"], span, self.scale)
+            out, *cached = native.latent(*new, up, at, cache["latent"], cache["rope"], span, self.scale)
             return self.o_proj(out.reshape(batch, 1, -1)), dict(zip(("latent", "rope"), cached))
         cache = {
             "latent": cache_write(cache["latent"], latent, positions),
@@ -229,7 +229,7 @@ class DeepseekV2Block(MoEBlock):
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
         super().__init__(*sizes, normalise=config.norm_topk_prob and config.num_experts_per_tok > 1, rngs=rngs)
         limited = config.topk_method == "group_limited_greedy"
-        self.groups, self.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
+        self.groups, self.kept_groups = (config.n_group or 1, config.topk_group or 1) if limited else (1, 1)
         self.scaling = config.routed_scaling_factor
         hidden = (config.n_shared_experts or 0) * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, hidden, bias=config.mlp_bias, rngs=rngs) if hidden else None
