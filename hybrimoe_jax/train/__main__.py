@@ -22,7 +22,7 @@ from hybrimoe_jax.files import replacing
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m hybrimoe_jax.train", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m hybrimoe_jax.train", description=str(__doc__).split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, default=Path("train-run"), metavar="DIR", help="folder of the run (default: train-run)")
     add(

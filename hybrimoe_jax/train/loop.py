@@ -58,7 +58,7 @@ class Settings:
         """Window length, in tokens, of a step."""
         return [length for start, length in self.stages if step >= int(start * self.steps)][-1]
 
-    def schedule(self, step: jax.Array) -> jax.Array:
+    def schedule(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The learning rate's factor, 0..1."""
         rise = (step + 1) / max(self.warmup, 1)
         fall = (self.steps - step) / max(self.decay * self.steps, 1)
