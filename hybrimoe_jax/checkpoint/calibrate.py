@@ -66,7 +66,7 @@ def calibrated(weights: Weights, format: Format, ids: np.ndarray) -> Weights:
     layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
 
     def rounded(shard: Shard) -> Shard:
-        if shard.experts is None:
+        if shard.experts is None or shard.layer is None:
             return shard
         packed = PackedExperts(shard.experts.count, layout, functools.partial(run.packed, shard.layer))
         return dataclasses.replace(shard, experts=packed)
@@ -120,7 +120,15 @@ class _Run:
         self.shards = {shard.layer: shard for shard in weights.shards}
         self.format, self.ids, self.config = format, ids, weights.config
         self.model = build_model(weights.config)
-        self.next, self.layer, self.stream = 0, None, None
+        self.next, self.layer = 0, None
+
+    @functools.cached_property
+    def stream(self) -> np.ndarray:
+        """The residual stream [W, T, D], before layer 0 the rows of the token table."""
+        table = self.shards[None].dense["model.embed_tokens.weight"]
+        used, places = np.unique(self.ids, return_inverse=True)
+        rows = np.stack([table.read(int(i), int(i) + 1)[0] for i in used]).astype(np.float32)
+        return rows[places].reshape(*self.ids.shape, -1)
 
     def packed(self, layer: int, expert: int) -> PackedExpert:
         """One expert of a layer, rounded."""
@@ -134,10 +142,10 @@ class _Run:
         x = current.x[rows]
         seen = _hessian(x * weight, current.average, current.strength)
         places = out.matrices
-        both = compensated(np.concatenate([gate, up]), seen, self.format)
+        codes, scales, zeros = compensated(np.concatenate([gate, up]), seen, self.format)
         cut = len(gate)
         for half, place in ((slice(None, cut), places[0]), (slice(cut, None), places[1])):
-            pack(self.format, *(None if part is None else part[half] for part in both), out=place.data)
+            pack(self.format, codes[half], scales[half], None if zeros is None else zeros[half], out=place.data)
         gate, up = dequantise(places[0]), dequantise(places[1])
         sample = _inner(current.x[:: max(1, len(current.x) // down.shape[1])], gate, up)
         average = sample.T @ sample / len(sample)
@@ -151,15 +159,12 @@ class _Run:
             return self.layer
         if layer < self.next:
             raise ValueError(f"layer {layer} was asked for after layer {self.next - 1}")
-        if self.stream is None:
-            table = self.shards[None].dense["model.embed_tokens.weight"]
-            used, places = np.unique(self.ids, return_inverse=True)
-            rows = np.stack([table.read(int(i), int(i) + 1)[0] for i in used]).astype(np.float32)
-            self.stream = rows[places].reshape(*self.ids.shape, -1)
         while self.next <= layer:
             self._leave()
-            self._enter(self.next)
+            self.layer = self._enter(self.next)
             self.next += 1
+        if self.layer is None:
+            raise ValueError(f"layer {layer} has no routed experts")
         return self.layer
 
     def _leave(self) -> None:
@@ -167,10 +172,9 @@ class _Run:
         if self.layer is not None:
             self.layer.finish()
             self.stream += self.layer.y.reshape(self.stream.shape)
-            self.layer = None
 
-    def _enter(self, index: int) -> None:
-        """Attention and router of layer `index`, or all of it where it is dense, window by window."""
+    def _enter(self, index: int) -> _Layer | None:
+        """Attention and router of layer `index`, or all of it where it is dense (None), window by window."""
         shard = self.shards[index]
         prefix = f"model.layers.{index}."
         graph, _ = split(self.model.model.layers[index])
@@ -187,9 +191,10 @@ class _Run:
             stream, *routed = jax.device_get(forward(params, block, _empty_cache(self.model, index, step, capacity)))
             self.stream[start : start + step] = stream[:filled]
             parts.append([part.reshape(step, capacity, -1)[:filled].reshape(filled * capacity, -1) for part in routed])
-        if shard.experts is not None:
-            x, ids, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-            self.layer = _Layer(index, shard.experts, x, ids, weights, np.zeros_like(x))
+        if shard.experts is None:
+            return None
+        x, ids, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return _Layer(index, shard.experts, x, ids, weights, np.zeros_like(x))
 
 
 def _empty_cache(model: CausalLM, index: int, batch: int, capacity: int) -> dict[str, jax.Array]:

@@ -106,7 +106,7 @@ def convert_random(
     check_format(fmt)
     check_dense_format(dense_format)
     check_absent(Path(dst))
-    weights = random_weights(config, fmt, seed)
+    weights = random_weights(Path(config), fmt, seed)
     return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
 
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
@@ -36,7 +37,7 @@ class ExpertStore:
         self,
         read: Callable[[int, int], np.ndarray | HostExpert],
         shape: tuple[int, int, int, int],
-        dtype: np.dtype,
+        dtype: DTypeLike,
         keep: bool = True,
         layout: ExpertLayout | None = None,
     ):
@@ -119,17 +120,20 @@ class ExpertStore:
         if not self._keep:
             return self._load(moe_layer, expert)
         with self._locks[(moe_layer * self.num_experts + expert) % len(self._locks)]:
-            if self._cells[moe_layer][expert] is None:
-                self._cells[moe_layer][expert] = self._load(moe_layer, expert)
-            return self._cells[moe_layer][expert]
+            cell = self._cells[moe_layer][expert]
+            if cell is None:
+                cell = self._cells[moe_layer][expert] = self._load(moe_layer, expert)
+            return cell
 
     def _load(self, moe_layer: int, expert: int) -> HostExpert:
         source = self._read(moe_layer, expert)
-        if self.layout is not None:
-            data = aligned_copy(source.data if isinstance(source, PackedExpert) else source, arena=self._arena)
-            data.flags.writeable = False
-            return PackedExpert(data, self.layout)
+        if isinstance(source, PackedExpert):
+            source = source.data
         if not isinstance(source, ExpertWeights):
+            if self.layout is not None:
+                data = aligned_copy(source, arena=self._arena)
+                data.flags.writeable = False
+                return PackedExpert(data, self.layout)
             gate_up = source[:2].reshape(2 * self.hidden, self.width)
             source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
         weights = ExpertWeights(*(aligned_copy(matrix, self.dtype, self._arena) for matrix in source))

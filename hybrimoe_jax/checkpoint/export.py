@@ -31,7 +31,7 @@ def export_hf(
     in float32, or rounded to bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where
     `src` is not a checkpoint or `dst` exists.
     """
-    checkpoint, dst = open_checkpoint(src), Path(os.path.abspath(dst))
+    checkpoint, dst = open_checkpoint(Path(src)), Path(os.path.abspath(dst))
     check_absent(dst)
     if fmt is not None and (checkpoint.format in FORMATS or fmt not in FORMATS):
         raise UserError(
@@ -66,23 +66,23 @@ def outgoing(checkpoint: Checkpoint, expert_dtype: np.dtype) -> Iterator[Outgoin
     for shard in checkpoint.manifest["pieces"]:
         for name, entry in shard["dense"].items():
 
-            def blocks(name=name):
+            def tensor_blocks(name=name):
                 tensor = checkpoint.dense([name])[name]
                 return [dequantise(tensor).astype(expert_dtype) if isinstance(tensor, PackedMatrix) else tensor]
 
             packed = "format" in entry
             shape, dtype = (entry["matrix"], expert_dtype) if packed else (entry["shape"], DTYPES[entry["dtype"]])
-            yield Outgoing(name, tuple(shape), dtype, blocks)
+            yield Outgoing(name, tuple(shape), dtype, tensor_blocks)
         if shard["experts"] is None:
             continue
         for expert in range(config.num_experts):
             for part, name in enumerate(expert_names(config, shard["layer"], expert)):
 
-                def blocks(moe_layer=moe_layer, expert=expert, part=part):
+                def matrix_blocks(moe_layer=moe_layer, expert=expert, part=part):
                     weights = read(moe_layer, expert)
                     matrix = (weights.gate_up[:hidden], weights.gate_up[hidden:], weights.down)[part]
                     return [matrix.astype(expert_dtype, copy=False)]
 
                 shape = (width, hidden) if part == 2 else (hidden, width)
-                yield Outgoing(name, shape, expert_dtype, blocks)
+                yield Outgoing(name, shape, expert_dtype, matrix_blocks)
         moe_layer += 1

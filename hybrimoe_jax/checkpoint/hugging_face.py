@@ -168,7 +168,7 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
         wanted[layer_of(name)][name] = shape
     shards = []
     for layer, names in wanted.items():
-        dense = {name: take(name, shape) for name, shape in names.items()}
+        dense = {name: found for name, shape in names.items() if (found := take(name, shape)) is not None}
         experts = take_experts(config, layer, left, take) if layer in config.moe_layers else None
         shards.append(Shard(shard_name(layer), layer, dense, experts))
     extra = [name for name in left if not any(p.search(name) for p in HARMLESS)]

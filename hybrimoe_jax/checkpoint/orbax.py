@@ -44,7 +44,7 @@ def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
     logger.setLevel(logging.ERROR)  # Orbax reports the absence of OCDBT files to merge as a warning
     try:
         with context:
-            ocp.save(folder.absolute(), first)
+            ocp.save(str(folder.absolute()), first)
     finally:
         logger.setLevel(level)
     del first
@@ -60,7 +60,8 @@ def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
                 if pending is not None:
                     pending.result()
                 pending = store[start:stop].write(block, can_reference_source_data_indefinitely=True)
-            pending.result()
+            if pending is not None:
+                pending.result()
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def _experts(config: ModelConfig, layer: int | None, dtype: np.dtype, layout: Ex
         shape = (width, hidden) if part == 2 else (hidden, width)
         return RandomTensor(shape, dtype, 0.0, shape[1] ** -0.5, (seed, layer, expert, part))
 
-    return ListedExperts(tuple(tuple(matrix(expert, part) for part in range(3)) for expert in range(count)))
+    return ListedExperts(tuple((matrix(e, 0), matrix(e, 1), matrix(e, 2)) for e in range(count)))
 
 
 def random_packed(layout: ExpertLayout, key: tuple[int, ...]) -> PackedExpert:

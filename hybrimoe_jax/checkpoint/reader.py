@@ -59,7 +59,7 @@ class Checkpoint:
         try:
             table = np.asarray(counts, np.float64)
         except (TypeError, ValueError):
-            table = np.zeros(0)
+            table = np.zeros((0, 0))
         if table.shape != shape or not np.isfinite(table).all() or (table < 0).any():
             raise UserError(
                 f"{path}: `counts` must be {shape[0]} lists of {shape[1]} counts; delete the file or make it again"

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -71,7 +72,7 @@ class FileTensor:
         row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         with open(self.path, "rb") as file:
             file.seek(self.offset + start * row_bytes)
-            got = file.readinto(memoryview(out.reshape(-1).view(np.uint8))) if out.nbytes else 0
+            got = file.readinto(out.reshape(-1).view(np.uint8).data) if out.nbytes else 0
         if got != out.nbytes:
             raise UserError(f"{self.path}: the file ended while {self.name} was read; download it again")
         return out
@@ -132,7 +133,8 @@ class Outgoing:
 
 def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
     """Writes one file beside its destination and renames it; memory is one block."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for t in tensors:
         kind = WRITABLE[np.dtype(t.dtype)]
         header[t.name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
@@ -145,7 +147,7 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
             written = 0
             for block in t.blocks():
                 data = np.ascontiguousarray(block, t.dtype).reshape(-1).view(np.uint8)
-                file.write(memoryview(data))
+                file.write(data.data)
                 written += data.nbytes
             if written != t.nbytes:
                 raise ValueError(f"{t.name}: {written} bytes given, {t.nbytes} announced")

@@ -43,9 +43,9 @@ def digest(data: np.ndarray | bytes) -> str:
     return hashlib.blake2b(as_bytes(data), digest_size=16).hexdigest()
 
 
-def as_bytes(data: np.ndarray | bytes):
+def as_bytes(data: np.ndarray | bytes) -> memoryview | bytes:
     if isinstance(data, np.ndarray):
-        return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     return data
 
 
@@ -102,10 +102,11 @@ class PackedLeaf:
     """The bytes of a tensor rounded to a quantised format, which is done when the first are read."""
 
     dtype = np.dtype(np.uint8)
+    empty = np.empty(0, np.uint8)
 
     def __init__(self, tensor: Tensor, format: Format):
         self.tensor, self.layout = tensor, MatrixLayout(format, *tensor.shape)
-        self.hash, self._data = hashlib.blake2b(digest_size=16), None
+        self.hash, self._data = hashlib.blake2b(digest_size=16), self.empty
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if start == 0:
@@ -113,7 +114,7 @@ class PackedLeaf:
         block = self._data[start:stop]
         self.hash.update(as_bytes(block))
         if stop == self.layout.nbytes:
-            self._data = None
+            self._data = self.empty
         return block
 
     def leaf(self) -> Leaf:
@@ -168,16 +169,17 @@ def write_shard(
         shutil.rmtree(folder)
     dense = {name: dense_leaf(name, t, fmt, dense_format) for name, t in shard.dense.items()}
     leaves = {name: leaf.leaf() for name, leaf in dense.items()}
-    rows = shape = None
+    experts = None
     if shard.experts is not None:
         rows, shape = ExpertRows(shard.experts, form), (shard.experts.count, *form.row)
         leaves[EXPERTS] = Leaf(shape, 1, rows.read)
+        experts = {"shape": list(shape), "dtype": form.dtype.name, "hashes": rows.hashes}  # filled as rows are read
     save_item(folder, leaves)
     return {
         "name": shard.name,
         "layer": shard.layer,
         "dense": {name: leaf.record() for name, leaf in dense.items()},
-        "experts": rows and {"shape": list(shape), "dtype": form.dtype.name, "hashes": rows.hashes},
+        "experts": experts,
     }
 
 

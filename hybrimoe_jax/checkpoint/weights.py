@@ -9,7 +9,7 @@ Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D]
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ from hybrimoe_jax.models.config import ModelConfig
 class Tensor(Protocol):
     """An array that may still lie in a file."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -60,6 +61,7 @@ class Experts(Protocol):
 
     def read(self, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> gate [F, D], up [F, D], down [D, F]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Shard:
 
     name: str
     layer: int | None
-    dense: dict[str, Tensor]
+    dense: Mapping[str, Tensor]
     experts: Experts | None
 
 

@@ -66,7 +66,11 @@ class BlockTensor(QuantisedTensor):
 
     data: np.ndarray
     type: str
-    where: str
+    place: str
+
+    @property
+    def where(self) -> str:
+        return self.place
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -86,9 +86,14 @@ def run_length(group_of: np.ndarray) -> int | None:
 class QuantisedTensor(abc.ABC):
     """A matrix [R, K] that lies quantised in a file; as a `Tensor` it is its exact float32 values."""
 
-    shape: tuple[int, ...]
-    where: str
-    """File and name, for messages."""
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    @abc.abstractmethod
+    def where(self) -> str:
+        """File and name, for messages."""
 
     @property
     def dtype(self) -> np.dtype:

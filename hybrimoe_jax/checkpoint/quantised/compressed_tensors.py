@@ -44,7 +44,7 @@ class PackedTensor(QuantisedTensor):
     scale: FileTensor
     zero_point: FileTensor | None
     g_idx: FileTensor | None
-    shape: tuple[int, int]
+    size: tuple[int, int]
     bits: int
     group_sizes: tuple[Any, ...]  # those of the configuration; -1 is a whole row
 
@@ -65,6 +65,10 @@ class PackedTensor(QuantisedTensor):
             )
         if self.g_idx is None:
             _ = self.group_size  # refuses a number of groups that no size of the configuration gives
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
 
     @property
     def where(self) -> str:

@@ -14,29 +14,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import numpy as np
 
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor, run_length
-from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Weights
+from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Tensor, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, pack
 from hybrimoe_jax.formats.plain import aligned_empty
 
 
-def is_coded(experts: Experts | None) -> bool:
+def coded(matrices: Iterable[Tensor]) -> list[QuantisedTensor]:
+    """Those of them that lie quantised."""
+    return [matrix for matrix in matrices if isinstance(matrix, QuantisedTensor)]
+
+
+def is_coded(experts: Experts | None) -> TypeGuard[ListedExperts]:
     """Whether some of their matrices lie quantised."""
-    return isinstance(experts, ListedExperts) and any(
-        isinstance(tensor, QuantisedTensor) for triple in experts.matrices for tensor in triple
-    )
+    return isinstance(experts, ListedExperts) and any(map(coded, experts.matrices))
 
 
 def kinds_of(experts: ListedExperts) -> Iterator[Kind | None]:
     """Of every matrix; None for one that is not quantised. Down matrices count as sorted by group."""
-    for gate, up, down in experts.matrices:
-        if not all(isinstance(t, QuantisedTensor) for t in (gate, up, down)):
+    for matrices in map(coded, experts.matrices):
+        if len(matrices) < 3:
             yield None
             continue
+        gate, up, down = matrices
         yield from (gate.kind, up.kind)
         kind = down.kind
         yield kind if kind.group else dataclasses.replace(kind, group=run_length(np.sort(down.group_of())))
@@ -47,7 +52,7 @@ def packed_expert(experts: ListedExperts, format: Format, expert: int) -> Packed
 
     Raises UserError where a tensor's numbers are not what its checkpoint's configuration says.
     """
-    tensors = experts.matrices[expert]
+    tensors = coded(experts.matrices[expert])
     gate, up, down = (tensor.codes() for tensor in tensors)
     if down.grouped(format.group) is None:
         order = np.argsort(down.group_of, kind="stable")
@@ -83,19 +88,21 @@ def fitted(codes: Codes, format: Format, where: str) -> tuple[np.ndarray, np.nda
 
 def exact_format(kinds: Iterable[Kind | None]) -> Format | str:
     """The format that holds matrices of these kinds without rounding, or why there is none."""
-    kinds = set(kinds)
-    if None in kinds:
+    every = set(kinds)
+    known = [kind for kind in every if kind is not None]
+    if len(known) < len(every):
         return "some of them are not quantised"
-    bits = {kind.bits for kind in kinds}
+    bits = {kind.bits for kind in known}
     if len(bits) > 1:
         return "some have 4 bits and some 8"
-    if any(kind.group is None for kind in kinds):
+    groups = [kind.group for kind in known if kind.group is not None]
+    if len(groups) < len(known):
         return "their groups are no runs of 32 inputs (act-order, or smaller groups)"
-    zeros = any(kind.zeros for kind in kinds)
+    zeros = any(kind.zeros for kind in known)
     if zeros and bits == {8}:
         return "8 bits with zero points"
-    scale = "f32" if any(kind.scale == "f32" for kind in kinds) else "f16"
-    return Format(bits.pop(), min(kind.group for kind in kinds), zeros, scale)
+    scale = "f32" if any(kind.scale == "f32" for kind in known) else "f16"
+    return Format(bits.pop(), min(groups), zeros, scale)
 
 
 def holds(format: Format, exact: Format) -> bool:
@@ -114,11 +121,11 @@ def quantised_format(weights: Weights) -> Format | None:
     Raises UserError where they are quantised but fit none.
     """
     every = [shard.experts for shard in weights.shards if shard.experts is not None]
-    coded = list(filter(is_coded, every))
-    if not coded:
+    quantised = [experts for experts in every if is_coded(experts)]
+    if not quantised:
         return None
-    kinds = {kind for experts in coded for kind in kinds_of(experts)}
-    if len(coded) < len(every):
+    kinds = {kind for experts in quantised for kind in kinds_of(experts)}
+    if len(quantised) < len(every):
         kinds.add(None)
     exact = exact_format(kinds)
     if isinstance(exact, str):
@@ -146,7 +153,7 @@ def as_packed(weights: Weights, fmt: str | None) -> Weights:
     layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
 
     def packed(shard: Shard) -> Shard:
-        if shard.experts is None:
+        if not is_coded(shard.experts):
             return shard
         one = functools.partial(packed_expert, shard.experts, format)
         return dataclasses.replace(shard, experts=PackedExperts(shard.experts.count, layout, one))
