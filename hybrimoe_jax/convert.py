@@ -46,6 +46,7 @@ def build_parser() -> cli.Parser:
         help="a quantised format for the dense projections too: attention, shared experts, dense layers, head "
         "(default: plain)",
     )
+    add("--zip", action="store_true", help="put all arrays into one file, pieces.zip, where they are read in place")
     add("--random", action="store_true", help="write random weights for SRC, a configuration, at the model's real size")
     add("--seed", type=int, metavar="N", help="of --random (default 0)")
     add(
@@ -68,15 +69,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--calibrate goes with converting a folder")
     if args.dense_format is not None and args.export_hf:
         parser.error("--dense-format does not go with --export-hf")
+    if args.zip and args.export_hf:
+        parser.error("--zip does not go with --export-hf")
     return_freed_memory()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes; leave an accelerator to others
     try:
         if args.export_hf:
             path = export_hf(args.src, args.dst, cli.progress, args.format)
         elif args.random:
-            path = convert_random(args.src, args.dst, args.format, args.seed or 0, cli.progress, args.dense_format)
+            path = convert_random(
+                args.src, args.dst, args.format, args.seed or 0, cli.progress, args.dense_format, args.zip
+            )
         else:
-            path = convert(args.src, args.dst, args.format, cli.progress, args.calibrate, args.dense_format)
+            path = convert(args.src, args.dst, args.format, cli.progress, args.calibrate, args.dense_format, args.zip)
     except KeyboardInterrupt:
         print(
             "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),

@@ -38,6 +38,7 @@ def convert(
     progress: Progress = silent,
     calibrate: str | os.PathLike | None = None,
     dense_format: str | None = None,
+    zipped: bool = False,
 ) -> Path:
     """Converts the Hugging Face folder or GGUF file `src` to a new checkpoint folder `dst`.
 
@@ -47,6 +48,7 @@ def convert(
       progress: wraps the shards as `progress(shards, total, label)`.
       calibrate: a text file; experts are rounded to `fmt` by what they do on it (`checkpoint.calibrate`).
       dense_format: a quantised format for the dense projections; None leaves them plain.
+      zipped: all arrays in one file, `pieces.zip`, where they are read in place.
 
     Experts that `src` has quantised already are taken over without rounding, or refused where no format holds them.
 
@@ -59,7 +61,7 @@ def convert(
     weights = as_packed(open_source(Path(src)), fmt)
     if calibrate is not None:
         weights = calibrate_by(weights, fmt, Path(calibrate))
-    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
+    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format, zipped=zipped)
 
 
 def open_source(src: Path) -> Weights:
@@ -97,6 +99,7 @@ def convert_random(
     seed: int = 0,
     progress: Progress = silent,
     dense_format: str | None = None,
+    zipped: bool = False,
 ) -> Path:
     """Writes a checkpoint of random weights, at its real size, for the model that `config`
     (a `config.json` or its folder) describes.
@@ -107,7 +110,7 @@ def convert_random(
     check_dense_format(dense_format)
     check_absent(Path(dst))
     weights = random_weights(Path(config), fmt, seed)
-    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format)
+    return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format, zipped=zipped)
 
 
 def save(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.orbax import items_of
 from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
 from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
 from hybrimoe_jax.checkpoint.weights import ArrayTensor, Experts, ListedExperts, Shard, StackedExperts, Tensor, Weights
@@ -90,7 +91,7 @@ def open_hf(folder: str | Path) -> Weights:
                 f"{folder}: config.json is missing from this converted checkpoint; convert the original again"
             )
         raise UserError(f"{folder}: no config.json; give a folder saved by transformers' save_pretrained")
-    if (folder / "manifest.json").is_file() and (folder / "pieces").is_dir():
+    if (folder / "manifest.json").is_file() and items_of(folder).exists():
         raise UserError(f"{folder}: already a converted checkpoint; give the Hugging Face folder it came from")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):

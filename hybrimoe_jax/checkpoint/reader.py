@@ -13,7 +13,7 @@ import numpy as np
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
 from hybrimoe_jax.checkpoint.hugging_face import read_json
-from hybrimoe_jax.checkpoint.orbax import open_leaf, read_leaves, read_rows
+from hybrimoe_jax.checkpoint.orbax import item_names, items_of, open_leaf, read_leaves, read_rows
 from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import (
@@ -84,10 +84,10 @@ class Checkpoint:
         Raises UserError where a file is damaged and, with `verify`, where a tensor's hash differs from the manifest's.
         """
         wanted = None if names is None else set(names)
-        out = {}
+        out, items = {}, items_of(self.path)
         for name, shard in self.shards.items():
             chosen = [n for n in shard["dense"] if wanted is None or n in wanted]
-            out |= read_leaves(self.path / "pieces" / name, chosen)
+            out |= read_leaves(items / name, chosen)
             for tensor in chosen if verify else ():
                 if digest(out[tensor]) != shard["dense"][tensor]["hash"]:
                     raise UserError(
@@ -121,11 +121,11 @@ class Checkpoint:
         form = ExpertForm.of(self.format, self.config.hidden_size, self.config.moe_width)
         held = form.dtype if form.layout else held_dtype(form.dtype, dtype)
         opened: list[Any] = [None] * len(records)
-        opening = threading.Lock()
+        opening, items = threading.Lock(), items_of(self.path)
 
         def read(moe_layer: int, expert: int) -> np.ndarray:
             record = records[moe_layer]
-            folder = self.path / "pieces" / record["name"]
+            folder = items / record["name"]
             with opening:
                 if opened[moe_layer] is None:
                     opened[moe_layer] = open_leaf(folder, EXPERTS)
@@ -192,6 +192,8 @@ def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
         raise UserError(
             f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"
         )
-    absent = [name for name in names if not (path / "pieces" / name / "state").is_dir()]
+    items = items_of(path)
+    present = item_names(items)
+    absent = [name for name in names if name not in present]
     if absent:
-        raise UserError(f"{path}: incomplete, {', '.join(absent)} missing under pieces; convert the original again")
+        raise UserError(f"{path}: incomplete, {', '.join(absent)} missing in {items.name}; convert the original again")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.hugging_face import TEXT_FILES
+from hybrimoe_jax.checkpoint.orbax import zip_items
 from hybrimoe_jax.checkpoint.shards import (
     FORMATS,
     LAYOUT,
@@ -50,8 +51,12 @@ def write_checkpoint(
     progress: Progress = silent,
     text_folder: str | os.PathLike | None = None,
     dense_format: str | None = None,
+    zipped: bool = False,
 ) -> Path:
-    """Writes weights to the folder `dst`, resuming in `dst.partial` where the same work was begun."""
+    """Writes weights to the folder `dst`, resuming in `dst.partial` where the same work was begun.
+
+    `zipped` puts all arrays into one file, `pieces.zip` (see `orbax.zip_items`).
+    """
     dst, config = Path(os.path.abspath(dst)), weights.config
     config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
     form = ExpertForm.of(fmt or weights.expert_format, config.hidden_size, config.moe_width)
@@ -66,8 +71,9 @@ def write_checkpoint(
         "files": weights.files,
         "seed": weights.seed,
         "calibration": weights.calibration,
+        "zipped": zipped,
     }
-    check_space(dst, weights, dense_fmt, form, projections)
+    check_space(dst, weights, dense_fmt, form, projections, copies=1 + zipped)
     with workplace(dst, plan if weights.files or weights.seed is not None else None) as work:
         out, done = work / "out", work / "done"
         records = {}
@@ -82,6 +88,8 @@ def write_checkpoint(
         for stray in (out / "pieces").iterdir():
             if stray.name not in records:  # what a killed writer left
                 shutil.rmtree(stray)
+        if zipped:
+            zip_items(out / "pieces")
         (out / "config.json").write_text(config_text, encoding="utf-8")
         origin = Path(text_folder) if text_folder is not None else weights.folder
         if origin is not None:
@@ -179,7 +187,7 @@ def check_absent(dst: Path) -> None:
 
 
 def check_space(
-    dst: Path, weights: Weights, dense_fmt: str | None, form: ExpertForm, projections: Format | None
+    dst: Path, weights: Weights, dense_fmt: str | None, form: ExpertForm, projections: Format | None, copies: int
 ) -> None:
     """Raises UserError where the disk has less room than the checkpoint needs beyond what is already written."""
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +196,7 @@ def check_space(
     for shard in weights.shards:
         leaves = (dense_leaf(name, tensor, dense_fmt, projections) for name, tensor in shard.dense.items())
         need += sum(int(np.prod(leaf.leaf().shape)) * leaf.dtype.itemsize for leaf in leaves)
+    need *= copies
     written = sum(p.stat().st_size for p in dst.with_name(dst.name + ".partial").rglob("*") if p.is_file())
     free = shutil.disk_usage(dst.parent).free
     if need - written > free:
