@@ -7,6 +7,14 @@ set before jax starts.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.config import EngineConfig
+    from hybrimoe_jax.engine.engine import Engine, Generation
+    from hybrimoe_jax.engine.load import bundled_model, load
+    from hybrimoe_jax.engine.streaming import StreamChunk, stream_generate
+    from hybrimoe_jax.errors import UserError
 
 _PUBLIC = {
     "EngineConfig": "hybrimoe_jax.engine.config",
@@ -18,7 +26,16 @@ _PUBLIC = {
     "stream_generate": "hybrimoe_jax.engine.streaming",
     "StreamChunk": "hybrimoe_jax.engine.streaming",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "StreamChunk",
+    "UserError",
+    "bundled_model",
+    "load",
+    "stream_generate",
+]
 __version__ = "0.1.0"
 
 

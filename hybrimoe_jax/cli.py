@@ -67,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(f"{message} (see {self.prog} --help)"))
 
 
+def first_paragraph(doc: str | None) -> str:
+    """Of a module's docstring, for its command's --help; nothing where Python has dropped docstrings."""
+    return (doc or "").split("\n\n")[0]
+
+
 def fail(message: str) -> int:
     """Prints `error: message` as one line on stderr and returns exit code 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -19,7 +19,7 @@ from hybrimoe_jax.checkpoint.export import export_hf
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="python -m hybrimoe_jax.convert", description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog="python -m hybrimoe_jax.convert", description=cli.first_paragraph(__doc__))
     add = parser.add_argument
     add(
         "src",

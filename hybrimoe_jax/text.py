@@ -201,6 +201,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def template_environment():
     """The sandbox in which chat templates run, with the names that published templates use."""
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -208,12 +209,12 @@ def template_environment():
         """`{% generation %}...{% endgeneration %}` marks the assistant's part for
         training; here it is just its body."""
 
-        tags = frozenset({"generation"})
+        tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]  # jinja2 only reads it
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
+            return nodes.Scope(body).set_lineno(line)
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)

@@ -9,12 +9,12 @@ import math
 import sys
 from pathlib import Path
 
-from hybrimoe_jax.cli import Parser, progress, run
+from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = Parser(prog="python -m hybrimoe_jax.bench", description=__doc__.splitlines()[0])
+    top = Parser(prog="python -m hybrimoe_jax.bench", description=first_paragraph(__doc__))
     commands = top.add_subparsers(dest="command", required=True)
     engine = commands.add_parser("engine", help="the engine against transformers on the same weights, in turns")
     engine.add_argument(

@@ -24,7 +24,7 @@ from hybrimoe_jax.decide.cache import CachePolicy
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Forecast
-from hybrimoe_jax.decide.prefetch.prediction import Accuracy, RouterOutlook, as_list
+from hybrimoe_jax.decide.prefetch.prediction import Accuracy, RouterOutlook, Scores, as_list
 from hybrimoe_jax.decide.prefetch.prefetch_planner import PrefetchPlanner
 from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 from hybrimoe_jax.decide.residency.residency import Residency
@@ -61,7 +61,7 @@ class Planner:
         costs: Any,
         *,
         frequencies: Sequence[Sequence[float]] | None = None,
-        policies: list[CachePolicy] | None = None,
+        policies: Sequence[CachePolicy] | None = None,
         recording: Any = None,
         max_in_flight: int = 2,
         cold: bool = False,
@@ -82,8 +82,8 @@ class Planner:
             parts.system, self.predictor, Forecast(self.scheduler, costs), self.accuracy, self._residency, max_in_flight
         )
         self._schedule_cache = ScheduleCache(self.scheduler, costs)
-        self._stream = LayerStream(num_experts, costs, self.counters) if parts.system.stream_prefill else None
-        self._streaming = False  # in this step
+        self._layer_stream = LayerStream(num_experts, costs, self.counters) if parts.system.stream_prefill else None
+        self._stream: LayerStream | None = None  # of this step
         self._experts = frozenset(range(num_experts))
         self._next_clock = self._until_next = 0.0  # the latter: from the latest MoE block's start to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
@@ -103,24 +103,24 @@ class Planner:
 
     def streams(self, phase: str) -> bool:
         """Whether a step of this phase, "prefill" or "decode", is streamed layer by layer, see `layer_stream`."""
-        return self._stream is not None and phase == "prefill"
+        return self._layer_stream is not None and phase == "prefill"
 
     def begin_step(self, phase: str, now: float | None = None) -> tuple[int, ...]:
         """Opens a step.
 
         Returns the experts of the first MoE layer to move into a buffer at once, none unless streamed.
         """
-        self._streaming = self.streams(phase)
-        if not self._streaming:
+        self._stream = self._layer_stream if self.streams(phase) else None
+        if self._stream is None:
             return ()
         self._inflight.clock = self._next_clock if now is None else now
-        return self._start_stream(0)
+        return self._start_stream(self._stream, 0)
 
     def plan(
         self,
         layer: int,
         loads: Mapping[int, int],
-        scores: Sequence[float] | None,
+        scores: Scores | None,
         tokens: int,
         now: float | None = None,
     ) -> LayerPlan:
@@ -134,7 +134,7 @@ class Planner:
         """
         unit_loads = self._check(layer, loads, scores, tokens)
         scores = as_list(scores)
-        residency, inflight = self._residency, self._inflight
+        residency, inflight, stream = self._residency, self._inflight, self._stream
         inflight.clock = clock = self._next_clock if now is None else now
         self.policies[layer].observe(scores, loads)
         resident, transfers = residency.resident[layer], inflight.in_flight[layer]
@@ -143,8 +143,8 @@ class Planner:
         in_flight = {e: max(0.0, transfers[e].landing - clock) for e in misses if e in transfers} if transfers else {}
         link_busy = max(0.0, inflight.link_free - clock)
 
-        if self._streaming:
-            double_buffered, schedule, device, awaited = self._stream.schedule(
+        if stream is not None:
+            double_buffered, schedule, device, awaited = stream.schedule(
                 layer, loads, tokens, resident, in_flight, clock, link_busy
             )
         else:
@@ -162,7 +162,7 @@ class Planner:
         fetch = self._fetch(layer, schedule.fetch) if schedule.fetch else ()
         if fetch:
             inflight.link_free = clock + schedule.link_seconds
-        next_layer_experts = self._start_stream(layer + 1) if self._streaming else ()
+        next_layer_experts = () if stream is None else self._start_stream(stream, layer + 1)
         self._until_next = schedule.makespan + self.costs.layer(tokens)
         self._next_clock, self._tokens = clock + self._until_next, tokens
         self.counters.count(len(hits), len(misses), len(schedule.cpu), fetch)
@@ -176,7 +176,7 @@ class Planner:
 
         0 in a streamed step, whose link has no time to spare.
         """
-        return 0 if self._streaming else self._prefetch_planner.depth(tokens)
+        return 0 if self._stream is not None else self._prefetch_planner.depth(tokens)
 
     def should_predict(self, tokens: int) -> bool:
         """Whether any layer is to be predicted in a step of so many tokens."""
@@ -195,7 +195,7 @@ class Planner:
 
         Call it right after `plan`, and in every layer of a step or in none.
         """
-        if not self._tokens or self._streaming:
+        if not self._tokens or self._stream is not None:
             return ()
         return self._prefetch_planner.prefetch(layer, outlook, self._tokens, self._until_next)
 
@@ -207,7 +207,7 @@ class Planner:
         hotter. `seconds`: how long it held the link, where that was measured.
         """
         found = self._residency.land(layer, expert, seconds)
-        if not self._streaming:
+        if self._stream is None:
             self._inflight.clear_link()
         return found
 
@@ -223,9 +223,9 @@ class Planner:
 
         Prefetches for layers that were not planned are wasted.
         """
-        if self._streaming:
-            self._streaming = False
+        if self._stream is not None:
             self._stream.clear()
+            self._stream = None
         self._inflight.finish_step()
         self._residency.finish_step()
         self._prefetch_planner.finish_step(self._tokens, self.counters.prefetch_issued)
@@ -246,20 +246,20 @@ class Planner:
 
     def _fetch(self, layer: int, experts: Sequence[int]) -> tuple[Fetch, ...]:
         """The demand fetches. In a streamed step nothing enters the slots."""
-        if self._streaming:
+        if self._stream is not None:
             return tuple([Fetch(expert, None, True) for expert in experts])
         return tuple([self._residency.admit(layer, expert) for expert in experts])
 
-    def _start_stream(self, layer: int) -> tuple[int, ...]:
+    def _start_stream(self, stream: LayerStream, layer: int) -> tuple[int, ...]:
         """Queues a whole layer behind all that is on the link."""
         if layer >= self.num_layers:
             return ()
         inflight = self._inflight
         present = self._residency.resident[layer] | inflight.in_flight[layer].keys()
-        experts, inflight.link_free = self._stream.start(layer, present, max(inflight.link_free, inflight.clock))
+        experts, inflight.link_free = stream.start(layer, present, max(inflight.link_free, inflight.clock))
         return experts
 
-    def _check(self, layer: int, loads: Mapping[int, int], scores: Sequence[float] | None, tokens: int) -> bool:
+    def _check(self, layer: int, loads: Mapping[int, int], scores: Scores | None, tokens: int) -> bool:
         """Whether this is one token with loads of 1; UserError for what cannot be."""
         if not 0 <= layer < self.num_layers:
             raise UserError(f"planner: layer {layer} is outside the model's {self.num_layers} MoE layers")

@@ -22,7 +22,7 @@ class Resolved(NamedTuple):
     slots: list[int]
     scheduler: Scheduler
     predictor: Predictor
-    policies: list[CachePolicy]
+    policies: Sequence[CachePolicy]
 
     @property
     def pooled(self) -> bool:
@@ -48,7 +48,7 @@ def resolve_system(
     slots_per_layer: Sequence[int] | int,
     costs: Any,
     frequencies: Sequence[Sequence[float]] | None = None,
-    policies: list[CachePolicy] | None = None,
+    policies: Sequence[CachePolicy] | None = None,
     recording: Any = None,
 ) -> Resolved:
     """Args as of `Planner`. UserError for an unknown name and for what does not fit the model."""

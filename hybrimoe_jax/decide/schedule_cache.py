@@ -62,9 +62,10 @@ class ScheduleCache:
             if unit_loads and memory is not None:
                 by_id = memory.by_id or scores is None
                 order = _order(hits, misses, None if by_id else scores)
-                pattern = None if order is None else memory.find(len(hits), len(misses), by_id, link_busy)
-                if pattern is not None:
-                    return apply(pattern, order, link_busy), pattern.resident(order)
+                if order is not None:
+                    pattern = memory.find(len(hits), len(misses), by_id, link_busy)
+                    if pattern is not None:
+                        return apply(pattern, order, link_busy), pattern.resident(order)
         allow_fetch = self.allow_fetch(1 if unit_loads else max(loads.values(), default=1))
         problem = Problem(loads, resident, self.costs, tokens, scores, in_flight, link_busy, allow_fetch=allow_fetch)
         schedule = self.rule.schedule(problem)

@@ -4,7 +4,7 @@ certain."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.errors import UserError
@@ -51,7 +51,7 @@ class StopBuffer:
 
 def stream_generate(
     engine, prompt: str | Sequence[int], *, stop: Sequence[str] = (), **options
-) -> Iterator[StreamChunk]:
+) -> Generator[StreamChunk, None, None]:
     """Yields a `StreamChunk` per new token of one prompt (text, encoded as the tokenizer does it, or token ids).
 
     `options` are those of `Engine.generate`: max_new_tokens, temperature, top_k, top_p, seed. The end-of-sequence token
@@ -68,7 +68,7 @@ def stream_generate(
     return _chunks(engine.steps([prompt], **options), decoder, buffer)
 
 
-def _chunks(steps, decoder, buffer: StopBuffer) -> Iterator[StreamChunk]:
+def _chunks(steps, decoder, buffer: StopBuffer) -> Generator[StreamChunk, None, None]:
     stopped = None
     while True:
         try:

@@ -15,10 +15,12 @@ even.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from hybrimoe_jax.errors import UserError
 
@@ -50,10 +52,9 @@ class ExpertWeights(NamedTuple):
         return self.gate_up.nbytes + self.down.nbytes
 
 
-def aligned_empty(shape, dtype=F32) -> np.ndarray:
+def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndarray:
     """Uninitialised C-contiguous array whose first byte lies on a 64-byte boundary."""
     dtype = np.dtype(dtype)
-    shape = (shape,) if np.isscalar(shape) else tuple(shape)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -69,10 +70,9 @@ class Arena:
         self._lock = threading.Lock()
         self._block, self._used = np.empty(0, np.uint8), 0
 
-    def empty(self, shape, dtype=F32) -> np.ndarray:
+    def empty(self, shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndarray:
         """As `aligned_empty`."""
         dtype = np.dtype(dtype)
-        shape = (shape,) if np.isscalar(shape) else tuple(shape)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         with self._lock:
             if self._used + nbytes > self._block.size:
@@ -82,7 +82,7 @@ class Arena:
             return self._block[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def aligned_copy(array: np.ndarray, dtype=None, arena: Arena | None = None) -> np.ndarray:
+def aligned_copy(array: np.ndarray, dtype: DTypeLike | None = None, arena: Arena | None = None) -> np.ndarray:
     """A copy in aligned memory, of an arena where one is given; `dtype` may widen or round to bfloat16."""
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     out = (arena.empty if arena else aligned_empty)(array.shape, dtype)

@@ -13,6 +13,7 @@ read from a file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -74,9 +75,12 @@ class CostModel:
             raise UserError(
                 "cost model: bandwidth_cpu_busy must not be above bandwidth: the CPU only takes from the link"
             )
-        transfer = self.transfer_latency + self.expert_bytes / self.bandwidth
-        busy = self.transfer_latency + self.expert_bytes / self.bandwidth_cpu_busy
-        object.__setattr__(self, "_transfer", (transfer, busy))
+
+    @functools.cached_property
+    def _transfer(self) -> tuple[float, float]:
+        """Seconds of one expert over the link: alone, beside a computing CPU."""
+        alone = self.transfer_latency + self.expert_bytes / self.bandwidth
+        return alone, self.transfer_latency + self.expert_bytes / self.bandwidth_cpu_busy
 
     def cpu(self, load: int, first: bool = False) -> float:
         """One expert on the CPU; `first` where nothing ran on it yet in this step."""

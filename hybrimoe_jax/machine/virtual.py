@@ -108,20 +108,20 @@ class VirtualMachine:
     def _run_cpu(self, plan: LayerPlan, loads: Mapping[int, int]) -> float:
         """The CPU's experts, one behind the other; when they end."""
         cpu = self.now + self.costs.fetch_host * len(plan.fetch)
-        first, cost = True, self.costs.cpu
+        first, cost, timeline = True, self.costs.cpu, self.timeline
         for expert in plan.cpu:
             begin = cpu
             cpu += cost(loads[expert], first)
             first = False
-            if self.timeline is not None:
-                self._note("cpu", "expert", plan.layer, expert, begin, cpu, load=loads[expert])
+            if timeline is not None:
+                _note(timeline, "cpu", "expert", plan.layer, expert, begin, cpu, load=loads[expert])
         self.cpu += cpu - self.now
         return cpu
 
     def _run_device(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> float:
         """The shared experts, then the device's queue, which waits for what has not landed; when it ends."""
         start, timeline, cost = self.now, self.timeline, self.costs.device
-        device = start + self.costs.shared(tokens)
+        device: float = start + self.costs.shared(tokens)
         busy = device - start
         if timeline is not None and busy:
             timeline.add("device", f"shared {plan.layer}", start, device, layer=plan.layer)
@@ -134,13 +134,13 @@ class VirtualMachine:
                 device = begin + cost(loads[expert])
                 busy += device - begin
                 if timeline is not None:
-                    self._note("device", "expert", plan.layer, expert, begin, device, load=loads[expert])
+                    _note(timeline, "device", "expert", plan.layer, expert, begin, device, load=loads[expert])
         else:
             for expert in plan.device:
                 begin = device
                 device += cost(loads[expert])
                 if timeline is not None:
-                    self._note("device", "expert", plan.layer, expert, begin, device, load=loads[expert])
+                    _note(timeline, "device", "expert", plan.layer, expert, begin, device, load=loads[expert])
             busy = device - start
         self.device += busy
         return device
@@ -176,7 +176,7 @@ class VirtualMachine:
             self._buffered[layer, expert] = end
             self._streaming -= 1
         if self.timeline is not None:
-            self._note("link", kind, layer, expert, began, end, kind=kind)
+            _note(self.timeline, "link", kind, layer, expert, began, end, kind=kind)
 
     def _arrivals(self, plan: LayerPlan) -> dict[int, float]:
         """When each awaited, streamed or fetched expert is on the device.
@@ -201,5 +201,8 @@ class VirtualMachine:
             self._in_flight -= awaited
         return ready
 
-    def _note(self, lane: str, what: str, layer: int, expert: int, begin: float, end: float, **args) -> None:
-        self.timeline.add(lane, f"{what} {layer}.{expert}", begin, end, layer=layer, expert=expert, **args)
+
+def _note(
+    timeline: Timeline, lane: str, what: str, layer: int, expert: int, begin: float, end: float, **args: Any
+) -> None:
+    timeline.add(lane, f"{what} {layer}.{expert}", begin, end, layer=layer, expert=expert, **args)

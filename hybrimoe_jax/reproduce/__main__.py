@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hybrimoe_jax.cli import Parser, progress, run
+from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.reproduce import experiments
@@ -30,7 +30,7 @@ PROMPT = "To be, or not to be, that is the question:"
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = Parser(prog="python -m hybrimoe_jax.reproduce", description=__doc__.splitlines()[0])
+    top = Parser(prog="python -m hybrimoe_jax.reproduce", description=first_paragraph(__doc__))
     top.add_argument("--data", metavar="DIR", help="the public traces (default: HYBRIMOE_DATA, else ../shared/data)")
     top.add_argument("--results", default="results", metavar="DIR", help="records go here (default results)")
     top.add_argument(

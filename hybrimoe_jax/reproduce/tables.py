@@ -61,7 +61,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def decode(records: Sequence[dict], profile: str) -> str:
-    rows = []
+    rows, named = [], {}
     for same in groups([r for r in records if r["profile"] == profile], "trace", "cache_ratio"):
         first, ratio = same[0], same[0]["cache_ratio"]
         paper = PAPER["fig8_decode_tokens_per_second"].get(NAMES.get(first["model"], ""), {})
@@ -74,7 +74,7 @@ def decode(records: Sequence[dict], profile: str) -> str:
 
 
 def prefill(records: Sequence[dict], profile: str) -> str:
-    rows = []
+    rows, times = [], {}
     for same in groups([r for r in records if r["profile"] == profile], "trace", "prompt_tokens"):
         times = {run_name(r): seconds(r) for r in same}
         gain = f"{times['ktransformers'] / times['hybrimoe']:.2f}x"
@@ -145,7 +145,7 @@ def depth(records: Sequence[dict]) -> str:
 
 
 def rules(records: Sequence[dict]) -> str:
-    rows = []
+    rows, same = [], []
     for same in groups(records, "trace", "profile", "prompt_tokens"):
         prompt = same[0]["prompt_tokens"]
         what = "decode" if prompt is None else f"prompt of {prompt}"

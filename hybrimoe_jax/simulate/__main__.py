@@ -10,12 +10,12 @@ import json
 import os
 import sys
 
-from hybrimoe_jax.cli import Parser, lookahead, progress, run
+from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.profile import PROFILES
-from hybrimoe_jax.simulate import grid
+from hybrimoe_jax.simulate import grid, plots
 from hybrimoe_jax.simulate.cases import cases_of, parts_of, prepared, trace_names
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.simulate.records import table
@@ -26,7 +26,7 @@ TIMELINE_STEPS = 4
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="python -m hybrimoe_jax.simulate", description=__doc__.splitlines()[0])
+    top = Parser(prog="python -m hybrimoe_jax.simulate", description=first_paragraph(__doc__))
     top.add_argument(
         "--trace", nargs="+", required=True, metavar="T", help="routing traces, of any layout `trace info` reads"
     )
@@ -82,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         steps=args.steps,
     )
     if args.plots:
-        from hybrimoe_jax.simulate import plots
-
         plots.check()
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
         prepared(case)  # what cannot be is said before anything runs

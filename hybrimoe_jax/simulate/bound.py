@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.decide.cache import Belady, CachePolicy
+from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.simulate.workload import Step
 
@@ -46,7 +46,7 @@ def clairvoyant_policies(
     slots: Sequence[int],
     top_k: int,
     frequencies: Sequence[Sequence[float]] | None = None,
-) -> list[CachePolicy]:
+) -> Sequence[Belady]:
     """Cache policies that know the steps to come; their planner must be replayed on exactly these.
 
     Args as of `Planner`; slots: of each layer.

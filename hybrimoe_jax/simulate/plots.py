@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
 from hybrimoe_jax.errors import UserError
@@ -22,7 +23,7 @@ from hybrimoe_jax.trace.timeline import Timeline
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
 WIDTH = 3.4
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,

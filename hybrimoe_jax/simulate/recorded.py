@@ -6,9 +6,10 @@ each prefetch landed. Under the virtual clock the times come out equal as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError
@@ -46,7 +47,7 @@ class Landings:
     def landed(self) -> list[tuple[int, int]]:
         return self._due.get(self._at, [])
 
-    def run(self, plan, loads, tokens) -> None:
+    def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None:
         pass
 
     def prefetch(self, layer: int, expert: int) -> None:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hybrimoe_jax.simulate.replay import Result
 
@@ -17,13 +18,13 @@ RESAMPLES = 1000
 COLUMNS = ("system", "cache", "start", "ms", "95 %", "hit %", "MB", "useful", "late", "wasted", "cpu", "device", "link")
 
 
-def interval(above: Sequence[float], below: Sequence[float], seed: int = 0) -> list[float] | None:
+def interval(above: ArrayLike, below: ArrayLike, seed: int = 0) -> list[float] | None:
     """95 % bootstrap interval of sum(above) / sum(below) over groups, [low, high]; None for fewer than two groups."""
-    above, below = np.asarray(above, float), np.asarray(below, float)
-    if len(above) < 2:
+    parts, wholes = np.asarray(above, float), np.asarray(below, float)
+    if len(parts) < 2:
         return None
-    drawn = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
-    ratios = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
+    drawn = np.random.default_rng(seed).integers(0, len(parts), (RESAMPLES, len(parts)))
+    ratios = parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
     return np.quantile(ratios, [0.025, 0.975]).tolist()
 
 
@@ -122,8 +123,8 @@ def _block(key: tuple, records: list[dict]) -> str:
     ]
     least: dict[float, float] = {}
     for record in records:
-        ratio, bound = record["cache_ratio"], record["bound_seconds_per_step"]
-        least[ratio] = min(bound, least.get(ratio, bound))
+        bound: float = record["bound_seconds_per_step"]
+        least[record["cache_ratio"]] = min(bound, least.get(record["cache_ratio"], bound))
     said = ", ".join(f"{1e3 * bound:.4g} ms at cache {ratio:g}" for ratio, bound in least.items())
     unit, group = ("prompt", "prompts") if first["prompt_tokens"] else ("token", "sequences")
     text.append(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from hybrimoe_jax.decide.plan import Counters
+from hybrimoe_jax.decide.plan import Counters, LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prefetch.predictors import Perfect
-from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.workload import Step
 
 
@@ -46,7 +45,27 @@ class Result:
 _FIELDS = dataclasses.fields(Counters)
 
 
-def replay(planner: Planner, machine: VirtualMachine, steps: Iterable[Step]) -> Result:
+class Machine(Protocol):
+    """What carries out the plans: `machine.virtual.VirtualMachine`, or what stands in for it (`now` None: no clock)."""
+
+    @property
+    def now(self) -> float | None: ...
+    @property
+    def cpu(self) -> float: ...
+    @property
+    def device(self) -> float: ...
+    @property
+    def link(self) -> float: ...
+    @property
+    def attention(self) -> float: ...
+    def step(self, tokens: int, stream: Sequence[int] = ()) -> None: ...
+    def front(self, layer: int, tokens: int, context: int, looked: bool) -> None: ...
+    def landed(self) -> list[tuple[int, int]]: ...
+    def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None: ...
+    def prefetch(self, layer: int, expert: int) -> None: ...
+
+
+def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
     """Runs every step. The planner's clock is the machine's."""
     results, counters = [], planner.counters
     for step in steps:

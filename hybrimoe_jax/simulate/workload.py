@@ -8,6 +8,7 @@ experts' weights stand in, all others being zero (MRS with p = k), and without w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -40,18 +41,14 @@ class Step(NamedTuple):
 
 def recorded_steps(trace: Trace) -> Iterator[Step]:
     """The steps that ran, in order."""
-    layers: list[Asked] = []
-    head, number = (), None
-    for record in trace.records():
-        if record.step != number:
-            if layers:
-                yield Step(*head, layers)
-            head = record.phase, len(record.ids), int(record.position.max()) + 1, int(record.sequence[0])
-            layers, number = [], record.step
-        ahead = [record.lookahead[d] for d in range(1, 1 + len(record.lookahead)) if d in record.lookahead]
-        layers.append(_asked(record.layer, record.ids, record.scores, record.weights, ahead, trace.facts.experts))
-    if layers:
-        yield Step(*head, layers)
+    for _, group in itertools.groupby(trace.records(), key=lambda record: record.step):
+        records = list(group)
+        first, layers = records[0], []
+        for record in records:
+            ahead = [record.lookahead[d] for d in range(1, 1 + len(record.lookahead)) if d in record.lookahead]
+            layers.append(_asked(record.layer, record.ids, record.scores, record.weights, ahead, trace.facts.experts))
+        context = int(first.position.max()) + 1
+        yield Step(first.phase, len(first.ids), context, int(first.sequence[0]), layers)
 
 
 def _asked(layer: int, ids: np.ndarray, scores, weights, ahead, experts: int) -> Asked:
@@ -86,11 +83,10 @@ class TokenSteps:
         phases = np.unique(trace.phase)
         self.phase = "prefill, replayed token by token" if 1 not in phases else "decode"
         if len(phases) == 2:  # a live run: what it decoded counts, its prompt is context
-            keep = tokens.phase == 1
-            tokens = _rows(tokens, keep)
+            tokens = tokens.select(tokens.phase == 1)
         self._tokens = tokens
         starts = np.flatnonzero(np.diff(tokens.step, prepend=-1))
-        self._starts = np.append(starts, len(tokens))
+        self._starts: list[int] = [*starts.tolist(), len(tokens)]
         self._sequence = tokens.sequence[starts]
         self._ids, self._layer = tokens.ids.tolist(), tokens.layer.tolist()
         self._weights = None if tokens.weights is None else tokens.weights.tolist()
@@ -121,9 +117,9 @@ class TokenSteps:
 
     def _asked_row(self, row: int) -> Asked:
         tokens, ids = self._tokens, self._ids[row]
-        known = self.has_scores and not np.isnan(tokens.scores[row, 0])
-        if known:
-            scores = tokens.scores[row].tolist()
+        shown = None if tokens.scores is None or np.isnan(tokens.scores[row, 0]) else tokens.scores[row : row + 1]
+        if shown is not None:
+            scores = shown[0].tolist()
         elif self._weights is not None:
             scores = [0.0] * self.facts.experts
             for expert, weight in zip(ids, self._weights[row]):
@@ -136,9 +132,8 @@ class TokenSteps:
             if np.isnan(predicted[0]):
                 break
             ahead.append(predicted[None])
-        rows = slice(row, row + 1)
-        shown = RouterOutlook(tokens.ids[rows], tokens.scores[rows] if known else None, ahead)
-        return Asked(self._layer[row], dict.fromkeys(ids, 1), scores, shown)
+        outlook = RouterOutlook(tokens.ids[row : row + 1], shown, ahead)
+        return Asked(self._layer[row], dict.fromkeys(ids, 1), scores, outlook)
 
     def prompts(self, sequences: Sequence[int], length: int, most: int) -> list[Step]:
         """Up to `most` windows of `length` consecutive tokens, spread evenly, each one step.
@@ -152,7 +147,7 @@ class TokenSteps:
 
     def _window(self, numbers: np.ndarray) -> Step:
         tokens = self._tokens
-        rows = np.concatenate([np.arange(self._starts[n], self._starts[n + 1]) for n in numbers])
+        rows = np.concatenate([np.arange(self._starts[n], self._starts[n + 1]) for n in numbers.tolist()])
         layers = []
         for layer in range(self.facts.layers):
             mine = rows[tokens.layer[rows] == layer]
@@ -165,12 +160,3 @@ class TokenSteps:
                     scores = None
                 layers.append(_asked(layer, ids, scores, weights, ahead, self.facts.experts))
         return Step("prefill", len(numbers), len(numbers), int(self._sequence[numbers[0]]), layers)
-
-
-def _rows(trace: Trace, keep: np.ndarray) -> Trace:
-    columns = {name: getattr(trace, name)[keep] for name in ("step", "layer", "phase", "sequence", "position", "ids")}
-    rows = {
-        name: None if getattr(trace, name) is None else getattr(trace, name)[keep] for name in ("weights", "scores")
-    }
-    ahead = {distance: array[keep] for distance, array in trace.lookahead.items()}
-    return Trace(trace.facts, **columns, **rows, lookahead=ahead, about=trace.about)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.trace.facts import TraceFacts
 
 LARGEST = 2**31 - 1
 """Of a step, a sequence or a position: they are kept in 32 bits."""
@@ -17,7 +18,7 @@ LARGEST = 2**31 - 1
 Rule = tuple[np.ndarray, Callable[[int], str]]
 
 
-def check_rows(arrays: Mapping[str, np.ndarray], facts, where: str) -> None:
+def check_rows(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str) -> None:
     """Raises UserError naming the first bad row (its step, layer, sequence and position), and what is wrong in it."""
     if not len(arrays["step"]):
         return
@@ -32,7 +33,7 @@ def check_rows(arrays: Mapping[str, np.ndarray], facts, where: str) -> None:
             raise UserError(f"{where}: record {first} ({place}): {said}")
 
 
-def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
+def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule]:
     step, layer = arrays["step"].astype(np.int64), arrays["layer"].astype(np.int64)
     phase, ids = arrays["phase"], arrays["ids"]
     for name in ("step", "sequence", "position"):
@@ -50,11 +51,14 @@ def _rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
     )
     outside = (ids < 0) | (ids >= facts.experts)
     yield (
-        outside.any(axis=1),
+        np.asarray(outside.any(axis=1)),
         lambda row: f"expert id {ids[row][outside[row]][0]} is outside 0..{facts.experts - 1}",
     )
     ordered = np.sort(ids, axis=1)
-    yield (ordered[:, 1:] == ordered[:, :-1]).any(axis=1), lambda row: f"an expert twice among {ids[row].tolist()}"
+    yield (
+        np.asarray((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)),
+        lambda row: f"an expert twice among {ids[row].tolist()}",
+    )
     if "weights" in arrays:
         weights = arrays["weights"]
         unfit = ~np.isfinite(weights) | (weights < 0)
@@ -79,7 +83,7 @@ def _after(bad: np.ndarray) -> np.ndarray:
     return np.concatenate([[False], bad])
 
 
-def _step_rules(arrays: Mapping[str, np.ndarray], facts) -> Iterator[Rule]:
+def _step_rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule]:
     order = arrays["step"].astype(np.int64) * (1 + facts.layers) + arrays["layer"]
     yield _other_tokens(arrays, order), lambda row: "not the tokens of its step's first layer; rows are missing"
 

@@ -33,7 +33,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +89,7 @@ class Trace:
             return
         change = np.flatnonzero((np.diff(self.step) != 0) | (np.diff(self.layer) != 0)) + 1
         bounds = [0, *change.tolist(), len(self)]
-        has_scores = None if self.scores is None else ~np.isnan(self.scores[:, 0])
+        has_scores = np.zeros(len(self), bool) if self.scores is None else ~np.isnan(self.scores[:, 0])
         has_ahead = {d: ~np.isnan(ahead[:, 0]) for d, ahead in self.lookahead.items()}
         for start, stop in itertools.pairwise(bounds):
             rows = slice(start, stop)
@@ -101,9 +101,37 @@ class Trace:
                 self.position[rows],
                 self.ids[rows],
                 None if self.weights is None else self.weights[rows],
-                self.scores[rows] if has_scores is not None and has_scores[rows].all() else None,
+                self.scores[rows] if self.scores is not None and has_scores[rows].all() else None,
                 {d: ahead[rows] for d, ahead in self.lookahead.items() if has_ahead[d][rows].all()},
             )
+
+    def select(self, rows: np.ndarray) -> Trace:
+        """The trace of these rows (a mask, or their numbers in order); additions that have a row each go with them."""
+        optional = {name: None if (a := getattr(self, name)) is None else a[rows] for name in ("weights", "scores")}
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in (*INDEX_COLUMNS, "ids")},
+            **optional,
+            lookahead={distance: ahead[rows] for distance, ahead in self.lookahead.items()},
+            extra={name: a[rows] if len(a) == len(self) else a for name, a in self.extra.items()},
+        )
+
+
+def stack_rows(parts: Sequence[np.ndarray | None], sizes: Sequence[int], width: int) -> np.ndarray | None:
+    """Parts of `sizes` rows under one another, NaN where a part is absent; None where all are."""
+    if all(part is None for part in parts):
+        return None
+    filled = [np.full((n, width), np.nan, np.float32) if p is None else p for p, n in zip(parts, sizes, strict=True)]
+    return np.concatenate(filled)
+
+
+def stack_lookahead(
+    parts: Sequence[Mapping[int, np.ndarray]], sizes: Sequence[int], width: int
+) -> dict[int, np.ndarray]:
+    """The same by distance."""
+    distances = sorted({distance for part in parts for distance in part})
+    found = {d: stack_rows([part.get(d) for part in parts], sizes, width) for d in distances}
+    return {distance: rows for distance, rows in found.items() if rows is not None}
 
 
 def save_trace(trace: Trace, path: str | os.PathLike) -> None:
@@ -155,9 +183,10 @@ def trace_of(arrays: Mapping[str, np.ndarray], where: str) -> Trace:
     extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
     check_arrays(arrays, facts, where)
     columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
-    ahead = {int(n[len(LOOKAHEAD) :]): _f32(a) for n, a in arrays.items() if n.startswith(LOOKAHEAD)}
     ids = arrays["ids"].astype(np.int32, copy=False)
-    weights, scores = _f32(arrays.get("weights")), _f32(arrays.get("scores"))
+    floats = {name: a.astype(np.float32, copy=False) for name, a in arrays.items() if name not in (*columns, "ids")}
+    weights, scores = floats.pop("weights", None), floats.pop("scores", None)
+    ahead = {int(name[len(LOOKAHEAD) :]): a for name, a in floats.items()}
     return Trace(facts, **columns, ids=ids, weights=weights, scores=scores, lookahead=ahead, about=about, extra=extra)
 
 
@@ -197,10 +226,6 @@ def _arrays(trace: Trace) -> dict[str, np.ndarray]:
     arrays |= {f"{LOOKAHEAD}{d}": ahead for d, ahead in sorted(trace.lookahead.items())}
     arrays |= {f"{EXTRA}{name}": array for name, array in trace.extra.items()}
     return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _f32(array: np.ndarray | None) -> np.ndarray | None:
-    return None if array is None else array.astype(np.float32, copy=False)
 
 
 def _finite(text: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace import layouts
-from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, trace_of
+from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
 from hybrimoe_jax.trace.route_csv import route_csv
 
 READS = (
@@ -70,15 +70,7 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
         raise UserError("these traces are of different models and cannot be joined")
     steps = np.cumsum([0, *(_count(trace.step) for trace in traces)])
     sequences = np.cumsum([0, *(_count(trace.sequence) for trace in traces)])
-
-    def optional(parts: list, width: int):
-        if all(part is None for part in parts):
-            return None
-        return np.concatenate(
-            [np.full((len(t), width), np.nan, np.float32) if p is None else p for p, t in zip(parts, traces)]
-        )
-
-    distances = sorted({distance for trace in traces for distance in trace.lookahead})
+    sizes = [len(trace) for trace in traces]
     return Trace(
         first.facts,
         step=np.concatenate([t.step + n for t, n in zip(traces, steps)]).astype(np.int32),
@@ -87,9 +79,9 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
         sequence=np.concatenate([t.sequence + n for t, n in zip(traces, sequences)]).astype(np.int32),
         position=np.concatenate([t.position for t in traces]),
         ids=np.concatenate([t.ids for t in traces]),
-        weights=optional([t.weights for t in traces], first.facts.top_k),
-        scores=optional([t.scores for t in traces], first.facts.experts),
-        lookahead={d: optional([t.lookahead.get(d) for t in traces], first.facts.experts) for d in distances},
+        weights=stack_rows([t.weights for t in traces], sizes, first.facts.top_k),
+        scores=stack_rows([t.scores for t in traces], sizes, first.facts.experts),
+        lookahead=stack_lookahead([t.lookahead for t in traces], sizes, first.facts.experts),
         about={"joined": [t.about for t in traces]},
     )
 

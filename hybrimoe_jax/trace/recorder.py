@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import PHASES, Trace, save_trace
+from hybrimoe_jax.trace.file import PHASES, Trace, save_trace, stack_lookahead, stack_rows
 
 
 class TraceRecorder:
@@ -52,14 +52,6 @@ class TraceRecorder:
         def column(index: int, dtype) -> np.ndarray:
             return np.repeat(np.array([row[index] for row in rows], dtype), sizes)
 
-        def stacked(parts: list, width: int, dtype) -> np.ndarray | None:
-            """Rows under one another, NaN where a part is absent; None where all are."""
-            if all(part is None for part in parts):
-                return None
-            filled = [np.full((n, width), np.nan, dtype) if p is None else p for p, n in zip(parts, sizes, strict=True)]
-            return np.concatenate(filled)
-
-        distances = sorted({d for row in rows for d in row[8]})
         empty = np.zeros(0, np.int32)
         return Trace(
             facts,
@@ -69,9 +61,9 @@ class TraceRecorder:
             np.concatenate([row[3] for row in rows]) if rows else empty,
             np.concatenate([row[4] for row in rows]) if rows else empty,
             np.concatenate([row[5] for row in rows]) if rows else np.zeros((0, facts.top_k), np.int32),
-            stacked([row[6] for row in rows], facts.top_k, np.float32),
-            stacked([row[7] for row in rows], facts.experts, np.float32),
-            {d: stacked([row[8].get(d) for row in rows], facts.experts, np.float32) for d in distances},
+            stack_rows([row[6] for row in rows], sizes, facts.top_k),
+            stack_rows([row[7] for row in rows], sizes, facts.experts),
+            stack_lookahead([row[8] for row in rows], sizes, facts.experts),
             dict(self.about),
             {name: np.array(rows, np.int32) for name, rows in self._notes.items() if rows},
         )

@@ -75,8 +75,13 @@ def by_token(trace: Trace) -> Tokens:
     if trace.weights is not None:
         weights = np.full(shape, np.nan, np.float32)
         weights[token, trace.layer] = trace.weights
-    columns = (getattr(trace, name)[first] for name in ("step", "sequence", "position", "phase"))
-    return Tokens(*columns, ids, weights)
+    step, sequence, position, phase = (
+        trace.step[first],
+        trace.sequence[first],
+        trace.position[first],
+        trace.phase[first],
+    )
+    return Tokens(step, sequence, position, phase, ids, weights)
 
 
 def one_token_steps(trace: Trace) -> Trace:
@@ -88,17 +93,5 @@ def one_token_steps(trace: Trace) -> Trace:
     token, first = token_of_row(trace)
     order = np.lexsort((trace.layer, token))
     split = len(np.unique(prefill := trace.step[first][trace.phase[first] == 0])) < len(prefill)
-
-    def rows(array: np.ndarray | None) -> np.ndarray | None:
-        return None if array is None else array[order]
-
-    return dataclasses.replace(
-        trace,
-        step=token[order].astype(np.int32),
-        **{name: rows(getattr(trace, name)) for name in ("layer", "phase", "sequence", "position", "ids")},
-        weights=rows(trace.weights),
-        scores=rows(trace.scores),
-        lookahead={distance: ahead[order] for distance, ahead in trace.lookahead.items()},
-        about={**trace.about, **({"replayed": REPLAYED} if split else {})},
-        extra={name: a[order] if len(a) == len(trace) else a for name, a in trace.extra.items()},
-    )
+    about = {**trace.about, "replayed": REPLAYED} if split else dict(trace.about)
+    return dataclasses.replace(trace.select(order), step=token[order].astype(np.int32), about=about)

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.cli import Parser
+from hybrimoe_jax.cli import Parser, first_paragraph
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m hybrimoe_jax.train", description=str(__doc__).split("\n")[0])
+    parser = Parser(prog="python -m hybrimoe_jax.train", description=first_paragraph(__doc__))
     add = parser.add_argument
     add("--run", type=Path, default=Path("train-run"), metavar="DIR", help="folder of the run (default: train-run)")
     add(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from typing import Any, Self
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
@@ -37,7 +38,16 @@ class Belady(CachePolicy):
         self.heat = [self._next(expert) for expert in range(num_experts)]
 
     @classmethod
-    def for_layers(cls, num_experts, capacities, top_k, *, future, frequencies=None, **parameters):
+    def for_layers(
+        cls,
+        num_experts: int,
+        capacities: Sequence[int],
+        top_k: int,
+        *,
+        future: Sequence[Sequence[Collection[int]]],
+        frequencies: Sequence[Sequence[float]] | None = None,
+        **parameters: Any,
+    ) -> Sequence[Self]:
         """`future`: [layer][step] experts."""
         return [
             cls(

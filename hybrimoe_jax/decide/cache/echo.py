@@ -20,7 +20,8 @@ Ours. Related: FineMoE (EuroSys 2026) searches expert maps of earlier iterations
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -135,7 +136,17 @@ class Echo(CachePolicy):
 
     sees = "capacity"
 
-    def __init__(self, num_experts, capacity, top_k, *, memory=None, layer: int = 0, window: int = WINDOW, **common):
+    def __init__(
+        self,
+        num_experts: int,
+        capacity: int,
+        top_k: int,
+        *,
+        memory: Memory | None = None,
+        layer: int = 0,
+        window: int = WINDOW,
+        **common: Any,
+    ):
         super().__init__(num_experts, capacity, top_k, **common)
         self.discounts = discounts(capacity, top_k)
         self.memory = Memory(1, num_experts, top_k, len(self.discounts), window) if memory is None else memory
@@ -144,7 +155,16 @@ class Echo(CachePolicy):
         self._usual = [Frequencies(num_experts, scale) for scale in TIME_SCALES]
 
     @classmethod
-    def for_layers(cls, num_experts, capacities, top_k, *, frequencies=None, window: int = WINDOW, **parameters):
+    def for_layers(
+        cls,
+        num_experts: int,
+        capacities: Sequence[int],
+        top_k: int,
+        *,
+        frequencies: Sequence[Sequence[float]] | None = None,
+        window: int = WINDOW,
+        **parameters: Any,
+    ) -> Sequence[Self]:
         horizon = max((len(discounts(slots, top_k)) for slots in capacities), default=1)
         memory = Memory(len(capacities), num_experts, top_k, horizon, window)
         known = frequencies or [None] * len(capacities)
@@ -173,7 +193,10 @@ class Echo(CachePolicy):
     def _prior(self, weight: float) -> np.ndarray:
         """[num_experts]: discounted coming uses if each expert went on as usual, times `weight`."""
         weight *= self._reach / len(self._usual)
-        return sum(np.array(f.counts) * (weight / f.steps) for f in self._usual)
+        usual = np.zeros(self.num_experts)
+        for frequencies in self._usual:
+            usual += np.array(frequencies.counts) * (weight / frequencies.steps)
+        return usual
 
 
 class Frequencies:

@@ -70,7 +70,7 @@ class CachePolicy(ABC):
         *,
         frequencies: Sequence[Sequence[float]] | None = None,
         **parameters: Any,
-    ) -> list[Self]:
+    ) -> Sequence[Self]:
         """The policies of all layers of one model, in order.
 
         A policy that learns across layers lets them share what it knows here.
@@ -137,7 +137,7 @@ class CachePolicy(ABC):
 
     def initial(self) -> list[int]:
         """What to preload: the most frequent experts, ties and unknown frequencies by lowest id."""
-        order = range(self.num_experts)
-        if self.frequencies is not None:
-            order = sorted(order, key=lambda expert: (-self.frequencies[expert], expert))
-        return list(order[: self.capacity])
+        order, frequencies = range(self.num_experts), self.frequencies
+        if frequencies is None:
+            return list(order[: self.capacity])
+        return sorted(order, key=lambda expert: (-frequencies[expert], expert))[: self.capacity]

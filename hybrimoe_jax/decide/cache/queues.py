@@ -50,7 +50,8 @@ class SLRU(CachePolicy):
         return 2 * self.step + 2 if load else self.value(expert)
 
     def moved(self, entered, left):
-        self._inside.add(entered)
+        if entered is not None:
+            self._inside.add(entered)
         if left is not None:
             self._inside.discard(left)
             self._safe.pop(left, None)
@@ -107,6 +108,8 @@ class S3FIFO(CachePolicy):
                 self._ghost[left] = None
                 if len(self._ghost) > max(1, self.capacity - self.small_limit):
                     self._ghost.popitem(last=False)
+        if entered is None:
+            return
         known = entered in self._ghost
         self._ghost.pop(entered, None)
         (self._main if known else self._small).append(entered)

@@ -77,13 +77,13 @@ class CoActivation(Predictor):
         whole = len(step) == self.num_layers and max(map(len, step.values())) == 1
         ids = np.concatenate([step[layer] for layer in range(self.num_layers)]).astype(np.int64) if whole else None
         if self.learn:
-            if whole and (self._before_rows is not None or all([len(b) > 1 for b in before.values()])):
+            if ids is not None and (self._before_rows is not None or all([len(b) > 1 for b in before.values()])):
                 self._learn_one(ids)
             else:
                 for layer in sorted(step):
                     self._learn(layer, np.asarray(step[layer]), step, before.get(layer))
             self._refresh()
-        self._before_rows = self._after_row + ids if whole else None
+        self._before_rows = None if ids is None else self._after_row + ids
 
     def count(self, ids: np.ndarray, follows: np.ndarray) -> None:
         """Adds recorded tokens to the tables: ids [T, L, k], -1 where unknown.
@@ -136,18 +136,24 @@ class CoActivation(Predictor):
 
         All of those in reach, or none, are used.
         """
-        before = [self._before.get(layer + 1 + d) for d in range(reach)]
-        if not all([b is not None and len(b) == 1 for b in before]):
+        before = self._all_before(layer, reach, 1)
+        if before is None:
             return rows
         return np.concatenate([rows, self._after_row[layer + 1 : layer + 1 + reach] + np.concatenate(before)], axis=1)
 
+    def _all_before(self, layer: int, reach: int, rows: int) -> list[np.ndarray] | None:
+        """The step before's ids [rows, k] of the layers in reach; None where one had other rows, or none."""
+        before = [self._before.get(layer + 1 + d) for d in range(reach)]
+        found = [ids for ids in before if ids is not None and len(ids) == rows]
+        return found if len(found) == reach else None
+
     def _predict_many(self, layer: int, ids: np.ndarray, reach: int) -> list[Prediction]:
         later = slice(layer + 1, layer + 1 + reach)
-        before = [self._before.get(layer + 1 + d) for d in range(reach)]
+        before = self._all_before(layer, reach, len(ids)) if len(ids) <= ALIGNED_ROWS else None
         weight, floor = self._weight[later], self._floor[later]
         logs = np.log(self._across[layer, :reach] * weight + floor)
         product = np.exp(_one_hot(ids, self.num_experts) @ logs)  # [D, N, E]
-        if len(ids) <= ALIGNED_ROWS and all([b is not None and len(b) == len(ids) for b in before]):
+        if before is not None:
             targets, earlier = np.arange(layer + 1, layer + 1 + reach)[:, None], np.stack(before)  # [D, N, k]
             for n in range(len(ids)):
                 product[:, n] *= (self._after[targets, earlier[:, n]] * weight + floor).prod(axis=1)

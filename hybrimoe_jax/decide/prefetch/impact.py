@@ -12,6 +12,7 @@ sent nearest layer first.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -106,21 +107,24 @@ class _State:
     def __init__(self, target: Target, forecast: Forecast, tokens: int, deadline: float, base: Outlook, equal: int):
         self.target, self.forecast, self.tokens, self.deadline, self.base = target, forecast, tokens, deadline, base
         self.candidates, self.equal, loads = target.candidates(), equal, target.prediction.loads
-        if equal:
-            self.here = len(loads) - len(self.candidates)
-        else:
-            self.here = [load for expert, load in loads.items() if expert in target.present]
-        self.openings: list[float] | None = None
-        self.best: tuple[float, int] | None = None
+        self.num_here = len(loads) - len(self.candidates)
+        self.here = [] if equal else [load for expert, load in loads.items() if expert in target.present]
+        self.gain, self.best = 0.0, -1
+
+    @functools.cached_property
+    def openings(self) -> list[float]:
+        """See `Target`; asked for once, and only where a candidate is looked at."""
+        return self.target.openings()
 
     def find_best(self, probability: float) -> None:
-        """Sets `best` to (discounted impact, expert), or to None where nothing gains."""
-        self.best = None
+        """Sets `best` to the expert of the greatest discounted impact, its `gain`; that is 0 where nothing gains."""
+        self.gain = 0.0
         if self.equal:
             impact = (self.base.makespan - self._with_one().makespan) * probability if self.candidates else 0.0
             if impact > 0:
                 first = next((e for e in self.candidates if self._may_enter(e)), None)
-                self.best = None if first is None else (impact, first)
+                if first is not None:
+                    self.gain, self.best = impact, first
             return
         loads = self.target.prediction.loads
         absent = [loads[expert] for expert in self.candidates]
@@ -132,17 +136,17 @@ class _State:
             tried.add(load)
             with_it = self.forecast.outlook([*self.here, load], absent[:i] + absent[i + 1 :], self.tokens)
             impact = (self.base.makespan - with_it.makespan) * probability
-            if impact > 0 and (self.best is None or impact > self.best[0]):
-                self.best = (impact, expert)
+            if impact > self.gain:
+                self.gain, self.best = impact, expert
             if len(tried) == TRIALS:
                 return
 
     def take(self) -> int:
         """Counts the best candidate as resident from now on."""
-        expert = self.best[1]
+        expert = self.best
         if self.equal:
             self.base = self._with_one()
-            self.here += 1
+            self.num_here += 1
             self.candidates.remove(expert)
         else:
             loads = self.target.prediction.loads
@@ -153,13 +157,11 @@ class _State:
         return expert
 
     def _may_enter(self, expert: int) -> bool:
-        if self.openings is None:
-            self.openings = self.target.openings()
         return bool(self.openings) and self.target.worth(expert) >= self.openings[0]
 
     def _with_one(self) -> Outlook:
         """The layer with one more of the equal candidates there."""
-        return self.forecast.equal(self.here + 1, len(self.candidates) - 1, self.equal, self.tokens)
+        return self.forecast.equal(self.num_here + 1, len(self.candidates) - 1, self.equal, self.tokens)
 
 
 def choose_by_impact(
@@ -192,7 +194,7 @@ def choose_by_impact(
         if fits:
             state = _State(target, forecast, tokens, deadline, base, equal)
             state.find_best(accuracy.probability(target.distance))
-            if state.best is not None:
+            if state.gain > 0:
                 states.append(state)
         if base.link > 0 and start < quiet_until:
             quiet_until = start
@@ -204,13 +206,13 @@ def choose_by_impact(
 
     chosen: list[tuple[_State, int]] = []
     while states and len(chosen) < room:
-        state = max(states, key=lambda s: (s.best[0], -s.target.distance))
+        state = max(states, key=lambda s: (s.gain, -s.target.distance))
         if not _in_time(chosen, state, link_free, transfer):
             states.remove(state)
             continue
         chosen.append((state, state.take()))
         state.find_best(accuracy.probability(state.target.distance))
-        if state.best is None:
+        if state.gain <= 0:
             states.remove(state)
     chosen.sort(key=lambda pair: pair[0].target.distance)
     return [(state.target, expert) for state, expert in chosen]

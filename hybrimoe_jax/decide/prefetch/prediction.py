@@ -12,6 +12,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+Scores = np.ndarray | Sequence[float]
+"""Of every expert, [E]."""
+
 
 class Prediction(NamedTuple):
     """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None
@@ -33,7 +36,7 @@ class RouterOutlook(NamedTuple):
     ahead: Sequence[np.ndarray] = ()
 
 
-def predict(scores: Sequence, top_k: int) -> Prediction:
+def predict(scores: np.ndarray | Sequence, top_k: int) -> Prediction:
     """Predicted loads from predicted scores: the top k of each token.
 
     Args:
@@ -41,7 +44,7 @@ def predict(scores: Sequence, top_k: int) -> Prediction:
     """
     if isinstance(scores, np.ndarray) and scores.ndim == 2 and len(scores) > 1:
         return _predict_many(scores, top_k)
-    rows = scores.tolist() if hasattr(scores, "tolist") else scores
+    rows = scores.tolist() if isinstance(scores, np.ndarray) else scores
     if not len(rows):
         return Prediction({}, None)
     if not isinstance(rows[0], (list, tuple)):
@@ -65,9 +68,9 @@ def loads_of(ids: np.ndarray, experts: int) -> dict[int, int]:
     return {expert: int(counts[expert]) for expert in np.flatnonzero(counts).tolist()}
 
 
-def as_list(scores: Sequence[float] | None) -> Sequence[float] | None:
+def as_list(scores: Scores | None) -> Sequence[float] | None:
     """Arrays become lists: indexing a list is several times faster."""
-    return scores if scores is None or isinstance(scores, (list, tuple)) else scores.tolist()
+    return scores.tolist() if isinstance(scores, np.ndarray) else scores
 
 
 class Predictor(abc.ABC):

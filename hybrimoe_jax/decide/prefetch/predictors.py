@@ -109,8 +109,8 @@ class Perfect(Predictor):
         self._coming = coming
 
     def predict(self, layer, shown, depth):
-        coming = [self._coming.get(layer + d, ()) for d in range(1, self.max_distance(layer, depth) + 1)]
-        return [Prediction(loads_of(ids, self.num_experts) if len(ids) else {}, None) for ids in coming]
+        coming = [self._coming.get(layer + d) for d in range(1, self.max_distance(layer, depth) + 1)]
+        return [Prediction({} if ids is None else loads_of(ids, self.num_experts), None) for ids in coming]
 
     def finish_step(self):
         self._coming = {}

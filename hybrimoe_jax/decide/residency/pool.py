@@ -27,8 +27,9 @@ def initial(policies: Sequence[CachePolicy], total: int) -> list[list[int]]:
     frequencies are unknown.
     """
     first: list[list[int]] = [[] for _ in policies]
-    if all([policy.frequencies is not None for policy in policies]):
-        ranked = [(-count, i, e) for i, policy in enumerate(policies) for e, count in enumerate(policy.frequencies)]
+    known = [policy.frequencies for policy in policies if policy.frequencies is not None]
+    if len(known) == len(policies):
+        ranked = [(-count, i, e) for i, frequencies in enumerate(known) for e, count in enumerate(frequencies)]
         for _, layer, expert in sorted(ranked)[:total]:
             first[layer].append(expert)
         return first
@@ -155,15 +156,16 @@ class Pool:
 
     def move(self, layer: int, entered: int, victim: VictimCandidate | None) -> Victim | None:
         """Puts an expert into the victim's slot, or into a free one; returns who left, as plans name it."""
+        left = None  # of this layer
         if victim is None:
             self.used += 1
         else:
+            left = victim.expert if victim.layer == layer else None
             self.resident[victim.layer].remove(victim.expert)
             self._candidates.changed(victim.layer)
         self.resident[layer].add(entered)
         self._candidates.changed(layer)
-        own = victim is not None and victim.layer == layer
-        self.policies[layer].moved(entered, victim.expert if own else None)
-        if victim is not None and not own:
+        self.policies[layer].moved(entered, left)
+        if victim is not None and left is None:
             self.policies[victim.layer].moved(None, victim.expert)
         return None if victim is None else (victim.layer, victim.expert)

@@ -51,7 +51,7 @@ class PaperScheduler(Scheduler):
             while to_device and -to_device[-1][-1] in done:
                 to_device.pop()
             if to_device:
-                load, negative_ready, _, minus = to_device[-1]
+                load, negative_ready, _, _ = to_device[-1]
                 finish = (t_device if t_device > -negative_ready else -negative_ready) + device_of(load)
             cpu_queue = to_cpu
             if not to_cpu or -to_cpu[-1][-1] in done:
@@ -64,9 +64,9 @@ class PaperScheduler(Scheduler):
                 link_finish = t_link + transfer
 
             if finish <= cpu_finish and finish <= link_finish:
-                to_device.pop()
-                device.append(-minus)
-                done.add(-minus)
+                expert = -to_device.pop()[-1]
+                device.append(expert)
+                done.add(expert)
                 t_device = finish
             elif cpu_finish <= link_finish:
                 expert = -cpu_queue.pop()[-1]

@@ -217,15 +217,13 @@ def _dive(instance, items, fetched, relaxed, choice, best, left):
         absent = item.group == _ABSENT
         limit, left_over = best * _CLOSE, rest[i + 1]
         lower = other = _NEVER
+        cpu_then, work_then = cpu + item.cpu if cpu else first + item.cpu, work + item.device
+        then, other_then = weighed + on_cpu, weighed + on_device
         if mays[item.group] and taken + absent_left[i + 1] >= fetched:
-            cpu_then = cpu + item.cpu if cpu else first + item.cpu
             end = landing(fetched, cpu_then) + least_device if fetched else 0.0
-            then = weighed + on_cpu
             lower = max(bound, cpu_then, work, end, then + left_over)
         same = i > 0 and items[i - 1][:4] == item[:4] and not mask >> (i - 1) & 1
         if not (absent and taken == fetched) and not same:
-            work_then = work + item.device
-            other_then = weighed + on_device
             other = max(bound, cpu, work_then, item.ready + item.device, other_then + left_over)
         if other < limit and other > lower:  # the lower bound is looked at first
             stack.append((other, i + 1, cpu, work_then, taken + absent, mask | 1 << i, other_then))

@@ -69,9 +69,10 @@ class SharedCoresScheduler(Scheduler):
         have them all. Where it is that much, also the schedule of each layer, experts called 0 .. top_k-1.
         """
         loads, needed = dict.fromkeys(range(top_k), 1), 0.0
+        on_cpu = self.all_on_cpu(Problem(loads, (), costs))
         for hits in range(min(top_k, most_resident) + 1):
             problem = Problem(loads, range(hits), costs)
-            found, on_cpu = self.rule.schedule(problem), self.all_on_cpu(problem)
+            found = self.rule.schedule(problem)
             if not self.may_take_all(problem, found):
                 return None, None
             needed = max(needed, on_cpu.makespan - self.charged(problem, found))
