@@ -33,7 +33,7 @@ from hybrimoe_jax.formats import sizes
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.machine.costs import CostModel
-from hybrimoe_jax.machine.profile import load_costs
+from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import shape_of
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
@@ -142,7 +142,7 @@ class _HybridAssembly:
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
         return fixed, system.slots_per_layer(ratio, layers, config.num_experts, self.frequencies)
 
-    def _costs(self) -> CostModel:
+    def _costs(self) -> CostModel | MachineCosts:
         """Those of the profile, or what the warm-up measures."""
         costs, model, pool = self.options.profile, self.model, self.pool
         if costs is None:
@@ -206,7 +206,7 @@ class _HybridAssembly:
         return verify
 
 
-def device_format(store, device: jax.Device) -> tuple[str, np.dtype]:
+def device_format(store, device: programs.Device) -> tuple[str, np.dtype]:
     """The format, and its arrays' type, of experts on the device: as in host memory, but float32 for plain ones on
     the CPU backend."""
     if store.layout is None and device.platform == "cpu":
@@ -214,7 +214,7 @@ def device_format(store, device: jax.Device) -> tuple[str, np.dtype]:
     return store.format, store.dtype
 
 
-def check_device_kernel(kernel: str, device: jax.Device, expert_format: str) -> None:
+def check_device_kernel(kernel: str, device: programs.Device, expert_format: str) -> None:
     """Raises UserError where `kernel` cannot compute experts of this format on the device."""
     if kernel == "xla":
         return

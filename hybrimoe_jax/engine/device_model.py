@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.checkpoint.dense import is_projection
-from hybrimoe_jax.engine.programs import LayerPrograms, layer_programs
+from hybrimoe_jax.engine.programs import Device, LayerPrograms, layer_programs
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.formats.plain import BF16, F32, Arena, aligned_copy
 from hybrimoe_jax.models.parameters import split
@@ -30,7 +31,6 @@ class DeviceLayer:
     graphdef: object
     params: dict[str, jax.Array | PackedMatrix]
     programs: LayerPrograms
-    router: tuple[jax.Array, jax.Array] | None
     cache_shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     eps: float
 
@@ -48,14 +48,14 @@ class DeviceModel:
     own_norm = False
     device_kernel = "xla"
 
-    def __init__(self, config, dense: Mapping[str, np.ndarray], device: jax.Device, native: bool = False):
+    def __init__(self, config, dense: Mapping[str, Any], device: Device, native: bool = False):
         self.config, self.device = config, device
         model = build_model(config)
         self.eps = config.rms_norm_eps
 
         arena = Arena() if device.platform == "cpu" else None  # XLA's CPU backend takes aligned memory as it is
 
-        def put(name: str) -> jax.Array | PackedMatrix:
+        def put(name: str):
             # A copy, so that no device array aliases (and keeps alive) the loader's memory.
             array = dense[name]
             if isinstance(array, PackedMatrix):
@@ -68,14 +68,14 @@ class DeviceModel:
         self.norm = put("model.norm.weight")
         self.head = self.table if config.tie_word_embeddings else put("lm_head.weight")
         self.layers: list[DeviceLayer] = []
+        self._own_routers: list[tuple] = []
         moe_layer = 0
         for index, layer in enumerate(model.model.layers):
             graphdef, abstract = split(layer)
             params = {name: put(f"model.layers.{index}.{name}") for name in abstract}
-            router = None
             if layer.is_moe:
                 gate = params[f"{layer.mlp_name}.gate.weight"]
-                router = (params["post_attention_layernorm.weight"], gate)
+                self._own_routers.append((params["post_attention_layernorm.weight"], gate))
             has_shared = layer.is_moe and any("shared" in name for name in params)
             self.layers.append(
                 DeviceLayer(
@@ -83,7 +83,6 @@ class DeviceModel:
                     graphdef,
                     params,
                     layer_programs(graphdef, has_shared),
-                    router,
                     layer.self_attn.cache_shapes,
                     self.eps,
                 )
@@ -118,8 +117,7 @@ class DeviceModel:
         """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance. Past the end the last layer stands in, so
         that every layer runs the same executable; predictors ignore those."""
         if distance not in self._routers:
-            last = len(self.moe_layers) - 1
-            routers = [layer.router for layer in self.moe_layers]
+            routers, last = self._own_routers, len(self.moe_layers) - 1
             self._routers[distance] = [
                 tuple(
                     (routers[layer][0] if self.own_norm else norm, gate)

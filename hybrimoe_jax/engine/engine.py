@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
+
+Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
 
 
 @dataclasses.dataclass
@@ -46,7 +49,7 @@ class Engine:
     Raises UserError where the options cannot be met (a budget too small, a context beyond the model's).
     """
 
-    def __init__(self, config, dense, store, options: EngineConfig, *, tokenizer=None, eos=(), frequencies=None):
+    def __init__(self, config, dense, store, options: EngineConfig, *, tokenizer: Any = None, eos=(), frequencies=None):
         self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
         self.store = store
         self.max_context = _max_context(config, options)
@@ -107,26 +110,19 @@ class Engine:
         return np.concatenate(out)
 
     def steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Generator[Emitted, int | Sequence[int] | None]:
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, seed: int | None = None, **sampling
+    ) -> Steps:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
-        sampling = Sampling(temperature, top_k, top_p, self.options.seed if seed is None else seed)
+        chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
         prompts = [list(map(int, prompt)) for prompt in prompts]
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
         capacity = capacity_for(prompts, max_new_tokens, self.max_context)
         self._check_ready(len(prompts), capacity)
-        return self._run(prompts, capacity, max_new_tokens, sampling)
+        return self._run(prompts, capacity, max_new_tokens, chosen)
 
-    def _run(self, prompts, capacity, max_new_tokens, sampling):
+    def _run(self, prompts, capacity: int, max_new_tokens: int, sampling: Sampling) -> Steps:
         stats = self._start(len(prompts), capacity)
         inner = generate_steps(
             self._forward,
@@ -150,33 +146,28 @@ class Engine:
         finally:
             if not sys.is_finalizing():  # left suspended at the interpreter's end, when jax is no longer there
                 self._finish(stats)
+        return stats
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Generation:
-        """New tokens for each prompt of token ids. temperature 0 is greedy. `stop` strings need a tokenizer; the
-        tokens of the text up to the one that completed a stop string are returned."""
+    def generate(self, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options) -> Generation:
+        """New tokens for each prompt of token ids.
+
+        Args:
+          stop: strings that end a text, which needs a tokenizer; the tokens of the text up to the one that completed a
+            stop string are returned.
+          options: `max_new_tokens` (64), `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
+            greedy), `top_k` (0: all) and `top_p` (1: all) of `Sampling`.
+        """
         if stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this checkpoint has none")
         tokens: list[list[int]] = [[] for _ in prompts]
         reasons = ["length"] * len(prompts)
-        run = self.steps(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
+        run = self.steps(prompts, **options)
         stopped = None
         while True:
             try:
                 emitted = run.send(stopped)
-            except StopIteration:
-                return Generation(tokens, reasons, self._last_stats)
+            except StopIteration as end:
+                return Generation(tokens, reasons, end.value)
             stopped = []
             for row, token in emitted.tokens:
                 tokens[row].append(token)

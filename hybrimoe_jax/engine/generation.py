@@ -8,7 +8,7 @@ nowhere and nothing attends to it. A row's answer does not depend on its neighbo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def generate_steps(
     eos: Sequence[int],
     chunk: int,
     max_context: int,
-) -> Iterator[Emitted]:
+) -> Generator[Emitted, int | Sequence[int] | None]:
     """Yields one `Emitted` a step. A row stops after an end-of-sequence token (which it emits) or `new_tokens`.
 
     The consumer may stop a row early by sending its number, or a list of them (stop strings).

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
@@ -17,9 +15,11 @@ from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link
+from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.engine.stats import RunStats
 from hybrimoe_jax.engine.step import Forward
 from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.profile import MachineCosts
 
 LOGIT_ROWS = 16
 """Tokens whose logits `Engine.logits` holds on the device at once."""
@@ -32,7 +32,7 @@ class Parts:
 
     options: EngineConfig
     system: System
-    device: jax.Device
+    device: Device
     model: DeviceModel
     forward: Forward
     clock: Clock
@@ -43,7 +43,7 @@ class Parts:
     slots: list[int]
     lookahead: int = 0
     planner: Planner | None = None
-    costs: CostModel | None = None
+    costs: CostModel | MachineCosts | None = None
     pool: SlotPool | None = None
     link: Link | None = None
     host: HostExecutor | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from hybrimoe_jax.models.moe import add_experts, expert_forward, native_for
 from hybrimoe_jax.models.parameters import merge
 from hybrimoe_jax.models.products import native_here, on_native_kernels, product
 
+Device = Any
+"""`jax.Device`, which jax's own types know as a variable only."""
 SLOTS_PER_CALL = 4
 DENSE_ROWS = 8
 """Up to this many rows an expert is computed for every row (weight zero where it was not chosen): decode is bound by

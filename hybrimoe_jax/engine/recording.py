@@ -60,7 +60,7 @@ class EngineTimeline:
 
     def _serve(self, task) -> None:
         lane, name, issued, arrays, args = task
-        start = max(issued, self._ends.get(lane, issued))
+        start = max(issued, self._ends.get(lane, 0.0))
         for array in jax.tree.leaves(arrays):
             if not array.is_deleted():
                 try:

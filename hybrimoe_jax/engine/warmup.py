@@ -127,6 +127,7 @@ def _device_samples(
     is added to its cost, since a lane of its own cannot show it."""
     rotation = itertools.cycle(slots)
     layer = model.moe_layers[0]
+    shared = layer.programs.shared
     for load in DEVICE_LOADS:
         x = jnp.ones((load, model.config.hidden_size), jnp.float32)
         rows, mix = {0: np.arange(load)}, {0: np.ones(load, np.float32)}
@@ -135,14 +136,11 @@ def _device_samples(
             slot = next(rotation)
             jax.block_until_ready(programs.add_device_experts(x, x, [(0, slot)], rows, mix, model.device_kernel))
 
-        def shared(x=x):
-            jax.block_until_ready(layer.programs.shared(layer.params, x))
-
         samples.device.append(
             (load, _timed(clock, expert) + (_dispatch(model, clock, x, slots[0], rows, mix) if inline else 0))
         )
-        if layer.programs.shared is not None:
-            samples.shared.append((load, _timed(clock, shared)))
+        if shared is not None:
+            samples.shared.append((load, _timed(clock, lambda x=x: jax.block_until_ready(shared(layer.params, x)))))
         if load in FRONT_TOKENS:
             front = _front_run(model, layer, x, capacity)
             samples.layer.append((load, _timed(clock, lambda front=front: jax.block_until_ready(front()))))
@@ -234,7 +232,7 @@ def _look(model: DeviceModel, clock: WallClock) -> float:
     """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the
     host."""
     config = model.config
-    norm, gate = model.moe_layers[0].router
+    ((norm, gate),) = model.lookahead_routers(0, 1)
     h = jnp.ones((1, 1, config.hidden_size), jnp.float32)
     scores = jax.jit(programs.gate_scores, static_argnums=3)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.checkpoint.dense import is_projection
+from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels.native.ffi import AddressedMatrix, kind
 from hybrimoe_jax.host_kernels.native.routed import table
@@ -37,17 +38,17 @@ class PackedArgs(NamedTuple):
 
 
 class ArgSpec(NamedTuple):
-    """Where a parameter is found: in the table of addresses, in the vector, or under its name; `matrix`: format's
+    """Where a parameter is found: in the table of addresses, in the vector, or (-1) under its name; `matrix`: format's
     number, columns and rows."""
 
     name: str
-    start: int | None = None
-    count: int | None = None
+    start: int = -1
+    length: int = 0
     matrix: tuple[int, int, int] | None = None
 
 
 def pack_args(
-    layers: Sequence[Mapping[str, jax.Array | PackedMatrix]], device: jax.Device
+    layers: Sequence[Mapping[str, jax.Array | PackedMatrix]], device: Device
 ) -> tuple[PackedArgs, tuple[tuple[ArgSpec, ...], ...]]:
     """-> what to hand over, and each layer's places (hashable)."""
     others, addresses, vectors, all_specs, length = [], [], [], [], 0
@@ -59,7 +60,7 @@ def pack_args(
                 specs.append(ArgSpec(name, len(addresses), matrix=(*kind(value), value.shape[0])))
                 data = value.data if isinstance(value, PackedMatrix) else value
                 addresses.append(data.unsafe_buffer_pointer())
-            elif len(value.shape) == 1 and value.dtype == jnp.float32:
+            elif isinstance(value, jax.Array) and value.ndim == 1 and value.dtype == jnp.float32:
                 specs.append(ArgSpec(name, length, value.size))
                 vectors.append(np.asarray(value))
                 length += value.size
@@ -75,12 +76,12 @@ def pack_args(
 def restore(packed_args: PackedArgs, layer: int, specs: Sequence[ArgSpec]) -> dict:
     """The parameters of a layer by name, inside a traced function."""
     params = {}
-    for name, start, count, matrix in specs:
+    for name, start, size, matrix in specs:
         if matrix is not None:
             code, columns, rows = matrix
             params[name] = AddressedMatrix(packed_args.addresses, start, code, rows, columns)
-        elif start is not None:
-            params[name] = jax.lax.slice(packed_args.vectors, (start,), (start + count,))
+        elif start >= 0:
+            params[name] = jax.lax.slice(packed_args.vectors, (start,), (start + size,))
         else:
             params[name] = packed_args.others[layer][name]
     return params

@@ -121,7 +121,7 @@ class FusedDecode:
     def logits(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
         """A step of one token -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last,
         the seconds of its experts, [L, 2k + E + 1]."""
-        return self._take(self._find(step, caches), step, caches)
+        return self._take(self._find(step, caches), step, caches)[1]
 
     def step(self, step: StepInput, caches, planner: Planner, clock: Clock) -> tuple[np.ndarray, list, StepStats]:
         """Runs a decode step of one sequence and plans its layers, while the program of the next call runs if there is
@@ -134,11 +134,11 @@ class FusedDecode:
         """
         start, compiled = clock.now(), clock.compile_seconds()
         call = self._find(step, caches)
-        waits = call is None or not call.results.logits.is_ready()
+        waits = call is None or not call.results.logits.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs lack it
         if call is not None:
             start = self._given_at
-        logits, caches, packed = self._take(call, step, list(caches))
-        compile_s, call = clock.compile_seconds() - compiled, self._call
+        call, (logits, caches, packed) = self._take(call, step, list(caches))
+        compile_s = clock.compile_seconds() - compiled
         if call.given == 1:
             self._given_at = clock.now()
             call.seconds = (self._given_at - start - compile_s) / int(np.asarray(call.results.tokens)[1])
@@ -210,8 +210,10 @@ class FusedDecode:
                 return call
         return None
 
-    def _take(self, call: _Call | None, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
-        """See `logits`. A call's first step waits for the call, and has the next one started before."""
+    def _take(
+        self, call: _Call | None, step: StepInput, caches: list
+    ) -> tuple[_Call, tuple[np.ndarray, list, np.ndarray]]:
+        """-> the call that has the step, and what `logits` gives. A call's first step waits for the call, and has the next one started before."""
         try:
             if call is None:
                 self._interleaved = not self._continues(caches) and (self._interleaved or self._has_unclaimed())
@@ -226,7 +228,7 @@ class FusedDecode:
                 self.flush_deferred()  # while this one runs
             row, call.given, self._last_cache = call.given, call.given + 1, weakref.ref(cache_id(caches))
             logits, packed = np.asarray(call.results.logits), np.asarray(call.results.packed)
-            return logits[row : row + 1].copy(), caches, packed[row].copy()
+            return call, (logits[row : row + 1].copy(), caches, packed[row].copy())
         except BaseException:
             self._call = self._next_call = None
             raise

@@ -127,7 +127,8 @@ def decode_program(layers: tuple, specs: tuple, eps: float, isa: int):
             i, token, given, logits, packed, caches = state
 
             def look_up(rope, _):
-                return tuple(jax.lax.dynamic_slice_in_dim(table_of, i, 1)[None] for table_of in rotary_tables[rope])
+                cos, sin = (jax.lax.dynamic_slice_in_dim(table_of, i, 1)[None] for table_of in rotary_tables[rope])
+                return cos, sin
 
             with override(look_up):
                 some_logits, some_packed, caches = step(token, caches, i)

@@ -7,12 +7,12 @@ ten beside a busy process; its steps took two to three times as long).
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.fused.decode import FusedDecode
 from hybrimoe_jax.engine.lanes.host import HostExecutor
+from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.host_kernels.native import ffi
@@ -22,18 +22,23 @@ ENOUGH_S, MOST_REPEATS = 0.1, 25
 """Steps of a small model last a millisecond or two: more of them, since another process may take both cores so long."""
 
 
-def can_fuse(options: EngineConfig, device: jax.Device, host: HostExecutor) -> bool:
+def can_fuse(options: EngineConfig, device: Device, host: HostExecutor) -> bool:
     """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single
     tokens."""
     plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
-    return plain and device.platform == "cpu" and ffi.available() and _handle(host, 0, 0) is not None
+    return (
+        plain
+        and device.platform == "cpu"
+        and ffi.available()
+        and host.kernel.native_handle(host.handle(0, 0)) is not None
+    )
 
 
 def fused_decode(layered: LayeredForward) -> FusedDecode:
     """The program over the experts of `layered`'s host lane."""
     experts = range(layered.model.config.num_experts)
-    handles = [[_handle(layered.host, layer, e) for e in experts] for layer in range(len(layered.model.moe_layers))]
-    return FusedDecode(layered.model, [[address for _, address in layer] for layer in handles], handles[0][0][0])
+    records = [[_record(layered.host, layer, e) for e in experts] for layer in range(len(layered.model.moe_layers))]
+    return FusedDecode(layered.model, [[address for _, address in layer] for layer in records], records[0][0][0])
 
 
 def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> bool:
@@ -59,5 +64,8 @@ def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> boo
     return min(times[True][1:]) < min(times[False][1:])  # the first of each compiles
 
 
-def _handle(host: HostExecutor, layer: int, expert: int):
-    return host.kernel.native_handle(host.handle(layer, expert))
+def _record(host: HostExecutor, layer: int, expert: int) -> tuple[int, int]:
+    found = host.kernel.native_handle(host.handle(layer, expert))
+    if found is None:
+        raise TypeError(f"expert {expert} of MoE layer {layer}: the native kernel has no record of it")
+    return found

@@ -174,9 +174,9 @@ class CompileClock:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
-    def _note(self, event: str, duration: float, **_) -> None:
+    def _note(self, event: str, duration_secs: float, **_) -> None:
         if event.startswith("/jax/core/compile"):
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 @functools.lru_cache(maxsize=1)

@@ -39,7 +39,7 @@ class Part:
     threads: int = 1
     spans: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     error: BaseException | None = None
-    done: threading.Event | None = None
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 class HostExecutor:
@@ -73,7 +73,7 @@ class HostExecutor:
         if inline:
             return Pending(self, [Part(work, np.zeros_like(work.x), threads)], inline=True)
         shares = [work] if self.kernel.teams else self._shares(work, threads)
-        parts = [Part(share, np.zeros_like(work.x), threads, done=threading.Event()) for share in shares]
+        parts = [Part(share, np.zeros_like(work.x), threads) for share in shares]
         for part, worker in zip(parts, self._workers, strict=False):
             worker.put(part)
         return Pending(self, parts)

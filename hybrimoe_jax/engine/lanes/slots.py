@@ -66,7 +66,8 @@ class SlotPool:
     def _empty(self) -> DeviceExpert:
         if self.layout is not None:
             return PackedExpert(jnp.zeros(self.layout.nbytes, jnp.uint8), self.layout)
-        return tuple(jnp.zeros(shape, self.dtype) for shape in self._shapes)
+        gate_up, down = (jnp.zeros(shape, self.dtype) for shape in self._shapes)
+        return gate_up, down
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +96,7 @@ class SlotPool:
         if victim is None:
             index = self._of(self._free, layer).pop()
         else:
-            owner, left = victim if self._pooled else (layer, victim)
+            owner, left = victim if isinstance(victim, tuple) else (layer, victim)
             index = self._where[owner].pop(left)
         buffers[index] = write_slot(buffers[index], new)
         where[expert] = index

@@ -19,6 +19,7 @@ import jax
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
 from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
@@ -32,9 +33,9 @@ class Transfer:
     expert: int
     issued: float
     weights: HostExpert
-    staged: DeviceExpert | None = None
-    began: float | None = None
-    landed: float | None = None
+    staged: DeviceExpert = dataclasses.field(init=False)
+    began: float = 0.0
+    landed: float = 0.0
     error: BaseException | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -56,7 +57,7 @@ def parts_of(weights: HostExpert):
 class Link:
     """Transfers from host memory to `device`. One worker thread, first come first served."""
 
-    def __init__(self, device: jax.Device, clock: WallClock):
+    def __init__(self, device: Device, clock: WallClock):
         self.device, self.clock = device, clock
         self._copies = device.platform == "cpu"
         self._in_flight: dict[tuple[int, int], Transfer] = {}

@@ -83,7 +83,7 @@ class OverlappedForward(LayeredForward):
                 lane, start, _ = watched.pop(0)
                 spent = max(0.0, self._working() - start)
                 setattr(lanes, lane, max(spent, getattr(lanes, lane)))  # a streamed layer's link time is there already
-            if result.is_ready():
+            if result.is_ready():  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs lack it
                 return np.asarray(result)
             if self._wall.now() > until:
                 jax.block_until_ready(watched[0][2] if watched else result)
