@@ -183,8 +183,7 @@ class _HybridAssembly:
 
     def _may_fuse(self, planner: Planner) -> bool:
         """Whether plans give single tokens' experts to the CPU, or would if leaving the program cost enough. A given
-        profile is
-        believed: it says what the machine is, and so what is planned."""
+        profile is believed: it says what the machine is, and so what is planned."""
         return planner.all_on_cpu or (self.options.profile is None and planner.handover_for_all_on_cpu is not None)
 
     def _select(self, layered: LayeredForward) -> tuple[LayeredForward, FusedDecode | None]:
@@ -193,7 +192,7 @@ class _HybridAssembly:
         fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
         if not select.is_faster(fused, layered, WARMUP_CAPACITY):
             fused = None
-        elif needed is not None:  # what was seen: leaving the program costs more than it is believed to save
+        elif needed is not None and isinstance(self.costs, CostModel):  # what was seen: leaving the program costs more than it is believed to save
             self.costs = dataclasses.replace(self.costs, handover=max(self.costs.handover, needed))
         return self._layered(), fused
 
