@@ -192,7 +192,8 @@ class _HybridAssembly:
         fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
         if not select.is_faster(fused, layered, WARMUP_CAPACITY):
             fused = None
-        elif needed is not None and isinstance(self.costs, CostModel):  # what was seen: leaving the program costs more than it is believed to save
+        elif needed is not None and isinstance(self.costs, CostModel):
+            # what was seen: leaving the program costs more than it is believed to save
             self.costs = dataclasses.replace(self.costs, handover=max(self.costs.handover, needed))
         return self._layered(), fused
 
