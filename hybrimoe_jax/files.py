@@ -6,17 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from hybrimoe_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a new file that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    `mode` is "w" (UTF-8 text) or "wb". Raises UserError, naming `path`, where the system refuses the write; an error of another file, which
-    the block reads, passes as it is.
+    `mode` is "w" (UTF-8 text) or "wb". Raises UserError, naming `path`, where the system refuses the write; an error
+    of another file, which the block reads, passes as it is.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -33,10 +33,11 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             beside.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike, what: str) -> None:
+def check_writable(path: str | os.PathLike[str], what: str) -> None:
     """Refuses, before long work begins, a file that `replacing` could not write when it ends; leaves nothing behind.
 
-    Raises UserError that begins with `what` for a folder or device, and for a file whose folder is missing or takes no files.
+    Raises UserError that begins with `what` for a folder or device, and for a file whose folder is missing or takes
+    no files.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

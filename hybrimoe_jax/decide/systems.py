@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from hybrimoe_jax.decide.cache import policy_class
 from hybrimoe_jax.decide.prefetch.predictors import RECORDED, check_predictor
@@ -166,21 +166,27 @@ class System:
         return [min(total // num_layers, num_experts)] * num_layers
 
     def override(
-        self, *, cache=None, scheduler=None, prefetch=None, lookahead=None, guard=None, predictor=None, scope=None,
-        stream_prefill=None,
-    ) -> System:  # fmt: skip
+        self,
+        *,
+        cache: str | None = None,
+        scheduler: str | None = None,
+        prefetch: str | None = None,
+        lookahead: int | str | None = None,
+        guard: str | None = None,
+        predictor: str | None = None,
+        scope: str | None = None,
+        stream_prefill: bool | None = None,
+    ) -> System:
         """This system with the given parts replaced; None keeps a part.
 
         A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer);
         lookahead 0 turns prefetch off.
         """
-        parts = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead, "guard": guard}
-        parts |= {"predictor": predictor, "scope": scope, "stream_prefill": stream_prefill}
-        parts = {part: value for part, value in parts.items() if value is not None}
-        mode = parts.get("prefetch", self.prefetch)
-        if prefetch is not None and mode != "none" and not self.lookahead and lookahead is None:
-            parts["lookahead"] = 3 if mode == "impact" else 1
-        return dataclasses.replace(self, **parts)
+        if prefetch not in (None, "none") and not self.lookahead and lookahead is None:
+            lookahead = 3 if prefetch == "impact" else 1
+        parts: dict[str, Any] = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead}
+        parts |= {"guard": guard, "predictor": predictor, "scope": scope, "stream_prefill": stream_prefill}
+        return dataclasses.replace(self, **{part: value for part, value in parts.items() if value is not None})
 
 
 def _floor(slots: float) -> int:

@@ -35,8 +35,7 @@ def compensated(
     if not diagonal.any():
         return codes, scales, zeros
     columns = weights.shape[1]
-    step = np.arange(columns)
-    hessian[step, step] += np.where(diagonal > 0, damping * diagonal.mean(), diagonal.mean())
+    hessian[np.diag_indices(columns)] += np.where(diagonal > 0, damping * diagonal.mean(), diagonal.mean())
     order = np.argsort(-diagonal, kind="stable")
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)

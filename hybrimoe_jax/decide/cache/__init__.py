@@ -92,7 +92,7 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
 
 def _numbers(policy: type[CachePolicy]) -> dict[str, type]:
     """The policy's own number parameters, by the constructor's annotations."""
-    found = {}
+    found: dict[str, type] = {}
     for parameter in inspect.signature(policy).parameters.values():
         kinds = str(parameter.annotation).split(" | ")
         if parameter.kind is parameter.KEYWORD_ONLY and kinds[0] in ("int", "float") and parameter.name != "layer":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
@@ -27,7 +27,14 @@ class Belady(CachePolicy):
     sees = "routing"
 
     def __init__(
-        self, num_experts, capacity, top_k, *, future: Sequence[Collection[int]], moment: float = 0.0, **common
+        self,
+        num_experts: int,
+        capacity: int,
+        top_k: int,
+        *,
+        future: Sequence[Collection[int]],
+        moment: float = 0.0,
+        **common: Any,
     ):
         super().__init__(num_experts, capacity, top_k, **common)
         self._uses: list[deque[int]] = [deque() for _ in range(num_experts)]
@@ -62,7 +69,7 @@ class Belady(CachePolicy):
             for layer, slots in enumerate(capacities)
         ]
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for expert in loads:
             uses = self._uses[expert]
             if not uses or uses[0] != self.step:
@@ -70,7 +77,7 @@ class Belady(CachePolicy):
             uses.popleft()
             self.heat[expert] = self._next(expert)
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.heat[expert]
 
     def _next(self, expert: int) -> float:

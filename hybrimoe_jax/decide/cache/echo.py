@@ -20,7 +20,7 @@ Ours. Related: FineMoE (EuroSys 2026) searches expert maps of earlier iterations
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -173,7 +173,7 @@ class Echo(CachePolicy):
             for layer, slots in enumerate(capacities)
         ]
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for frequencies in self._usual:
             frequencies.add(loads)
         near = self.memory.observe(self.layer, loads)

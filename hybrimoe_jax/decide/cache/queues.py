@@ -7,7 +7,8 @@ compares.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
@@ -23,7 +24,7 @@ class SLRU(CachePolicy):
 
     comparable = False
 
-    def __init__(self, num_experts, capacity, top_k, *, share: float = 0.8, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, *, share: float = 0.8, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         if not 0 <= share <= 1:
             raise UserError(f"cache slru: share {share} is outside 0..1")
@@ -31,7 +32,7 @@ class SLRU(CachePolicy):
         self._inside: set[int] = set()
         self._safe: OrderedDict[int, None] = OrderedDict()  # the protected segment, least recent first
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for expert in loads:
             if expert in self._inside:
                 self._safe[expert] = None
@@ -39,24 +40,24 @@ class SLRU(CachePolicy):
         while len(self._safe) > self.limit:
             self._safe.popitem(last=False)
 
-    def victim(self, resident, protected):
+    def victim(self, resident: Iterable[int], protected: Collection[int]) -> int | None:
         free = [expert for expert in resident if expert not in protected]
         return min(free, key=lambda expert: (self.value(expert), expert), default=None)
 
-    def value(self, expert):
+    def value(self, expert: int) -> float:
         return self.last_used[expert] + (self.step + 1 if expert in self._safe else 0)
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return 2 * self.step + 2 if load else self.value(expert)
 
-    def moved(self, entered, left):
+    def moved(self, entered: int | None, left: int | None) -> None:
         if entered is not None:
             self._inside.add(entered)
         if left is not None:
             self._inside.discard(left)
             self._safe.pop(left, None)
 
-    def loaded(self, experts):
+    def loaded(self, experts: Sequence[int]) -> None:
         self._inside = set(experts)
 
 
@@ -70,7 +71,7 @@ class S3FIFO(CachePolicy):
 
     comparable = False
 
-    def __init__(self, num_experts, capacity, top_k, *, share: float = 0.1, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, *, share: float = 0.1, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         if not 0 < share <= 1:
             raise UserError(f"cache s3-fifo: share {share} is outside (0, 1]")
@@ -80,28 +81,28 @@ class S3FIFO(CachePolicy):
         self._ghost: OrderedDict[int, None] = OrderedDict()
         self._uses: dict[int, int] = {}  # of residents, since they entered
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for expert in loads:
             if expert in self._uses:
                 self._uses[expert] = min(3, self._uses[expert] + 1)
 
-    def victim(self, resident, protected):
+    def victim(self, resident: Iterable[int], protected: Collection[int]) -> int | None:
         """What the queues would evict next, passing over the protected; a query, so nothing moves before `moved`."""
         expert = self._walk([expert for expert in resident if expert not in protected])[0]
         return super().victim(resident, protected) if expert is None else expert
 
-    def value(self, expert):
+    def value(self, expert: int) -> float:
         if expert in self._uses:
             return self._uses[expert] + (expert in self._main)
         return 1 if expert in self._ghost else 0
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.value(expert) + (1 if load else 0)
 
-    def admits(self, expert, victim):
+    def admits(self, expert: int, victim: int) -> bool:
         return True  # a newcomer's trial in the small queue is its admission
 
-    def moved(self, entered, left):
+    def moved(self, entered: int | None, left: int | None) -> None:
         if left is not None:
             _, forgotten, self._small, self._main, self._uses = self._walk([left])
             if forgotten:
@@ -115,7 +116,7 @@ class S3FIFO(CachePolicy):
         (self._main if known else self._small).append(entered)
         self._uses[entered] = 0
 
-    def loaded(self, experts):
+    def loaded(self, experts: Sequence[int]) -> None:
         self._small, self._main, self._uses = [], list(experts), dict.fromkeys(experts, 0)
 
     def _walk(self, allowed: Collection[int]) -> tuple[int | None, bool, list[int], list[int], dict[int, int]]:
@@ -124,7 +125,7 @@ class S3FIFO(CachePolicy):
 
         Where others come first, they stay, at the end of the main queue.
         """
-        small, main, uses, kept = list(self._small), list(self._main), dict(self._uses), []
+        small, main, uses, kept = list(self._small), list(self._main), dict(self._uses), list[int]()
         while small or main:
             from_small = bool(small) and (len(small) >= self.small_limit or not main)
             expert = (small if from_small else main).pop(0)

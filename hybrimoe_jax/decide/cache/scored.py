@@ -8,6 +8,8 @@ expert that almost made the top k stays warm, which recency and frequency, seein
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
@@ -18,11 +20,11 @@ class LRU(CachePolicy):
 
     sees = "routing"
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for expert in loads:
             self.heat[expert] = self.step
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.step + 1 if load else self.heat[expert]
 
 
@@ -31,19 +33,19 @@ class LFU(CachePolicy):
 
     sees = "routing"
 
-    def __init__(self, num_experts, capacity, top_k, *, decay: float = 1.0, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, *, decay: float = 1.0, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         if not 0 < decay <= 1:
             raise UserError(f"cache lfu: decay {decay} is outside (0, 1]")
         self.decay = decay
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         if self.decay != 1:
             self.heat = [heat * self.decay for heat in self.heat]
         for expert in loads:
             self.heat[expert] += 1
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.heat[expert] * self.decay + (1 if load else 0)
 
 
@@ -54,17 +56,17 @@ class LFRU(CachePolicy):
 
     sees = "routing"
 
-    def __init__(self, num_experts, capacity, top_k, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         self.uses = [0] * num_experts
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         for expert in loads:
             self.uses[expert] += 1
         now = self.step + 1
         self.heat = [uses / (now - last) for uses, last in zip(self.uses, self.last_used)]
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.uses[expert] + 1.0 if load else self.uses[expert] / (self.step + 2 - self.last_used[expert])
 
 
@@ -77,7 +79,9 @@ class MRS(CachePolicy):
 
     sees = "routing"
 
-    def __init__(self, num_experts, capacity, top_k, *, alpha: float = 0.5, p: int | None = None, **common):
+    def __init__(
+        self, num_experts: int, capacity: int, top_k: int, *, alpha: float = 0.5, p: int | None = None, **common: Any
+    ):
         super().__init__(num_experts, capacity, top_k, **common)
         p = 2 * top_k if p is None else p
         if not 0 < alpha <= 1:
@@ -86,7 +90,7 @@ class MRS(CachePolicy):
             raise UserError(f"cache mrs: p {p} must be at least 1")
         self.alpha, self.p = alpha, min(p, num_experts)
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         alpha, keep = self.alpha, 1 - self.alpha
         if scores is None:
             self.heat = heat = [keep * s for s in self.heat]
@@ -103,7 +107,7 @@ class MRS(CachePolicy):
             return
         self.heat = [keep * h + alpha * s if s >= least else keep * h for h, s in zip(self.heat, scores)]
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.alpha * score + (1 - self.alpha) * self.heat[expert]
 
 
@@ -113,18 +117,18 @@ class Static(CachePolicy):
     sees = "routing"
     fixed = True
 
-    def __init__(self, num_experts, capacity, top_k, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         if self.frequencies is not None:
             self.heat = list(self.frequencies)
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         pass
 
-    def victim(self, resident, protected):
+    def victim(self, resident: Iterable[int], protected: Collection[int]) -> int | None:
         return None
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.heat[expert]
 
 
@@ -133,12 +137,12 @@ class Random(CachePolicy):
 
     sees = "routing"
 
-    def __init__(self, num_experts, capacity, top_k, *, seed: int = 0, **common):
+    def __init__(self, num_experts: int, capacity: int, top_k: int, *, seed: int = 0, **common: Any):
         super().__init__(num_experts, capacity, top_k, **common)
         self._random = random.Random(seed)
 
-    def update(self, scores, loads):
+    def update(self, scores: Sequence[float] | None, loads: Mapping[int, int]) -> None:
         self.heat = [self._random.random() for _ in range(self.num_experts)]
 
-    def expected(self, expert, score, load):
+    def expected(self, expert: int, score: float, load: int) -> float:
         return self.heat[expert]

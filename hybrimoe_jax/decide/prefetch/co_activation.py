@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, predict
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, predict
 
 ALIGNED_ROWS = 16
 """Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a
@@ -31,7 +31,7 @@ class CoActivation(Predictor):
     Args: learn: whether the tables follow what is shown.
     """
 
-    def __init__(self, *model, smoothing: float = 2.0, learn: bool = True):
+    def __init__(self, *model: int, smoothing: float = 2.0, learn: bool = True):
         super().__init__(*model)
         layers, experts, distances = self.num_layers, self.num_experts, self.distances
         self.smoothing, self.learn = smoothing, learn
@@ -60,7 +60,7 @@ class CoActivation(Predictor):
         self._both = np.empty((distances, 2 * self.top_k), np.int64)
         self._refresh()
 
-    def predict(self, layer, shown, depth):
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         self._step[layer] = shown.ids
         reach = min(depth, self.distances, self.num_layers - 1 - layer)
         if reach <= 0:
@@ -69,7 +69,7 @@ class CoActivation(Predictor):
             return self._predict_one(layer, shown.ids[0], reach)
         return self._predict_many(layer, np.asarray(shown.ids), reach)
 
-    def finish_step(self):
+    def finish_step(self) -> None:
         if not self._step:
             return
         step, before = self._step, self._before

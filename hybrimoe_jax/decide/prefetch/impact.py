@@ -44,7 +44,7 @@ class Forecast:
     def __init__(self, scheduler: Scheduler, costs: Any):
         self.scheduler, self.costs = scheduler.forecaster(), costs
         self.transfer = costs.transfer(scheduler.uses_cpu)
-        self._memo: dict[tuple, Outlook] = {}
+        self._memo: dict[tuple[Any, ...], Outlook] = {}
 
     def outlook(self, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         """The layer with these loads on resident and absent experts (any order), the link free at its start."""
@@ -56,7 +56,7 @@ class Forecast:
         key = (resident, absent, load, tokens)
         return self._memo.get(key) or self._simulate(key, (load,) * resident, (load,) * absent, tokens)
 
-    def _simulate(self, key: tuple, resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
+    def _simulate(self, key: tuple[Any, ...], resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         loads = dict(enumerate((*resident, *absent)))
         schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens))
         if len(self._memo) >= _MEMO_LIMIT:
@@ -247,7 +247,7 @@ def choose_next_layer(target: Target, room: int) -> list[tuple[Target, int]]:
     if scores is not None:
         candidates.sort(key=lambda e: (-scores[e], e))
     openings = target.openings() if candidates else []
-    chosen = []
+    chosen: list[tuple[Target, int]] = []
     for expert in candidates:
         if len(chosen) < min(room, len(openings)) and target.worth(expert) >= openings[len(chosen)]:
             chosen.append((target, expert))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence, Set
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class RouterOutlook(NamedTuple):
     ahead: Sequence[np.ndarray] = ()
 
 
-def predict(scores: np.ndarray | Sequence, top_k: int) -> Prediction:
+def predict(scores: Scores | Sequence[Sequence[float]], top_k: int) -> Prediction:
     """Predicted loads from predicted scores: the top k of each token.
 
     Args:
@@ -44,7 +44,7 @@ def predict(scores: np.ndarray | Sequence, top_k: int) -> Prediction:
     """
     if isinstance(scores, np.ndarray) and scores.ndim == 2 and len(scores) > 1:
         return _predict_many(scores, top_k)
-    rows = scores.tolist() if isinstance(scores, np.ndarray) else scores
+    rows: Any = scores.tolist() if isinstance(scores, np.ndarray) else scores
     if not len(rows):
         return Prediction({}, None)
     if not isinstance(rows[0], (list, tuple)):

@@ -35,7 +35,7 @@ class RouterReuse(Predictor):
 
     needs_routers = True
 
-    def predict(self, layer, shown, depth):
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         return [predict(ahead, self.top_k) for ahead in shown.ahead[: self.max_distance(layer, depth)]]
 
 
@@ -46,14 +46,14 @@ class Corrected(Predictor):
 
     needs_routers = True
 
-    def __init__(self, *model, rate: float = 1 / 64):
+    def __init__(self, *model: int, rate: float = 1 / 64):
         super().__init__(*model)
         self.rate = rate
         self._shift = np.zeros((self.num_layers, self.distances, self.num_experts))
         self._seen = np.zeros((self.num_layers, self.distances), np.int64)
         self._reused: dict[int, list[np.ndarray]] = {}  # this step's mean log-probabilities by layer and distance
 
-    def predict(self, layer, shown, depth):
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         if shown.scores is not None:
             truth = _log(shown.scores).mean(axis=0)
             for distance in range(1, min(self.distances, layer) + 1):
@@ -65,7 +65,7 @@ class Corrected(Predictor):
         shifted = [np.exp(log + self._shift[layer, d]) for d, log in enumerate(logs)]
         return [predict(scores / scores.sum(axis=1, keepdims=True), self.top_k) for scores in shifted]
 
-    def finish_step(self):
+    def finish_step(self) -> None:
         self._reused.clear()
 
     def _fit(self, layer: int, d: int, difference: np.ndarray) -> None:
@@ -80,11 +80,11 @@ class Previous(Predictor):
     Where that had other rows, as after a prompt, its last row stands for the token before.
     """
 
-    def __init__(self, *model):
+    def __init__(self, *model: int):
         super().__init__(*model)
         self._chosen: dict[int, RouterOutlook] = {}
 
-    def predict(self, layer, shown, depth):
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         self._chosen[layer] = shown
         rows = len(shown.ids)
         return [self._of(self._chosen.get(layer + d), rows) for d in range(1, self.max_distance(layer, depth) + 1)]
@@ -100,7 +100,7 @@ class Previous(Predictor):
 class Perfect(Predictor):
     """The routing that is to come. Whoever replays a trace tells it, step by step, by `foresee`; live nobody can."""
 
-    def __init__(self, *model):
+    def __init__(self, *model: int):
         super().__init__(*model)
         self._coming: Mapping[int, np.ndarray] = {}
 
@@ -108,11 +108,11 @@ class Perfect(Predictor):
         """The ids [N, k] of every layer of the step that begins."""
         self._coming = coming
 
-    def predict(self, layer, shown, depth):
+    def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         coming = [self._coming.get(layer + d) for d in range(1, self.max_distance(layer, depth) + 1)]
         return [Prediction({} if ids is None else loads_of(ids, self.num_experts), None) for ids in coming]
 
-    def finish_step(self):
+    def finish_step(self) -> None:
         self._coming = {}
 
 

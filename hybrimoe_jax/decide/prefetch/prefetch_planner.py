@@ -39,7 +39,8 @@ class PrefetchPlanner:
         self.active = system.max_distance > 0
         self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
-        self._back_off = self._issued_before = 0
+        self._back_off = 0
+        self._issued_before: int = 0
         self._predicted = False
 
     def depth(self, tokens: int) -> int:
@@ -113,7 +114,7 @@ class PrefetchPlanner:
         depth = min(depth, self.num_layers - 1 - layer)
         if len(lookahead) > depth:
             lookahead = lookahead[:depth]
-        residency, targets = self.residency, []
+        residency, targets = self.residency, list[Target]()
         for distance, prediction in enumerate(lookahead, 1):
             residency.predictions[layer + distance].append((distance, prediction))
             targets.append(residency.target(layer + distance, distance, prediction))

@@ -96,7 +96,7 @@ class InflightTransfers:
         counters.prefetch_useful_s += sum([ready[expert] for expert in useful])
         counters.prefetch_wasted_s += sum([ready[expert] for expert in wasted])
         ready.clear()
-        late = []
+        late: list[int] = []
         for expert, wait in awaited.items():
             transfer = self.take(layer, expert)
             self._awaited[layer, expert] = transfer, wait

@@ -97,7 +97,7 @@ class Residency:
                 layer,
                 expert,
                 [self._protected(i, self._newest(i)) for i in range(len(self.slots))],
-                lambda i, e: self.guard == "none" or self._worth(i, self._newest(i))(e) <= floor,
+                lambda i, e: self.guard == "none" or self._worth_there(i, e) <= floor,
             )
         victim = None
         if len(self.resident[layer]) >= self.slots[layer]:
@@ -130,8 +130,7 @@ class Residency:
         """The value of what each further prefetch would evict, smallest first; minus infinity for a free slot."""
         if self.pool is not None:
             protected = [self._protected(i, self._newest(i)) for i in range(len(self.slots))]
-            worth = None if self.guard == "none" else lambda i, e: self._worth(i, self._newest(i))(e)
-            return self.pool.openings(protected, worth)
+            return self.pool.openings(protected, None if self.guard == "none" else self._worth_there)
         resident = self.resident[layer]
         values: list[float] = [_FREE] * (self.slots[layer] - len(resident))
         protected = self._protected(layer, prediction)
@@ -143,6 +142,9 @@ class Residency:
                 worth = self._worth(layer, prediction)
                 values += sorted([worth(e) for e in evictable])
         return values[len(self.inflight.in_flight[layer]) :]
+
+    def _worth_there(self, layer: int, expert: int) -> float:
+        return self._worth(layer, self._newest(layer))(expert)
 
     def _value(self, layer: int, prediction: Prediction, expert: int) -> float:
         return self._worth(layer, prediction)(expert)

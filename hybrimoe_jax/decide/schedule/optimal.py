@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import accumulate, combinations
+from typing import Any
 
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
@@ -46,7 +47,8 @@ class OptimalScheduler(Scheduler):
 
     def __init__(self, nodes: int = NODES):
         self.nodes = nodes
-        self._costs, self._memo = None, {}
+        self._costs: Any = None
+        self._memo: dict[tuple[Any, ...], tuple[Choice, float]] = {}
 
     def schedule(self, problem: Problem) -> Schedule:
         instance = Instance.of(problem)
@@ -80,7 +82,8 @@ class OptimalScheduler(Scheduler):
         if instance.in_flight or not loads or len(set(loads.values())) > 1:
             return None
         if problem.costs is not self._costs or len(self._memo) > _MEMO_LIMIT:
-            self._costs, self._memo = problem.costs, {}
+            self._costs = problem.costs
+            self._memo.clear()
         key = (
             len(instance.here),
             len(instance.absent),

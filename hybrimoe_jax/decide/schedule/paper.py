@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from typing import Any
 
 from hybrimoe_jax.decide.schedule.problem import (
     Problem,
@@ -15,6 +16,8 @@ from hybrimoe_jax.decide.schedule.problem import (
 )
 
 _NEVER = float("inf")
+_Queue = list[tuple[Any, ...]]
+"""Entries (load, what breaks ties, ..., negated expert), the next one last."""
 
 
 class PaperScheduler(Scheduler):
@@ -44,7 +47,7 @@ class PaperScheduler(Scheduler):
         to_cpu, steal, to_link, to_device = self._queues(problem)
         cpu_of, device_of, transfer = problem.costs.cpu, problem.costs.device, self.transfer_seconds(problem)
         t_cpu, t_device, t_link = 0.0, problem.costs.shared(problem.tokens), problem.link_start
-        cpu, device, fetch = [], [], []
+        cpu, device, fetch = list[int](), list[int](), list[int]()
         done: set[int] = set()
         while len(done) < len(problem.loads):
             finish = cpu_finish = link_finish = _NEVER
@@ -86,7 +89,7 @@ class PaperScheduler(Scheduler):
         lanes = tuple(cpu), tuple(device), tuple(fetch), awaited
         return Schedule(*lanes, max(t_cpu, t_device), t_cpu, t_device, t_link)
 
-    def _queues(self, problem: Problem) -> tuple[list, list, list, list]:
+    def _queues(self, problem: Problem) -> tuple[_Queue, _Queue, _Queue, _Queue]:
         """What the CPU may compute, what it may take from the device, what the link may fetch, and the device's own.
 
         The next expert stands last; its id, negated, ends its entry.
@@ -97,14 +100,14 @@ class PaperScheduler(Scheduler):
         absent = [expert for expert in loads if expert not in resident]
         if not (problem.allow_cpu or problem.allow_fetch):
             require_lane(problem, [e for e in absent if e not in in_flight], False)
-        to_cpu, steal, to_link = [], [], []
+        to_cpu, steal, to_link = _Queue(), _Queue(), _Queue()
         if problem.allow_cpu:
             to_cpu = sorted([(-loads[e], e not in in_flight, -score[e], -e) for e in absent])
             if problem.allow_steal:
                 steal = sorted([(-loads[e], -score[e], -e) for e in here])
         if problem.allow_fetch:
             to_link = sorted([(loads[e], score[e], -e) for e in absent if e not in in_flight])
-        to_device = [(loads[e], 0.0, score[e], -e) for e in here]
+        to_device: _Queue = [(loads[e], 0.0, score[e], -e) for e in here]
         to_device += [(loads[e], -in_flight[e], score[e], -e) for e in absent if e in in_flight]
         to_device.sort()
         return to_cpu, steal, to_link, to_device
@@ -138,7 +141,7 @@ class ReleasedScheduler(Scheduler):
         device_end = len(order) if problem.allow_fetch else len(here) + len(moving)
         cpu_start = len(order) if not problem.allow_cpu else 0 if problem.allow_steal else len(here) + len(moving)
         t_cpu, t_device, t_link = 0.0, costs.shared(problem.tokens), problem.link_start
-        cpu, device, fetch = [], [], []
+        cpu, device, fetch = list[int](), list[int](), list[int]()
         i, j = 0, len(order)  # order[i:j] is unassigned
         while i < j:
             first, last = order[i], order[j - 1]
@@ -162,7 +165,7 @@ class ReleasedScheduler(Scheduler):
         return replay(problem, cpu, device, fetch)
 
 
-def _drop_done(queue: list, done: set[int]) -> list:
+def _drop_done(queue: _Queue, done: set[int]) -> _Queue:
     """The queue without those at its end that another lane has taken."""
     while queue and -queue[-1][-1] in done:
         queue.pop()

@@ -39,7 +39,7 @@ class Problem:
     costs: Any
     tokens: int = 1
     scores: Sequence[float] | None = None
-    in_flight: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    in_flight: Mapping[int, float] = dataclasses.field(default_factory=dict[int, float])
     link_busy: float | None = None
     allow_cpu: bool = True
     allow_fetch: bool = True
@@ -122,7 +122,8 @@ def landings(start: float, cpu_seconds: float, count: int, beside: float, alone:
       cpu_seconds: when the CPU stops computing.
       beside, alone: seconds of a transfer beside a computing CPU, and otherwise.
     """
-    landed, now = [], start
+    landed: list[float] = []
+    now = start
     for _ in range(count):
         if now >= cpu_seconds:
             now += alone
@@ -148,7 +149,7 @@ def replay(problem: Problem, cpu: Sequence[int], device: Sequence[int], fetch: S
         link = landed[-1]
         ready = {**in_flight, **dict(zip(fetch, landed))}
     busy_device = costs.shared(problem.tokens)
-    awaited = []
+    awaited: list[int] = []
     for expert in device:
         if ready and expert not in resident:
             if busy_device < ready[expert]:
@@ -171,7 +172,7 @@ def split(problem: Problem) -> tuple[list[int], list[int], list[int]]:
         order = sorted(loads, key=lambda e: (-loads[e], e))
     else:
         order = sorted(loads, key=lambda e: (-loads[e], -score[e], e))
-    here, moving, absent = [], [], []
+    here, moving, absent = list[int](), list[int](), list[int]()
     for expert in order:
         (here if expert in resident else moving if expert in in_flight else absent).append(expert)
     moving.sort(key=in_flight.__getitem__)

@@ -91,7 +91,8 @@ class _Relaxation:
         self.instance = instance
         self.on_cpu, self.on_device = [item.cpu for item in items], [item.device for item in items]
         self.absent = [i for i, item in enumerate(items) if item.group == _ABSENT]
-        self.others, self.fixed_mask, self.fixed_device = [], 0, instance.shared
+        self.others: list[int] = []
+        self.fixed_mask, self.fixed_device = 0, instance.shared
         for i, item in enumerate(items):
             if item.group == _ABSENT:
                 continue
@@ -154,7 +155,7 @@ def _relax(instance: Instance, items: list[_Item], choice: Choice) -> tuple[dict
     The number with the lowest bound is halved next. Every weight tried gives a choice too.
     """
     relaxation = _Relaxation(instance, items)
-    bounds, best, seen = relaxation.bounds, instance.makespan(choice), set()
+    bounds, best, seen = relaxation.bounds, instance.makespan(choice), set[int]()
     for _ in range(FEWEST_WEIGHTS + len(items) // ITEMS_PER_WEIGHT if len(items) > FEW_ITEMS else 0):
         lowest = bounds.index(min(bounds))
         if bounds[lowest] >= best * _CLOSE:
@@ -185,7 +186,9 @@ def _rank(
     return ranked, rest, absent_left
 
 
-def _dive(instance, items, fetched, relaxed, choice, best, left):
+def _dive(
+    instance: Instance, items: list[_Item], fetched: int, relaxed: _Relaxed, choice: Choice, best: float, left: int
+) -> tuple[Choice, float, int, float]:
     """Depth first over the items for one number of demand fetches.
 
     -> (choice, its makespan, nodes left, bound of what was not looked at).
@@ -235,7 +238,7 @@ def _dive(instance, items, fetched, relaxed, choice, best, left):
 
 
 def _choice(items: list[_Item], mask: int) -> Choice:
-    groups = [], [], []
+    groups: tuple[list[int], list[int], list[int]] = ([], [], [])
     for i, item in enumerate(items):
         if mask >> i & 1:
             groups[item.group].append(item.position)

@@ -95,8 +95,12 @@ def apply(pattern: Pattern, order: Sequence[int], link_busy: float) -> Schedule:
 def _pattern(found: Schedule, resident: int) -> Pattern:
     here = [position for position in found.device if position < resident]
     # With all cores for the CPU experts run by id, whatever their order by score.
-    cpu = (lambda order: tuple(sorted(order))) if found.uses_all_cores else _pick(found.cpu)
+    cpu = _by_id if found.uses_all_cores else _pick(found.cpu)
     return Pattern(cpu, _pick(found.device), _pick(here), _pick(found.fetch), found)
+
+
+def _by_id(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(order))
 
 
 def _pick(positions: Sequence[int]) -> Pick:
