@@ -114,6 +114,8 @@ def start() -> ProgramCache | None:
         return None
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # Caches of XLA's own lie in the folder, whose name would become part of each entry's.
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     for place in (root(), Path(tempfile.gettempdir(), f"hybrimoe-jax-{os.getuid()}")):
         with contextlib.suppress(OSError, RuntimeError):
             place.mkdir(parents=True, exist_ok=True)
