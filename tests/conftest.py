@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import re
 import signal
@@ -93,6 +94,12 @@ def pytest_collection_modifyitems(config, items):
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if not any(mark.name in left_out for mark in item.iter_markers())]
+
+
+def pytest_collection_finish():
+    """What the modules have made stays: a collection, and converting makes several, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
