@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from grids import few
 from test_fused_decode import all_on_cpu_costs, found_faster, fused_engine  # noqa: F401  # a fixture
 
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
@@ -60,11 +61,20 @@ def engine_of(family: str, dense_format: str) -> Engine:
     return Engine(config, dense, ExpertStore.from_arrays(experts), options)
 
 
+FAMILIES = ("qwen2_moe", "mixtral", "deepseek_v2")
 # From 1000 weights on only query matrices are found by address beside keys' and values' that are handed over.
+FORMATS = [("f32", 1), ("f32", 1000), ("bf16", 1), ("int8-g32", 1), ("int4-g32-a8", 1)]
+FEW = [
+    ("qwen2_moe", "f32", 1000),
+    ("qwen2_moe", "int8-g32", 1),
+    ("mixtral", "int4-g32-a8", 1),
+    ("deepseek_v2", "bf16", 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("dense_format", "large"), [("f32", 1), ("f32", 1000), ("bf16", 1), ("int8-g32", 1), ("int4-g32-a8", 1)]
+    ("family", "dense_format", "large"), few(FEW, [(family, *case) for family in FAMILIES for case in FORMATS])
 )
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
 def test_the_layer_by_layer_tokens(monkeypatch, family, dense_format, large):
     monkeypatch.setattr(arguments, "LARGE", large)
     monkeypatch.setattr(device_model, "LARGE", 1)  # so that bfloat16 stays what it is

@@ -12,7 +12,7 @@ import sys
 import pytest
 import tiny_checkpoint
 
-from hybrimoe_jax import generate
+from hybrimoe_jax import cli, generate
 from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
 from hybrimoe_jax.machine.profile import PROFILES
@@ -241,7 +241,6 @@ def one_line(done) -> bool:
         (("--prompt", "x", "--profile", "/tmp"), "--profile /tmp: it is a folder"),
         (("--prompt", "x", "--timeline", "/tmp"), "--timeline /tmp: it is a folder"),
         (("--prompt", ""), "empty"),
-        (("--prompt", "-"), "empty"),
         (("--prompt-ids", "1,x"), "'1,x'"),
         (("--prompt-ids", ","), "empty"),
         (("--prompt-ids", "1,264"), "264"),
@@ -252,10 +251,17 @@ def one_line(done) -> bool:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_one_line(flags, named, command, first):
-    done = command(*flags)
-    assert one_line(done), (done.returncode, done.stdout, done.stderr)
-    assert named in done.stderr.decode()
+def test_bad_input_is_one_line(flags, named, checkpoint, profile, first, capsys):
+    base = ["--model", str(checkpoint), "--host-kernel", "reference", "--profile", str(profile)]
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: generate.main([*base, *flags]))
+    out, error = capsys.readouterr()
+    assert (left.value.code, out, error.count("\n")) == (2, "", 1) and named in error
+
+
+def test_an_empty_standard_input_is_one_line(command):
+    done = command("--prompt", "-")
+    assert one_line(done) and b"empty" in done.stderr
 
 
 def test_a_wrong_folder_is_one_line(command, tmp_path):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import each_once
 
 from hybrimoe_jax import convert as command
 from hybrimoe_jax.checkpoint.gguf.file import open_gguf
@@ -246,8 +247,10 @@ def read(weights):
     return dense, experts
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    each_once(MODELS, ["Q4_0", "Q8_0", "F16"]),
+)
 def test_logits_are_those_of_the_numbers_in_the_file(tmp_path, arch, kind):
     config, dense, experts = write(tmp_path / "m.gguf", arch, kind)
     weights = open_gguf(tmp_path / "m.gguf")

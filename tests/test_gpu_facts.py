@@ -23,6 +23,7 @@ def gpu_facts(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_every_part_measures_something_on_the_cpu_backend():
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],

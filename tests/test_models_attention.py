@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grids import each_once
 
 from hybrimoe_jax.models.attention import (
     Attention,
@@ -63,9 +64,12 @@ def test_the_cache_is_written_in_place(span):
     assert f"f32[{','.join(map(str, shapes['k']))}]{{3,2,1,0}} copy(" not in text
 
 
-@pytest.mark.parametrize("window", [None, 1, 70, 300])
-@pytest.mark.parametrize(("tokens", "span", "first"), [(128, 128, 0), (200, 300, 0), (130, 517, 380), (256, 512, 129)])
-def test_blocks_give_what_one_piece_gives(window, tokens, span, first):
+@pytest.mark.parametrize(
+    ("window", "shape"),
+    each_once([None, 1, 70, 300], [(128, 128, 0), (200, 300, 0), (256, 512, 129), (130, 517, 380)]),
+)
+def test_blocks_give_what_one_piece_gives(window, shape):
+    tokens, span, first = shape
     q, k, v = normal(0, 2, tokens, 4, 8), normal(1, 2, 2, span, 8), normal(2, 2, 2, span, 8)
     positions = np.arange(first, first + tokens)[None].repeat(2, 0)
     positions[1, tokens // 2 :] = 4096  # padding
@@ -77,8 +81,7 @@ def test_blocks_give_what_one_piece_gives(window, tokens, span, first):
     assert np.isfinite(blocks).all()
 
 
-@pytest.mark.parametrize("window", [None, 1, 70, 300])
-@pytest.mark.parametrize("tokens", [128, 200, 512])
+@pytest.mark.parametrize(("window", "tokens"), each_once([None, 1, 70, 300], [512, 128, 200]))
 def test_prompts_from_the_start_give_what_one_piece_gives(window, tokens):
     q, k, v = normal(0, 2, tokens, 4, 8), normal(1, 2, 2, tokens, 8), normal(2, 2, 2, tokens, 8)
     positions = np.arange(tokens)[None].repeat(2, 0)

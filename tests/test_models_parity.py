@@ -10,13 +10,20 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import hf
+from grids import few
 
 TOLERANCE = 2e-5
 """Allowed logit difference as a share of the logits' own scale (the largest magnitude)."""
 
-every_case = pytest.mark.parametrize(
-    "name", [*hf.CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in hf.SLOW_CASES)]
-)
+FAMILIES = ("mixtral-window-tied", "qwen2-mixed", "qwen3-window-bias", "olmoe-clip", "deepseek-groups")
+"""A case of each family, with all that is peculiar about it; the others are slow."""
+
+
+def cases(names):
+    return pytest.mark.parametrize("name", few(names, hf.ALL_CASES))
+
+
+every_family, one_family = cases(FAMILIES), cases(FAMILIES[:1])
 
 
 def rows_of(name):
@@ -35,7 +42,7 @@ def assert_parity(prefill, tokens, rows, expected):
         assert new == theirs.tokens
 
 
-@every_case
+@every_family
 def test_seed_has_no_near_ties(name):
     config = hf.loaded(name).config
     for row, theirs in zip(rows_of(name), references(name)):
@@ -46,7 +53,7 @@ def test_seed_has_no_near_ties(name):
         assert len(set(theirs.tokens)) >= 7, "a text of few tokens hides errors"
 
 
-@every_case
+@every_family
 def test_ragged_batch(name):
     """Three prompts of three, two and one prefill chunks, padded on the right, decoded together."""
     rows = rows_of(name)
@@ -54,7 +61,7 @@ def test_ragged_batch(name):
     assert_parity(*hf.run_ours(name, rows), rows, references(name))
 
 
-@every_case
+@one_family
 def test_batch_of_one(name):
     rows = rows_of(name)[:1]
     assert_parity(*hf.run_ours(name, rows), rows, references(name)[:1])

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from grids import few
 
 from hybrimoe_jax.checkpoint.convert import save
 from hybrimoe_jax.checkpoint.export import export_hf
@@ -51,7 +52,10 @@ def answers(folder, **options):
     return found
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen2_moe", False), ("deepseek_v2", False), ("mixtral", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    few([("mixtral", True)], [("qwen2_moe", False), ("deepseek_v2", False), ("mixtral", True)]),
+)
 def test_every_executor_gives_the_widened_models_answer(family, tied, tmp_path, monkeypatch):
     folder = checkpoint(tmp_path, family, tied)
     *_, logits, tokens = answers(folder, executor="dense")

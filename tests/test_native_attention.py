@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grids import each_once
 
 from hybrimoe_jax.formats.packing import Format, PackedMatrix, pack, quantise
 from hybrimoe_jax.models import products
@@ -50,14 +51,13 @@ def agree(native, reference, rows: list[int]) -> None:
         assert np.abs(got[rows] - want[rows]).max() <= 5e-6 * np.abs(want[rows]).max()
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "window"),
-    [(4, 4, 16, None), (8, 2, 16, None), (7, 1, 12, None), (4, 2, 80, 9), (6, 3, 34, None), (4, 1, 8, 64)],
-)
-@pytest.mark.parametrize(
-    ("positions", "span"), [([0], 64), ([40], 64), ([63], 64), ([69], None), ([5, 33, 0], 64), ([12, 69, 70], None)]
-)
-def test_grouped_attention(heads, kv_heads, width, window, positions, span):
+HEADS = [(4, 4, 16, None), (8, 2, 16, None), (7, 1, 12, None), (4, 2, 80, 9), (6, 3, 34, None), (4, 1, 8, 64)]
+PLACES = [([0], 64), ([40], 64), ([63], 64), ([69], None), ([5, 33, 0], 64), ([12, 69, 70], None)]
+
+
+@pytest.mark.parametrize(("shape", "place"), each_once(HEADS, PLACES))
+def test_grouped_attention(shape, place):
+    (heads, kv_heads, width, window), (positions, span) = shape, place
     module = Attention(
         WIDTH, heads, kv_heads, width, rope=make_rope(width, 10000.0, None), rngs=nnx.Rngs(0), window=window
     )
@@ -100,7 +100,13 @@ def latent_module(format: str) -> LatentAttention:
     return module
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "int8-g32", "int4-g64", "int4z-g32-s32", "int4-g128"])
-@pytest.mark.parametrize(("positions", "span"), [([0], 64), ([63], 64), ([5, 33, 69], None)])
-def test_latent_attention(format, positions, span):
+@pytest.mark.parametrize(
+    ("format", "place"),
+    each_once(
+        ["f32", "bf16", "int8-g32", "int4-g64", "int4z-g32-s32", "int4-g128"],
+        [([0], 64), ([63], 64), ([5, 33, 69], None)],
+    ),
+)
+def test_latent_attention(format, place):
+    positions, span = place
     agree(*both(latent_module(format), len(positions), positions, span), list(range(len(positions))))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import each_once
 
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.formats.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
@@ -55,8 +56,7 @@ def tokens(rows: int, width: int, seed: int = 1) -> jax.Array:
 
 
 @needs_ffi
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 2, 7, 64, 130])
+@pytest.mark.parametrize(("format", "rows"), each_once(FORMATS, [1, 2, 7, 64, 130]))
 def test_products_with_a_matrix_of_any_format_and_odd_sizes(format, rows):
     weight, x = matrix(45, 77, format), tokens(rows, 77)
     close(jax.jit(ffi.matmul)(x, weight), products.product_reference(x, weight), format.endswith("a8"))
@@ -72,10 +72,9 @@ def test_leading_axes_are_kept():
 
 
 @needs_ffi
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (1, 4), (2, 3), (7, 2), (64, 4), (130, 1)])
-def test_experts_add_up_and_rows_of_weight_zero_are_skipped(format, rows, count):
-    width, hidden = 77, 45
+@pytest.mark.parametrize(("format", "shape"), each_once(FORMATS, [(1, 1), (1, 4), (2, 3), (7, 2), (64, 4), (130, 1)]))
+def test_experts_add_up_and_rows_of_weight_zero_are_skipped(format, shape):
+    (rows, count), width, hidden = shape, 77, 45
     slots = [expert(width, hidden, format, seed) for seed in range(count)]
     acc, x = tokens(rows, width, 2), tokens(rows, width)
     weights = RNG(3).standard_normal((count, rows)).astype(np.float32)
@@ -240,8 +239,7 @@ def test_the_engine_gives_device_experts_to_them(format, rows):
 
 
 @needs_ffi
-@pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "rows"), each_once(FORMATS, [1, 5, 64]))
 def test_several_matrices_in_one_call_are_each_ones_product_bit_for_bit(format, rows):
     x, weights = tokens(rows, 77), [matrix(outputs, 77, format, outputs) for outputs in (45, 8, 131)]
     made = jax.jit(ffi.matmuls)(x, *weights)

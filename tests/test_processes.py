@@ -65,6 +65,7 @@ def count_executables() -> dict:
     return {"first": first, "then": sweep(OTHERS)}
 
 
+@pytest.mark.slow
 def test_few_executables_serve_all_lengths():
     counted = run("executables")
     assert counted["first"] <= counted["then"] <= most_executables() == 36 + 18 + 8 + 14

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import checkpoint_folders as folders
 import numpy as np
 import pytest
 import tiny
+from grids import few
 from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.checkpoint import shards
@@ -51,8 +53,10 @@ def matrices(layer: int, index: int) -> tuple[np.ndarray, ...]:
     return tuple(weights[folders.expert(layer, index, part)] for part in ("gate", "up", "down"))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, folders.BF16])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    few([(FORMATS[0], np.float32), (FORMATS[1], folders.BF16)], itertools.product(FORMATS, [np.float32, folders.BF16])),
+)
 def test_experts_are_rounded_and_dense_tensors_keep_their_type(tmp_path, name, dtype):
     weights = folders.tensors(dtype)
     path = convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt", name)
@@ -212,6 +216,7 @@ def test_random_weights_take_little_memory(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_random_checkpoint_generates_the_same_in_every_executor(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     out = run("convert", "--random", tmp_path / "config.json", tmp_path / "ckpt", "--format", "int4-g32", "--seed", "3")
@@ -249,6 +254,7 @@ def test_a_random_checkpoint_generates_the_same_in_every_executor(tmp_path):
     assert len(tokens["dense", "xla"]) == 12 and len(set(map(tuple, tokens.values()))) == 1, tokens
 
 
+@pytest.mark.slow
 def test_formats_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
     hf = folders.write_hf(tmp_path / "hf", folders.tensors())
     assert "format 'int3-g64' is not known; say f32, bf16, or" in refused(
