@@ -220,12 +220,14 @@ def measure_dispatch(sizes, repeats) -> dict[str, float]:
     h = jnp.ones((1, WIDTH), jnp.float32)
     mix = np.ones((1, 1), np.float32)
 
-    def queued():
+    def queued() -> float:
+        """-> when the last program was issued."""
         x = h
         for _ in range(LAYERS):
             x, _ = front(x, *weights)
-        queued.issued = time.perf_counter()
+        issued = time.perf_counter()
         x.block_until_ready()
+        return issued
 
     def planned():
         x = h
@@ -239,8 +241,7 @@ def measure_dispatch(sizes, repeats) -> dict[str, float]:
     whole = timed(queued, repeats)
     for _ in range(repeats):
         start = time.perf_counter()
-        queued()
-        issue.append(queued.issued - start)
+        issue.append(queued() - start)
     return {
         "issuing one program (us)": 1e6 * median(issue) / LAYERS,
         "one program, finished (us)": 1e6 * whole / LAYERS,
@@ -278,7 +279,8 @@ def measure_threads(sizes, repeats) -> dict[str, float]:
         end = time.perf_counter() + seconds
         return lambda: time.perf_counter() > end
 
-    put(), write(0)
+    put()
+    write(0)
     found = {"puts alone (1/s)": rate(for_seconds(), lambda _: put()), "writes alone (1/s)": rate(for_seconds(), write)}
     done, rates = threading.Event(), []
 
@@ -314,6 +316,11 @@ def packed_slots(sizes, format: str, count: int) -> list:
     return [PackedExpert(jax.device_put(row), layout) for row in data]
 
 
+def temporary_bytes(program) -> int:
+    """Memory that a compiled program takes beside its arguments and results, at least 1."""
+    return max(program.memory_analysis().temp_size_in_bytes, 1)
+
+
 def measure_packed(sizes, repeats) -> dict[str, float]:
     """An int4-g64 expert from several slots in turn."""
     import jax
@@ -328,7 +335,7 @@ def measure_packed(sizes, repeats) -> dict[str, float]:
     x = jnp.ones((1, width), jnp.float32)
     packed = jax.jit(packed_forward)
     dense = jax.jit(lambda w, x: jnp.einsum("f,fd->d", jax.nn.silu(w[0] @ x[0]) * (w[1] @ x[0]), w[2]))
-    temporary = packed.lower(slots[0], x).compile().memory_analysis().temp_size_in_bytes
+    temporary = temporary_bytes(packed.lower(slots[0], x).compile())
     each = timed(lambda: jax.block_until_ready([packed(slot, x) for slot in slots]), repeats) / len(slots)
     floats = timed(lambda: jax.block_until_ready([dense(w, x) for w in plain]), repeats) / len(plain)
     return {
@@ -336,7 +343,7 @@ def measure_packed(sizes, repeats) -> dict[str, float]:
         "the same in float32 (us)": 1e6 * floats,
         "packed bytes read (GB/s)": layout.nbytes / each / 1e9,
         "float32 bytes read (GB/s)": 12 * width * hidden / floats / 1e9,
-        "temporary memory over a float32 matrix (1: it is written out)": max(temporary, 1) / (4 * width * hidden),
+        "temporary memory over a float32 matrix (1: it is written out)": temporary / (4 * width * hidden),
     }
 
 
@@ -369,8 +376,7 @@ def measure_pallas(sizes, repeats) -> dict[str, float]:
         for name, run in programs.items():
             found[f"{label}, {name}: one expert (us)"] = 1e6 * median(times[name])
             found[f"{label}, {name}: share of bandwidth"] = slots[0].nbytes / median(times[name]) / bandwidth
-            temporary = run.memory_analysis().temp_size_in_bytes
-            found[f"{label}, {name}: temporary memory (MB)"] = max(temporary, 1) / 1e6
+            found[f"{label}, {name}: temporary memory (MB)"] = temporary_bytes(run) / 1e6
         difference = np.abs(outputs["pallas"] - outputs["xla"]).max() / np.abs(outputs["xla"]).max()
         found[f"{label}: largest difference, over the output's (1e-6)"] = 1e6 * float(max(difference, 1e-9))
     return found
@@ -398,7 +404,7 @@ PARTS = {
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     top.add_argument("--part", choices=PARTS, action="append", help="only this part (repeatable)")
     top.add_argument("--small", action="store_true", help="small sizes and few repeats (always so on the CPU backend)")
     args = top.parse_args()

@@ -121,6 +121,7 @@ def _prompts(model: str, batch: str) -> list[list[int]]:
     if model != BUNDLED:
         return tiny.prompts(tiny.weights(model)[0], TINY_LENGTHS[batch], seed=PROMPT_SEED)
     tokenizer = _bundled()[0].tokenizer()
+    assert tokenizer is not None
     return [tokenizer.encode(text) for text in BUNDLED_TEXTS[batch]]
 
 
@@ -129,14 +130,10 @@ def reference(model: str, batch: str, format: str) -> Reference:
     prompts = _prompts(model, batch)
     engine = _engine(model, executor="dense", **_format(format))
     tokens = engine.generate(prompts, max_new_tokens=NEW_TOKENS).token_ids
-    longest = max(prompts, key=len)
-    margin, logits = np.inf, None
-    for prompt, new in zip(prompts, tokens, strict=True):
-        walked = engine.logits(prompt + new[:-1])
-        best = np.sort(walked[len(prompt) - 1 :], axis=1)[:, -2:]
-        margin = min(margin, float((best[:, 1] - best[:, 0]).min()))
-        if prompt is longest:
-            logits = walked
+    walked = [engine.logits(prompt + new[:-1]) for prompt, new in zip(prompts, tokens, strict=True)]
+    best = [np.sort(row[len(prompt) - 1 :], axis=1)[:, -2:] for prompt, row in zip(prompts, walked)]
+    margin = min(float((pair[:, 1] - pair[:, 0]).min()) for pair in best)
+    logits = walked[max(range(len(prompts)), key=lambda i: len(prompts[i]))]
     scale = float(np.abs(logits).max())
     return Reference(prompts, tokens, logits, scale, margin / scale)
 

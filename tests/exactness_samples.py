@@ -83,7 +83,7 @@ def there_is(kernel: str, sample=None) -> bool:
 
 
 ONEDNN = there_is("onednn")
-NATIVE_PACKED = there_is("native", pack_expert(*np.ones((3, 8, 8), np.float32), Format.parse("int8-g32")))
+NATIVE_PACKED = there_is("native", pack_expert(*np.ones((3, 8, 8), np.float32), format=Format.parse("int8-g32")))
 
 
 def missing(cell: Cell) -> str | None:

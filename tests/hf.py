@@ -17,10 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors.numpy import load_file
 
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Config
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
 
@@ -30,8 +32,9 @@ CHUNK = 16
 NEW_TOKENS = 64
 CAPACITY = 112
 
+VOCAB = 96
 COMMON = dict(
-    vocab_size=96,
+    vocab_size=VOCAB,
     hidden_size=32,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -236,7 +239,7 @@ class Loaded(NamedTuple):
     """A folder in this project's form: dense parameters by name and, per decoder layer, None or stacked experts."""
 
     config: ModelConfig
-    graphdef: object
+    graphdef: nnx.GraphDef
     params: dict[str, jax.Array]
     experts: list[tuple[jax.Array, jax.Array] | None]
 
@@ -267,7 +270,7 @@ def loaded(name: str) -> Loaded:
     return load_folder(hf_folder(name))
 
 
-def prompts(seed: int, vocab: int = COMMON["vocab_size"], lengths=LENGTHS) -> list[list[int]]:
+def prompts(seed: int, vocab: int = VOCAB, lengths=LENGTHS) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(2, vocab, size=length).tolist() for length in lengths]
 
@@ -346,13 +349,14 @@ def router_margin(config: ModelConfig, logits: np.ndarray) -> np.ndarray:
     """Margin of every routing decision [N] of router logits [N, E], groups included, as a share of the largest logit."""
     scale = np.abs(logits).max(axis=-1)
     margin = np.full(len(logits), np.inf)
-    if getattr(config, "topk_method", "greedy") == "group_limited_greedy":
-        grouped = logits.reshape(len(logits), config.n_group, -1)
+    if isinstance(config, DeepseekV2Config) and config.topk_method == "group_limited_greedy":
+        groups, kept_groups = config.n_group or 1, config.topk_group or 1
+        grouped = logits.reshape(len(logits), groups, -1)
         best = grouped.max(axis=-1)
         ordered = -np.sort(-best, axis=-1)
-        if config.topk_group < config.n_group:
-            margin = (ordered[:, config.topk_group - 1] - ordered[:, config.topk_group]) / scale
-        kept = best >= ordered[:, config.topk_group - 1, None]
+        if kept_groups < groups:
+            margin = (ordered[:, kept_groups - 1] - ordered[:, kept_groups]) / scale
+        kept = best >= ordered[:, kept_groups - 1, None]
         logits = np.where(kept[..., None], grouped, -np.inf).reshape(logits.shape)
     ordered = -np.sort(-logits, axis=-1)
     top_k = config.num_experts_per_tok

@@ -61,10 +61,10 @@ def test_random_weights_of_deepseek_s_shapes_are_read_and_keep_unit_variance(kin
 
 
 def test_other_families_are_refused():
-    from hybrimoe_jax.bench.gguf_writer import layout
+    from hybrimoe_jax.bench.gguf_writer import check_known
 
     with pytest.raises(UserError, match="no GGUF is written for mixtral"):
-        layout(parse_config(dict(model_type="mixtral", hidden_size=64, num_attention_heads=4, num_hidden_layers=1,
+        check_known(parse_config(dict(model_type="mixtral", hidden_size=64, num_attention_heads=4, num_hidden_layers=1,
                                  num_key_value_heads=2, intermediate_size=32, vocab_size=64, num_local_experts=4,
                                  num_experts_per_tok=2)))  # fmt: skip
 

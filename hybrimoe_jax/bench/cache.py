@@ -197,7 +197,7 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         found = [outcome for ratio in options.ratios for outcome in run([(ratio, False), (ratio, True)])]
     else:
         found = [outcome for cell in cells for outcome in run([cell])]
-    return {ratio: tuple(found[2 * i : 2 * i + 2]) for i, ratio in enumerate(options.ratios)}
+    return {ratio: (found[2 * i], found[2 * i + 1]) for i, ratio in enumerate(options.ratios)}
 
 
 def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda items, total, label: items) -> dict:
@@ -241,7 +241,7 @@ def _row(ratio: float, outcomes: dict[str, dict]) -> dict[str, dict]:
         row[name if short else spec] = {
             "hits": kept.hits,
             "misses": kept.misses,
-            "gap_closed": round((mrs.misses - kept.misses) / gap, 4) if gap > 0 else None,
+            "gap_closed": round((mrs.misses - kept.misses) / gap, 4) if mrs and gap > 0 else None,
             "bypass": {"hits": bypass.hits, "misses": bypass.misses, "bypassed": bypass.bypassed},
             **({"parameters": parameters} if short else {}),
         }

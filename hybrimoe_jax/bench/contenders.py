@@ -54,8 +54,8 @@ class EngineContender:
         config = checkpoint.config
         expert = 3 * config.hidden_size * config.moe_width
         routed = store.expert_bytes * config.num_experts_per_tok * len(config.moe_layers)
-        model = next(iter(self.engines.values()))._parts.model
-        read = [model.norm, model.head, *(array for layer in model.layers for array in layer.params.values())]
+        held = next(iter(self.engines.values()))._parts.model
+        read = [held.norm, held.head, *(array for layer in held.layers for array in layer.params.values())]
         self.about = {
             "parameters": sum(a.size for a in dense.values()) + expert * store.num_experts * store.num_layers,
             "bytes_per_token": routed + sum(array.nbytes for array in read),
@@ -75,11 +75,13 @@ class EngineContender:
     def decode(self, name: str, tokens: int, new: int) -> dict:
         engine = self.engines[name]
         ids = prompt(tokens, self.vocab)
-        made, first = [], None
+        made, times = [], []
         for emitted in engine.steps([ids], max_new_tokens=new + 1):
-            first = first or (time.perf_counter() if emitted.tokens else None)
+            if emitted.tokens:
+                times.append(time.perf_counter())
             made += [token for _, token in emitted.tokens]
-        seconds = (time.perf_counter() - first) / new
+        seconds = (time.perf_counter() - times[0]) / new
+        assert engine.stats is not None
         stats = engine.stats.summary()
         kept = ("hit_rate", "cpu_experts", "device_experts", "demand_fetches", "bytes_h2d", "prefetch", "lanes")
         return {"seconds": seconds, "token_ids": made, **{key: stats[key] for key in kept}}
@@ -92,9 +94,10 @@ class EngineContender:
         the device's (shared and resident experts), each device program timed back to back so that dispatch is hidden.
         """
         engine = self.engines[name]
-        self.decode(name, tokens, new)
-        layers = [layer for step in engine.stats.steps if step.phase == "decode" for layer in step.layers]
-        steps = [step.seconds for step in engine.stats.steps if step.phase == "decode" and not step.compile_s]
+        run = engine.generate([prompt(tokens, self.vocab)], max_new_tokens=new + 1)
+        decoded = [step for step in run.stats.steps if step.phase == "decode"]
+        layers = [layer for step in decoded for layer in step.layers]
+        steps = [step.seconds for step in decoded if not step.compile_s]
         parts = device_kernel_seconds(engine)
         kernels = [
             parts["front"] + max(layer.lanes.cpu, parts["shared"] + len(layer.device) * parts["expert"])
@@ -121,8 +124,7 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
     state = {"h": x[None], "i": 0}
 
     def queued(run) -> float:
-        jax.block_until_ready(run())
-        times = []
+        out, times = jax.block_until_ready(run()), []
         for _ in range(5):
             start = time.perf_counter()
             for _ in range(repeats):
@@ -206,7 +208,7 @@ class LlamaCppContender:
     """llama.cpp on a GGUF file, by llama-cpp-python's low-level interface: greedy, its default cache type (float16)."""
 
     def __init__(self, file: str, threads: int):
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]  # compiled on the machine that measures
 
         self.lib = llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)

@@ -51,21 +51,23 @@ class Contender:
     def __init__(self, kind: str, **options):
         command = [sys.executable, "-m", "hybrimoe_jax.bench.contenders", kind, json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin and self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         self.about = self._read()
 
     def ask(self, run: str, **request) -> dict:
-        self._process.stdin.write(json.dumps({"run": run, **request}) + "\n")
-        self._process.stdin.flush()
+        self._requests.write(json.dumps({"run": run, **request}) + "\n")
+        self._requests.flush()
         return self._read()
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._requests.close()
+        self._answers.close()
         self._process.wait()
 
     def _read(self) -> dict:
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         answer = json.loads(line or '{"error": "a benchmark process ended early; its own error is above"}')
         if "error" in answer:
             self.close()

@@ -135,9 +135,8 @@ def read_text(path: Path) -> str:
 
 def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weights:
     """The model in memory as the shards that a conversion walks over."""
-    stacks = [
-        tuple(np.asarray(params["experts"][str(i)][part]) for part in ("gate_up", "down")) for i in config.moe_layers
-    ]
+    layers = [params["experts"][str(i)] for i in config.moe_layers]
+    stacks = [(np.asarray(layer["gate_up"]), np.asarray(layer["down"])) for layer in layers]
     return from_arrays(raw, {name: np.asarray(leaf) for name, leaf in params["dense"].items()}, stacks)
 
 
@@ -168,22 +167,25 @@ def values(experts: Experts, expert: int, format: Format) -> tuple[np.ndarray, .
     """What a rounded expert's codes stand for: gate [F, D], up [F, D], down [D, F]."""
     if isinstance(experts, PackedExperts):
         return experts.read(expert)
-    packed = pack_expert(*(np.asarray(m, np.float32) for m in experts.read(expert)), format)
-    return tuple(map(dequantise, packed.matrices))
+    gate, up, down = (np.asarray(m, np.float32) for m in experts.read(expert))
+    return tuple(map(dequantise, pack_expert(gate, up, down, format).matrices))
 
 
 def read(config: ModelConfig, params: Params, ids: Sequence[int], count: int, format: Format | None) -> Reading:
     """Runs `count` windows of the text, each from its own window only."""
-    options = {} if format is None or not format.a8 else {"seen": lambda rows: rounded_activations(rows, format)}
-    forward = make_forward(config, **options)
+
+    def seen(rows: jax.Array) -> jax.Array:
+        return rounded_activations(rows, format) if format is not None and format.a8 else rows
+
+    forward = make_forward(config, seen=seen)
 
     @jax.jit
     def measure(params, inputs, targets):
         logits, _ = forward(params, inputs, jnp.broadcast_to(jnp.arange(CONTEXT), inputs.shape))
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets), logits
 
-    ids = np.asarray(ids[: count * CONTEXT + 1], np.int32)
-    inputs, targets = ids[:-1].reshape(count, CONTEXT), ids[1:].reshape(count, CONTEXT)
+    text = np.asarray(ids[: count * CONTEXT + 1], np.int32)
+    inputs, targets = text[:-1].reshape(count, CONTEXT), text[1:].reshape(count, CONTEXT)
     losses, logits = [], []
     for start in range(0, count, ROWS):
         part = [a[start : start + ROWS] for a in (inputs, targets)]

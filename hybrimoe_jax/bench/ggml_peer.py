@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.errors import UserError
+
 TYPES = {"f32": 0, "q4_0": 2, "q8_0": 8, "bf16": 30}
 BITS = {"f32": 32, "q4_0": 4.5, "q8_0": 8.5, "bf16": 16}
 F32, I32 = 0, 26
@@ -67,7 +69,10 @@ def folder() -> Path | None:
 
 @functools.cache
 def _functions() -> dict:
+    """The library's functions by name. UserError where it is not installed."""
     place = folder()
+    if place is None:
+        raise UserError("llama-cpp-python is not installed")
     libraries = [ctypes.CDLL(str(place / f"{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in NAMES]
     found = {}
     for name, (result, arguments) in _SIGNATURES.items():

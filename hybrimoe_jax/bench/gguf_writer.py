@@ -20,6 +20,8 @@ import numpy as np
 from hybrimoe_jax.checkpoint.random import HEAD_SPREAD, ROUTER_SPREAD, generator
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Config
+from hybrimoe_jax.models.families.qwen2_moe import Qwen2MoeConfig
 
 BLOCK = 32
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}
@@ -27,6 +29,9 @@ TYPES = ("F32", *BLOCK_BYTES)
 MEAN_SQUARE = {"Q8_0": 5461.5, "Q4_0": 21.5}
 """Of a uniformly random code: -128 to 127, and -8 to 7."""
 CONTEXT = 2048
+ARCHITECTURES = {"qwen2_moe": "qwen2moe", "deepseek_v2": "deepseek2"}
+"""llama.cpp's names of the families written here."""
+Written = Qwen2MoeConfig | DeepseekV2Config
 ROWS = 1 << 16
 """Rows of random blocks made at a time."""
 
@@ -56,10 +61,11 @@ def write_gguf(path: Path, config: ModelConfig, kind: str, read: Callable[[str],
     """
     import gguf
 
-    arch, matrices = layout(config)
+    known = check_known(config)
+    matrices = layout(known)
     beside = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(beside, arch)
-    metadata(writer, config)
+    writer = gguf.GGUFWriter(beside, ARCHITECTURES[config.model_type])
+    metadata(writer, known)
     types = gguf.GGMLQuantizationType
     for matrix in matrices:
         own = "F32" if matrix.plain else kind
@@ -104,7 +110,7 @@ def random_blocks(matrix: Matrix, kind: str, seed: int) -> np.ndarray:
     return out.reshape(*matrix.shape[:-1], bytes_)
 
 
-def metadata(writer, config: ModelConfig) -> None:
+def metadata(writer, config: Written) -> None:
     """What llama.cpp must know of the model. Rotary scaling is left out: within CONTEXT tokens it changes no speed."""
     import gguf
 
@@ -120,7 +126,7 @@ def metadata(writer, config: ModelConfig) -> None:
     writer.add_expert_feed_forward_length(config.moe_width)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    if config.model_type == "qwen2_moe":
+    if isinstance(config, Qwen2MoeConfig):
         writer.add_head_count_kv(config.kv_heads)
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
         return
@@ -133,20 +139,23 @@ def metadata(writer, config: ModelConfig) -> None:
     writer.add_key_length_mla(nope + rope)
     writer.add_value_length_mla(config.v_head_dim)
     writer.add_rope_dimension_count(rope)
-    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_shared_count(config.n_shared_experts or 0)
     writer.add_expert_weights_scale(float(config.routed_scaling_factor))
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
 
 
-def layout(config: ModelConfig) -> tuple[str, list[Matrix]]:
-    """llama.cpp's name of the architecture and the tensors it reads. Raises UserError for a family
-    other than Qwen2-MoE and DeepSeek-V2."""
-    if config.model_type not in FAMILIES or config.tie_word_embeddings:
+def check_known(config: ModelConfig) -> Written:
+    """The configuration given; UserError for a family other than Qwen2-MoE and DeepSeek-V2."""
+    if not isinstance(config, Written) or config.tie_word_embeddings:
         raise UserError(
-            f"no GGUF is written for {config.model_type} (known: {', '.join(FAMILIES)}, with a head of its own)"
+            f"no GGUF is written for {config.model_type} (known: {', '.join(ARCHITECTURES)}, with a head of its own)"
         )
-    arch, attention = FAMILIES[config.model_type]
+    return config
+
+
+def layout(config: Written) -> list[Matrix]:
+    """The tensors that llama.cpp reads."""
     width, vocab = config.hidden_size, config.vocab_size
     found = [
         Matrix("token_embd.weight", (vocab, width), ("model.embed_tokens.weight",), spread=width**0.5),
@@ -154,14 +163,15 @@ def layout(config: ModelConfig) -> tuple[str, list[Matrix]]:
         Matrix("output.weight", (vocab, width), ("lm_head.weight",), spread=HEAD_SPREAD),
     ]
     for i in range(config.num_hidden_layers):
+        attention = qwen2_attention(config) if isinstance(config, Qwen2MoeConfig) else latent_attention(config)
         ffn = moe(config) if i in config.moe_layers else swiglu("", "mlp.", width, config.intermediate_size)
-        for own in (*attention(config), *ffn):
+        for own in (*attention, *ffn):
             sources = tuple(f"model.layers.{i}.{source}" for source in own.sources)
             found.append(dataclasses.replace(own, name=f"blk.{i}.{own.name}", sources=sources))
-    return arch, found
+    return found
 
 
-def qwen2_attention(config: ModelConfig) -> Iterator[Matrix]:
+def qwen2_attention(config: Qwen2MoeConfig) -> Iterator[Matrix]:
     width, head = config.hidden_size, config.head_width
     yield Matrix("attn_norm.weight", (width,), ("input_layernorm.weight",), True)
     yield Matrix("ffn_norm.weight", (width,), ("post_attention_layernorm.weight",), True)
@@ -171,7 +181,7 @@ def qwen2_attention(config: ModelConfig) -> Iterator[Matrix]:
     yield Matrix("attn_output.weight", (width, width), ("self_attn.o_proj.weight",))
 
 
-def latent_attention(config: ModelConfig) -> Iterator[Matrix]:
+def latent_attention(config: DeepseekV2Config) -> Iterator[Matrix]:
     width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     yield Matrix("attn_norm.weight", (width,), plain=True)
@@ -184,17 +194,14 @@ def latent_attention(config: ModelConfig) -> Iterator[Matrix]:
     yield Matrix("attn_output.weight", (width, heads * value))
 
 
-FAMILIES = {"qwen2_moe": ("qwen2moe", qwen2_attention), "deepseek_v2": ("deepseek2", latent_attention)}
-
-
-def moe(config: ModelConfig) -> Iterator[Matrix]:
+def moe(config: Written) -> Iterator[Matrix]:
     width, hidden, count = config.hidden_size, config.moe_width, config.num_experts
     yield Matrix("ffn_gate_inp.weight", (count, width), ("mlp.gate.weight",), True, ROUTER_SPREAD)
-    if config.model_type == "qwen2_moe":
+    if isinstance(config, Qwen2MoeConfig):
         yield Matrix("ffn_gate_inp_shexp.weight", (width,), ("mlp.shared_expert_gate.weight",), True)
         yield from swiglu("_shexp", "mlp.shared_expert.", width, config.shared_expert_intermediate_size)
     else:
-        yield from swiglu("_shexp", "mlp.shared_experts.", width, config.n_shared_experts * hidden)
+        yield from swiglu("_shexp", "mlp.shared_experts.", width, (config.n_shared_experts or 0) * hidden)
     for part, shape in (("gate", (hidden, width)), ("up", (hidden, width)), ("down", (width, hidden))):
         sources = tuple(f"mlp.experts.{e}.{part}_proj.weight" for e in range(count))
         yield Matrix(f"ffn_{part}_exps.weight", (count, *shape), sources)

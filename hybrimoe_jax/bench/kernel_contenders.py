@@ -166,8 +166,6 @@ class Ggml(Contender):
 
 
 def ggml_contenders(weights: Weights) -> Iterator[Contender]:
-    if ggml_peer.folder() is None:
-        raise UserError("llama-cpp-python is not installed")
     for type in ("q4_0", "q8_0"):
         yield Ggml(type, False, weights)
         if ggml_peer.repacks(type):
@@ -181,6 +179,8 @@ class Torch(Contender):
 
     def __init__(self, weights: Weights):
         import torch
+        from torch.ao.quantization import quantize_dynamic
+        from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
         class Expert(torch.nn.Module):
             def __init__(self, matrices):
@@ -196,12 +196,10 @@ class Torch(Contender):
         torch.backends.quantized.engine = "x86" if "x86" in torch.backends.quantized.supported_engines else "fbgemm"
         self.nbytes = weights.shape.weights
         self.count = count_of(self.nbytes)
-        spec = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+        spec = {torch.nn.Linear: per_channel_dynamic_qconfig}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._experts = [
-                torch.ao.quantization.quantize_dynamic(Expert(weights.matrices), spec) for _ in range(self.count)
-            ]
+            self._experts = [quantize_dynamic(Expert(weights.matrices), spec) for _ in range(self.count)]
 
     def set_threads(self, threads: int) -> None:
         self._torch.set_num_threads(threads)

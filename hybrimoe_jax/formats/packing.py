@@ -206,10 +206,11 @@ def check_packed(expert: PackedExpert, where: str = "expert") -> None:
         raise UserError(f"{where}: {expert.layout.format} data is {data.dtype} {data.shape}; uint8 [{size}] is needed")
 
 
-def refuse_packed(expert: HostExpert, kernel: str) -> None:
-    """Raises UserError for a quantised expert, in the name of a kernel that computes none."""
+def refuse_packed(expert: HostExpert, kernel: str) -> ExpertWeights:
+    """The plain expert given; UserError for a quantised one, in the name of a kernel that computes none."""
     if isinstance(expert, PackedExpert):
         raise UserError(
             f"host kernel {kernel!r} computes float32 and bfloat16 experts, and these are {expert.layout.format}; "
             "use auto, native or reference"
         )
+    return expert

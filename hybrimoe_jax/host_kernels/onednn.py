@@ -85,9 +85,9 @@ class OneDnnKernel(HostKernel):
         self.pack_limit = pack_limit
 
     def prepare(self, weights: HostExpert) -> OneDnnExpert:
-        refuse_packed(weights, self.name)
-        check_expert(weights)
-        handle = OneDnnExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in weights)))
+        plain = refuse_packed(weights, self.name)
+        check_expert(plain)
+        handle = OneDnnExpert(ExpertWeights(*(np.ascontiguousarray(w) for w in plain)))
         if handle.weights.down.dtype == F32:
             gate_up, down = handle.weights
             width, hidden = handle.shape

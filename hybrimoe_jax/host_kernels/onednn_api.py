@@ -15,6 +15,7 @@ import ctypes
 import functools
 import importlib.metadata
 from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
+from pathlib import Path
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Owned:
 
     __slots__ = ("_destroy", "keep", "pointer")
 
-    def __init__(self, pointer: int, destroy, keep=None):
+    def __init__(self, pointer: int | None, destroy, keep=None):
         self.pointer, self._destroy, self.keep = pointer, destroy, keep
 
     def __del__(self):
@@ -196,7 +197,7 @@ def find_dnnl() -> str | None:
         files = importlib.metadata.files(WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [f.locate() for f in files if f.name == "libdnnl.so.3"]
+    found = [Path(str(f.locate())) for f in files if f.name == "libdnnl.so.3"]
     return str(found[0]) if found and found[0].is_file() else None
 
 

@@ -45,7 +45,10 @@ class ReferenceKernel(HostKernel):
     name = "reference"
 
     def prepare(self, weights: HostExpert) -> HostExpert:
-        (check_packed if isinstance(weights, PackedExpert) else check_expert)(weights)
+        if isinstance(weights, PackedExpert):
+            check_packed(weights)
+        else:
+            check_expert(weights)
         return weights
 
     def expert(self, handle: HostExpert, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -21,16 +21,17 @@ from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code
 
 
 def _call(
-    name: str, out: tuple[int, ...], caches: tuple[jax.Array, jax.Array], *operands, scale: float, **numbers: int
-):
-    """`operands`, then the caches; the result of shape `out`, then the caches."""
+    name: str, shape: tuple[int, ...], caches: tuple[jax.Array, jax.Array], *operands, scale: float, **numbers: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`operands`, then the caches; the result of this shape, then the caches."""
     register(name, HANDLERS[name])
-    results = [jax.ShapeDtypeStruct(out, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32), *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
     first = len(operands)
     call = jax.ffi.ffi_call(name, results, input_output_aliases={first: 1, first + 1: 2})
     numbers |= {"isa": library.library().experts_best_isa(), "threads": threads()}
     fixed = {key: np.int64(number) for key, number in numbers.items()}
-    return call(*operands, *caches, scale=np.float32(scale), **fixed)
+    out, *written = call(*operands, *caches, scale=np.float32(scale), **fixed)
+    return out, written[0], written[1]
 
 
 def grouped(

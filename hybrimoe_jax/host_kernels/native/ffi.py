@@ -90,10 +90,8 @@ def _call(name: str, results, *operands, **attributes: int | np.ndarray):
             f"{name}: this installation has no native kernels for jitted programs (no C++ compiler, or an older jaxlib)"
         )
     numbers = {**attributes, "isa": library.library().experts_best_isa(), "threads": threads()}
-    attributes = {
-        key: number if isinstance(number, np.ndarray) else np.int64(number) for key, number in numbers.items()
-    }
-    return jax.ffi.ffi_call(name, results)(*operands, **attributes)
+    fixed = {key: number if isinstance(number, np.ndarray) else np.int64(number) for key, number in numbers.items()}
+    return jax.ffi.ffi_call(name, results)(*operands, **fixed)
 
 
 def matmul(x: jax.Array, matrix: jax.Array | PackedMatrix | AddressedMatrix) -> jax.Array:
@@ -140,11 +138,11 @@ def experts(
 
     `slots`: the experts, all of one kind: gate_up [2F, D] (gate rows first) and down [D, F], or a PackedExpert.
     """
-    if isinstance(slots[0], PackedExpert):
-        hidden, code = slots[0].hidden, format_code(slots[0].layout.format)
-        arrays = [slot.data for slot in slots]
+    first = slots[0]
+    if isinstance(first, PackedExpert):
+        hidden, code = first.hidden, format_code(first.layout.format)
     else:
-        hidden, code = slots[0][1].shape[1], PLAIN[slots[0][1].dtype.name]
-        arrays = [array for slot in slots for array in slot]
+        hidden, code = first[1].shape[1], PLAIN[first[1].dtype.name]
+    arrays = [array for slot in slots for array in ((slot.data,) if isinstance(slot, PackedExpert) else slot)]
     result = jax.ShapeDtypeStruct(acc.shape, jnp.float32)
     return _call(EXPERTS, result, acc, x, weights, *arrays, format=code, hidden=hidden)

@@ -17,7 +17,7 @@ import functools
 import itertools
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,9 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel
 from hybrimoe_jax.host_kernels.native.library import PLAIN, format_code, isas, library
 
 I64 = np.dtype(np.int64)
-_byref, _char, _given = ctypes.byref, ctypes.c_char.from_buffer, partial(operator.is_not, None)
+_byref = ctypes.byref
+_char: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
+_given: Any = partial(operator.is_not, None)
 _ERRORS = {
     1: ValueError("experts of another width than x's"),
     2: IndexError("a row that x does not have"),
@@ -185,7 +187,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype, count: int) -> bytes:
     try:
         if [array.dtype for array in arrays].count(dtype) != len(arrays):
             raise BufferError
-        joined = b"".join(arrays)
+        joined = b"".join(arrays)  # pyright: ignore[reportArgumentType]  # in the stubs arrays are buffers from 3.12 on
     except (BufferError, TypeError, ValueError):  # another type, or strided
         joined = np.concatenate(arrays, dtype=dtype, casting="unsafe").tobytes()
     if len(joined) != count * dtype.itemsize:
