@@ -92,11 +92,18 @@ def item_names(items: Path) -> set[str]:
     """The items in a folder or zip; raises UserError for a damaged zip."""
     if items.suffix != ".zip":
         return {path.parent.name for path in items.glob("*/state") if path.is_dir()}
+    import tensorstore as ts
+
     try:
-        with zipfile.ZipFile(items) as archive:
-            return {name.partition("/")[0] for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{items}: damaged ({error}); convert the original again") from None
+        store = ts.KvStore.open(in_zip(items, ""), context=tensorstore_context()).result()
+        return {key.decode().partition("/")[0] for key in store.list().result()}
+    except ValueError:
+        raise UserError(f"{items}: damaged; convert the original again") from None
+
+
+def in_zip(archive: Path, path: str) -> dict[str, Any]:
+    """What lies at `path` within a zip, to tensorstore."""
+    return {"driver": "zip", "base": {"driver": "file", "path": str(archive.absolute())}, "path": path}
 
 
 @functools.cache
@@ -110,27 +117,28 @@ def tensorstore_context():
 
 def open_leaf(folder: Path, name: str, writable: bool = False):
     """A tensorstore handle on one leaf of an item; raises UserError where it is absent or unreadable."""
+    try:
+        return opening(folder, name, writable).result()
+    except ValueError as error:
+        raise unreadable(folder, name, error) from None
+
+
+def opening(folder: Path, name: str, writable: bool = False):
+    """The handle of `open_leaf` to come; ValueError where the leaf is absent or unreadable."""
     import tensorstore as ts
 
-    place = (folder / "state" / name).absolute()
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{place}/"}
     if folder.parent.suffix == ".zip":
-        archive = folder.parent.absolute()
-        kvstore = {
-            "driver": "zip",
-            "base": {"driver": "file", "path": str(archive)},
-            "path": f"{place.relative_to(archive)}/",
-        }
+        kvstore = in_zip(folder.parent, f"{folder.name}/state/{name}/")
+    else:
+        kvstore = {"driver": "file", "path": f"{(folder / 'state' / name).absolute()}/"}
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore,
         "store_data_equal_to_fill_value": True,  # an all-zero expert is data, a missing file is not
         "fill_missing_data_reads": False,
+        "recheck_cached_data": "open",  # a zip's directory is not asked for again at every read
     }
-    try:
-        return ts.open(spec, open=True, read=True, write=writable, context=tensorstore_context()).result()
-    except ValueError as error:
-        raise unreadable(folder, name, error) from None
+    return ts.open(spec, open=True, read=True, write=writable, context=tensorstore_context())
 
 
 def read_rows(store, index: int | None, folder: Path, name: str) -> np.ndarray:
@@ -143,15 +151,17 @@ def read_rows(store, index: int | None, folder: Path, name: str) -> np.ndarray:
 
 
 def read_leaves(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Several leaves at once, their reads overlapping."""
-    stores = {name: open_leaf(folder, name) for name in names}
-    pending = {name: store.read() for name, store in stores.items()}
-    out = {}
-    for name, future in pending.items():
-        try:
+    """Several leaves at once, opened and read side by side."""
+    name, out = "", {}
+    stores = [opening(folder, name) for name in names]
+    try:
+        pending = {}
+        for name, store in zip(names, stores, strict=True):
+            pending[name] = store.result().read()
+        for name, future in pending.items():
             out[name] = future.result()
-        except ValueError as error:
-            raise unreadable(folder, name, error) from None
+    except ValueError as error:
+        raise unreadable(folder, name, error) from None
     return out
 
 
