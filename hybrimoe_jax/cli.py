@@ -60,8 +60,10 @@ def _forget_output() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a command line in one line, as any other bad input is refused;
-    argparse alone prints the whole usage first."""
+    """Refuses a command line in one line, as any other bad input is refused.
+
+    argparse alone prints the whole usage first.
+    """
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see {self.prog} --help)"))

@@ -1,5 +1,6 @@
-"""`python -m hybrimoe_jax.convert SRC DST`: a Hugging Face folder becomes a checkpoint
-that this project reads expert by expert.
+"""`python -m hybrimoe_jax.convert SRC DST`: makes a converted checkpoint, read expert by expert.
+
+SRC is a Hugging Face folder or a GGUF file.
 
 With `--format int4-g64` and the like the routed experts are rounded to that format (`formats`); dense tensors
 keep their type. `--dense-format` rounds the dense projections too. `--calibrate TEXT` rounds experts by what

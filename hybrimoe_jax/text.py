@@ -169,8 +169,10 @@ class DecodeStream:
 
 
 def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, config) -> tuple[int, ...]:
-    """The ids that end a text: of `generation_config.json` (one id or a list), else
-    of `config.json`, else the tokenizer's."""
+    """The ids that end a text.
+
+    Those of `generation_config.json` (one id or a list), else of `config.json`, else the tokenizer's.
+    """
     for value in (generation_config.get("eos_token_id"), config.eos_token_id, tokenizer and tokenizer.eos_id):
         if value is not None:
             return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
@@ -206,8 +208,10 @@ def template_environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks the assistant's part for
-        training; here it is just its body."""
+        """`{% generation %}...{% endgeneration %}` marks the assistant's part for training.
+
+        Here it is just its body.
+        """
 
         tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]  # jinja2 only reads it
 

@@ -1,5 +1,7 @@
-"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats`: measured comparisons. A table for
-people, then one JSON line for programs."""
+"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats`: measured comparisons.
+
+A table for people, then one JSON line for programs.
+"""
 
 from __future__ import annotations
 

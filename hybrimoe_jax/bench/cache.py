@@ -87,8 +87,11 @@ def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Seq
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """policies: names for `cache.parse_policy`, and "belady". part: which sequences.
-    layers: the first so many; None for all."""
+    """What is measured.
+
+    policies: names for `cache.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for
+    all.
+    """
 
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
     policies: tuple[str, ...] = tuple(DEFAULT)
@@ -98,8 +101,11 @@ class Options:
 
 
 class Routing:
-    """What a trace asks for: ids [T, L, k] (-1: a layer of a token that was not recorded; it is passed over), and the
-    router's scores [T, L, E] or, where it lacks them, the weights of the selected [T, L, k]."""
+    """What a trace asks for.
+
+    `ids` [T, L, k] (-1: a layer of a token that was not recorded; it is passed over), and the router's scores [T, L, E]
+    or, where it lacks them, the weights of the selected [T, L, k].
+    """
 
     def __init__(self, path: str, part: str, layers: int | None):
         trace = open_trace(path)
@@ -168,8 +174,10 @@ def hindrance(path: str, spec: str, options: Options) -> str | None:
 
 
 def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
-    """One policy on one trace: for each ratio the outcome with every miss kept, and with
-    bypass. None where it cannot be measured."""
+    """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass.
+
+    None where it cannot be measured.
+    """
     if hindrance(path, spec, options):
         return None
     trace = routing(path, options.part, options.layers)
@@ -201,8 +209,9 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
 
 
 def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda items, total, label: items) -> dict:
-    """{trace: {ratio: {policy: {"hits", "misses", "gap_closed", "bypass": {"hits", "misses",
-    "bypassed"}}}}}; prints a table of each trace.
+    """Hits and misses of every policy, with and without bypass; prints a table of each trace.
+
+    Returns {trace: {ratio: {policy: {"hits", "misses", "gap_closed", "bypass": {"hits", "misses", "bypassed"}}}}}.
 
     A policy's key is its name as given, without the parameters where that leaves no two
     alike; those are then under "parameters".
@@ -258,8 +267,10 @@ def _missing(path: str, options: Options) -> str:
 
 
 def table(rows: dict[str, dict[str, dict]]) -> str:
-    """Hit rates in per cent by ratio; in brackets the share of the gap between MRS and Belady that
-    is closed; behind a bar, with bypass."""
+    """Hit rates in per cent by ratio.
+
+    In brackets the share of the gap between MRS and Belady that is closed; behind a bar, with bypass.
+    """
     names = list(next(iter(rows.values())))
     width = max(map(len, names))
     lines = ["hit rate % (per cent of the gap MRS-Belady closed) | with bypass"]

@@ -1,4 +1,6 @@
-"""Contenders of the engine benchmark. Each lives in a process of its own and answers requests, one JSON object a line:
+"""Contenders of the engine benchmark.
+
+Each lives in a process of its own and answers requests, one JSON object a line:
 
     {"run": "prefill", "name": ..., "tokens": n}  ->  {"seconds": time to the first token}
     {"run": "decode", "name": ..., "tokens": n, "new": m}  ->  {"seconds": seconds a token, "token_ids": [...]}
@@ -87,8 +89,9 @@ class EngineContender:
         return {"seconds": seconds, "token_ids": made, **{key: stats[key] for key in kept}}
 
     def overhead(self, name: str, tokens: int, new: int) -> dict:
-        """The engine's own time per MoE layer at decode: the step less what its
-        kernels take when nothing else is timed.
+        """The engine's own time per MoE layer at decode.
+
+        It is the step less what its kernels take when nothing else is timed.
 
         Kernel time of a layer: its front program, then the longer of the host's experts (as measured in the run) and
         the device's (shared and resident experts), each device program timed back to back so that dispatch is hidden.

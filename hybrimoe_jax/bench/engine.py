@@ -205,8 +205,10 @@ def run(models: list[str], options: Options, workdir: Path | None, note: Callabl
 
 
 def processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's name and, where the system tells them, family, model and stepping: a virtual
-    machine's name may stand for several."""
+    """The processor's name and, where the system tells them, family, model and stepping.
+
+    A virtual machine's name may stand for several.
+    """
     try:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:

@@ -57,9 +57,11 @@ CONTEXT, ROWS = 256, 16
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`model`: a converted checkpoint (None: the bundled one); `text` is read,
-    `calibration` calibrates (None: the files shipped);
-    `calibrate`: also measure every 4-bit format rounded with calibration."""
+    """What is measured, and on what.
+
+    `model`: a converted checkpoint (None: the bundled one); `text` is read, `calibration` calibrates (None: the files
+    shipped); `calibrate`: also measure every 4-bit format rounded with calibration.
+    """
 
     formats: tuple[str, ...] = DEFAULT
     calibrate: bool = True
@@ -77,8 +79,10 @@ class Reading:
 
 
 def run(options: Options, progress: Callable) -> dict[str, Any]:
-    """Measures, prints a table and returns the record; raises UserError for a text too
-    short and for a format that is not known."""
+    """Measures, prints a table and returns the record.
+
+    Raises UserError for a text too short and for a format that is not known.
+    """
     for name in options.formats:
         if name not in ("f32", "bf16"):
             Format.parse(name)
@@ -141,8 +145,10 @@ def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weig
 
 
 def rounded(weights: Weights, params: Params, name: str, sample: np.ndarray | None) -> Params:
-    """The parameters with routed experts rounded to a format, by what they do on the
-    windows `sample` where it is given."""
+    """The parameters with routed experts rounded to a format.
+
+    Where windows `sample` are given, they are rounded by what they do on these.
+    """
     if name == "f32":
         return params
     if name == "bf16":
@@ -199,8 +205,10 @@ def read(config: ModelConfig, params: Params, ids: Sequence[int], count: int, fo
 
 @jax.jit
 def _differences(exact, other):
-    """Logits [T, V] of one window -> the sum of squares of one, of the difference,
-    its maximum, and the summed divergence."""
+    """Logits [T, V] of one window -> sums of squares and differences.
+
+    They are the sum of squares of one, of the difference, its maximum, and the summed divergence.
+    """
     error = other - exact
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(other)
     return jnp.sum(exact**2), jnp.sum(error**2), jnp.max(jnp.abs(error)), jnp.sum(jnp.exp(p) * (p - q))

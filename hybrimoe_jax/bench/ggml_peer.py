@@ -85,8 +85,10 @@ def _functions() -> dict:
 
 
 class GgmlExperts:
-    """`count` experts of one format, all with the same weights (quantised from
-    float32 gate, up [F, D], down [D, F])."""
+    """`count` experts of one format, all with the same weights.
+
+    They are quantised from float32 gate, up [F, D] and down [D, F].
+    """
 
     def __init__(self, type: str, repack: bool, weights: tuple[np.ndarray, np.ndarray, np.ndarray], count: int):
         self._call, self._graphs = _functions(), {}

@@ -1,5 +1,6 @@
-"""GGUF files for llama.cpp to be timed on: a Hugging Face folder's own weights, or
-random blocks of a configuration's shapes.
+"""GGUF files for llama.cpp to be timed on.
+
+They hold a Hugging Face folder's own weights, or random blocks of a configuration's shapes.
 
 Every matrix has the one type named, embedding and head too, as llama.cpp's `--pure` does; norms, biases and routers are
 F32. Written through PyPI's `gguf`, tensor by tensor. The vocabulary is left out: token ids go in and out.
@@ -38,9 +39,12 @@ ROWS = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A tensor to write. name: in GGUF. shape: outputs before inputs, experts first. sources: its names in the
-    Hugging Face checkpoint, more than one where experts are stacked. plain: F32 whatever the type. spread: of
-    its outputs for inputs of unit variance."""
+    """A tensor to write.
+
+    name: in GGUF. shape: outputs before inputs, experts first. sources: its names in the Hugging Face checkpoint, more
+    than one where experts are stacked. plain: F32 whatever the type. spread: of its outputs for inputs of unit
+    variance.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -1,5 +1,6 @@
-"""Contenders of `bench kernels`: ours per weight format, and the peers that are
-installed, all with the same SwiGLU expert.
+"""Contenders of `bench kernels`: ours per weight format, and the peers that are installed.
+
+All compute the same SwiGLU expert.
 
 Shapes: D model width, F expert width, n load. A contender holds `count` experts, enough that
 going round them reads weights from memory, and `run(index, x)` computes x [n, D] through one of
@@ -28,6 +29,8 @@ MIN_BYTES = 160 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+    """An expert's sizes: `width` of the model, `hidden` of the expert."""
+
     name: str
     width: int
     hidden: int
@@ -148,6 +151,8 @@ def onednn_peer(weights: Weights) -> Iterator[Contender]:
 
 
 class Ggml(Contender):
+    """llama.cpp's kernels on one of its types, `repack`: laid out anew for this processor."""
+
     def __init__(self, type: str, repack: bool, weights: Weights):
         self.name = f"ggml {type}{' repacked' if repack else ''}"
         self.nbytes = int(weights.shape.weights * ggml_peer.BITS[type] / 8)

@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Median seconds an expert. `bandwidth`: bytes a second, read around the contender's turns. `of_bandwidth` and
-    `share`: how much of it, and of the machine's limit, medians of the turns, each against what was read around it."""
+    """Median seconds an expert.
+
+    `bandwidth`: bytes a second, read around the contender's turns. `of_bandwidth` and `share`: how much of it, and of
+    the machine's limit, medians of the turns, each against what was read around it.
+    """
 
     shape: str
     load: int
@@ -39,8 +42,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ours over the peers' at some loads: time of the fastest of `peers` over ours,
-    or without peers `value` of our row."""
+    """Ours over the peers' at some loads.
+
+    It is the time of the fastest of `peers` over ours, or without peers `value` of our row.
+    """
 
     name: str
     ours: str

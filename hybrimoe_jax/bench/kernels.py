@@ -1,5 +1,6 @@
-"""`bench kernels`: one SwiGLU expert at a time, weights from memory, by our native
-kernels and by the peers, all in turns.
+"""`bench kernels`: one SwiGLU expert at a time, by our native kernels and by the peers, in turns.
+
+Weights come from memory.
 
 The machine's limits come first, by the native library's own loops: read bandwidth (whole vectors, summed, as one stream
 a thread or as four, whichever is faster) and the multiply-adds that registers alone can do. A row's limit is the larger
@@ -49,8 +50,10 @@ TURNS = (3, 25)  # at least, at most
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`seconds`: of each shape, load and number of threads, all contenders together,
-    beyond the least number of turns."""
+    """What is timed, and for how long.
+
+    `seconds`: of each shape, load and number of threads, all contenders together, beyond the least number of turns.
+    """
 
     peers: tuple[str, ...] = ()
     formats: tuple[str, ...] = FORMATS

@@ -1,5 +1,6 @@
-"""`bench llamacpp`: the engine on a CPU-only machine against llama.cpp, end to end,
-at the same bits a weight, in turns.
+"""`bench llamacpp`: the engine on a CPU-only machine against llama.cpp, end to end, in turns.
+
+Both have the same bits a weight.
 
 Every matrix has the one format on both sides, embedding apart: here float32, or int8 and int4 in groups of 32 with a
 float16 scale and activations rounded to int8 likewise; there F32, Q8_0 and Q4_0. "mid" is one checkpoint of random
@@ -37,8 +38,11 @@ OURS, THEIRS = "hybrimoe", "llama.cpp"
 
 @dataclasses.dataclass
 class Options:
-    """Args: formats, of TYPES (None: those of MODELS); threads of each side; rounds measured; new
-    tokens per decode; cache_ratio of ours."""
+    """What is measured.
+
+    Args: formats, of TYPES (None: those of MODELS); threads of each side; rounds measured; new tokens per decode;
+    cache_ratio of ours.
+    """
 
     formats: tuple[str, ...] | None = None
     threads: int = 2

@@ -40,8 +40,11 @@ Progress = Callable[[Iterable, int, str], Iterable]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Layers of one kind: tokens in a step, whether device time depends on the load, at most so many experts in flight,
-    and whether a transfer takes as long beside a computing CPU as alone."""
+    """Layers of one kind.
+
+    Tokens in a step, whether device time depends on the load, at most so many experts in flight, and whether a transfer
+    takes as long beside a computing CPU as alone.
+    """
 
     name: str
     tokens: int
@@ -88,8 +91,10 @@ def draw_machine(generator: random.Random, by_load: bool, one_speed: bool) -> Co
 
 
 def draw_loads(generator: random.Random, tokens: int) -> dict[int, int]:
-    """Tokens per expert: the top k of each token, drawn by a popularity that falls as 1 / rank
-    (heavy-tailed, as measured loads are)."""
+    """Tokens per expert: the top k of each token.
+
+    They are drawn by a popularity that falls as 1 / rank (heavy-tailed, as measured loads are).
+    """
     popularity = [1.0 / rank for rank in range(1, EXPERTS + 1)]
     generator.shuffle(popularity)
     # The k largest of log(u) / weight are a sample without replacement by weight (Efraimidis and Spirakis, 2006).

@@ -1,2 +1,4 @@
-"""Every file of weights: Hugging Face, GGUF, GPTQ, AWQ and compressed-tensors in;
-converted checkpoints out and in; export."""
+"""Every file of weights: read, converted, written, exported.
+
+Hugging Face, GGUF, GPTQ, AWQ and compressed-tensors in; converted checkpoints out and in; Hugging Face folders out.
+"""

@@ -1,5 +1,7 @@
-"""Experts rounded with a text in hand: the float model is run over it layer by layer, and each expert's rounding errors
-are compensated for the inputs that its tokens gave it (`formats.gptq`).
+"""Experts rounded with a text in hand.
+
+The float model is run over it layer by layer, and each expert's rounding errors are compensated for the inputs that its
+tokens gave it (`formats.gptq`).
 
 Nothing the size of a model exists. The residual stream of all calibration tokens is carried from layer to layer in
 float32 (three arrays of tokens x width), one layer's dense weights and one expert are in memory at a time. Layers must
@@ -41,8 +43,9 @@ ROWS = 2048  # tokens to a call
 
 
 def windows(ids: Sequence[int], longest: int) -> np.ndarray:
-    """Token ids of the text [n] -> windows [W, T], as many as are filled and no more
-    than `TOKENS` in all, spread over the text.
+    """Token ids of the text [n] -> windows [W, T], spread over the text.
+
+    As many as are filled, and no more than `TOKENS` tokens in all.
 
     Raises UserError for a text too short to say anything.
     """
@@ -204,8 +207,10 @@ def _empty_cache(model: CausalLM, index: int, batch: int, capacity: int) -> dict
 
 @functools.lru_cache(maxsize=8)
 def _forward(graph, capacity: int):
-    """-> jitted (params, h [B, T, D], cache) -> the stream after attention and all that is not routed; where the layer
-    has routed experts, also x [N, D], ids [N, k] and weights [N, k]."""
+    """-> jitted (params, h [B, T, D], cache) -> the stream after attention and all that is not routed.
+
+    Where the layer has routed experts, also x [N, D], ids [N, k] and weights [N, k].
+    """
 
     @jax.jit
     def forward(params, h, cache):

@@ -1,5 +1,6 @@
-"""A Hugging Face folder, a GGUF file, random weights or a model in memory becomes a
-checkpoint that is read expert by expert.
+"""A folder, a GGUF file, random weights or a model in memory becomes a converted checkpoint.
+
+Such a checkpoint is read expert by expert.
 
 What was killed goes on where it stopped when it is given again, and the checkpoint is complete or absent (`writer`).
 """
@@ -101,8 +102,9 @@ def convert_random(
     dense_format: str | None = None,
     zipped: bool = False,
 ) -> Path:
-    """Writes a checkpoint of random weights, at its real size, for the model that `config`
-    (a `config.json` or its folder) describes.
+    """Writes a checkpoint of random weights, at its real size, for the model that `config` describes.
+
+    `config` is a `config.json` or its folder.
 
     Other arguments, result and errors as of `convert`; the same seed gives the same weights.
     """

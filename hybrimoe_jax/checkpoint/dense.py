@@ -47,8 +47,10 @@ def pack_tensor(tensor: Tensor, format: Format) -> PackedMatrix:
 
 
 def parts_of_panels(whole: MatrixLayout, part: MatrixLayout, first: int) -> list[tuple[int, int, int]]:
-    """Where the panels of `part`, which are those of `whole` from the one numbered `first` on, lie: (in whole, in part,
-    bytes) of codes, scales and zero points."""
+    """Where the panels of `part` lie: (in whole, in part, bytes) of codes, scales and zero points.
+
+    They are those of `whole` from the one numbered `first` on.
+    """
     codes, scales = part.codes_nbytes // part.panels, part.groups * PANEL * part.format.scale_dtype.itemsize
     places = [(0, 0, codes), (whole.scales_at, part.scales_at, scales)]
     if part.format.zeros:

@@ -51,8 +51,10 @@ class ExpertStore:
     def from_arrays(
         cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None, format: str | None = None
     ) -> ExpertStore:
-        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F]; copied, or rounded
-        to a quantised `format`, on first use."""
+        """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F].
+
+        They are copied, or rounded to a quantised `format`, on first use.
+        """
         layers = [(np.asarray(g), np.asarray(d)) for g, d in layers]
         if not layers:
             raise UserError("ExpertStore: no MoE layers were given")

@@ -1,5 +1,7 @@
-"""The way back: a converted checkpoint as a Hugging Face folder. Quantised weights are
-written as the numbers that they stand for."""
+"""The way back: a converted checkpoint as a Hugging Face folder.
+
+Quantised weights are written as the numbers that they stand for.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ from hybrimoe_jax.formats.plain import ExpertWeights
 def export_hf(
     src: str | os.PathLike, dst: str | os.PathLike, progress: Progress = silent, fmt: str | None = None
 ) -> Path:
-    """Writes a converted checkpoint back as a Hugging Face folder (safetensors,
-    config, tokenizer) that transformers loads.
+    """Writes a converted checkpoint back as a Hugging Face folder that transformers loads.
+
+    It holds safetensors, the config and the tokenizer.
 
     Values are exactly those of the checkpoint. Quantised experts are written as the numbers that they stand for,
     in float32, or rounded to bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where

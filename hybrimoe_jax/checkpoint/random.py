@@ -1,5 +1,6 @@
-"""Random weights for a configuration at its real size, made shard by shard as they are
-read: nothing the size of a model exists.
+"""Random weights for a configuration at its real size, made shard by shard as they are read.
+
+Nothing the size of a model exists.
 
 For timing, and for trying a model that is not at hand. Spreads are such that activations stay finite through any number
 of layers and greedy tokens are no near-ties: a matrix with K inputs has standard deviation K^-1/2, routers and the head
@@ -33,8 +34,10 @@ SCALE_SPREAD = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class RandomTensor:
-    """Uniform numbers of a given mean and standard deviation; the generator of a block of
-    rows depends on `key` and its first row."""
+    """Uniform numbers of a given mean and standard deviation.
+
+    The generator of a block of rows depends on `key` and its first row.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -48,8 +48,11 @@ class Checkpoint:
         return {shard["name"]: shard for shard in self.manifest["pieces"]}
 
     def frequencies(self) -> list[list[float]] | None:
-        """Activation counts [MoE layer][expert] from other text (`expert_frequencies.json`), for static placements;
-        None where the checkpoint has none. Raises UserError where the file does not fit the model."""
+        """Activation counts [MoE layer][expert] from other text, for static placements.
+
+        They lie in `expert_frequencies.json`; None where the checkpoint has none. Raises UserError where the file does
+        not fit the model.
+        """
         path = self.path / FREQUENCIES
         if not path.is_file():
             return None
@@ -145,8 +148,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder made by `python -m hybrimoe_jax.convert`; raises UserError for
-    a wrong, incomplete or foreign one."""
+    """Opens a folder made by `python -m hybrimoe_jax.convert`.
+
+    Raises UserError for a wrong, incomplete or foreign one.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a converted checkpoint")
@@ -177,8 +182,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the manifest does not describe this configuration's
-    model or a shard's folder is missing."""
+    """Raises UserError where the manifest does not fit the configuration's model.
+
+    So too where a shard's folder is missing.
+    """
     try:
         shards = manifest["pieces"]
         layers = tuple(shard["layer"] for shard in shards if shard["experts"])

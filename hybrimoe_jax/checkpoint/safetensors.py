@@ -56,8 +56,10 @@ class FileTensor:
         return self._rows(self.dtype, start, stop)
 
     def integers(self) -> np.ndarray:
-        """The whole of a tensor of integers, such as packed codes; raises UserError
-        where it is stored as something else."""
+        """The whole of a tensor of integers, such as packed codes.
+
+        Raises UserError where it is stored as something else.
+        """
         if self.kind not in INTEGERS:
             raise UserError(
                 f"{self.path}: tensor {self.name} is stored as {self.kind}, not as integers; download it again"
@@ -154,8 +156,10 @@ def write_file(path: Path, tensors: Sequence[Outgoing]) -> None:
 
 
 def write_folder(folder: Path, tensors: Iterable[Outgoing], max_file_bytes: int = 5 * 10**9) -> None:
-    """Writes `model.safetensors`, or numbered shards with an index where the tensors
-    need more than `max_file_bytes`."""
+    """Writes `model.safetensors`, or numbered shards with an index.
+
+    Shards where the tensors need more than `max_file_bytes`.
+    """
     groups: list[list[Outgoing]] = [[]]
     size = total = 0
     for t in tensors:

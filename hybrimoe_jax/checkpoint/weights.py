@@ -150,8 +150,10 @@ class Weights:
 
     @property
     def expert_format(self) -> str:
-        """The format that keeps the routed experts as they are: a quantised one's name,
-        `bf16` where all are stored so, else `f32`."""
+        """The format that keeps the routed experts as they are.
+
+        A quantised one's name, `bf16` where all are stored so, else `f32`.
+        """
         formats = {str(p.experts.layout.format) for p in self.shards if isinstance(p.experts, PackedExperts)}
         if formats:
             (format,) = formats

@@ -200,8 +200,9 @@ class Planner:
         return self._prefetch_planner.prefetch(layer, outlook, self._tokens, self._until_next)
 
     def landed(self, layer: int, expert: int, seconds: float | None = None) -> Victim | Refused | None:
-        """Tells of a prefetch whose transfer is complete: the victim whose slot it takes, None for a free slot, or
-        REFUSED.
+        """Tells of a prefetch whose transfer is complete.
+
+        Returns the victim whose slot it takes, None for a free slot, or REFUSED.
 
         REFUSED: it is dropped, since all that could be evicted is needed in this step, predicted for the coming one, or
         hotter. `seconds`: how long it held the link, where that was measured.

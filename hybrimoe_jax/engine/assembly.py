@@ -1,5 +1,7 @@
-"""Putting an engine together: memory, lanes, costs, planner and executor, in the order in which they depend on each
-other."""
+"""Putting an engine together: memory, lanes, costs, planner and executor.
+
+They are made in the order in which they depend on each other.
+"""
 
 from __future__ import annotations
 
@@ -182,8 +184,10 @@ class _HybridAssembly:
         return OverlappedForward(*lanes, self.system.max_distance, verify, wake_s=self.wake_s, spin_s=spin_s)
 
     def _may_fuse(self, planner: Planner) -> bool:
-        """Whether plans give single tokens' experts to the CPU, or would if leaving the program cost enough. A given
-        profile is believed: it says what the machine is, and so what is planned."""
+        """Whether plans give single tokens' experts to the CPU, or would if leaving the program cost enough.
+
+        A given profile is believed: it says what the machine is, and so what is planned.
+        """
         return planner.all_on_cpu or (self.options.profile is None and planner.handover_for_all_on_cpu is not None)
 
     def _select(self, layered: LayeredForward) -> tuple[LayeredForward, FusedDecode | None]:
@@ -207,8 +211,10 @@ class _HybridAssembly:
 
 
 def device_format(store, device: programs.Device) -> tuple[str, np.dtype]:
-    """The format, and its arrays' type, of experts on the device: as in host memory, but float32 for plain ones on
-    the CPU backend."""
+    """The format, and its arrays' type, of experts on the device.
+
+    It is that of host memory, but float32 for plain ones on the CPU backend.
+    """
     if store.layout is None and device.platform == "cpu":
         return "f32", np.dtype(np.float32)
     return store.format, store.dtype

@@ -39,8 +39,10 @@ def readable(size: int) -> str:
 
 
 def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: int) -> int:
-    """Slots in all, at most `num_experts` (of all layers); UserError with the breakdown where not even the fixed
-    part fits."""
+    """Slots in all, at most `num_experts` (of all layers).
+
+    UserError with the breakdown where not even the fixed part fits.
+    """
     room = budget - fixed.total
     if room < 0:
         raise UserError(
@@ -53,8 +55,7 @@ def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: 
 def workspace_bytes(
     config, batch: int, chunk: int, context: int, distances: int, logit_rows: int, quantised: bool = False
 ) -> int:
-    """Bound on one step's activations in float32: the widest moment of attention or of the routed part, and the
-    logits.
+    """Bound on one step's activations in float32: the widest moment of attention or of the routed part, and the logits.
 
     Args:
       config: a ModelConfig.

@@ -1,5 +1,7 @@
-"""Runtime choices: one small frozen dataclass, every field a flag of `python -m hybrimoe_jax.generate`. Imports no
-jax."""
+"""Runtime choices: one small frozen dataclass, every field a flag of `python -m hybrimoe_jax.generate`.
+
+Imports no jax.
+"""
 
 from __future__ import annotations
 

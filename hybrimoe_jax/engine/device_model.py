@@ -1,5 +1,7 @@
-"""The dense part of a model on the device: split once into static graphs and flat parameters, called by the
-programs."""
+"""The dense part of a model on the device.
+
+It is split once into static graphs and flat parameters; the programs call it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class DeviceLayer:
 
 
 class DeviceModel:
-    """Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix);
+    """A model's dense part on the device.
+
+    Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix);
     `native`: whether the programs that will read them may call the native kernels.
 
     On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s
@@ -114,8 +118,10 @@ class DeviceModel:
         return jax.device_put(_empty_caches(shapes, self.cache_dtype), self.device)
 
     def lookahead_routers(self, moe_layer: int, distance: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance. Past the end the last layer stands in, so
-        that every layer runs the same executable; predictors ignore those."""
+        """(norm, gate) of the MoE layers moe_layer+1 .. moe_layer+distance.
+
+        Past the end the last layer stands in, so that every layer runs the same executable; predictors ignore those.
+        """
         if distance not in self._routers:
             routers, last = self._own_routers, len(self.moe_layers) - 1
             self._routers[distance] = [
@@ -129,8 +135,10 @@ class DeviceModel:
 
 
 def stays_narrow(name: str, array: np.ndarray) -> bool:
-    """Whether a dense weight is a large bfloat16 matrix that is only multiplied with, through `products`, or looked
-    up by row."""
+    """Whether a dense weight is a large bfloat16 matrix that needs no other form.
+
+    It is only multiplied with, through `products`, or looked up by row.
+    """
     read = name == TABLE or is_projection(name, array.shape)
     return read and array.dtype == BF16 and array.size >= LARGE
 

@@ -26,8 +26,10 @@ Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
 
 @dataclasses.dataclass
 class Generation:
-    """What `Engine.generate` returns: per prompt its new tokens and why it stopped ("eos", "length", "stop"); the
-    statistics."""
+    """What `Engine.generate` returns.
+
+    Per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics.
+    """
 
     token_ids: list[list[int]]
     finish_reasons: list[str]
@@ -89,8 +91,10 @@ class Engine:
         self.costs.save(path)
 
     def record(self, trace=None, timeline=None) -> None:
-        """Attaches recorders to the steps that follow (None detaches): an `EngineTrace`; an `EngineTimeline`, or under
-        the virtual clock a `trace.timeline.Timeline`."""
+        """Attaches recorders to the steps that follow (None detaches).
+
+        An `EngineTrace`; an `EngineTimeline`, or under the virtual clock a `trace.timeline.Timeline`.
+        """
         self._forward.attach(trace, timeline)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""From prompts to tokens: chunked prefill of a ragged batch, then one token a row and step, until every row has
-stopped.
+"""From prompts to tokens: chunked prefill of a ragged batch, then one token a row and step.
+
+It ends when every row has stopped.
 
 Rows are padded on the right; a padding token has a position past the cache's end, so it writes nothing, is routed
 nowhere and nothing attends to it. A row's answer does not depend on its neighbours.
@@ -23,8 +24,10 @@ SMALLEST_CHUNK = 16
 
 @dataclasses.dataclass
 class Emitted:
-    """What one step gave: (row, token id) pairs, and the step's record. `finished` maps a row to its reason, "eos"
-    or "length"."""
+    """What one step gave: (row, token id) pairs, and the step's record.
+
+    `finished` maps a row to its reason, "eos" or "length".
+    """
 
     tokens: list[tuple[int, int]]
     finished: dict[int, str]
@@ -50,8 +53,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int,
 
 
 def capacity_for(prompts, new_tokens: int, max_context: int) -> int:
-    """Cache capacity: a power of two of at least 256, so that few executables serve all lengths, within
-    max_context."""
+    """Cache capacity: a power of two of at least 256, so that few executables serve all lengths, within max_context."""
     return min(max_context, bucket(max(map(len, prompts)) + new_tokens, SMALLEST_SPAN))
 
 

@@ -27,8 +27,11 @@ LOGIT_ROWS = 16
 
 @dataclasses.dataclass(kw_only=True)
 class Parts:
-    """What an engine is made of. `slots`: of each MoE layer. `lookahead`: layers at most. The dense executor has no planner,
-    costs, pool, link and host lane."""
+    """What an engine is made of.
+
+    `slots`: of each MoE layer. `lookahead`: layers at most. The dense executor has no planner, costs, pool, link and
+    host lane.
+    """
 
     options: EngineConfig
     system: System

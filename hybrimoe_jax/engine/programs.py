@@ -116,13 +116,13 @@ def _all_logits(norm, head, h, acc, host, eps):
 
 
 def _dense_rows(acc, x, weights, *slots, kernel="xla"):
-    """acc [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
+    """`acc` [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
     with jax.named_scope("device_experts"):
         return add_experts(acc, x, weights, *slots, kernel=kernel)
 
 
 def _gathered_rows(acc, x, rows, weights, slot, kernel="xla"):
-    """acc [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
+    """`acc` [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
     with jax.named_scope("device_experts"):
         return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows], kernel))
 
@@ -140,8 +140,10 @@ def bucket(n: int, smallest: int = 1) -> int:
 
 
 def runs(slot, kernel: str) -> str:
-    """What computes an expert in such a slot for few tokens where `kernel` is asked for: that one, `xla`, or
-    `native` in its place."""
+    """What computes an expert in such a slot for few tokens where `kernel` is asked for.
+
+    That one, `xla`, or `native` in its place.
+    """
     return "native" if kernel == "xla" and native_here() and native_for(slot) else kernel
 
 

@@ -22,8 +22,10 @@ from hybrimoe_jax.trace.timeline import Timeline
 
 
 class EngineTimeline:
-    """Collects a run's events; `write` saves them. Args: engine: whose clock, system and executor are named in the
-    file."""
+    """Collects a run's events; `write` saves them.
+
+    Args: engine: whose clock, system and executor are named in the file.
+    """
 
     def __init__(self, engine):
         self._clock = engine.clock
@@ -72,8 +74,10 @@ class EngineTimeline:
 
 
 class EngineTrace:
-    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step. Full scores and lookahead
-    included."""
+    """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step.
+
+    Full scores and lookahead included.
+    """
 
     def __init__(self, engine):
         config, planner = engine.config, engine.planner

@@ -38,7 +38,7 @@ class Sampler:
         self._streams = [np.random.default_rng([sampling.seed, row]) for row in range(rows)]
 
     def __call__(self, row: int, logits: np.ndarray) -> int:
-        """logits [V] -> token id."""
+        """`logits` [V] -> token id."""
         options = self.sampling
         if options.temperature == 0:
             return int(np.argmax(logits))

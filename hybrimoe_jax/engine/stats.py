@@ -29,9 +29,11 @@ class Lanes:
 
 @dataclasses.dataclass
 class LayerStats:
-    """One MoE layer in one step. Expert tuples are in execution order; `prefetch_*` are this layer's prefetched
-    experts, judged. `layer_streamed`: experts whose transfer with their whole layer began here; `bytes_h2d` has
-    them."""
+    """One MoE layer in one step.
+
+    Expert tuples are in execution order; `prefetch_*` are this layer's prefetched experts, judged. `layer_streamed`:
+    experts whose transfer with their whole layer began here; `bytes_h2d` has them.
+    """
 
     layer: int
     loads: dict[int, int]
@@ -51,8 +53,10 @@ class LayerStats:
 
 @dataclasses.dataclass
 class StepStats:
-    """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode"). `layers` of a fused
-    decode step whose next token is drawn are filled in when the next step runs, or the run ends."""
+    """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode").
+
+    `layers` of a fused decode step whose next token is drawn are filled in when the next step runs, or the run ends.
+    """
 
     phase: str
     tokens: int
@@ -66,8 +70,11 @@ class StepStats:
 
 @dataclasses.dataclass
 class PrefetchStats:
-    """Prefetches by what became of them: how many, and the seconds that their transfers held the link; `wait_s`: how
-    long layers waited for late ones. `accuracy`: by distance, the share of predicted experts that were activated."""
+    """Prefetches by what became of them: how many, and the seconds that their transfers held the link.
+
+    `wait_s`: how long layers waited for late ones. `accuracy`: by distance, the share of predicted experts that were
+    activated.
+    """
 
     issued: int = 0
     useful: int = 0
@@ -111,7 +118,9 @@ class RunStats:
 
     def tbt_ms(self) -> dict[str, float] | None:
         """Time between tokens over the decode steps that compiled nothing: median and 90th percentile, milliseconds.
-        Steps that ran in one call (see `engine.fused`) have an equal share of it each."""
+
+        Steps that ran in one call (see `engine.fused`) have an equal share of it each.
+        """
         times = sorted(1e3 * s.seconds for s in self._phase("decode") if not s.compile_s)
         if not times:
             return None

@@ -1,5 +1,7 @@
-"""What a forward pass is asked and what it gives, and the oracle that all others are checked against: the dense
-model, every expert on the device."""
+"""What a forward pass is asked and what it gives, and the oracle that all others are checked against.
+
+The oracle is the dense model, every expert on the device.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,7 @@ SMALLEST_SPAN = 256
 
 @dataclasses.dataclass
 class StepInput:
-    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or
-    "decode".
+    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
 
     `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each
     taking the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None:
@@ -50,8 +51,10 @@ class StepInput:
 
     @property
     def span(self) -> int:
-        """How much of the cache attention must read: a power of two, so that few executables serve all positions. More
-        than the step's tokens unless all rows start at position 0 (see `Attention`)."""
+        """How much of the cache attention must read: a power of two, so that few executables serve all positions.
+
+        More than the step's tokens unless all rows start at position 0 (see `Attention`).
+        """
         span = programs.bucket(self.context, SMALLEST_SPAN)
         first = self.positions[:, 0]
         if span == self.positions.shape[1] and ((first > 0) & (first < self.capacity)).any():
@@ -95,16 +98,20 @@ class Pass:
 
 
 class Forward(abc.ABC):
-    """A way to compute logits. `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's
-    record."""
+    """A way to compute logits.
+
+    `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record.
+    """
 
     @abc.abstractmethod
     def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...
 
     @abc.abstractmethod
     def synchronize(self) -> None:
-        """Returns when nothing that its steps started is computed any more, and all of it is planned and counted:
-        after a run, whose last step may have been broken off."""
+        """Returns when nothing that its steps started is computed any more, and all is planned and counted.
+
+        Called after a run, whose last step may have been broken off.
+        """
 
     @abc.abstractmethod
     def attach(self, trace, timeline) -> None:

@@ -1,5 +1,7 @@
-"""Text as it is made: `stream_generate` yields after every token, with stop strings held back until they are
-certain."""
+"""Text as it is made: `stream_generate` yields after every token.
+
+Stop strings are held back until they are certain.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The warm-up at load: times host experts, device experts, shared experts, a layer's front and transfers, so that the
-cost model holds this machine's figures and no literals.
+"""The warm-up at load: the cost model holds this machine's figures and no literals.
+
+It times host experts, device experts, shared experts, a layer's front and transfers.
 
 A sample is the median of a few repeats; experts are rotated so that weights come from memory and not from a cache.
 """
@@ -84,8 +85,10 @@ def _timed(clock: WallClock, run) -> float:
 
 
 def _host_run(host: HostExecutor, rotation, load: int, width: int, count: int = 1, wide: bool = False):
-    """A call that runs `count` experts of a layer, the next of the rotation, at one load (every other token of x if
-    several); `wide`: as in a step, on all workers."""
+    """A call that runs `count` experts of a layer, the next of the rotation, at one load.
+
+    Every other token of x if several; `wide`: as in a step, on all workers.
+    """
     tokens = 1 if load == 1 else 2 * load
     x = np.random.default_rng(0).standard_normal((tokens, width), np.float32)
     rows, mix = np.arange(0, tokens, 2), np.ones(load, np.float32)
@@ -123,8 +126,11 @@ def _host_samples(samples: Samples, host: HostExecutor, experts, width: int, sha
 def _device_samples(
     samples: Samples, model: DeviceModel, slots: list, clock: WallClock, capacity: int, inline: bool
 ) -> None:
-    """Where host experts run `inline`, a device expert also holds up the host for as long as its dispatch takes; that
-    is added to its cost, since a lane of its own cannot show it."""
+    """Measures device experts, shared experts and a layer's front.
+
+    Where host experts run `inline`, a device expert also holds up the host for as long as its dispatch takes; that is
+    added to its cost, since a lane of its own cannot show it.
+    """
     rotation = itertools.cycle(slots)
     layer = model.moe_layers[0]
     shared = layer.programs.shared
@@ -158,8 +164,9 @@ def _dispatch(model: DeviceModel, clock: WallClock, x: jax.Array, slot, rows, mi
 
 
 def _handover(model: DeviceModel, clock: WallClock, capacity: int) -> float:
-    """Seconds that a layer's front takes longer when its routing is waited for and read than when nobody asks; no less
-    than reading takes.
+    """Seconds that a layer's front takes longer when its routing is waited for and read.
+
+    No less than reading takes.
 
     What lies between two measurements may hide the difference on a busy machine. It is never nothing, which would say
     that there is no program to leave.
@@ -229,8 +236,7 @@ def _issue(clock: WallClock, pool: SlotPool, link: Link, rotation, weights) -> f
 
 
 def _look(model: DeviceModel, clock: WallClock) -> float:
-    """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the
-    host."""
+    """Seconds of one distance of lookahead for one token: a later router on the device, its choice read on the host."""
     config = model.config
     ((norm, gate),) = model.lookahead_routers(0, 1)
     h = jnp.ones((1, 1, config.hidden_size), jnp.float32)

@@ -24,7 +24,7 @@ BLOCK = 128
 def compensated(
     weights: np.ndarray, hessian: np.ndarray, format: Format, damping: float = DAMPING
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """weights float32 [R, K] and H [K, K] of their inputs -> codes, scales and zero points for `packing.pack`.
+    """`weights` float32 [R, K] and H [K, K] of their inputs -> codes, scales and zero points for `packing.pack`.
 
     Inputs that are always zero are rounded to nearest. Deterministic; where H is zero the result is
     `packing.quantise`'s.

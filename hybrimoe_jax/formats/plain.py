@@ -62,9 +62,11 @@ def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndar
 
 
 class Arena:
-    """Hands out aligned arrays side by side from blocks of memory that lie on huge pages where the system has them
-    (NumPy asks Linux for them). A block is freed with the last of its arrays, so this is for arrays that stay. Safe
-    from any thread."""
+    """Hands out aligned arrays side by side from blocks of memory on huge pages.
+
+    The system may have none (NumPy asks Linux for them). A block is freed with the last of its arrays, so this is for
+    arrays that stay. Safe from any thread.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()

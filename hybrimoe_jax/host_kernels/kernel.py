@@ -33,8 +33,10 @@ class HostKernel(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, weights: HostExpert) -> Any:
-        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive. UserError on malformed
-        weights, and on quantised ones where the kernel computes none."""
+        """A handle for `expert`, made once per expert; cheap, and keeps `weights` alive.
+
+        UserError on malformed weights, and on quantised ones where the kernel computes none.
+        """
 
     @abc.abstractmethod
     def expert(self, handle: Any, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -62,8 +64,10 @@ class HostKernel(abc.ABC):
         return False
 
     def native_handle(self, handle: Any) -> tuple[int, int] | None:
-        """For jitted programs that call the native kernel themselves (`native.routed`): the number of its instruction
-        set and the address of this expert's record; None where there is none."""
+        """A handle for jitted programs that call the native kernel themselves (`native.routed`).
+
+        The number of its instruction set and the address of this expert's record; None where there is none.
+        """
         return None
 
     def set_threads(self, threads: int) -> None:

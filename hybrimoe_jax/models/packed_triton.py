@@ -122,9 +122,11 @@ def _kernel(combine, layouts: Sequence[MatrixLayout], at: Sequence[int], data, x
 
 
 def _weights(data, layout: MatrixLayout, start: int, panel, first, tile: int) -> tuple[list[jax.Array], jax.Array]:
-    """Lines first .. first + tile of a panel of the matrix at byte `start`: codes less their zero, float32 [T, 8, 4],
-    the first 4 inputs of each line and the next 4 where a byte holds two; and scales [T, 8]. Past the panel's last line
-    both are 0."""
+    """Lines first .. first + tile of a panel of the matrix at byte `start`: codes and scales.
+
+    Codes less their zero, float32 [T, 8, 4], the first 4 inputs of each line and the next 4 where a byte holds two; and
+    scales [T, 8]. Past the panel's last line both are 0.
+    """
     format, lines = layout.format, layout.depth // _inputs(layout)
 
     def part(at: int, per_panel: int, size: int, in_group: int) -> jax.Array:

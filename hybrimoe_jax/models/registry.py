@@ -39,8 +39,10 @@ class Family(Generic[Config]):
     block_aliases: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> str:
-        """A tensor's name with the block spelt as `block`: `model.layers.0.mlp.gate.weight` ->
-        `...block_sparse_moe.gate.weight`."""
+        """A tensor's name with the block spelt as `block`.
+
+        `model.layers.0.mlp.gate.weight` -> `...block_sparse_moe.gate.weight`.
+        """
         parts = name.split(".")
         if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[3] in self.block_aliases:
             parts[3] = self.block
@@ -76,8 +78,10 @@ def family_of(model_type: str) -> Family:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Parses a `config.json` mapping into its family's dataclass; UserError where the family or a feature is
-    unsupported, or a value is of the wrong kind."""
+    """Parses a `config.json` mapping into its family's dataclass.
+
+    UserError where the family or a feature is unsupported, or a value is of the wrong kind.
+    """
     if not isinstance(raw, Mapping) or "model_type" not in raw:
         raise UserError("config.json: no model_type key; is this a Hugging Face model folder?")
     if not isinstance(raw["model_type"], str):

@@ -138,8 +138,10 @@ def cases_of(
     traces: Iterable[str], profile: str, systems: Iterable[str], ratios: Iterable[float], *, fmt: str = "int4",
     starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
 ) -> list[Case]:  # fmt: skip
-    """The whole grid: for every trace, ratio, start and system a token-by-token case, and one for every prompt
-    length."""
+    """The whole grid: every trace, ratio, start and system.
+
+    Each has a token-by-token case, and one for every prompt length.
+    """
     names = trace_names(traces)
     return [
         Case(trace, profile, system, ratio, fmt, start, length, name=names[trace], **common)

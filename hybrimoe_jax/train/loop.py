@@ -41,8 +41,10 @@ ADAM_NAMES = ("embed_tokens", "lm_head", "norm", "bias", ".gate.", "shared_exper
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides a run besides the model's shape and the text. `stages` are (share
-    of the run at which it starts, window)."""
+    """What decides a run besides the model's shape and the text.
+
+    `stages` are (share of the run at which it starts, window).
+    """
 
     steps: int = 700
     batch_tokens: int = 4096
@@ -111,8 +113,10 @@ def expert_weights(params: Params, config: ModelConfig) -> list[tuple[jax.Array,
 
 
 def make_forward(config: ModelConfig, block: int = 64, **options) -> Callable:
-    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer:
-    Routing}); `options` are `GroupedExperts`'."""
+    """-> forward(params, ids [B, T], positions [B, T]) -> (logits [B, T, V], {layer: Routing}).
+
+    `options` are `GroupedExperts`'.
+    """
     graphdef, _ = parameters.split(build_model(config))
 
     def forward(params, ids, positions):
@@ -153,8 +157,10 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def make_step(config: ModelConfig, settings: Settings) -> tuple[optax.GradientTransformation, Callable]:
-    """-> optimiser, step(params, moments, windows [B, T + 1]) -> (params, moments, {"loss",
-    "balance"}); the first two are donated."""
+    """-> optimiser, and a step that donates its first two arguments.
+
+    step(params, moments, windows [B, T + 1]) -> (params, moments, {"loss", "balance"}).
+    """
     forward = make_forward(config)
     optimizer = make_optimizer(settings)
 

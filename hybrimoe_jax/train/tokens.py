@@ -38,7 +38,7 @@ def train_tokenizer(texts: Sequence[Text], vocab_size: int) -> tokenizers.Tokeni
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: Text) -> np.ndarray:
-    """ids [n] int32 of one work, `<|endoftext|>` first."""
+    """Token ids [n] int32 of one work, `<|endoftext|>` first."""
     return np.asarray([tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(text.text).ids], np.int32)
 
 

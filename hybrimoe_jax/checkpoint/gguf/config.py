@@ -45,7 +45,9 @@ HONOURED = {
 
 def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
     """`fields`: the metadata by key; `shapes`: of the tensors under their GGUF names.
-    Raises UserError for what is not supported."""
+
+    Raises UserError for what is not supported.
+    """
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(f"{where}: GGUF architecture {arch!r} is not supported ({', '.join(ARCHITECTURES)} are)")
@@ -166,8 +168,10 @@ def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, An
 
 
 def rope_scaling(get, where: object) -> dict[str, Any] | None:
-    """llama.cpp's rules: without a type scaling is linear, a factor of 0 is none, and
-    `rope.scale_linear` is the factor's old name."""
+    """The scaling of rotary positions by llama.cpp's rules.
+
+    Without a type scaling is linear, a factor of 0 is none, and `rope.scale_linear` is the factor's old name.
+    """
     factor = rounded(get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0)
     kind = get("rope.scaling.type", "linear" if factor != 1 else "none")
     if kind == "none":

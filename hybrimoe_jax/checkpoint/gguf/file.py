@@ -1,5 +1,6 @@
-"""GGUF files: llama.cpp's tensors under the names of the original checkpoint, read
-through PyPI's `gguf` (the extra `gguf`).
+"""GGUF files: llama.cpp's tensors under the names of the original checkpoint.
+
+They are read through PyPI's `gguf` (the extra `gguf`).
 
     Q4_0   blocks of 32 inputs: float16 d, 16 bytes; input j in the low half of byte j,
            input j + 16 in its high half; w = d * (q - 8)
@@ -155,8 +156,10 @@ def open_gguf(path: str | Path) -> Weights:
 
 
 def original(config, arch: str, stored: dict[str, Any], shapes, path: Path) -> dict[str, Tensor]:
-    """Every tensor under its original name. Names that are not known stay as they are,
-    and are then refused with the others."""
+    """Every tensor under its original name.
+
+    Names that are not known stay as they are, and are then refused with the others.
+    """
     family = family_of(config.model_type)
     words = {"block": family.block, "shared": "shared_expert" if arch == "qwen2moe" else "shared_experts"}
     out: dict[str, Tensor] = {}
@@ -218,8 +221,10 @@ def expert_matrices(tensor, shape: tuple[int, ...], path: Path) -> list[Tensor]:
 
 
 def halves_first(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of a head as rotary halves again, where llama.cpp has pairs: its row 2i +
-    j of a head is row j * d / 2 + i."""
+    """Rows of a head as rotary halves again, where llama.cpp has pairs.
+
+    Its row 2i + j of a head is row j * d / 2 + i.
+    """
 
     def make() -> np.ndarray:
         array = tensor.read()
@@ -230,7 +235,7 @@ def halves_first(tensor: Tensor, heads: int) -> Tensor:
 
 
 def joined_kv(keys: Tensor, values: Tensor) -> Tensor:
-    """keys [H, r, n] and values [H, v, r] -> `kv_b_proj` [H * (n + v), r]."""
+    """`keys` [H, r, n] and values [H, v, r] -> `kv_b_proj` [H * (n + v), r]."""
     heads, latent, nope = keys.shape
 
     def make() -> np.ndarray:

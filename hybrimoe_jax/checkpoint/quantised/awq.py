@@ -35,6 +35,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclasses.dataclass(frozen=True)
 class AwqTensor(QuantisedTensor):
+    """One matrix as AWQ stores it."""
+
     qweight: FileTensor
     qzeros: FileTensor
     scales: FileTensor

@@ -21,8 +21,11 @@ F32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """`codes` [R, K] uint8 0..15 (4 bits) or int8 (8 bits); `scales` [R, N] float32; `zeros` [R, N] uint8, None where
-    zero is the middle code (8 of 4 bits, 0 of 8); `group_of` [K]."""
+    """A quantised matrix as its checkpoint has it.
+
+    `codes` [R, K] uint8 0..15 (4 bits) or int8 (8 bits); `scales` [R, N] float32; `zeros` [R, N] uint8, None where zero
+    is the middle code (8 of 4 bits, 0 of 8); `group_of` [K].
+    """
 
     codes: np.ndarray
     scales: np.ndarray
@@ -38,8 +41,9 @@ class Codes:
         return (self.codes.astype(np.float32) - offset) * self.scales[:, self.group_of]
 
     def grouped(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-        """codes, scales and zero points with a scale for every `group` neighbouring
-        columns, as `packing.pack` takes them.
+        """Codes, scales and zero points as `packing.pack` takes them.
+
+        A scale is that of `group` neighbouring columns.
 
         None where neighbouring columns have different scales (act-order, smaller groups).
         """
@@ -60,9 +64,11 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a quantised tensor is made of, known without reading its codes: `group` is the largest of
-    packing's groups (None: no one fits) with one scale for every so many neighbouring columns, `zeros`
-    whether zero points differ from the middle."""
+    """What a quantised tensor is made of, known without reading its codes.
+
+    `group` is the largest of packing's groups (None: no one fits) with one scale for every so many neighbouring
+    columns, `zeros` whether zero points differ from the middle.
+    """
 
     bits: int
     group: int | None
@@ -121,8 +127,9 @@ class QuantisedTensor(abc.ABC):
 def gathered(
     stored: Mapping[str, Any], parts: Sequence[str], needed: Sequence[str], make: Callable[[dict[str, Any], str], Any]
 ) -> dict[str, Any]:
-    """`stored` with the parts `X.part` of every quantised matrix replaced by
-    `make(found, X)` under the name `X.weight`.
+    """`stored` with every quantised matrix in one piece.
+
+    Its parts `X.part` are replaced by `make(found, X)` under the name `X.weight`.
 
     `needed` are those of `parts` that a matrix must have, the first of them the one that tells it is there; `found`
     maps part to tensor. Raises UserError where another is lacking.
@@ -157,9 +164,11 @@ def groups_in_order(columns: int, size: int) -> np.ndarray:
 
 
 def check_group_size(sizes: Collection[Any], columns: int, groups: int, where: str) -> int:
-    """The columns of a group, where no list says which group a column is in: the one of `sizes`
-    (those that the configuration names; -1 is a whole row) that makes `groups` of `columns`.
-    UserError where none does, or several do and differ."""
+    """The columns of a group, where no list says which group a column is in.
+
+    It is the one of `sizes` (those that the configuration names; -1 is a whole row) that makes `groups` of `columns`.
+    UserError where none does, or several do and differ.
+    """
     whole = {columns if size == -1 else size for size in sizes if isinstance(size, int) and (size == -1 or size > 0)}
     fitting = {min(size, columns) for size in whole if -(-columns // size) == groups}
     if not whole and groups == 1:
@@ -191,8 +200,10 @@ def unpack_words(words: np.ndarray, bits: int, axis: int, count: int) -> np.ndar
 
 
 def centred(codes: np.ndarray, zeros: np.ndarray | None, bits: int, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unsigned codes of 8 bits around 128 become int8 around 0; those of 4 bits stay. A zero
-    point of the middle everywhere is dropped."""
+    """Unsigned codes of 8 bits around 128 become int8 around 0; those of 4 bits stay.
+
+    A zero point of the middle everywhere is dropped.
+    """
     if zeros is not None and np.all(zeros == 2 ** (bits - 1)):
         zeros = None
     if bits == 4:

@@ -1,5 +1,6 @@
-"""compressed-tensors folders in its `pack-quantized` format: signed integers of 4 or
-8 bits with a scale per group or row.
+"""compressed-tensors folders in its `pack-quantized` format.
+
+Weights are signed integers of 4 or 8 bits with a scale per group or row.
 
     weight_packed      [R, K * bits / 32] int32     code + 2^(bits-1), neighbouring inputs in one word, lowest first
     weight_scale       [R, groups]                  float16, bfloat16 or float32; one column with strategy `channel`
@@ -40,6 +41,8 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensor(QuantisedTensor):
+    """One matrix as compressed-tensors stores it, packed."""
+
     packed: FileTensor
     scale: FileTensor
     zero_point: FileTensor | None

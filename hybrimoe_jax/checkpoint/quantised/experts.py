@@ -137,8 +137,9 @@ def quantised_format(weights: Weights) -> Format | None:
 
 
 def as_packed(weights: Weights, fmt: str | None) -> Weights:
-    """The model with quantised experts as the `PackedExperts` of `fmt` (None: the
-    format that fits best); others pass unchanged.
+    """The model with quantised experts as the `PackedExperts` of `fmt`; others pass unchanged.
+
+    `fmt` None: the format that fits best.
 
     Raises UserError where the experts are quantised but `fmt`, or any format, would have to round them again.
     """

@@ -43,6 +43,8 @@ VERSIONS = {"gptq": 1, "gptq_v2": 0}
 
 @dataclasses.dataclass(frozen=True)
 class GptqTensor(QuantisedTensor):
+    """One matrix as GPTQ stores it."""
+
     qweight: FileTensor
     qzeros: FileTensor
     scales: FileTensor

@@ -11,8 +11,9 @@ from hybrimoe_jax.errors import UserError
 
 
 class Belady(CachePolicy):
-    """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs: the
-    fewest misses of all policies that keep every miss (exact, tested against exhaustive search).
+    """Evicts the expert whose next use is farthest away (Belady 1966), never one that the current step needs.
+
+    It has the fewest misses of all policies that keep every miss (exact, tested against exhaustive search).
 
     **With bypass it is a heuristic**: at or above the fewest misses. A miss is kept where it is needed no later than
     the victim, and a hit holds its slot until its step is over, so what is best to keep depends on more than the next

@@ -103,8 +103,9 @@ class Memory:
         return slots, np.exp((total[slots] - nearest) * scale), nearest / whole
 
     def followers(self, layer: int, slots: np.ndarray, weights: np.ndarray, discounts: np.ndarray) -> np.ndarray:
-        """[num_experts] float32: uses in the steps after `slots`, weighted, and discounted by the number of steps after
-        (from 1).
+        """[num_experts] float32: uses in the steps after `slots`, weighted.
+
+        They are discounted by the number of steps after (from 1).
         """
         after = slots[:, None] + self._ahead[: len(discounts)]
         rows = self.masks[layer].take(after.ravel(), axis=1, mode="wrap").T
@@ -200,8 +201,9 @@ class Echo(CachePolicy):
 
 
 class Frequencies:
-    """Uses of each expert, decayed with a time constant of `scale` steps: `counts` over `steps` is the share of steps
-    that use it.
+    """Uses of each expert, decayed with a time constant of `scale` steps.
+
+    `counts` over `steps` is the share of steps that use it.
 
     Later steps count more instead of earlier ones less, so that a step touches only the experts that it uses.
     """

@@ -83,8 +83,9 @@ class CachePolicy(ABC):
         ]
 
     def expected(self, expert: int, score: float, load: int) -> float:
-        """The heat `expert` will have if its next step comes as predicted: mean router score `score`, `load` tokens (0:
-        not chosen).
+        """The heat `expert` will have if its next step comes as predicted.
+
+        `score`: its mean router score; `load`: its tokens (0: not chosen).
 
         Prefetches are guarded by it. Where a policy cannot know that heat: the value of holding the expert from that
         step on.

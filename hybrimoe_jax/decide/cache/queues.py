@@ -15,8 +15,9 @@ from hybrimoe_jax.errors import UserError
 
 
 class SLRU(CachePolicy):
-    """Segmented LRU (Karedla, Love and Wherry 1994): a second use moves an expert into the protected segment, `share`
-    of the slots.
+    """Segmented LRU (Karedla, Love and Wherry 1994).
+
+    A second use moves an expert into the protected segment, `share` of the slots.
 
     The probationary segment is evicted first, each segment by least recent use; overflow of the protected one falls
     back to probation.
@@ -62,8 +63,9 @@ class SLRU(CachePolicy):
 
 
 class S3FIFO(CachePolicy):
-    """S3-FIFO (Yang et al., SOSP 2023): a small FIFO queue of newcomers, a main one, and a ghost queue of those evicted
-    from the small one.
+    """S3-FIFO (Yang et al., SOSP 2023): three queues.
+
+    A small FIFO queue of newcomers, a main one, and a ghost queue of those evicted from the small one.
 
     A newcomer not used again leaves from the small queue (`share` of the slots) and is remembered; one used again, or
     remembered when it comes back, goes to the main queue, where uses (counted up to 3) buy further rounds.
@@ -120,8 +122,9 @@ class S3FIFO(CachePolicy):
         self._small, self._main, self._uses = [], list(experts), dict.fromkeys(experts, 0)
 
     def _walk(self, allowed: Collection[int]) -> tuple[int | None, bool, list[int], list[int], dict[int, int]]:
-        """The first of `allowed` that the queues evict, whether from the small queue, and both queues and the uses
-        after that.
+        """The first of `allowed` that the queues evict, and what it leaves behind.
+
+        That is, whether it comes from the small queue, and both queues and the uses after that.
 
         Where others come first, they stay, at the end of the main queue.
         """

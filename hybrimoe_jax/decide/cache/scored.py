@@ -50,8 +50,9 @@ class LFU(CachePolicy):
 
 
 class LFRU(CachePolicy):
-    """Least frequently and recently used: uses so far over steps since the last one, as expert caches of vLLM and
-    others have it.
+    """Least frequently and recently used: uses so far over steps since the last one.
+
+    Expert caches of vLLM and others have it.
     """
 
     sees = "routing"

@@ -1,5 +1,6 @@
-"""Predicting from co-activation: tables, counted while running, of which experts follow which, across layers and from
-token to token.
+"""Predicting from co-activation: tables of which experts follow which, counted while running.
+
+They follow each other across layers and from token to token.
 
 It needs no router and no scores, so it serves traces that have none. N tokens, L MoE layers, E experts, k experts per
 token, D distances.
@@ -20,8 +21,9 @@ prompt.
 
 
 class CoActivation(Predictor):
-    """p(j) = prior(j) times the root of the product of the evidence's lifts p(j | i) / p(j), i being this token's
-    experts in this layer and the token before's in the coming one.
+    """p(j) = prior(j) times the root of the product of the evidence's lifts p(j | i) / p(j).
+
+    i are this token's experts in this layer and the token before's in the coming one.
 
     The root, where naive Bayes has the product itself, allows for evidence that is not independent (measured better on
     two real models). Counts are smoothed towards the prior as by `smoothing` observations. Tables hold L * D * E^2 + L

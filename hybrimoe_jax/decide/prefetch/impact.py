@@ -219,8 +219,9 @@ def choose_by_impact(
 
 
 def _outlook_of(target: Target, forecast: Forecast, tokens: int) -> tuple[int, Outlook]:
-    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook without further
-    prefetches.
+    """The load of all the predicted experts where it is the same (else 0), and the layer's outlook.
+
+    Without further prefetches.
     """
     loads, present = target.prediction.loads, target.present
     distinct = set(loads.values())
@@ -239,8 +240,9 @@ def _in_time(chosen: list[tuple[_State, int]], extra: _State, link_free: float, 
 
 
 def choose_next_layer(target: Target, room: int) -> list[tuple[Target, int]]:
-    """The next layer's predicted misses by falling score, without simulation and however busy the link is (as AdapMoE
-    does).
+    """The next layer's predicted misses by falling score (as AdapMoE does).
+
+    Nothing is simulated, and it does not matter how busy the link is.
     """
     scores = target.prediction.scores
     candidates = target.candidates()

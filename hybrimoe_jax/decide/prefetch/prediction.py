@@ -1,5 +1,6 @@
-"""Predictions of what coming layers will be asked for: what they are made from, who makes them, and how often they come
-true.
+"""Predictions of what coming layers will be asked for.
+
+What they are made from, who makes them, and how often they come true.
 
 N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE layers after the one that looks.
 """
@@ -17,8 +18,9 @@ Scores = np.ndarray | Sequence[float]
 
 
 class Prediction(NamedTuple):
-    """What a layer is expected to be asked for: tokens per expert, and the mean router score of every expert (None
-    where unknown).
+    """What a layer is expected to be asked for.
+
+    Tokens per expert, and the mean router score of every expert (None where unknown).
     """
 
     loads: Mapping[int, int]
@@ -26,9 +28,11 @@ class Prediction(NamedTuple):
 
 
 class RouterOutlook(NamedTuple):
-    """What one layer shows of a step: chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and,
-    by distance from 1, the probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state
-    (empty where they were not applied).
+    """What one layer shows of a step.
+
+    Chosen experts `ids` [N, k]; router probabilities `scores` [N, E], or None; and, by distance from 1, the
+    probabilities `ahead` [N, E] that the coming layers' routers give on this layer's state (empty where they were not
+    applied).
     """
 
     ids: np.ndarray
@@ -112,8 +116,9 @@ class Accuracy:
         self.came_true = [0] * (lookahead + 1)
 
     def update(self, distance: int, predicted: Set[int], activated: Set[int]) -> None:
-        """Compares one layer's prediction, made `distance` layers before, with what was activated (sets, or the keys of
-        loads).
+        """Compares one layer's prediction, made `distance` layers before, with what was activated.
+
+        Both are sets, or the keys of loads.
         """
         hits = len(predicted & activated)
         self._hits[distance] = self._hits[distance] * self.decay + hits

@@ -40,8 +40,9 @@ class RouterReuse(Predictor):
 
 
 class Corrected(Predictor):
-    """Router reuse with a mean shift of the log-probabilities by layer and distance: a running mean with weight 1/n, at
-    least `rate`, on the newest step.
+    """Router reuse with a mean shift of the log-probabilities by layer and distance.
+
+    The shift is a running mean with weight 1/n, at least `rate`, on the newest step.
     """
 
     needs_routers = True

@@ -44,8 +44,7 @@ class PrefetchPlanner:
         self._predicted = False
 
     def depth(self, tokens: int) -> int:
-        """How many layers to predict in a step of so many tokens; 0 where that cannot pay: it costs device time
-        too.
+        """How many layers to predict in a step of so many tokens; 0 where that cannot pay: it costs device time too.
 
         With equal loads: does any layer get faster by one more resident expert, and can a transfer land within the
         lookahead? Where the CPU outruns device and link (every "device" of a CPU-only machine), the answer is no. An
@@ -69,8 +68,10 @@ class PrefetchPlanner:
         self._depths[tokens] = 0
 
     def backing_off(self, tokens: int) -> bool:
-        """Whether to leave out predicting in this step: after a step of several tokens in which no prefetch was found
-        worth its while, a few are let pass (predicting for hundreds of tokens takes longer than planning).
+        """Whether to leave out predicting in this step.
+
+        After a step of several tokens in which no prefetch was found worth its while, a few are let pass (predicting
+        for hundreds of tokens takes longer than planning).
         """
         return tokens > 1 and self._back_off > 0
 
@@ -142,8 +143,9 @@ class PrefetchPlanner:
         self.predictor.finish_step()
 
     def _fits(self, depth: int, tokens: int, until_next: float) -> bool:
-        """Whether a transfer queued now can land before the layer `depth` ahead starts, if every layer in between takes
-        as long as it ever may.
+        """Whether a transfer queued now can land before the layer `depth` ahead starts.
+
+        Every layer in between is taken to last as long as it ever may.
         """
         if tokens > 1 or self.system.prefetch == "next-layer":
             return True

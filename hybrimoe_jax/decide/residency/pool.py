@@ -23,8 +23,9 @@ def capacity_of(total: int, num_layers: int, num_experts: int) -> int:
 
 
 def initial(policies: Sequence[CachePolicy], total: int) -> list[list[int]]:
-    """What fills `total` slots: the most frequent experts of all layers together, or each layer's own first ones where
-    frequencies are unknown.
+    """What fills `total` slots: the most frequent experts of all layers together.
+
+    Where frequencies are unknown, each layer's own first ones.
     """
     first: list[list[int]] = [[] for _ in policies]
     known = [policy.frequencies for policy in policies if policy.frequencies is not None]
@@ -130,8 +131,9 @@ class Pool:
         return Fetch(expert, self.move(layer, expert, victim), False)
 
     def openings(self, protected: Sequence[Collection[int]], worth: Callable[[int, int], float] | None) -> list[float]:
-        """The value of what each further prefetch would evict, smallest first, a victim of each layer at most; minus
-        infinity for a free slot, and for all where `worth` is None. `worth`: of (layer, expert).
+        """The value of what each further prefetch would evict, smallest first, a victim of each layer at most.
+
+        Minus infinity for a free slot, and for all where `worth` is None. `worth`: of (layer, expert).
         """
         values: list[float] = [_FREE] * (self.total - self.used)
         candidates = self._candidates.all(protected)
@@ -143,8 +145,9 @@ class Pool:
     def admit_landed(
         self, layer: int, expert: int, protected: Sequence[Collection[int]], may_go: Callable[[int, int], bool]
     ) -> tuple[bool, Victim | None]:
-        """Finds a slot for a prefetch that has landed, (whether it got one, its victim): the least valuable of those
-        that `may_go`, (layer, expert).
+        """Finds a slot for a prefetch that has landed: (whether it got one, its victim).
+
+        The victim is the least valuable of those that `may_go`, (layer, expert).
         """
         victim = None
         if self.used >= self.total:

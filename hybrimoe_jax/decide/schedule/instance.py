@@ -1,5 +1,6 @@
-"""A problem in numbers, as the searches for the best schedule use it: experts by group, their seconds on each lane, and
-the limits.
+"""A problem in numbers, as the searches for the best schedule use it.
+
+Experts by group, their seconds on each lane, and the limits.
 
 Groups: *here* (resident), *in flight* and *absent*. In each, loads fall, then scores, then ids rise; experts in flight
 stand by landing. A *choice* is what the searches return: the positions in each group that the device runs.
@@ -107,8 +108,9 @@ class Instance:
         return cpu_seconds + (count - (cpu_seconds - self.link) / self.beside) * self.alone
 
     def device_seconds(self, work: float, in_flight: Sequence[int], absent: Sequence[int], cpu_seconds: float) -> float:
-        """When the device is done: `work` seconds of shared and resident experts, then the others in the order in which
-        they land.
+        """When the device is done.
+
+        It has `work` seconds of shared and resident experts, then the others in the order in which they land.
 
         `absent` is in link order. Running jobs by release time gives the earliest end.
         """
@@ -127,8 +129,9 @@ class Instance:
         return work
 
     def link_order(self, absent: Sequence[int]) -> list[int]:
-        """The best order of demand fetches: what keeps the device longest comes first (Johnson's rule for equal
-        transfers).
+        """The best order of demand fetches: what keeps the device longest comes first.
+
+        It is Johnson's rule for equal transfers.
         """
         if self.constant:
             return list(absent)

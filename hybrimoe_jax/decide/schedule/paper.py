@@ -36,8 +36,9 @@ class PaperScheduler(Scheduler):
     depends_on_counts_only = True
 
     def link_idle_from(self, problem: Problem) -> float:
-        """The link's proposal loses against the CPU's as long as the CPU has an absent expert left that would be done
-        before it.
+        """The time from which on the link's proposal loses against the CPU's.
+
+        It loses as long as the CPU has an absent expert left that would be done before it.
         """
         if not (problem.allow_cpu and problem.allow_fetch):
             return super().link_idle_from(problem)
@@ -114,9 +115,10 @@ class PaperScheduler(Scheduler):
 
 
 class ReleasedScheduler(Scheduler):
-    """The rule of the released code (PKU-SEC-Lab/HybriMoE): resident experts by falling load, then the others by
-    falling load; of the first and the last, the first goes to the device if it would be done there no later than the
-    last on the CPU, else the last goes to the CPU.
+    """The rule of the released code (PKU-SEC-Lab/HybriMoE).
+
+    Resident experts by falling load, then the others by falling load; of the first and the last, the first goes to the
+    device if it would be done there no later than the last on the CPU, else the last goes to the CPU.
 
     Experts in flight stand between the two groups and are always the device's: their transfer is paid for.
     """

@@ -1,5 +1,6 @@
-"""Branch and bound for the least makespan where device time depends on the load: anytime, and it says how far off it
-may be.
+"""Branch and bound for the least makespan where device time depends on the load.
+
+It can be stopped at any time, and says how far off it may be.
 
 The number q of demand fetches is fixed first, so that the link's end depends on the CPU's alone. For each q
 
@@ -45,8 +46,9 @@ class _Relaxed(NamedTuple):
 
 
 def refine(instance: Instance, choice: Choice, nodes: int) -> tuple[Choice, float]:
-    """A choice at least as good as the given one, and a lower bound on every makespan (infinity: the choice is the
-    optimum).
+    """A choice at least as good as the given one, and a lower bound on every makespan.
+
+    Infinity: the choice is the optimum.
 
     Looks at `nodes` partial choices at most.
     """

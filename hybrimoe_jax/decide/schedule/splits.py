@@ -22,8 +22,9 @@ class CpuMissesScheduler(Scheduler):
 
 
 class FetchMissesScheduler(Scheduler):
-    """Every expert on the device: resident ones by falling load while the misses cross the link, highest load (then
-    score) first.
+    """Every expert on the device: resident ones by falling load while the misses cross the link.
+
+    Misses go highest load (then score) first.
     """
 
     name = "fetch-misses"
@@ -37,8 +38,9 @@ class FetchMissesScheduler(Scheduler):
 
 
 class DeviceOnlyScheduler(Scheduler):
-    """Every expert on the device as a system without a scheduler has it: experts and their transfers in the order of
-    their ids.
+    """Every expert on the device as a system without a scheduler has it.
+
+    Experts and their transfers come in the order of their ids.
     """
 
     name = "device-only"
@@ -53,8 +55,9 @@ class DeviceOnlyScheduler(Scheduler):
 
 
 class CheaperScheduler(Scheduler):
-    """Each miss where it alone would be done first: on the CPU, or over the link and on the device; it looks at no
-    other (Fiddler's rule, arXiv 2402.07033). What is in flight is awaited.
+    """Each miss where it alone would be done first: on the CPU, or over the link and on the device.
+
+    It looks at no other miss (Fiddler's rule, arXiv 2402.07033). What is in flight is awaited.
     """
 
     name = "cheaper"
@@ -73,8 +76,9 @@ class CheaperScheduler(Scheduler):
 
 
 class BandwidthSplitScheduler(Scheduler):
-    """Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest
-    (FreeToken's rule).
+    """FreeToken's rule: misses are split between link and CPU by bandwidth.
+
+    Of m misses the link takes floor(m B_link / B_host), highest load (then score) first, and the CPU the rest.
 
     B_link is the link's bandwidth beside a computing CPU, and B_host what CPU and link draw from host memory together:
     the CPU reads an expert once, in the time of its smallest load. What is in flight is awaited.

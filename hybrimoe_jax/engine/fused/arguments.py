@@ -1,5 +1,6 @@
-"""A program's parameters in few arrays: every array that a call is handed costs some microseconds, cold caches, at
-every call.
+"""A program's parameters in few arrays.
+
+Every array that a call is handed costs some microseconds, cold caches, at every call.
 
 Large matrices are found by their addresses, which lie in one table, and vectors are slices of one vector; the rest is
 handed over as it is. For the CPU backend, whose native kernels read weights where they lie.
@@ -30,7 +31,9 @@ READ_APART = "kv_b_proj.weight"
 
 class PackedArgs(NamedTuple):
     """What a program is handed: each layer's other parameters by name, addresses uint32 [n, 2], vectors float32 [m].
-    Addresses hold as long as the parameters they were gathered from."""
+
+    Addresses hold as long as the parameters they were gathered from.
+    """
 
     others: list[dict[str, jax.Array | PackedMatrix]]
     addresses: jax.Array
@@ -38,8 +41,10 @@ class PackedArgs(NamedTuple):
 
 
 class ArgSpec(NamedTuple):
-    """Where a parameter is found: in the table of addresses, in the vector, or (-1) under its name; `matrix`: format's
-    number, columns and rows."""
+    """Where a parameter is found: in the table of addresses, in the vector, or (-1) under its name.
+
+    `matrix`: format's number, columns and rows.
+    """
 
     name: str
     start: int = -1

@@ -85,10 +85,12 @@ class _Call:
 
 
 class FusedDecode:
-    """Args:
-    model: the device model.
-    addresses: for each MoE layer those of its experts' records (`HostKernel.native_handle`). isa: the kernel's
-      instruction set.
+    """Decode steps of one engine as one program.
+
+    Args:
+      model: the device model.
+      addresses: for each MoE layer those of its experts' records (`HostKernel.native_handle`).
+      isa: the kernel's instruction set.
     """
 
     def __init__(self, model: DeviceModel, addresses: Sequence[Sequence[int]], isa: int):
@@ -119,15 +121,18 @@ class FusedDecode:
         """What each step took of the latest call that was waited for."""
 
     def logits(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, np.ndarray]:
-        """A step of one token -> logits [1, V], the caches (donated), and per MoE layer its packed routing and, last,
-        the seconds of its experts, [L, 2k + E + 1]."""
+        """A step of one token -> logits [1, V], the caches (donated), and what each MoE layer did.
+
+        That is its packed routing and, last, the seconds of its experts, [L, 2k + E + 1].
+        """
         return self._take(self._find(step, caches), step, caches)[1]
 
     def step(self, step: StepInput, caches, planner: Planner, clock: Clock) -> tuple[np.ndarray, list, StepStats]:
-        """Runs a decode step of one sequence and plans its layers, while the program of the next call runs if there is
-        one. Where the next token is drawn nothing runs meanwhile: then planning is left until the next step's program
-        does, or the run ends, and the record's layers are filled in then. Layers' times are shares: what the program
-        took beside the experts is divided among them, and what a call took among its steps.
+        """Runs a decode step of one sequence and plans its layers, while the program of the next call runs.
+
+        Where the next token is drawn nothing runs meanwhile: then planning is left until the next step's program does,
+        or the run ends, and the record's layers are filled in then. Layers' times are shares: what the program took
+        beside the experts is divided among them, and what a call took among its steps.
 
         A call that was started ahead counts from when the one before was there. If it was done before it was asked
         for, it waited for the caller; then its steps count no longer than the latest that were waited for.
@@ -160,8 +165,11 @@ class FusedDecode:
             record.layers[:] = self._plan(*rest)
 
     def synchronize(self) -> None:
-        """Returns when no step that XLA was given is being computed any more: one that was started ahead and not asked
-        for, or whose waiting was broken off, reads experts by their addresses, whatever becomes of their owner."""
+        """Returns when no step that XLA was given is being computed any more.
+
+        One that was started ahead and not asked for, or whose waiting was broken off, reads experts by their addresses,
+        whatever becomes of their owner.
+        """
         self._call = self._next_call = None
         self._interleaved = False
         _wait(self._latest)
@@ -258,8 +266,10 @@ class FusedDecode:
 
 
 def _wait(latest: list[StepResults]) -> None:
-    """Until they are there or have failed: whoever asked for the step was told, and of one that nobody asked for
-    nobody wants to know."""
+    """Waits until they are there or have failed, and tells nobody.
+
+    Whoever asked for the step was told, and of one that nobody asked for nobody wants to know.
+    """
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         jax.block_until_ready(latest)
     latest.clear()

@@ -1,5 +1,6 @@
-"""Decode steps as one jitted program: up to `MAX_STEPS_PER_CALL` of them, each taking the likeliest token of the one
-before.
+"""Decode steps as one jitted program: up to `MAX_STEPS_PER_CALL` of them.
+
+Each takes the likeliest token of the one before.
 
 Handing a program to XLA takes a core for 0.5 ms of a 466 M model's token of 4 ms (2 cores, cold caches), whatever it
 does, and as the native kernels use all cores, they lack that one. Measured without planning, programs in turns: two,
@@ -45,8 +46,11 @@ class StepResults(NamedTuple):
 
 
 class StepArgs(NamedTuple):
-    """What a call is told, as int32 [4]: the first step's position, how many steps, how many of them whatever their
-    tokens are, and the threads of a layer's experts."""
+    """What a call is told, as int32 [4].
+
+    The first step's position, how many steps, how many of them whatever their tokens are, and the threads of a layer's
+    experts.
+    """
 
     position: int
     steps: int
@@ -55,9 +59,11 @@ class StepArgs(NamedTuple):
 
 
 def to_program_layout(embedding: jax.Array) -> jax.Array:
-    """An embedding [V, D] as `decode_program` takes it: bfloat16 as its bits, uint16, in the same memory. Of a
-    bfloat16 table XLA's CPU backend widens every row before it takes one, and does so once a call, since the table
-    does not change in the loop (839 MB of DeepSeek-V2-Lite, 0.4 s)."""
+    """An embedding [V, D] as `decode_program` takes it: bfloat16 as its bits, uint16, in the same memory.
+
+    Of a bfloat16 table XLA's CPU backend widens every row before it takes one, and does so once a call, since the table
+    does not change in the loop (839 MB of DeepSeek-V2-Lite, 0.4 s).
+    """
     if embedding.dtype != jnp.bfloat16:
         return embedding
     return jax.device_put(np.asarray(embedding).view(np.uint16), embedding.device, may_alias=True)
@@ -73,8 +79,9 @@ def row_of(embedding: jax.Array, token: jax.Array) -> jax.Array:
 
 @functools.cache
 def decode_program(layers: tuple, specs: tuple, eps: float, isa: int):
-    """The jitted program of a model whose layers are these (graphdef, whether it has experts), with the specs of their
-    parameters.
+    """The jitted program of a model, with the specs of its parameters.
+
+    `layers`: (graphdef, whether it has experts) of each.
 
     (parameters, (embedding in program layout, norm, head), table of experts, `StepResults.tokens` of the call before,
     caches (donated), `StepArgs`, tokens that end a sequence int32 [n], span (static)) -> `StepResults`, caches. Such a

@@ -23,8 +23,10 @@ ENOUGH_S, MOST_REPEATS = 0.1, 25
 
 
 def can_fuse(options: EngineConfig, device: Device, host: HostExecutor) -> bool:
-    """Whether a decode step can be one program here: the "device" is the CPU, and the native kernel computes single
-    tokens."""
+    """Whether a decode step can be one program here.
+
+    It can where the "device" is the CPU, and the native kernel computes single tokens.
+    """
     plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
     return (
         plain
@@ -42,8 +44,11 @@ def fused_decode(layered: LayeredForward) -> FusedDecode:
 
 
 def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> bool:
-    """Runs decode steps both ways, in turns, and compares the fastest of each. What `layered`'s planner and slots hold
-    afterwards is of no use: fill the slots anew, and give the engine another planner."""
+    """Runs decode steps both ways, in turns, and compares the fastest of each.
+
+    What `layered`'s planner and slots hold afterwards is of no use: fill the slots anew, and give the engine another
+    planner.
+    """
     clock = layered.clock
     layered.fill()
     caches = layered.model.init_cache(1, capacity)

@@ -71,8 +71,10 @@ class Clock(abc.ABC):
 
     @abc.abstractmethod
     def attach(self, timeline):
-        """Takes a timeline if it notes events itself; returns the one that the executor notes its events in, or
-        None."""
+        """Takes a timeline if it notes events itself.
+
+        Returns the one that the executor notes its events in, or None.
+        """
 
 
 class WallClock(Clock):
@@ -165,8 +167,10 @@ class VirtualClock(Clock):
 
 
 class CompileClock:
-    """Adds up what jax reports of tracing, lowering and compiling in this process, so that no measured step hides a
-    compilation."""
+    """Adds up what jax reports of tracing, lowering and compiling in this process.
+
+    So no measured step hides a compilation.
+    """
 
     def __init__(self):
         import jax.monitoring

@@ -20,8 +20,10 @@ from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 
 @dataclasses.dataclass
 class HostWork:
-    """Some experts of one layer. `tokens` and `weights` hold, per expert, its rows of x [N, D] and their routing
-    weights."""
+    """Some experts of one layer.
+
+    `tokens` and `weights` hold, per expert, its rows of x [N, D] and their routing weights.
+    """
 
     layer: int
     experts: list[int]

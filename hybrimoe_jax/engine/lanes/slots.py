@@ -1,5 +1,6 @@
-"""The device side of the cache: one donated buffer per slot, written in place, each holding one expert (two for a
-plain one).
+"""The device side of the cache: one donated buffer per slot, written in place.
+
+Each holds one expert (two buffers for a plain one).
 
 Measured on XLA:CPU: experts kept as separate arrays and passed as arguments run 3-10 times faster than experts indexed
 out of one stacked buffer, because nothing copies weights. Only the thread that owns the pool may call it.
@@ -110,8 +111,10 @@ class SlotPool:
         return self._staging[index]
 
     def verify(self, layer: int, expected) -> None:
-        """Debug: every resident slot of the layer must equal `expected(expert)`; RuntimeError naming the first that
-        does not."""
+        """Debug: every resident slot of the layer must equal `expected(expert)`.
+
+        RuntimeError naming the first that does not.
+        """
         for expert in self._where[layer]:
             want: HostExpert = expected(expert)
             for have, reference in zip(jax.tree.leaves(self.get(layer, expert)), jax.tree.leaves(want), strict=True):

@@ -61,8 +61,7 @@ def split_threads(threads: int | None, executor: str) -> ThreadBudget:
 
 
 def set_async_dispatch(executor: str) -> None:
-    """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous
-    dispatch.
+    """Before jax starts, for the callback executor: on the CPU backend a callback can hang under asynchronous dispatch.
 
     Raises UserError where jax has started asynchronously on one core, the case that was seen to hang.
     """

@@ -65,8 +65,10 @@ class Link:
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
-        """Demand fetch: device arrays, asynchronously. On the CPU backend they may alias `weights`, which is
-        read-only; writing them into a slot is the copy."""
+        """Demand fetch: device arrays, asynchronously.
+
+        On the CPU backend they may alias `weights`, which is read-only; writing them into a slot is the copy.
+        """
         return jax.device_put(parts_of(weights), self.device)
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
@@ -84,8 +86,10 @@ class Link:
             noted[expert] = transfer
 
     def streamed(self, layer: int, expert: int) -> Transfer:
-        """Waits for one expert of a layer under way to its buffer, and takes it out: the buffer's place is free once
-        the arrays are dropped."""
+        """Waits for one expert of a layer under way to its buffer, and takes it out.
+
+        The buffer's place is free once the arrays are dropped.
+        """
         transfer = self._streamed[layer].pop(expert)
         transfer.done.wait()
         if transfer.error is not None:
@@ -93,8 +97,10 @@ class Link:
         return transfer
 
     def end_stream(self, layer: int) -> float:
-        """Frees what is left in a layer's buffer and returns how many seconds the link took for what has landed of it;
-        what is still on its way lands for nobody."""
+        """Frees what is left in a layer's buffer.
+
+        Returns how many seconds the link took for what has landed of it; what is still on its way lands for nobody.
+        """
         left = self._streamed.pop(layer, {}).values()
         return sum(transfer.seconds for transfer in left if transfer.done.is_set())
 

@@ -1,5 +1,7 @@
-"""Threads that serve a queue. They are stopped and joined before the interpreter goes: a daemon thread that is inside
-jax at that moment would be unwound through C++ frames, which aborts the process. Imports no jax.
+"""Threads that serve a queue.
+
+They are stopped and joined before the interpreter goes: a daemon thread that is inside jax at that moment would be
+unwound through C++ frames, which aborts the process. Imports no jax.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ from hybrimoe_jax.models.parameters import merge
 
 @functools.cache
 def moe_program(graphdef, kernel: str = "xla"):
-    """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part and device
-    kernel."""
+    """(params, acc, x, slot_weights, slots, host) -> [N, D] for every layer with this static part and device kernel."""
 
     def moe(params, acc, x, slot_weights, slots, host):
         return HybridMoE(merge(graphdef, params).ffn, kernel)(acc, x, slot_weights, slots, host)
@@ -82,8 +81,10 @@ class CallbackForward(LayeredForward):
         run.device_part, run.host_part = acc, self.zeros(x.shape[0])
 
     def _bring_in(self, moe_layer: int, layer: DeviceLayer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
-        """Waits for all that moves; -> the experts that are in slots then, and the sum of those that no slot keeps
-        (None if there is none)."""
+        """Waits for all that moves.
+
+        Returns the experts that are in slots then, and the sum of those that no slot keeps (None if there is none).
+        """
         acc, kept = None, list(plan.device)
         for fetch in plan.fetch:
             if not fetch.stream:

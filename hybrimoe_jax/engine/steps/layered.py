@@ -1,4 +1,6 @@
-"""One forward pass, layer by layer. A MoE layer is five verbs:
+"""One forward pass, layer by layer.
+
+A MoE layer is five verbs:
 
     front       attention, norm and router on the device, and the coming layers' routers on the same state;
                 the routing is read
@@ -97,8 +99,10 @@ class LayeredForward(Forward):
     # the verbs
 
     def front(self, run: Pass, index: int, layer: DeviceLayer) -> tuple[jax.Array, jax.Array | None, HostRouting]:
-        """-> the MoE's input [N, D] on the device, the shared experts' part if there are any (both still to be
-        computed), the routing."""
+        """-> the MoE's input [N, D] on the device, the shared experts' part if there are any, the routing.
+
+        The first two are still to be computed.
+        """
         config, run.began = self.model.config, self.clock.now()
         distance = self._lookahead if self.trace is not None else run.routers
         run.h, x, run.caches[index], packed = layer.programs.front(
@@ -145,8 +149,10 @@ class LayeredForward(Forward):
     def carry_out(
         self, run: Pass, lanes: Lanes, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan
     ) -> None:
-        """Sets the run's `device_part` and `host_part` [N, D], and what the `lanes` took; may return before the device has
-        finished."""
+        """Sets the run's `device_part` and `host_part` [N, D], and what the `lanes` took.
+
+        It may return before the device has finished.
+        """
 
     def record(self, run: Pass, lanes: Lanes, routing: HostRouting, plan: LayerPlan) -> None:
         """Hands the layer over to the statistics and the trace."""
@@ -227,8 +233,7 @@ class LayeredForward(Forward):
         return None
 
     def read(self, result: jax.Array, lanes: Lanes | None) -> np.ndarray:
-        """Waits for the next program's result, already dispatched; `lanes` are those of the layer before it, if
-        any."""
+        """Waits for the next program's result, already dispatched; `lanes` are those of the layer before it, if any."""
         return np.asarray(result)
 
     def zeros(self, rows: int) -> jax.Array:
@@ -253,8 +258,10 @@ class LayeredForward(Forward):
         return self._place(moe_layer, fetch, transfer.staged)
 
     def double_buffered(self, moe_layer: int, expert: int, lanes: Lanes):
-        """The arrays of an expert of the layer's buffer: waits until it has landed. The link's seconds are counted
-        here."""
+        """The arrays of an expert of the layer's buffer: waits until it has landed.
+
+        The link's seconds are counted here.
+        """
         transfer = self.link.streamed(moe_layer, expert)
         lanes.link += transfer.seconds
         self._note(transfer, "stream")
@@ -293,8 +300,10 @@ class LayeredForward(Forward):
         """Its steps end before they return."""
 
     def repair(self) -> None:
-        """After a step that was broken off (Ctrl-C in a notebook): refills the slots with what the planner believes
-        in them."""
+        """Refills the slots with what the planner believes in them.
+
+        Called after a step that was broken off (Ctrl-C in a notebook).
+        """
         self.link.drain()
         self.clock.drain()
         self.planner.abandon_step()

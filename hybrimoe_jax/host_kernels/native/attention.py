@@ -1,5 +1,6 @@
-"""Decode attention inside jitted programs on the CPU backend, as XLA FFI calls: one token a row, the cache written and
-read in place.
+"""Decode attention inside jitted programs on the CPU backend, as XLA FFI calls.
+
+One token a row; the cache is written and read in place.
 
 What they compute is said in jax.numpy by `models.attention` and `models.deepseek_v2`, which they are tested against.
 Where the caches are donated nothing of them is copied.
@@ -45,9 +46,12 @@ def grouped(
     window: int | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes k and v [B, K, d] at `positions` [B] of keys and values [B, K, S, d] and attends q [B, H, d] to those up
-    to there (with a window: to its last ones) -> [B, H, d] and the two caches. All float32. A position at or past S
-    marks padding; none is else at or past `span`."""
+    """Writes k and v to the caches and attends q to them -> [B, H, d] and the two caches.
+
+    k and v [B, K, d] go to `positions` [B] of keys and values [B, K, S, d]; q [B, H, d] attends to those up to there
+    (with a window: to its last ones). All float32. A position at or past S marks padding; none is else at or past
+    `span`.
+    """
     return _call(GROUPED, q.shape, (keys, values), q, k, v, positions, scale=scale, span=span, window=window or 0)
 
 
@@ -63,8 +67,11 @@ def latent(
     span: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] (float32, bfloat16,
-    or packed with n and v multiples of 8) and caches [B, S, r] and [B, S, R] -> [B, H, v] and the two caches."""
+    """The same for multi-head latent attention -> [B, H, v] and the two caches.
+
+    q [B, H, n], q_rope [B, H, R], latent [B, r], rope [B, R], up [H * (n + v), r] (float32, bfloat16, or packed with n
+    and v multiples of 8) and caches [B, S, r] and [B, S, R].
+    """
     packed = isinstance(up, PackedMatrix)
     data, rows = (up.data, up.layout.rows) if packed else (up, up.shape[0])
     format = format_code(up.layout.format) if packed else PLAIN[up.dtype.name]

@@ -45,8 +45,10 @@ def register(name: str, symbol: str) -> None:
 
 @functools.cache
 def available() -> bool:
-    """Whether the library is there, was built with XLA's headers from these sources (it has every handler), and this
-    jax takes them."""
+    """Whether the library can be called from jitted programs.
+
+    It is there, was built with XLA's headers from these sources (it has every handler), and this jax takes them.
+    """
     if not library.available():
         return False
     try:
@@ -65,9 +67,11 @@ def threads() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class AddressedMatrix:
-    """A matrix [rows, columns] that a program is not handed but finds: at the address in row `index` of `table`, uint32
-    [n, 2] (lower half first). Whoever made the table keeps it alive until every call has ended. `code`: its format's
-    number."""
+    """A matrix [rows, columns] that a program is not handed but finds.
+
+    It lies at the address in row `index` of `table`, uint32 [n, 2] (lower half first). Whoever made the table keeps it
+    alive until every call has ended. `code`: its format's number.
+    """
 
     table: Any
     index: int

@@ -17,8 +17,11 @@ NAME = "hybrimoe_routed"
 
 
 def table(addresses: Sequence[int]) -> np.ndarray:
-    """Addresses as a program is handed them, uint32 [n, 2]. `routed` looks up in them the records of experts
-    (`HostKernel.native_handle`), `ffi.matmuls` matrices; what they came from must outlive every call."""
+    """Addresses as a program is handed them, uint32 [n, 2].
+
+    `routed` looks up in them the records of experts (`HostKernel.native_handle`), `ffi.matmuls` matrices; what they
+    came from must outlive every call.
+    """
     return np.array(addresses, "<u8").view("<u4").reshape(-1, 2)
 
 

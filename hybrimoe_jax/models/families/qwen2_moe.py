@@ -53,8 +53,10 @@ class Qwen2MoeConfig(ModelConfig):
         return on_sparse_step(layer, self.decoder_sparse_step, self.mlp_only_layers)
 
     def window(self, layer: int) -> int | None:
-        """`layer_types` decides where given; else transformers' rule: with `use_sliding_window`, every other layer
-        (0, 2, ...) below `max_window_layers` slides."""
+        """Whether each layer slides: by `layer_types` where given, else by transformers' rule.
+
+        With `use_sliding_window`, every other layer (0, 2, ...) below `max_window_layers` slides.
+        """
         if not self.use_sliding_window:
             return None
         if self.layer_types is not None:
