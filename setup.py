@@ -1,5 +1,6 @@
-"""Builds the native host kernels, a plain shared library, if there is a C++ compiler; without one the package installs
-all the same and says so. Everything else about the package is in pyproject.toml.
+"""Builds the native host kernels, a plain shared library, if there is a C++ compiler.
+
+Without one the package installs all the same and says so. Everything else about the package is in pyproject.toml.
 
 Each file of an instruction set is compiled with its own flags, and the library chooses among them at run time, so that
 what is built on one machine runs on another: never -march=native.
@@ -68,6 +69,8 @@ def cores():
 
 
 class BuildNative(build_ext):
+    """Compiles the library for every instruction set, or leaves it out."""
+
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python in it, so none in its name
 
