@@ -12,7 +12,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns what a value of the wrong kind raises in the block, wherever it is used first, into a UserError: `what` cannot be read."""
+    """Turns what a value of the wrong kind raises in the block into a UserError: `what` cannot be read.
+
+    The block is where it is used first, wherever that may be.
+    """
     try:
         yield
     except UserError:

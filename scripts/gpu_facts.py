@@ -3,16 +3,19 @@
 Eight parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
 
   read-back  how long the host waits for a layer's expert ids
-  transfer   device_put from plain, aligned and pinned host memory, alone and beside compute, and whether the two overlap
+  transfer   device_put from plain, aligned and pinned host memory, alone and beside compute; whether the two overlap
   callback   the round trip of an empty pure_callback
   slots      writing and reading experts kept in buffers of their own, or in one stacked buffer
   dispatch   what a layer costs when its programs do nothing
   threads    device_put from a second thread while the first writes donated slots
-  packed     a quantised expert at load 1: does its program read the packed bytes and little else, or write a dequantised matrix first
-  pallas     the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth, largest difference
+  packed     a quantised expert at load 1: does its program read the packed bytes and little else, or write a
+             dequantised matrix first
+  pallas     the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth,
+             largest difference
 
-Needs jax, numpy and this package. On the CPU backend sizes are small and an aligned device_put aliases host memory, so there the
-figures only show that the script works. A table for people, then ONE JSON line. Exit code 1 if any part failed.
+Needs jax, numpy and this package. On the CPU backend sizes are small and an aligned device_put aliases host memory,
+so there the figures only show that the script works. A table for people, then ONE JSON line. Exit code 1 if any part
+failed.
 """
 
 from __future__ import annotations
@@ -210,7 +213,10 @@ def measure_slots(sizes, repeats) -> dict[str, float]:
 
 
 def measure_dispatch(sizes, repeats) -> dict[str, float]:
-    """Microseconds a layer: programs of 20 arguments that do next to nothing, queued, or with the ids read in between."""
+    """Microseconds a layer: programs of 20 arguments that do next to nothing.
+
+    Queued, or with the ids read in between.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -250,7 +256,10 @@ def measure_dispatch(sizes, repeats) -> dict[str, float]:
 
 
 def measure_threads(sizes, repeats) -> dict[str, float]:
-    """Rates of device_put on a second thread and of donated writes on the first, alone and together; contents are checked."""
+    """Rates of device_put on a second thread and of donated writes on the first.
+
+    Each alone, and together; contents are checked.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -305,7 +314,10 @@ def measure_threads(sizes, repeats) -> dict[str, float]:
 
 
 def packed_slots(sizes, format: str, count: int) -> list:
-    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device: enough of them, run in turn, that none stays in a cache."""
+    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device.
+
+    Enough of them, run in turn, that none stays in a cache.
+    """
     import jax
 
     from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
@@ -348,7 +360,10 @@ def measure_packed(sizes, repeats) -> dict[str, float]:
 
 
 def measure_pallas(sizes, repeats) -> dict[str, float]:
-    """Both forms of a quantised expert, alternately: programs of several experts, so that issuing one is not what is timed."""
+    """Both forms of a quantised expert, alternately.
+
+    Programs of several experts, so that issuing one is not what is timed.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -383,7 +398,10 @@ def measure_pallas(sizes, repeats) -> dict[str, float]:
 
 
 def callback_apart(small: bool) -> dict[str, float]:
-    """The callback part in a process of its own: on the CPU backend it wants synchronous dispatch, and a hang must end."""
+    """The callback part in a process of its own.
+
+    On the CPU backend it wants synchronous dispatch, and a hang must end.
+    """
     command = [sys.executable, __file__, "--part", "callback", *(["--small"] if small else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=CALLBACK_TIMEOUT_S)
     if done.returncode:

@@ -1,7 +1,8 @@
 """Runs engines within byte budgets and measures what lives on the device, as a program: one JSON object a case.
 
-Its own process, so that the arrays it counts are the engine's. Live arrays are summed at every point of a step where something
-was just allocated: programs, transfers and slot writes are wrapped. Arrays that were alive before an engine was built do not count.
+Its own process, so that the arrays it counts are the engine's. Live arrays are summed at every point of a step where
+something was just allocated: programs, transfers and slot writes are wrapped. Arrays that were alive before an engine
+was built do not count.
 """
 
 from __future__ import annotations

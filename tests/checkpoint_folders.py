@@ -1,4 +1,5 @@
-"""Tiny Hugging Face folders written without transformers: a Qwen2-MoE of 2 layers, 4 experts, D 16, F 8, names by hand."""
+"""Tiny Hugging Face folders written without transformers: a Qwen2-MoE of 2 layers, 4 experts, D 16, F 8, names by
+hand."""
 
 from __future__ import annotations
 

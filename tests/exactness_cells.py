@@ -1,9 +1,11 @@
-"""The exactness matrix: {models} x {systems} x {executors} x {cache ratios} x {kernels} x {batch 1, ragged 3} x {formats}, one cell at a time.
+"""The exactness matrix: {models} x {systems} x {executors} x {cache ratios} x {kernels} x {batch 1, ragged 3} x
+{formats}, one cell at a time.
 
-`run_cell` builds the cell's engine and measures it against the dense model with the same experts, rounded to the same format where it is a
-quantised one: greedy tokens, and logits relative to their scale.
-As a program it reads labels from standard input, one a line, and prints one JSON object for each: the callback executor wants
-jax without asynchronous dispatch on the CPU backend, which is decided once per process, so its cells run in one of their own.
+`run_cell` builds the cell's engine and measures it against the dense model with the same experts, rounded to the same
+format where it is a quantised one: greedy tokens, and logits relative to their scale.
+As a program it reads labels from standard input, one a line, and prints one JSON object for each: the callback
+executor wants jax without asynchronous dispatch on the CPU backend, which is decided once per process, so its cells
+run in one of their own.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ TOLERANCE = 2e-5
 CLEAR = 5 * TOLERANCE
 """Two logits further apart than this cannot have changed places within the tolerance; nearer ones prove nothing."""
 ROUNDED_TOLERANCE = 2e-2
-"""Where activations are quantised (`-a8`): x, or silu(gate) * up, of two summation orders can lie on two sides of a rounding boundary, and one
-step of it is 1/127 of a group's largest, here of experts 24 to 32 wide. Seen: at most 2e-6 but for the cells of one prompt and family, where a
-step is taken the other way: 7.9e-3 in each of them, the same tokens."""
+"""Where activations are quantised (`-a8`): x, or silu(gate) * up, of two summation orders can lie on two sides of a
+rounding boundary, and one step of it is 1/127 of a group's largest, here of experts 24 to 32 wide. Seen: at most 2e-6
+but for the cells of one prompt and family, where a step is taken the other way: 7.9e-3 in each of them, the same
+tokens."""
 NEW_TOKENS = 20
 BUNDLED = "bundled"
 RULES = ("hybrimoe+optimal", "hybrimoe+pooled")
@@ -77,15 +80,17 @@ def matrix(models) -> list[Cell]:
 
 
 def quantised_matrix(models) -> list[Cell]:
-    """The same over quantised formats. How experts are placed does not depend on their bytes, so two systems stand for the ways there
-    are of computing one (on the host; resident, fetched or streamed), and oneDNN computes plain experts only."""
+    """The same over quantised formats. How experts are placed does not depend on their bytes, so two systems stand
+    for the ways there are of computing one (on the host; resident, fetched or streamed), and oneDNN computes plain
+    experts only."""
     systems, executors = ("hybrimoe", "on-demand"), ("overlapped", "callback")
     axes = (models, systems, executors, (0.0, 0.5), ("reference", "native"), TINY_LENGTHS, FORMATS)
     return [Cell(*values) for values in itertools.product(*axes)]
 
 
 class Reference(NamedTuple):
-    """The dense model's answer. `margin` is the smallest gap between the two best logits on the greedy path, over the scale."""
+    """The dense model's answer. `margin` is the smallest gap between the two best logits on the greedy path, over
+    the scale."""
 
     prompts: list[list[int]]
     tokens: list[list[int]]
@@ -139,7 +144,8 @@ def reference(model: str, batch: str, format: str) -> Reference:
 
 
 def run_cell(cell: Cell) -> dict:
-    """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same measure."""
+    """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same
+    measure."""
     want = reference(cell.model, cell.batch, cell.format)
     system, _, rule = cell.system.partition("+")
     engine = _engine(

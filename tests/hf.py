@@ -1,7 +1,8 @@
 """Small random Hugging Face models of every family, and the walk from their saved folders into this project's arrays.
 
-Weights are drawn so that everything matters: unit-gain projections (attention is not uniform), spread routers (top-k is
-not a near tie), biases and norms off their initial values. Seeds are fixed; models and folders are made once a session.
+Weights are drawn so that everything matters: unit-gain projections (attention is not uniform), spread routers (top-k
+is not a near tie), biases and norms off their initial values. Seeds are fixed; models and folders are made once a
+session.
 """
 
 from __future__ import annotations
@@ -346,7 +347,8 @@ def top_margin(values: np.ndarray, k: int = 1) -> np.ndarray:
 
 
 def router_margin(config: ModelConfig, logits: np.ndarray) -> np.ndarray:
-    """Margin of every routing decision [N] of router logits [N, E], groups included, as a share of the largest logit."""
+    """Margin of every routing decision [N] of router logits [N, E], groups included, as a share of the largest
+    logit."""
     scale = np.abs(logits).max(axis=-1)
     margin = np.full(len(logits), np.inf)
     if isinstance(config, DeepseekV2Config) and config.topk_method == "group_limited_greedy":

@@ -1,6 +1,8 @@
-"""Writers of quantised folders, from the formats' public descriptions and with plain loops: GPTQ, AWQ, compressed-tensors.
+"""Writers of quantised folders, from the formats' public descriptions and with plain loops: GPTQ, AWQ,
+compressed-tensors.
 
-The model is a Qwen2-MoE of 2 layers, 4 experts, D 128, F 64. Every expert matrix, and the attention projections, are quantised.
+The model is a Qwen2-MoE of 2 layers, 4 experts, D 128, F 64. Every expert matrix, and the attention projections, are
+quantised.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def run(*arguments, cwd, code=0):
 
 
 def small_trace(path, tokens=30, gap=None):
-    """A trace of ours with all scores: 2 sequences, 2 layers, 8 experts, top-2; layer 1 of token `gap` was not recorded."""
+    """A trace of ours with all scores: 2 sequences, 2 layers, 8 experts, top-2; layer 1 of token `gap` was not
+    recorded."""
     rng = np.random.default_rng(0)
     recorder = TraceRecorder(TraceFacts("tiny", 2, 8, 2))
     for token in range(tokens):
@@ -157,7 +158,8 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("task", ["law", "intent"])
 def test_echo_beats_the_known_policies_on_real_routing(task):
-    """The first 2500 tokens and six layers, where it has not seen much yet; misses below those of every known policy."""
+    """The first 2500 tokens and six layers, where it has not seen much yet; misses below those of every known
+    policy."""
     path = str(shared(f"trace-deepseek-v2-lite-esft/{task}.npz"))
     trace = bench.Routing(path, "all", 6)
     trace.ids, trace.weights = trace.ids[:2500], trace.weights[:2500]

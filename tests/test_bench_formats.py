@@ -38,7 +38,8 @@ def test_a_table_and_one_json_line(folder, capsys):
 
 
 def test_the_shipped_texts_are_apart():
-    """Calibration scenes come from works that were trained on, the others from works that were not; both are long enough."""
+    """Calibration scenes come from works that were trained on, the others from works that were not; both are long
+    enough."""
     held_out, own = (formats.read_text(formats.TEXTS / name) for name in ("held-out.txt", "calibration.txt"))
     lines = {line for line in own.splitlines() if len(line) > 40}
     assert len(lines) > 300 and not lines & set(held_out.splitlines())

@@ -1,4 +1,5 @@
-"""`bench llamacpp`: the files it writes for llama.cpp hold the checkpoint's weights, and what it refuses. llama.cpp itself is not needed."""
+"""`bench llamacpp`: the files it writes for llama.cpp hold the checkpoint's weights, and what it refuses.
+llama.cpp itself is not needed."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def test_without_llama_cpp_it_says_how_to_get_it(monkeypatch):
 
 
 def test_a_ratio_is_the_median_of_the_rounds_where_the_machine_drifts(monkeypatch):
-    """Ours needs half of the time of llama.cpp in every round but one, in which something else had the machine; medians alone would say 1.33."""
+    """Ours needs half of the time of llama.cpp in every round but one, in which something else had the machine;
+    medians alone would say 1.33."""
 
     class Turns:
         def __init__(self, seconds):

@@ -1,4 +1,5 @@
-"""`vram_budget`: what lives on the device stays within it, most of it is used, and one that is too small says what it would take."""
+"""`vram_budget`: what lives on the device stays within it, most of it is used, and one that is too small says what
+it would take."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_what_lives_on_the_device_stays_within_the_budget(case, results):
 
 @every_case
 def test_the_slots_use_what_the_budget_leaves(case, results):
-    """All but less than one expert a layer (a whole layer for the system that places whole layers, one expert where slots are shared)."""
+    """All but less than one expert a layer (a whole layer for the system that places whole layers, one expert
+    where slots are shared)."""
     record = results[case]
     unit = {"whole layers": budget_cases.EXPERTS // 3, "streamed prompts": 1}.get(case, 3)
     assert sum(record["slots"]) == int(record["room"]) // unit * unit

@@ -1,4 +1,5 @@
-"""Rounding with a text: what it is for (smaller errors of outputs), its edges, and the walk through the float model."""
+"""Rounding with a text: what it is for (smaller errors of outputs), its edges, and the walk through the float
+model."""
 
 import dataclasses
 import json
@@ -101,7 +102,8 @@ def test_the_walk_gives_every_layer_the_inputs_of_the_float_model(family, monkey
 
 
 def expert_errors(weights, rounded, ids, format):
-    """Summed squared error of the routed experts' outputs on the calibration tokens: rounded to nearest, and calibrated."""
+    """Summed squared error of the routed experts' outputs on the calibration tokens: rounded to nearest, and
+    calibrated."""
     run = module._Run(weights, format, ids)
     sums = np.zeros(2)
     for shard, other in zip(weights.shards, rounded.shards, strict=True):

@@ -1,4 +1,5 @@
-"""`python -m hybrimoe_jax.convert` on bad input: exit code 2, one line on stderr that names the file, and nothing left behind."""
+"""`python -m hybrimoe_jax.convert` on bad input: exit code 2, one line on stderr that names the file, and nothing
+left behind."""
 
 from __future__ import annotations
 

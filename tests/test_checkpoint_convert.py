@@ -1,4 +1,5 @@
-"""Conversion: what comes out is what went in, in every layout; it resumes, it needs little memory, and it is all or nothing."""
+"""Conversion: what comes out is what went in, in every layout; it resumes, it needs little memory, and it is all
+or nothing."""
 
 from __future__ import annotations
 
@@ -358,7 +359,8 @@ def test_peak_memory_is_below_one_layer(tmp_path):
     assert done.returncode == 0, done.stderr
     extra = int(done.stdout.split()[-1])
     print(
-        f"peak above base {extra / 1e6:.0f} MB; a layer {layer_bytes / 1e6:.0f} MB, the token table {vocab * width * 4 / 1e6:.0f} MB"
+        f"peak above base {extra / 1e6:.0f} MB; a layer {layer_bytes / 1e6:.0f} MB, "
+        f"the token table {vocab * width * 4 / 1e6:.0f} MB"
     )
     assert extra < layer_bytes
 

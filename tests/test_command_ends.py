@@ -1,4 +1,5 @@
-"""How every command ends where its output cannot be written, where it is interrupted, or where a benchmark's own process refuses."""
+"""How every command ends where its output cannot be written, where it is interrupted, or where a benchmark's own
+process refuses."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def test_a_full_output_is_one_line(body):
 
 
 def test_an_interrupted_command_does_not_wait_for_its_threads():
-    """Those of a library that still computes: the interpreter's own end would join this one, and can take from under others what they read."""
+    """Those of a library that still computes: the interpreter's own end would join this one, and can take from
+    under others what they read."""
     done = ended(
         """
         import threading, time

@@ -243,10 +243,8 @@ def echo_by_definition(rows, num_experts, k, capacity, window):
                 if f > best - echo.CUT / echo.SHARPNESS:
                     w = math.exp(echo.SHARPNESS * (f - best))
                     total += w
-                    for h, discount in enumerate(discounts, 1):
-                        if m + h <= t:
-                            for e in sets[m + h][layer]:
-                                value[e] += w * discount
+                    for h, discount in enumerate(discounts[: t - m], 1):
+                        value[list(sets[m + h][layer])] += w * discount
             floor = math.exp(echo.SHARPNESS * (echo.FLOOR - best))
             values.append((value + floor * usual) / (total + floor))
     return values

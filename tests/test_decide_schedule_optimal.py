@@ -127,6 +127,7 @@ def milp(problem: Problem) -> float:
     model, loads = problem.costs, problem.loads
     experts = list(loads)
     absent = [e for e in experts if e not in problem.resident and e not in problem.in_flight]
+    coming = {e: ready for e, ready in problem.in_flight.items() if e in loads}
     beside, alone = model.transfer(True), model.transfer(False)
     ratio = 1 - alone / beside
     link = problem.link_start
@@ -164,20 +165,16 @@ def milp(problem: Problem) -> float:
         if k > 1:
             at_least({("y", e, k - 1): 1 for e in absent} | {("y", e, k): -1 for e in absent}, 0)
         after = {("y", e, j): -device[e] for e in absent for j in places if j >= k}
-        for e, ready in problem.in_flight.items():
-            if e in loads and ready >= link + k * alone:  # with transfers in flight both speeds are the same
-                after["x", e] = -device[e]
+        # With transfers in flight both speeds are the same.
+        after |= {("x", e): -device[e] for e, ready in coming.items() if ready >= link + k * alone}
         used = {("y", e, k): after.get(("y", e, k), 0.0) - big for e in absent}
         at_least({"M": 1, ("z", k): big} | after | used, link + k * beside - big)
         at_least({"M": 1, ("z", k): -big} | after | used, link + k * alone - 2 * big)
         at_least({"M": 1, "T": -ratio, ("z", k): -big} | after | used, link + k * alone - ratio * link - 2 * big)
-    for e, ready in problem.in_flight.items():
-        if e in loads:
-            after = {("y", a, k): -device[a] for a in absent for k in places if link + k * alone >= ready}
-            for f, later in problem.in_flight.items():
-                if f in loads and f != e and (later, f) > (ready, e):
-                    after["x", f] = -device[f]
-            at_least({"M": 1, ("x", e): -big - device[e]} | after, ready - big)
+    for e, ready in coming.items():
+        after = {("y", a, k): -device[a] for a in absent for k in places if link + k * alone >= ready}
+        after |= {("x", f): -device[f] for f, later in coming.items() if (later, f) > (ready, e)}
+        at_least({"M": 1, ("x", e): -big - device[e]} | after, ready - big)
     integral = np.array([name not in ("M", "T") for name in names])
     result = solve(
         np.array([name == "M" for name in names], float),

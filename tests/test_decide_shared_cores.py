@@ -13,8 +13,9 @@ from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit
 
 COSTS = CostModel(
-    cpu_expert=4.0, cpu_token=1.0, cpu_first=1.0, device_expert=5.0, device_token=0.5, shared_base=2.0, shared_token=0.0,
-    layer_base=0.0, layer_token=0.0, transfer_latency=0.0, bandwidth=1.0, bandwidth_cpu_busy=1.0, expert_bytes=3,
+    cpu_expert=4.0, cpu_token=1.0, cpu_first=1.0, device_expert=5.0, device_token=0.5, shared_base=2.0,
+    shared_token=0.0, layer_base=0.0, layer_token=0.0, transfer_latency=0.0, bandwidth=1.0, bandwidth_cpu_busy=1.0,
+    expert_bytes=3,
 )  # fmt: skip
 SHARED = dataclasses.replace(COSTS, alone_expert=2.0, alone_token=0.5, alone_first=0.5)
 

@@ -1,4 +1,5 @@
-"""`convert --dense-format`: which tensors are rounded, the same bytes block by block, and the dense answer from every placement."""
+"""`convert --dense-format`: which tensors are rounded, the same bytes block by block, and the dense answer from
+every placement."""
 
 from __future__ import annotations
 

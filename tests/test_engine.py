@@ -1,4 +1,5 @@
-"""What a caller of `Engine` relies on: batches, chunks, endings, sampling, and parts that can be replaced one by one."""
+"""What a caller of `Engine` relies on: batches, chunks, endings, sampling, and parts that can be replaced one by
+one."""
 
 from __future__ import annotations
 

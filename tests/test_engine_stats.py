@@ -1,4 +1,5 @@
-"""The statistics of a run add up, the measured costs steer the plan, and profiles and the debug mode do what they promise."""
+"""The statistics of a run add up, the measured costs steer the plan, and profiles and the debug mode do what they
+promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Fused decode: the dense model's tokens, the same plans and statistics as layer by layer, and only where it is meant."""
+"""Fused decode: the dense model's tokens, the same plans and statistics as layer by layer, and only where it is
+meant."""
 
 from __future__ import annotations
 
@@ -315,7 +316,8 @@ def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
 
 
 def occupy() -> None:
-    """Gives XLA some tenths of a second of work before what this thread gives it next, once the latest step has begun."""
+    """Gives XLA some tenths of a second of work before what this thread gives it next, once the latest step has
+    begun."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,5 @@
-"""GGUF files written here with PyPI's `gguf` from tiny random models, as llama.cpp's converter lays them out, and read back."""
+"""GGUF files written here with PyPI's `gguf` from tiny random models, as llama.cpp's converter lays them out, and
+read back."""
 
 import builtins
 

@@ -1,4 +1,5 @@
-"""The GPU scripts work where there is no GPU: every part reports, a part that fails stops no other, and the exit code says so."""
+"""The GPU scripts work where there is no GPU: every part reports, a part that fails stops no other, and the exit
+code says so."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def test_host_arrays_are_aligned_or_not_as_asked(gpu_facts):
 def test_the_checks_go_on_after_a_failed_part_and_say_so(tmp_path):
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$*" in *gpu_facts*) echo broken; exit 3 ;; *benchmark*|*bench*) echo \'{"benchmark": "engine"}\' ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *gpu_facts*) echo broken; exit 3 ;; '
+        '*benchmark*|*bench*) echo \'{"benchmark": "engine"}\' ;; esac\n'
     )
     python.chmod(0o755)
     out = tmp_path / "out"

@@ -1,7 +1,8 @@
-"""The Flax MoE module with slots and host experts, jitted alone, against the same block with every expert computed densely.
+"""The Flax MoE module with slots and host experts, jitted alone, against the same block with every expert computed
+densely.
 
-Callbacks want jax without asynchronous dispatch on the CPU backend, which is decided once per process: this file's cases run in
-one process of their own, as a program that prints one JSON object for each.
+Callbacks want jax without asynchronous dispatch on the CPU backend, which is decided once per process: this file's
+cases run in one process of their own, as a program that prints one JSON object for each.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def results(request):
 
 @pytest.mark.parametrize(("family", "rows", "split"), few(FEW, CASES))
 def test_slots_and_host_together_give_the_dense_block(family, rows, split, results):
-    """`continued` among the errors: slots first, the host's part added by a second call that must not add the shared experts again."""
+    """`continued` among the errors: slots first, the host's part added by a second call that must not add the
+    shared experts again."""
     result = results[family, rows, split]
     assert max(result["errors"]) < 2e-6
     assert result["repeats"], "repeated calls of one executable differ"

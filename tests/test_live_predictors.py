@@ -1,4 +1,5 @@
-"""Predictors in the live engine: never a different token, the routers they ask for and no others, and statistics that say what they were worth."""
+"""Predictors in the live engine: never a different token, the routers they ask for and no others, and statistics
+that say what they were worth."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def seen_ahead(prompts, **options) -> list[tuple]:
 
 
 def test_both_forms_of_router_reuse_apply_the_routers_they_name(prompts):
-    """Past the end the last layer's router stands in: on its own layer it must give the layer's own scores, in either form."""
+    """Past the end the last layer's router stands in: on its own layer it must give the layer's own scores, in
+    either form."""
     through_norms, literal = (seen_ahead(prompts, predictor=name) for name in ("router-reuse", "router-input"))
     differ = 0
     for (layer, scores, ahead), (same, other_scores, other) in zip(through_norms, literal, strict=True):

@@ -1,4 +1,5 @@
-"""`engine.record`: full scores, weights and predictions at every distance, whatever the system, and without changing what it does."""
+"""`engine.record`: full scores, weights and predictions at every distance, whatever the system, and without
+changing what it does."""
 
 from __future__ import annotations
 

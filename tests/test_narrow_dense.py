@@ -1,4 +1,5 @@
-"""Dense weights stored as bfloat16, on the CPU backend: large matrices stay so and are multiplied natively, and no answer changes."""
+"""Dense weights stored as bfloat16, on the CPU backend: large matrices stay so and are multiplied natively, and no
+answer changes."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def checkpoint(folder, family: str, tied: bool = False):
 
 
 def answers(folder, **options):
-    """The dense weights' types by name, the device's bytes and theirs, the logits of a prompt, tokens of a sequence and of a batch."""
+    """The dense weights' types by name, the device's bytes and theirs, the logits of a prompt, tokens of a
+    sequence and of a batch."""
     engine = load(folder, EngineConfig(max_context=128, **options))
     model = engine._parts.model
     types = {"table": model.table.dtype, "head": model.head.dtype, "norm": model.norm.dtype}

@@ -1,7 +1,7 @@
 """The notebook runs from the first cell to the last, and what it shows is small and was really printed.
 
-Its code cells are executed in order in a process of their own, without jupyter. Cells tagged `plot` need matplotlib, which only the
-extra `notebooks` installs; where it is absent they are left out and their test is skipped.
+Its code cells are executed in order in a process of their own, without jupyter. Cells tagged `plot` need matplotlib,
+which only the extra `notebooks` installs; where it is absent they are left out and their test is skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What is packaged: the declared dependencies are the imported ones, every file is listed, kept objects are used again."""
+"""What is packaged: the declared dependencies are the imported ones, every file is listed, kept objects are used
+again."""
 
 from __future__ import annotations
 

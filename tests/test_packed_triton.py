@@ -1,4 +1,5 @@
-"""The Pallas kernels of quantised experts mean what XLA's form of them means: emulated where there is no GPU, compiled where there is one.
+"""The Pallas kernels of quantised experts mean what XLA's form of them means: emulated where there is no GPU,
+compiled where there is one.
 
 Lowering for CUDA needs no GPU with jax 0.10: there the tests see that Triton takes every format's kernels.
 """
@@ -37,7 +38,8 @@ SHAPES = [(100, 41), (41, 100), (300, 8)]
 CASES = [(name, SHAPES[i % 3], LOADS[(i + i // 4) % 4]) for i, name in enumerate(FORMATS)]
 """Every format, with shapes and loads in turn: emulated kernels take seconds to compile."""
 REST = [case for case in itertools.product(FORMATS, SHAPES, LOADS) if case not in CASES][::7]
-"""Some of the others, marked slow: 7 has no factor in common with 3 shapes or 4 loads, so that all of both are among them."""
+"""Some of the others, marked slow: 7 has no factor in common with 3 shapes or 4 loads, so that all of both are
+among them."""
 TOLERANCE = 4e-6
 """Of the output's largest magnitude: float32 sums in two orders. Seen: 7e-7."""
 KERNEL = "pallas-interpret" if tiny.on_cpu() else "pallas"
@@ -72,7 +74,8 @@ def on_device(one: PackedExpert) -> PackedExpert:
 
 
 def check(one: PackedExpert, x: np.ndarray) -> None:
-    """The kernel's outputs are the reference's; with `-a8` a value of silu(gate) * up may be rounded the other way, in few tokens."""
+    """The kernel's outputs are the reference's; with `-a8` a value of silu(gate) * up may be rounded the other
+    way, in few tokens."""
     device = on_device(one)
     want, have = np.asarray(reference(device, x)), np.asarray(kernel(device, x))
     assert have.shape == want.shape and have.dtype == np.float32
@@ -119,7 +122,8 @@ def test_matrices_longer_than_what_a_program_reads_at_once(name, width, hidden, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "width", "hidden"), [("int4z-g32", 100, 41), ("int8-g128-s32", 41, 20)])
 def test_what_lies_between_the_parts_of_a_buffer_does_not_matter(name, width, hidden):
-    """So that nothing past the end of a part is used: bytes that mean not a number there leave every output as it was."""
+    """So that nothing past the end of a part is used: bytes that mean not a number there leave every output as it
+    was."""
     one = expert(name, width, hidden)
     used = np.zeros(one.nbytes, bool)
     for matrix, mark in zip(one.matrices, PackedExpert(used, one.layout).matrices):

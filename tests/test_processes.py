@@ -1,4 +1,5 @@
-"""What is decided once per process, so each case is one: how many executables serve all lengths, and one core for everything.
+"""What is decided once per process, so each case is one: how many executables serve all lengths, and one core for
+everything.
 
 As a program this file runs the case named on its command line and prints one JSON object.
 """
@@ -35,10 +36,11 @@ def run(case: str, *arguments: str, timeout: int = 300) -> dict:
 def most_executables() -> int:
     """The most that an engine of one layer kind may ever need, whatever the prompts' lengths.
 
-    T, tokens a row in a call: 1 (decode), and the chunk or a power of two from 16 below it: 16, 32. With 2 batch sizes that makes
-    6 shapes. The cache holds 256 or 512 tokens and attention reads 256 or 512 of them, at most all: 3 pairs. A front is
-    compiled with and without lookahead. Then, per shape, the embedding, the shared experts and the logits. Device experts: up to
-    8 rows, 1 to 4 slots in a call; above, one expert on its tokens gathered into a power of two from 8, at most all rows.
+    T, tokens a row in a call: 1 (decode), and the chunk or a power of two from 16 below it: 16, 32. With 2 batch
+    sizes that makes 6 shapes. The cache holds 256 or 512 tokens and attention reads 256 or 512 of them, at most all:
+    3 pairs. A front is compiled with and without lookahead. Then, per shape, the embedding, the shared experts and
+    the logits. Device experts: up to 8 rows, 1 to 4 slots in a call; above, one expert on its tokens gathered into a
+    power of two from 8, at most all rows.
     """
     tokens = [1, 16, 32]
     rows = [batch * t for batch in BATCHES for t in tokens]
@@ -90,7 +92,8 @@ def generate_on_one_core(executor: str) -> dict:
 
 @pytest.fixture(scope="module")
 def wide_checkpoint(tmp_path_factory):
-    """Wide enough that a chunk's activations, 400 x 256 floats, are what callbacks were seen to hang on with one core."""
+    """Wide enough that a chunk's activations, 400 x 256 floats, are what callbacks were seen to hang on with one
+    core."""
     import tiny
     import tiny_checkpoint
 

@@ -1,4 +1,5 @@
-"""Quantised checkpoints: `convert --format`, `convert --random`, opening, generating and exporting, as commands and as functions."""
+"""Quantised checkpoints: `convert --format`, `convert --random`, opening, generating and exporting, as commands
+and as functions."""
 
 from __future__ import annotations
 
@@ -203,7 +204,8 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base))
 
 
 def test_random_weights_take_little_memory(tmp_path):
-    """A layer of 16 experts is 7 MB here, the model 40: what is added to the base is less than a layer and the buffers of a write."""
+    """A layer of 16 experts is 7 MB here, the model 40: what is added to the base is less than a layer and the
+    buffers of a write."""
     (tmp_path / "config.json").write_text(json.dumps(SIZED))
     arguments = [tmp_path, tmp_path / "ckpt", json.dumps(CONFIG)]
     done = subprocess.run(

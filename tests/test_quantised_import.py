@@ -1,4 +1,5 @@
-"""Quantised folders of others, read without rounding: against what was written, and against the library where there is one."""
+"""Quantised folders of others, read without rounding: against what was written, and against the library where
+there is one."""
 
 import dataclasses
 

@@ -39,7 +39,8 @@ def code_lines(text: str) -> list[str]:
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    """(command, arguments) of every `python -m hybrimoe_jax...` in the documents' code, shell pipes and variables cut off."""
+    """(command, arguments) of every `python -m hybrimoe_jax...` in the documents' code, shell pipes and variables
+    cut off."""
     found = []
     for line in (line for text in DOCUMENTS for line in code_lines(text)):
         for name, rest in re.findall(r"python -m hybrimoe_jax\.(\w+)(.*)", line):

@@ -12,7 +12,8 @@ from hybrimoe_jax.engine.routing import read_routing
 
 @st.composite
 def routings(draw):
-    """(ids [N, k], weights [N, k], scores [N, E], ahead [distance][N, E], valid rows), as a front program would make them."""
+    """(ids [N, k], weights [N, k], scores [N, E], ahead [distance][N, E], valid rows), as a front program would
+    make them."""
     experts = draw(st.integers(2, 9))
     top_k = draw(st.integers(1, experts))
     rows = draw(st.integers(1, 12))

@@ -1,4 +1,5 @@
-"""The slot pool: experts are written in place, nothing is copied but the expert, and misuse is an error, not a wrong answer."""
+"""The slot pool: experts are written in place, nothing is copied but the expert, and misuse is an error, not a
+wrong answer."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_a_pool_without_slots_still_streams(link):
 
 
 def test_a_reader_of_the_old_expert_sees_the_old_expert(link):
-    """The write waits for readers dispatched before it: a slow computation on the slot is not torn by the next expert."""
+    """The write waits for readers dispatched before it: a slow computation on the slot is not torn by the next
+    expert."""
     pool = SlotPool([1], D, F)
     slot = pool.write(0, 0, link.put(expert(0)), None)
 

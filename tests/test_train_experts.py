@@ -1,4 +1,5 @@
-"""Grouped experts against the dense oracle: same outputs, same gradients, nothing dropped however skewed the routing."""
+"""Grouped experts against the dense oracle: same outputs, same gradients, nothing dropped however skewed the
+routing."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def executables() -> int:
 
 @functools.lru_cache
 def weights(family: str, seed: int = 0):
-    """-> (config, dense weights by name, [(gate_up [E, 2F, D], down [E, D, F])] per MoE layer). Routers are spread, so that
-    routing is no near-tie, and so are the other weights, so that greedy tokens vary."""
+    """-> (config, dense weights by name, [(gate_up [E, 2F, D], down [E, D, F])] per MoE layer). Routers are spread,
+    so that routing is no near-tie, and so are the other weights, so that greedy tokens vary."""
     config = parse_config(CONFIGS[family])
     rng = np.random.default_rng(seed)
     _, abstract = split(build_model(config))
@@ -109,7 +109,8 @@ def costs(config, *, cpu=1.0, device=1.0, transfer=1.0, format: str = "f32") -> 
 
 
 def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, format: str = "f32", **options):
-    """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a profile is given."""
+    """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a
+    profile is given."""
     from hybrimoe_jax.checkpoint.expert_store import ExpertStore
     from hybrimoe_jax.engine.engine import Engine
 

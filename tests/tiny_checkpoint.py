@@ -30,7 +30,8 @@ def tokenizer() -> Tokenizer:
 
 
 def write_hf(folder: Path, **generation) -> Path:
-    """A Qwen2-MoE folder: `tiny.weights` over a vocabulary of bytes, with a context long enough to be interrupted in."""
+    """A Qwen2-MoE folder: `tiny.weights` over a vocabulary of bytes, with a context long enough to be interrupted
+    in."""
     tiny.CONFIGS.setdefault(
         "bytes", {**tiny.CONFIGS["qwen2_moe"], "vocab_size": VOCAB, "max_position_embeddings": 4096}
     )

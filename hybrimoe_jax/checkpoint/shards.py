@@ -1,12 +1,12 @@
 """How one shard of a converted checkpoint lies on disk: an Orbax item, and a record of what it holds with its hashes.
 
-Shards lie in the folder `pieces`, which is also their name in the manifest, or together in `pieces.zip`. The item has a leaf for each dense
-tensor under its checkpoint name. In a MoE layer it has one leaf `experts` as well: [E, 3, F*D], or uint8 [E, bytes
-of an expert] where they are quantised. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down (D x F), each
-row-major; rows 0 and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of `formats.layout`.
-Either way an expert is one contiguous read and needs no rearranging. Hashes are BLAKE2b of the stored bytes, 16
-bytes long: one for each dense tensor and one for each expert. A quantised dense tensor is a leaf of bytes, and its
-record says the format and the matrix's shape.
+Shards lie in the folder `pieces`, which is also their name in the manifest, or together in `pieces.zip`. The item has
+a leaf for each dense tensor under its checkpoint name. In a MoE layer it has one leaf `experts` as well: [E, 3, F*D],
+or uint8 [E, bytes of an expert] where they are quantised. Plain: row 0 is gate (F x D), row 1 up (F x D), row 2 down
+(D x F), each row-major; rows 0 and 1 together are the host kernels' `gate_up` [2F, D]. Quantised: the layout of
+`formats.layout`. Either way an expert is one contiguous read and needs no rearranging. Hashes are BLAKE2b of the
+stored bytes, 16 bytes long: one for each dense tensor and one for each expert. A quantised dense tensor is a leaf of
+bytes, and its record says the format and the matrix's shape.
 
 Shapes: E experts, D model width, F expert width.
 """

@@ -155,8 +155,8 @@ class _HybridAssembly:
             costs = load_costs(costs, shape_of(model.config, model.config.model_type), self.expert_format)
         if costs.expert_bytes != pool.expert_bytes:
             raise UserError(
-                f"profile {self.options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's have "
-                f"{pool.expert_bytes}; measure it again with this model"
+                f"profile {self.options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's "
+                f"have {pool.expert_bytes}; measure it again with this model"
             )
         return costs
 

@@ -46,8 +46,8 @@ def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: 
     room = budget - fixed.total
     if room < 0:
         raise UserError(
-            f"vram_budget {readable(budget)} is too small: {readable(fixed.total)} are needed before any expert is cached "
-            f"({fixed}); raise it, or lower max_context, max_batch or prefill_chunk"
+            f"vram_budget {readable(budget)} is too small: {readable(fixed.total)} are needed before any expert is "
+            f"cached ({fixed}); raise it, or lower max_context, max_batch or prefill_chunk"
         )
     return min(num_experts, room // expert_bytes)
 

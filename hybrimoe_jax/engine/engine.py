@@ -192,8 +192,9 @@ class Engine:
         needed = self._parts.model.cache_bytes(batch, capacity)
         if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
             raise UserError(
-                f"{batch} sequences of up to {capacity} tokens need {budget.readable(needed)} of cache, but vram_budget "
-                f"reserved {budget.readable(reserved.kv)} for {self.options.max_batch} of {self.max_context}; raise max_batch"
+                f"{batch} sequences of up to {capacity} tokens need {budget.readable(needed)} of cache, but "
+                f"vram_budget reserved {budget.readable(reserved.kv)} for {self.options.max_batch} of "
+                f"{self.max_context}; raise max_batch"
             )
 
     def _start(self, batch: int, capacity: int) -> RunStats:

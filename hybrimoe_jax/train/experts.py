@@ -51,7 +51,10 @@ def assign_blocks(ids: jax.Array, num_experts: int, block: int) -> Blocks:
 
 @jax.custom_vjp
 def scatter_rows(x: jax.Array, row: jax.Array, token: jax.Array) -> jax.Array:
-    """`x` [N, D] -> [R, D], zero in padding rows. The gradient is a gather: XLA:CPU runs a scatter one row at a time."""
+    """`x` [N, D] -> [R, D], zero in padding rows.
+
+    The gradient is a gather: XLA:CPU runs a scatter one row at a time.
+    """
     return jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[token]
 
 

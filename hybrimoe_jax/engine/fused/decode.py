@@ -167,8 +167,8 @@ class FusedDecode:
     def synchronize(self) -> None:
         """Returns when no step that XLA was given is being computed any more.
 
-        One that was started ahead and not asked for, or whose waiting was broken off, reads experts by their addresses,
-        whatever becomes of their owner.
+        One that was started ahead and not asked for, or whose waiting was broken off, reads experts by their
+        addresses, whatever becomes of their owner.
         """
         self._call = self._next_call = None
         self._interleaved = False
@@ -221,7 +221,10 @@ class FusedDecode:
     def _take(
         self, call: _Call | None, step: StepInput, caches: list
     ) -> tuple[_Call, tuple[np.ndarray, list, np.ndarray]]:
-        """-> the call that has the step, and what `logits` gives. A call's first step waits for the call, and has the next one started before."""
+        """-> the call that has the step, and what `logits` gives.
+
+        A call's first step waits for the call, and has the next one started before.
+        """
         try:
             if call is None:
                 self._interleaved = not self._continues(caches) and (self._interleaved or self._has_unclaimed())

@@ -54,7 +54,8 @@ def split_threads(threads: int | None, executor: str) -> ThreadBudget:
     matches = current == str(device)
     if threads is not None and not matches:
         warnings.warn(
-            f"threads={threads} came after jax started: XLA keeps its pool; load the engine before any other use of jax",
+            f"threads={threads} came after jax started: XLA keeps its pool; load the engine before any other use of "
+            "jax",
             stacklevel=3,
         )
     return ThreadBudget(total, device, host, matches)
