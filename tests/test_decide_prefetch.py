@@ -144,7 +144,7 @@ def test_several_share_the_window_and_nearer_layers_are_sent_first():
     assert choose(targets, until_next=3.5, rule="cpu-misses")[:2] == [(1, 0), (2, 2)]
 
 
-def test_predicted_demand_loads_of_a_nearer_layer_are_not_held_up():
+def test_predicted_demand_fetches_of_a_nearer_layer_are_not_held_up():
     """Layer 2 starts at 12 s or later, but where layer 1 is going to fetch at 1 s the link must be free by then."""
     fetching = target(1, {0: 1, 1: 1, 2: 1}, openings=())
     quiet = target(1, {0: 1, 1: 1, 2: 1}, present={0, 1, 2}, openings=())

@@ -52,7 +52,7 @@ def test_paper_does_not_wait_for_a_prefetch_that_the_cpu_beats():
     assert (s.awaited, s.device, s.fetch, s.makespan) == ((0,), (0,), (), 1.5)
 
 
-def test_a_queued_transfer_delays_the_demand_loads():
+def test_a_queued_transfer_delays_the_demand_fetches():
     free = get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), costs(shared=0.0)))
     queued = get_scheduler("fetch-misses").schedule(Problem({0: 1}, set(), costs(shared=0.0), in_flight={5: 10.0}))
     assert (free.makespan, queued.makespan) == (4.0, 14.0)

@@ -108,7 +108,7 @@ def test_a_walk_without_keeping_holds_nothing(made):
     assert store.get(0, 0) is not store.get(0, 0) and store.loaded == 0
 
 
-def test_ordinals_count_moe_layers_only(tmp_path):
+def test_a_moe_layer_is_counted_among_moe_layers_only(tmp_path):
     weights = folders.tensors()
     for name in [n for n in weights if n.startswith("model.layers.0.mlp.")]:
         del weights[name]

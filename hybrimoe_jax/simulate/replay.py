@@ -74,13 +74,13 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
         stream = planner.begin_step(step.phase, machine.now)
         looks = planner.should_predict(tokens)
         prefetches = looks and not planner.backing_off(tokens)
-        gates = planner.routers_wanted(tokens) > 0
+        looked = planner.routers_wanted(tokens) > 0
         if isinstance(planner.predictor, Perfect):
             planner.predictor.foresee({asked.layer: asked.shown.ids for asked in step.layers})
         machine.step(tokens, stream)
         for asked in step.layers:
             layer = asked.layer
-            machine.front(layer, tokens, step.context, gates)
+            machine.front(layer, tokens, step.context, looked)
             for landed in machine.landed():
                 planner.landed(*landed)
             plan = planner.plan(layer, asked.loads, asked.scores, tokens, machine.now)

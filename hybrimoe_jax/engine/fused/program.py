@@ -7,7 +7,7 @@ does, and as the native kernels use all cores, they lack that one. Measured with
 four, eight steps a call make a token 1.04, 1.14, 1.18 times as fast in int4 and 0.99, 1.02, 1.08 in float32. One
 executable serves any number: unrolled, four steps took 2.6 times as long to compile and ran no faster.
 
-Shapes: S = MOST steps, L MoE layers, E experts, k experts per token, V vocabulary.
+Shapes: S = MAX_STEPS_PER_CALL, L MoE layers, E experts, k experts per token, V vocabulary.
 """
 
 from __future__ import annotations
