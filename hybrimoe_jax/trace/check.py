@@ -63,7 +63,7 @@ def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule
         weights = arrays["weights"]
         unfit = ~np.isfinite(weights) | (weights < 0)
         yield (
-            (unfit & ~np.isnan(weights).all(axis=1, keepdims=True)).any(axis=1),
+            np.asarray((unfit & ~np.isnan(weights).all(axis=1, keepdims=True)).any(axis=1)),
             lambda row: f"weights {weights[row].tolist()} are not all finite and non-negative",
         )
     for name, scores in arrays.items():
@@ -71,7 +71,7 @@ def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule
             continue
         absent = np.isnan(scores).all(axis=1)
         unfit = (~np.isfinite(scores) | (scores < 0)).any(axis=1) & ~absent
-        yield unfit, lambda row, name=name: f"{name} are not all finite and non-negative"
+        yield np.asarray(unfit), lambda row, name=name: f"{name} are not all finite and non-negative"
         if name != "scores":
             distance = int(name.rpartition("_")[2])
             past = ~absent & (layer + distance >= facts.layers)
