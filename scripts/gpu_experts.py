@@ -1,0 +1,144 @@
+"""Parts of `gpu_facts` about experts on the device: slots, and quantised experts in both forms."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import numpy as np
+from gpu_link import WIDTH, timed
+
+
+def measure_slots(sizes, repeats) -> dict[str, float]:
+    """Microseconds to write one expert, and to run 4 of n experts on one token, by layout."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.engine.lanes.slots import write_slot
+    from hybrimoe_jax.models.moe import expert_forward
+
+    size = sizes[1]
+    hidden = max(16, int(size * 1e6) // (12 * WIDTH))
+    new = (jnp.ones((2 * hidden, WIDTH), jnp.float32), jnp.ones((WIDTH, hidden), jnp.float32))
+    x = jnp.ones((1, WIDTH), jnp.float32)
+
+    @jax.jit
+    def separate(x, slots):
+        return sum(expert_forward(slot, x) for slot in slots)
+
+    @jax.jit
+    def indexed(x, stack, ids):
+        return sum(expert_forward((stack[0][ids[i]], stack[1][ids[i]]), x) for i in range(4))
+
+    def set_row(stack, new, index):
+        return tuple(jax.lax.dynamic_update_index_in_dim(s, n, index, 0) for s, n in zip(stack, new))
+
+    donated, copied = jax.jit(set_row, donate_argnums=0), jax.jit(set_row)
+    found = {}
+    slots = [tuple(jnp.zeros_like(part) for part in new) for _ in range(4)]
+    before = slots[0][0].unsafe_buffer_pointer()
+
+    def write():
+        slots[0] = jax.block_until_ready(write_slot(slots[0], new))
+
+    found[f"{size:g} MB: write to a buffer of its own (us)"] = 1e6 * timed(write, repeats)
+    found["written in place (1 yes, 0 no)"] = float(slots[0][0].unsafe_buffer_pointer() == before)
+    found["4 experts, buffers of their own (us)"] = 1e6 * timed(
+        lambda: separate(x, tuple(slots)).block_until_ready(), repeats
+    )
+    ids = jnp.array([0, 2, 4, 6])
+    for count in (8, 32):
+        stack = {"s": tuple(jnp.zeros((count, *part.shape), jnp.float32) for part in new)}
+
+        def write_row(stack=stack):
+            stack["s"] = jax.block_until_ready(donated(stack["s"], new, 3))
+
+        found[f"{size:g} MB: write to a stack of {count} (us)"] = 1e6 * timed(write_row, repeats)
+        found[f"4 experts of a stack of {count} (us)"] = 1e6 * timed(
+            lambda s=stack: indexed(x, s["s"], ids).block_until_ready(), repeats
+        )
+        if count == 8:
+            found["the same write, not donated (us)"] = 1e6 * timed(
+                lambda s=stack: jax.block_until_ready(copied(s["s"], new, 3)), repeats
+            )
+    return found
+
+
+def packed_slots(sizes, format: str, count: int) -> list:
+    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device: enough of them, run in turn, that
+    none stays in a cache."""
+    import jax
+
+    from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
+
+    width, hidden = (2048, 1408) if max(sizes) > 4 else (512, 352)
+    layout = ExpertLayout(Format.parse(format), width, hidden)
+    data = np.random.default_rng(0).integers(0, 63, (count, layout.nbytes), np.uint8)  # below 63: finite float16 scales
+    return [PackedExpert(jax.device_put(row), layout) for row in data]
+
+
+def temporary_bytes(program) -> int:
+    """Memory that a compiled program takes beside its arguments and results, at least 1."""
+    return max(program.memory_analysis().temp_size_in_bytes, 1)
+
+
+def measure_packed(sizes, repeats) -> dict[str, float]:
+    """An int4-g64 expert from several slots in turn."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.models.packed import packed_forward
+
+    slots = packed_slots(sizes, "int4-g64", 16)
+    layout, width, hidden = slots[0].layout, slots[0].width, slots[0].hidden
+    rng = np.random.default_rng(0)
+    plain = [jax.device_put(rng.standard_normal((3, hidden, width), np.float32)) for _ in range(4)]
+    x = jnp.ones((1, width), jnp.float32)
+    packed = jax.jit(packed_forward)
+    dense = jax.jit(lambda w, x: jnp.einsum("f,fd->d", jax.nn.silu(w[0] @ x[0]) * (w[1] @ x[0]), w[2]))
+    temporary = temporary_bytes(packed.lower(slots[0], x).compile())
+    each = timed(lambda: jax.block_until_ready([packed(slot, x) for slot in slots]), repeats) / len(slots)
+    floats = timed(lambda: jax.block_until_ready([dense(w, x) for w in plain]), repeats) / len(plain)
+    return {
+        "one packed expert (us)": 1e6 * each,
+        "the same in float32 (us)": 1e6 * floats,
+        "packed bytes read (GB/s)": layout.nbytes / each / 1e9,
+        "float32 bytes read (GB/s)": 12 * width * hidden / floats / 1e9,
+        "temporary memory over a float32 matrix (1: it is written out)": temporary / (4 * width * hidden),
+    }
+
+
+def measure_pallas(sizes, repeats) -> dict[str, float]:
+    """Both forms of a quantised expert, alternately: programs of several experts, so that issuing one is not what is
+    timed."""
+    import jax
+    import jax.numpy as jnp
+
+    from hybrimoe_jax.models.moe import expert_forward
+
+    small = max(sizes) <= 4
+    kernel = "pallas-interpret" if jax.devices()[0].platform == "cpu" else "pallas"
+    memory = jnp.ones((4 if small else 256) << 18, jnp.float32)
+    total = jax.jit(jnp.sum)
+    bandwidth = memory.nbytes / timed(lambda: total(memory).block_until_ready(), repeats)
+    found = {"bandwidth: sum of a large array (GB/s)": bandwidth / 1e9}
+    for format, load in [("int4-g64", 1), ("int4-g64", 8), ("int8-g64", 1)]:
+        slots = packed_slots(sizes, format, 2 if small else 16)
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((load, slots[0].width), np.float32))
+        programs, times, label = {}, {"xla": [], "pallas": []}, f"{format}, load {load}"
+        for name, chosen in (("xla", "xla"), ("pallas", kernel)):
+            run = jax.jit(lambda slots, x, chosen=chosen: sum(expert_forward(slot, x, chosen) for slot in slots))
+            programs[name] = run.lower(slots, x).compile()
+        outputs = {name: np.asarray(run(slots, x)) for name, run in programs.items()}
+        for _ in range(repeats):
+            for name, run in programs.items():
+                start = time.perf_counter()
+                run(slots, x).block_until_ready()
+                times[name].append((time.perf_counter() - start) / len(slots))
+        for name, run in programs.items():
+            found[f"{label}, {name}: one expert (us)"] = 1e6 * median(times[name])
+            found[f"{label}, {name}: share of bandwidth"] = slots[0].nbytes / median(times[name]) / bandwidth
+            found[f"{label}, {name}: temporary memory (MB)"] = temporary_bytes(run) / 1e6
+        difference = np.abs(outputs["pallas"] - outputs["xla"]).max() / np.abs(outputs["xla"]).max()
+        found[f"{label}: largest difference, over the output's (1e-6)"] = 1e6 * float(max(difference, 1e-9))
+    return found
