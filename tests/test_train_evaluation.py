@@ -31,7 +31,7 @@ def test_loss_equals_that_of_the_dense_model_over_the_bytes(model):
     @jax.jit
     def nats(params, ids):
         decoder = parameters.merge(graphdef, params["dense"])
-        experts = DenseExperts(loop.expert_weights(params, CONFIG))
+        experts = DenseExperts(loop.expert_weights(params))
         cache, positions = decoder.init_cache(1, ids.shape[1] - 1), jnp.arange(ids.shape[1] - 1)[None]
         logits, _ = decoder(ids[:, :-1], cache, positions, experts)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum()

@@ -48,7 +48,7 @@ def test_grouped_equals_dense_in_value_and_gradient(skew, block):
         return jax.jit(jax.value_and_grad(of, (0, 1, 2), has_aux=True))(weights, x, logits)
 
     (_, dense), dense_grads = total(lambda w: DenseExperts([w]))
-    (_, grouped), grouped_grads = total(lambda w: GroupedExperts([w], block))
+    (_, grouped), grouped_grads = total(lambda w: GroupedExperts({0: w}, block))
     np.testing.assert_allclose(grouped, dense, atol=2e-5)
     for ours, oracle in zip(jax.tree.leaves(grouped_grads), jax.tree.leaves(dense_grads)):
         np.testing.assert_allclose(ours, oracle, atol=5e-5)

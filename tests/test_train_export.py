@@ -54,7 +54,7 @@ def dense_model(config, params):
     @jax.jit
     def forward(params, ids):
         decoder = parameters.merge(graphdef, params["dense"])
-        experts = DenseExperts(loop.expert_weights(params, config))
+        experts = DenseExperts(loop.expert_weights(params))
         return decoder(ids[None], decoder.init_cache(1, length), jnp.arange(length)[None], experts)[0][0]
 
     def logits(ids):

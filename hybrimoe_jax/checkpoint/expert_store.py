@@ -49,7 +49,7 @@ class ExpertStore:
 
     @classmethod
     def from_arrays(
-        cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype=None, format: str | None = None
+        cls, layers: Sequence[tuple[np.ndarray, np.ndarray]], dtype: DTypeLike | None = None, format: str | None = None
     ) -> ExpertStore:
         """A store over arrays in memory: per MoE layer gate_up [E, 2F, D] and down [E, D, F].
 
@@ -150,7 +150,7 @@ class ExpertStore:
             self.get(moe_layer, expert)
 
 
-def held_dtype(stored: np.dtype, wanted) -> np.dtype:
+def held_dtype(stored: np.dtype, wanted: DTypeLike | None) -> np.dtype:
     """The type to hand out: the stored one, or float32 (exact); raises UserError for a conversion that would round."""
     wanted = np.dtype(stored if wanted is None else wanted)
     if wanted not in (stored, np.dtype(np.float32)):

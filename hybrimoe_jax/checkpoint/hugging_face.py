@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,13 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     missing: list[str] = []
     misshapen: list[str] = []
 
-    def take(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        tensor = left.pop(name, None)
-        if tensor is None:
-            missing.append(name)
-        elif tuple(tensor.shape) != shape:
-            misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
-        return tensor
+    def take(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        found = {name: left.pop(name) for name in shapes if name in left}
+        missing.extend(name for name in shapes if name not in found)
+        for name, tensor in found.items():
+            if tuple(tensor.shape) != shapes[name]:
+                misshapen.append(f"{name} is {list(tensor.shape)}, not {list(shapes[name])}")
+        return found
 
     wanted: dict[int | None, dict[str, tuple[int, ...]]] = {None: {}}
     wanted |= {i: {} for i in range(config.num_hidden_layers)}
@@ -169,7 +169,7 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
         wanted[layer_of(name)][name] = shape
     shards = []
     for layer, names in wanted.items():
-        dense = {name: found for name, shape in names.items() if (found := take(name, shape)) is not None}
+        dense = take(names)
         experts = take_experts(config, layer, left, take) if layer in config.moe_layers else None
         shards.append(Shard(shard_name(layer), layer, dense, experts))
     extra = [name for name in left if not any(p.search(name) for p in HARMLESS)]
@@ -191,17 +191,29 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     return tuple(shards)
 
 
-def take_experts(config: ModelConfig, layer: int, left: dict[str, Tensor], take) -> Experts:
-    """Removes a layer's routed experts from `left`: fused tensors where the checkpoint has them, else one by one."""
+def take_experts(
+    config: ModelConfig,
+    layer: int,
+    left: Mapping[str, Tensor],
+    take: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Tensor]],
+) -> Experts | None:
+    """A layer's routed experts: fused tensors where the checkpoint has them, else one by one.
+
+    `take` removes tensors of given names and shapes from `left`, gives those that are there and notes the others.
+    """
     width, hidden, count = config.hidden_size, config.moe_width, config.num_experts
     gate_up, down = family_of(config.model_type).fused_names(layer)
     if gate_up in left:
-        return StackedExperts(take(gate_up, (count, 2 * hidden, width)), take(down, (count, width, hidden)))
-    shapes = ((hidden, width), (hidden, width), (width, hidden))
-    matrices = tuple(
-        tuple(take(name, shape) for name, shape in zip(expert_names(config, layer, e), shapes)) for e in range(count)
-    )
-    return ListedExperts(matrices)
+        stacks = take({gate_up: (count, 2 * hidden, width), down: (count, width, hidden)})
+        return StackedExperts(stacks[gate_up], stacks[down]) if len(stacks) == 2 else None
+    matrices = []
+    for expert in range(count):
+        names = expert_names(config, layer, expert)
+        found = take(dict(zip(names, ((hidden, width), (hidden, width), (width, hidden)))))
+        if len(found) == 3:
+            gate, up, down = found.values()
+            matrices.append((gate, up, down))
+    return ListedExperts(tuple(matrices))
 
 
 def refuse_extra_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, read_json, row_block, shard_name
-from hybrimoe_jax.checkpoint.weights import ListedExperts, PackedExperts, Shard, Weights
+from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Weights
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
 from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
@@ -107,7 +107,9 @@ def _dense(name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> Ran
     return RandomTensor(shape, dtype, mean, std, (seed, zlib.crc32(name.encode())))
 
 
-def _experts(config: ModelConfig, layer: int | None, dtype: np.dtype, layout: ExpertLayout | None, seed: int):
+def _experts(
+    config: ModelConfig, layer: int | None, dtype: np.dtype, layout: ExpertLayout | None, seed: int
+) -> Experts | None:
     if layer not in config.moe_layers:
         return None
     count, width, hidden = config.num_experts, config.hidden_size, config.moe_width

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def write_checkpoint(
 
 
 @contextlib.contextmanager
-def workplace(dst: Path, plan: Mapping[str, Any] | None):
+def workplace(dst: Path, plan: Mapping[str, Any] | None) -> Iterator[Path]:
     """The folder `dst.partial`, locked; what is there is kept where it was begun with the same `plan`, else replaced.
 
     Removed when the body succeeds, kept when it fails. Raises UserError where

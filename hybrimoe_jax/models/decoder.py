@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +16,7 @@ from flax import nnx
 from hybrimoe_jax.models.attention import Attention, CachedAttention
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU
-from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.moe import MoEBlock, RoutedPart
 from hybrimoe_jax.models.products import product
 
 
@@ -48,7 +49,9 @@ class DecoderLayer(nnx.Module):
         """The normed router input [N, D] of the residual stream [B, T, D]."""
         return self.post_attention_layernorm(h).reshape(-1, h.shape[-1])
 
-    def __call__(self, index: int, h, cache, positions, experts) -> tuple[jax.Array, dict]:
+    def __call__(
+        self, index: int, h: jax.Array, cache: dict, positions: jax.Array, experts: RoutedPart
+    ) -> tuple[jax.Array, dict]:
         h, cache = self.attend(h, cache, positions)
         x = self.ffn_input(h)
         y = self.ffn(index, x, experts) if self.is_moe else self.ffn(x)
@@ -72,7 +75,7 @@ class CausalLM(nnx.Module):
         self.model = Decoder(config.vocab_size, config.hidden_size, config.rms_norm_eps, layers, rngs)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
-    def init_cache(self, batch: int, capacity: int, dtype=jnp.float32) -> list[dict]:
+    def init_cache(self, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> list[dict]:
         return [
             {name: jnp.zeros(shape, dtype) for name, shape in layer.self_attn.cache_shapes(batch, capacity).items()}
             for layer in self.model.layers
@@ -85,8 +88,12 @@ class CausalLM(nnx.Module):
             return product(h, self.model.embed_tokens.weight.get_value())
         return self.lm_head(h)
 
-    def __call__(self, ids: jax.Array, cache: list[dict], positions: jax.Array, experts) -> tuple[jax.Array, list]:
+    def __call__(
+        self, ids: jax.Array, cache: list[dict], positions: jax.Array, experts: RoutedPart
+    ) -> tuple[jax.Array, list]:
         """ids [B, T], positions [B, T] -> (logits [B, T, V], updated cache)."""
+        chex.assert_rank(ids, 2)
+        chex.assert_equal_shape((ids, positions))
         h = self.model.embed_tokens(ids)
         updated = []
         for index, layer in enumerate(self.model.layers):

@@ -1,11 +1,12 @@
 """The mixture-of-experts block and its one seam: the block routes, an *experts* object computes the routed part.
 
 Shapes: N tokens (batch and time flattened), E experts, k experts per token, D model width, F expert width.
-`experts(layer, x, routing) -> [N, D]` is any callable; `DenseExperts` is the reference for all others.
+An experts object is any `RoutedPart`; `DenseExperts` is the reference for all others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import chex
@@ -26,6 +27,10 @@ class Routing(NamedTuple):
     ids: jax.Array
     weights: jax.Array
     scores: jax.Array
+
+
+RoutedPart = Callable[[int, jax.Array, Routing], jax.Array]
+"""`experts(layer, x, routing)`: the sum of the chosen experts' outputs for x [N, D], weighted, [N, D]."""
 
 
 class MoEBlock(nnx.Module):
@@ -61,7 +66,7 @@ class MoEBlock(nnx.Module):
         """The part every token takes, [N, D]; None where the family has none."""
         return None
 
-    def __call__(self, layer: int, x: jax.Array, experts) -> jax.Array:
+    def __call__(self, layer: int, x: jax.Array, experts: RoutedPart) -> jax.Array:
         chex.assert_rank(x, 2)
         y = experts(layer, x, self.route(x))
         shared = self.shared(x)
@@ -130,6 +135,7 @@ def add_experts_reference(
 
 def combine_weights(routing: Routing, num_experts: int) -> jax.Array:
     """Dense routing matrix [N, E]: an expert's weight for each token, zero where it was not chosen."""
+    chex.assert_equal_shape((routing.ids, routing.weights))
     one_hot = jax.nn.one_hot(routing.ids, num_experts, dtype=routing.weights.dtype)
     return einsum("nk,nke->ne", routing.weights, one_hot)
 
@@ -138,11 +144,11 @@ class DenseExperts:
     """The oracle: every expert is computed for every token and weighted by zero where it was not chosen.
 
     Args:
-      weights: per decoder layer, None or its experts behind one another: (gate_up [E, 2F, D], down [E, D, F]), or a
+      weights: by decoder layer its experts behind one another: (gate_up [E, 2F, D], down [E, D, F]), or a
         PackedExpert with data [E, nbytes]. They are taken one at a time, so that only one is ever dequantised.
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights: Sequence[DeviceExpert | None] | Mapping[int, DeviceExpert]):
         self.weights = weights
 
     def __call__(self, layer: int, x: jax.Array, routing: Routing) -> jax.Array:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -55,7 +56,7 @@ def native_here() -> bool:
 
 
 @contextlib.contextmanager
-def on_native_kernels():
+def on_native_kernels() -> Iterator[None]:
     """What is traced inside may call the native kernels: for programs that are neither differentiated nor vmapped."""
     token = _native.set(native_here())
     try:

@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _override = contextvars.ContextVar("what stands in for ropes in what is being tr
 
 
 @contextlib.contextmanager
-def override(answer: Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]]):
+def override(answer: Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]]) -> Iterator[None]:
     """In what is traced inside, `answer(rope, positions)` says what a rope gives.
 
     For a program that knows several steps' positions beforehand. XLA's CPU backend fuses sines and cosines into what
@@ -155,4 +155,6 @@ POSITIVE = (
     "beta_slow",
     "attention_factor",
 )
-SCALINGS = {"default": plain, "linear": linear, "llama3": llama3, "yarn": yarn}
+Scaling = Callable[[np.ndarray, int, float, Mapping[str, Any], int | None], tuple[np.ndarray, float]]
+"""(base frequencies [d/2], d, theta, the rule's numbers, max_position_embeddings) -> frequencies, attention factor."""
+SCALINGS: dict[str, Scaling] = {"default": plain, "linear": linear, "llama3": llama3, "yarn": yarn}

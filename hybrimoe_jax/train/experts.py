@@ -12,9 +12,10 @@ Shapes: N tokens, k experts per token, E experts, R = blocks * block rows, D mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,6 +35,7 @@ class Blocks(NamedTuple):
 
 def assign_blocks(ids: jax.Array, num_experts: int, block: int) -> Blocks:
     """`ids` [N, k] -> the rows of each pair, experts in order, every expert's run padded to whole blocks."""
+    chex.assert_rank(ids, 2)
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     count = -(-flat.size // block) + num_experts
@@ -94,7 +96,7 @@ class GroupedExperts:
     Equal to `DenseExperts` up to rounding.
 
     Args:
-      weights: per decoder layer, None or (gate_up [E, 2F, D], down [E, D, F]).
+      weights: by decoder layer (gate_up [E, 2F, D], down [E, D, F]).
       block: rows of one block; smaller wastes less padding, larger makes better matmuls.
       seen: what becomes of the rows that a product is given, such as the rounding of a quantised format's activations.
 
@@ -102,7 +104,12 @@ class GroupedExperts:
       routings: layer -> the `Routing` of the last call, for the load-balancing loss and for statistics.
     """
 
-    def __init__(self, weights, block: int = 64, seen: Callable[[jax.Array], jax.Array] = lambda rows: rows):
+    def __init__(
+        self,
+        weights: Mapping[int, tuple[jax.Array, jax.Array]],
+        block: int = 64,
+        seen: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+    ):
         self.weights = weights
         self.block = block
         self.seen = seen
@@ -111,6 +118,8 @@ class GroupedExperts:
     def __call__(self, layer: int, x: jax.Array, routing: Routing) -> jax.Array:
         self.routings[layer] = routing
         gate_up, down = self.weights[layer]
+        chex.assert_shape(gate_up, (None, 2 * down.shape[2], x.shape[1]))
+        chex.assert_shape(down, (gate_up.shape[0], x.shape[1], None))
         row, token, expert = assign_blocks(routing.ids, gate_up.shape[0], self.block)
         rows = token.shape[0]
         slot = jnp.zeros((rows,), jnp.int32).at[row].set(jnp.arange(row.shape[1], dtype=jnp.int32)[None, :])

@@ -31,6 +31,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
+from hybrimoe_jax.models.moe import Routing
 from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.train import tokens
 from hybrimoe_jax.train.experts import GroupedExperts
@@ -106,10 +107,9 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return {"dense": dense, "experts": experts}
 
 
-def expert_weights(params: Params, config: ModelConfig) -> list[tuple[jax.Array, jax.Array] | None]:
-    """Per decoder layer, None or (gate_up, down): what an experts object is made of."""
-    packed = {int(layer): (entry["gate_up"], entry["down"]) for layer, entry in params["experts"].items()}
-    return [packed.get(layer) for layer in range(config.num_hidden_layers)]
+def expert_weights(params: Params) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """By decoder layer (gate_up, down): what an experts object is made of."""
+    return {int(layer): (entry["gate_up"], entry["down"]) for layer, entry in params["experts"].items()}
 
 
 def make_forward(config: ModelConfig, block: int = 64, **options) -> Callable:
@@ -121,14 +121,14 @@ def make_forward(config: ModelConfig, block: int = 64, **options) -> Callable:
 
     def forward(params, ids, positions):
         model = parameters.merge(graphdef, params["dense"])
-        experts = GroupedExperts(expert_weights(params, config), block, **options)
+        experts = GroupedExperts(expert_weights(params), block, **options)
         logits, _ = model(ids, model.init_cache(*ids.shape), positions, experts)
         return logits, experts.routings
 
     return forward
 
 
-def balance_loss(routing) -> jax.Array:
+def balance_loss(routing: Routing) -> jax.Array:
     """E * sum_e f_e P_e of one layer: 1 for uniform routing, E / k at the worst."""
     count = routing.scores.shape[1]
     share = jnp.bincount(routing.ids.reshape(-1), length=count) / routing.ids.size

@@ -8,7 +8,7 @@ Source: the key names and tables of PyPI's `gguf`, and llama.cpp's converter for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybrimoe_jax.errors import UserError
@@ -20,6 +20,10 @@ ARCHITECTURES = {
     "llama": "mixtral",
     "deepseek2": "deepseek_v2",
 }
+Get = Callable[..., Any]
+"""(key below the architecture's, default) -> value."""
+Need = Callable[[str], Any]
+"""The same for a key that must be there."""
 SOFTMAX = 1  # of `expert_gating_func`
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
@@ -91,7 +95,9 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     return raw
 
 
-def family_keys(arch: str, get, need, shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
+def family_keys(
+    arch: str, get: Get, need: Need, shapes: Mapping[str, tuple[int, ...]], where: object
+) -> dict[str, Any]:
     """The keys that only this architecture's family has."""
     experts = need("expert_count")
     if arch == "deepseek2":
@@ -115,7 +121,7 @@ def family_keys(arch: str, get, need, shapes: Mapping[str, tuple[int, ...]], whe
     return raw
 
 
-def check_rest(arch: str, get, raw: Mapping[str, Any], where: object) -> None:
+def check_rest(arch: str, get: Get, raw: Mapping[str, Any], where: object) -> None:
     """Refuses by name what `raw` does not say and what would change the answer."""
     head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     if arch == "deepseek2":
@@ -136,7 +142,7 @@ def check_rest(arch: str, get, raw: Mapping[str, Any], where: object) -> None:
             raise UserError(f"{where}: {arch}.{key} {value!r} is not supported for this architecture")
 
 
-def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, Any]:
+def deepseek(get: Get, need: Need, heads: int, experts: int, where: object) -> dict[str, Any]:
     """DeepSeek-V2's own keys."""
     if get("expert_gating_func", SOFTMAX) != SOFTMAX:
         raise UserError(f"{where}: deepseek2 with sigmoid routing (DeepSeek-V3) is not supported")
@@ -167,7 +173,7 @@ def deepseek(get, need, heads: int, experts: int, where: object) -> dict[str, An
     }
 
 
-def rope_scaling(get, where: object) -> dict[str, Any] | None:
+def rope_scaling(get: Get, where: object) -> dict[str, Any] | None:
     """The scaling of rotary positions by llama.cpp's rules.
 
     Without a type scaling is linear, a factor of 0 is none, and `rope.scale_linear` is the factor's old name.

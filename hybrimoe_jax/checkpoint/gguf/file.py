@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
 from hybrimoe_jax.checkpoint.safetensors import BF16
 from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights
 from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import family_of, parse_config
 
 BLOCK = 32
@@ -155,7 +156,9 @@ def open_gguf(path: str | Path) -> Weights:
     return Weights(config, raw, match_names(config, tensors, path), path, files)
 
 
-def original(config, arch: str, stored: dict[str, Any], shapes, path: Path) -> dict[str, Tensor]:
+def original(
+    config: ModelConfig, arch: str, stored: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, Tensor]:
     """Every tensor under its original name.
 
     Names that are not known stay as they are, and are then refused with the others.

@@ -192,7 +192,9 @@ class LatentAttention(nnx.Module):
         return self.o_proj(out.reshape(batch, tokens, self.heads * self.value)), cache
 
 
-def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
+def absorbed_attention(
+    q: jax.Array, q_rope: jax.Array, cache: dict, up: jax.Array | PackedMatrix, mask: jax.Array, scale: float
+) -> jax.Array:
     """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r], mask [B, T, S] -> [B, T, H, v].
 
     A head's key rows come first in `up`.
@@ -200,6 +202,7 @@ def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
     Both products take all of `up`, with zeros for the value rows, or values dropped: XLA:CPU copies a slice of it at 2
     GB/s (measured on DeepSeek-V2-Lite, one token: 2 ms for each of 54 slices, four fifths of a token's time).
     """
+    _check_latent(q, q_rope, cache, mask)
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
     nope, heads = q.shape[-1], q.shape[2]
     up = dequantise(up) if isinstance(up, PackedMatrix) else up.astype(jnp.float32)
@@ -211,8 +214,11 @@ def absorbed_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
     return einsum("bthr,hmr->bthm", einsum("bhts,bsr->bthr", probs, latent), up)[..., nope:]
 
 
-def expanded_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
+def expanded_attention(
+    q: jax.Array, q_rope: jax.Array, cache: dict, up: jax.Array | PackedMatrix, mask: jax.Array, scale: float
+) -> jax.Array:
     """The same answer with keys and values of every head expanded from the latents."""
+    _check_latent(q, q_rope, cache, mask)
     latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
     nope, heads = q.shape[-1], q.shape[2]
     both = product(latent, up).reshape(*latent.shape[:2], heads, -1)
@@ -220,6 +226,13 @@ def expanded_attention(q, q_rope, cache, up, mask, scale) -> jax.Array:
     logits = (einsum("bthn,bshn->bhts", q, keys) + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
     probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)
     return einsum("bhts,bshv->bthv", probs, values)
+
+
+def _check_latent(q: jax.Array, q_rope: jax.Array, cache: dict, mask: jax.Array) -> None:
+    batch, tokens, heads, _ = q.shape
+    chex.assert_shape(mask, (batch, tokens, None))
+    chex.assert_shape(q_rope, (batch, tokens, heads, cache["rope"].shape[-1]))
+    chex.assert_shape((cache["latent"], cache["rope"]), (batch, mask.shape[2], None))
 
 
 class DeepseekV2Block(MoEBlock):
