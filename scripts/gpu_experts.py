@@ -65,8 +65,10 @@ def measure_slots(sizes, repeats) -> dict[str, float]:
 
 
 def packed_slots(sizes, format: str, count: int) -> list:
-    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device: enough of them, run in turn, that
-    none stays in a cache."""
+    """Experts of DeepSeek-V2-Lite's shape (an eighth of it if small) on the device.
+
+    Enough of them, run in turn, that none stays in a cache.
+    """
     import jax
 
     from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
@@ -109,8 +111,10 @@ def measure_packed(sizes, repeats) -> dict[str, float]:
 
 
 def measure_pallas(sizes, repeats) -> dict[str, float]:
-    """Both forms of a quantised expert, alternately: programs of several experts, so that issuing one is not what is
-    timed."""
+    """Both forms of a quantised expert, alternately.
+
+    Programs of several experts, so that issuing one is not what is timed.
+    """
     import jax
     import jax.numpy as jnp
 

@@ -174,8 +174,10 @@ def measure_dispatch(sizes, repeats) -> dict[str, float]:
 
 
 def measure_threads(sizes, repeats) -> dict[str, float]:
-    """Rates of device_put on a second thread and of donated writes on the first, alone and together; contents are
-    checked."""
+    """Rates of device_put on a second thread and of donated writes on the first.
+
+    Each alone, and together; contents are checked.
+    """
     import jax
     import jax.numpy as jnp
 
