@@ -6,9 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from hybrimoe_jax.errors import UserError
+
+
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether what a JSON file gave is an object."""
+    return isinstance(value, dict)
 
 
 @contextlib.contextmanager

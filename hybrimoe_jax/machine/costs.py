@@ -17,9 +17,10 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import is_object, replacing
 
 PROFILE_VERSION = 3
 """4 had `kernels` besides, measurements of host kernels that nothing uses any more; it is still read."""
@@ -119,7 +120,9 @@ class CostModel:
         """
         return self.layer_base + self.layer_token * tokens
 
-    def scaled(self, *, cpu=1.0, device=1.0, shared=1.0, transfer=1.0, layer=1.0) -> CostModel:
+    def scaled(
+        self, *, cpu: float = 1.0, device: float = 1.0, shared: float = 1.0, transfer: float = 1.0, layer: float = 1.0
+    ) -> CostModel:
         """The same machine with some lanes slower (factor above 1) or faster, for tests and what-if questions."""
         factors = {"cpu": cpu, "device": device, "shared": shared, "transfer": transfer, "layer": layer}
         changed = " ".join(f"{name} x{factor:g}" for name, factor in factors.items() if factor != 1.0)
@@ -143,7 +146,7 @@ class CostModel:
             source=f"{self.source} ({changed})" if changed else self.source,
         )
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Plain values, for statistics and records."""
         return dataclasses.asdict(self)
 
@@ -162,7 +165,7 @@ class CostModel:
             raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
-        if not isinstance(raw, dict) or raw.pop("kind", None) != _KIND:
+        if not is_object(raw) or raw.pop("kind", None) != _KIND:
             raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
         version = raw.pop("version", None)
         if version not in (PROFILE_VERSION, 4):
@@ -188,4 +191,4 @@ def is_profile(path: str | Path) -> bool:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(raw, dict) and raw.get("kind") == _KIND
+    return is_object(raw) and raw.get("kind") == _KIND

@@ -14,6 +14,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
 
 Points = Sequence[tuple[float, float]]
+_Loads = list[tuple[int, float]]
 
 
 @dataclasses.dataclass
@@ -27,15 +28,15 @@ class Samples:
     """
 
     expert_bytes: int
-    cpu: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    cpu_first: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    alone: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    alone_first: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    device: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    shared: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    layer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    transfer: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    transfer_cpu_busy: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    cpu: _Loads = dataclasses.field(default_factory=_Loads)
+    cpu_first: _Loads = dataclasses.field(default_factory=_Loads)
+    alone: _Loads = dataclasses.field(default_factory=_Loads)
+    alone_first: _Loads = dataclasses.field(default_factory=_Loads)
+    device: _Loads = dataclasses.field(default_factory=_Loads)
+    shared: _Loads = dataclasses.field(default_factory=_Loads)
+    layer: _Loads = dataclasses.field(default_factory=_Loads)
+    transfer: _Loads = dataclasses.field(default_factory=_Loads)
+    transfer_cpu_busy: _Loads = dataclasses.field(default_factory=_Loads)
     fetch_host: float = 0.0
     look: float = 0.0
     handover: float = 0.0

@@ -7,11 +7,20 @@ middle of a transfer if need be.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 Key = tuple[str, int, int]
+
+
+@dataclasses.dataclass(slots=True)
+class _Transfer:
+    key: Key
+    issued: float
+    left: float = 1.0  # of it, down to 0
+    began: float | None = None
 
 
 class LinkLane:
@@ -23,7 +32,7 @@ class LinkLane:
 
     def __init__(self, costs: Any):
         self._beside, self._alone = costs.transfer(True), costs.transfer(False)
-        self._queue: deque[list] = deque()  # [key, issued, what is left of it (1 to 0), began or None]
+        self._queue: deque[_Transfer] = deque()
         self._at = 0.0
         self.cpu_until = self.busy = 0.0
 
@@ -32,37 +41,37 @@ class LinkLane:
 
     def keys(self) -> Iterator[Key]:
         """What is queued, in order."""
-        return (job[0] for job in self._queue)
+        return (job.key for job in self._queue)
 
     def send(self, key: Key, issued: float) -> None:
-        self._queue.append([key, issued, 1.0, None])
+        self._queue.append(_Transfer(key, issued))
 
     def clear(self) -> None:
         self._queue.clear()
 
     def finish_first(self) -> tuple[Key, float, float]:
         """Carries the first transfer to its end: (key, begin, end)."""
-        key, issued, left, began = self._queue.popleft()
-        start = max(self._at, issued)
-        self._at = end = self._end(start, left)
+        job = self._queue.popleft()
+        start = max(self._at, job.issued)
+        self._at = end = self._end(start, job.left)
         self.busy += end - start
-        return key, start if began is None else began, end
+        return job.key, start if job.began is None else job.began, end
 
     def advance(self, until: float) -> list[tuple[Key, float, float]]:
         """Moves on to `until`; the transfers that end by then as (key, begin, end)."""
-        done = []
+        done: list[tuple[Key, float, float]] = []
         while self._queue:
             job = self._queue[0]
-            start = max(self._at, job[1])
+            start = max(self._at, job.issued)
             if start >= until:
                 break
-            if self._end(start, job[2]) <= until:
+            if self._end(start, job.left) <= until:
                 done.append(self.finish_first())
                 continue
-            if job[3] is None:
-                job[3] = start
+            if job.began is None:
+                job.began = start
             beside = max(0.0, min(self.cpu_until, until) - start)
-            job[2] -= beside / self._beside + (until - start - beside) / self._alone
+            job.left -= beside / self._beside + (until - start - beside) / self._alone
             self.busy += until - start
             self._at = until
         return done

@@ -22,8 +22,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import is_object
 from hybrimoe_jax.machine.costs import CostModel, is_profile
 from hybrimoe_jax.machine.shapes import ModelShape
 
@@ -63,7 +65,7 @@ class MachineProfile:
     about: str
     figures: Figures
     sources: Mapping[str, tuple[str, str]]
-    combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    combine: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def costs(self, shape: ModelShape, fmt: str) -> MachineCosts:
         """What this machine takes for a model with experts in format `fmt`."""
@@ -96,7 +98,7 @@ class MachineCosts:
         self._device: dict[int, float] = {}
         self._layer: dict[tuple[int, int], float] = {}
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Plain values, for statistics and records."""
         figures = dataclasses.asdict(self._figures)
         about = {"profile": self.profile.name, "model": self.shape.name, "format": self.fmt}
@@ -174,14 +176,14 @@ def load_profile(name: str | Path) -> MachineProfile:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"profile {name}: not a profile: invalid JSON ({error})") from None
-    if not isinstance(raw, dict) or raw.get("kind") != KIND:
+    if not is_object(raw) or raw.get("kind") != KIND:
         raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
     if raw.get("version") != VERSION:
         raise UserError(
             f"profile {name}: version {raw.get('version')!r} is not supported (this program reads {VERSION})"
         )
     figures, combine = raw.get("figures"), raw.get("combine", {})
-    if not isinstance(figures, dict) or not isinstance(combine, dict):
+    if not is_object(figures) or not is_object(combine):
         raise UserError(f"profile {name}: `figures` and `combine` must be objects")
     values, sources = _figures(figures, name)
     for lane, how in combine.items():
@@ -191,15 +193,16 @@ def load_profile(name: str | Path) -> MachineProfile:
     return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine)
 
 
-def _figures(figures: dict, name: str | Path) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:
+def _figures(figures: dict[str, Any], name: str | Path) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:
     """A file's figures by name, and their sources; UserError for the first thing wrong."""
     names = [field.name for field in dataclasses.fields(Figures)]
     for missing in [n for n in names if n not in figures] + [n for n in figures if n not in names]:
         raise UserError(f"profile {name}: figure {missing!r} is {'missing' if missing in names else 'unknown'}")
-    values, sources = {}, {}
+    values: dict[str, float] = {}
+    sources: dict[str, tuple[str, str]] = {}
     for field in names:
-        entry = figures[field]
-        value = entry.get("value") if isinstance(entry, dict) else None
+        entry: dict[str, Any] = figures[field] if is_object(figures[field]) else {}
+        value = entry.get("value")
         rate = field.endswith(("bandwidth", "flops", "cpu_busy"))
         if (
             isinstance(value, bool)

@@ -8,10 +8,11 @@ names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import is_object
 from hybrimoe_jax.formats.sizes import expert_bytes
 
 
@@ -53,12 +54,13 @@ class ModelShape:
         return expert_bytes(self.hidden, self.moe_width, fmt)
 
 
-def shape_of(config: Mapping[str, Any] | Any, name: str) -> ModelShape:
+def shape_of(config: dict[str, Any] | Any, name: str) -> ModelShape:
     """The shape of a configuration: a mapping, or an object with attributes, with Hugging Face's field names."""
+    fields = SimpleNamespace(**config) if is_object(config) else config
 
     def get(*names: str, default: Any = None) -> Any:
         for field in names:
-            value = config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)
+            value = getattr(fields, field, None)
             if value is not None:
                 return value
         return default
@@ -104,7 +106,7 @@ def shape_of(config: Mapping[str, Any] | Any, name: str) -> ModelShape:
 
 _GQA = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
         "num_experts_per_tok", "moe_intermediate_size", "vocab_size")  # fmt: skip
-_CONFIGS: dict[str, dict] = {
+_CONFIGS: dict[str, dict[str, int]] = {
     "mixtral-8x7b": dict(zip(_GQA, (4096, 32, 32, 8, 128, 8, 2, 14336, 32000))),
     "qwen2-57b-a14b": dict(zip(_GQA, (3584, 28, 28, 4, 128, 64, 8, 2560, 151936)))
     | {"shared_expert_intermediate_size": 20480},

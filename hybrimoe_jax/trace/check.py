@@ -51,31 +51,28 @@ def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule
     )
     outside = (ids < 0) | (ids >= facts.experts)
     yield (
-        np.asarray(outside.any(axis=1)),
+        np.any(outside, axis=1),
         lambda row: f"expert id {ids[row][outside[row]][0]} is outside 0..{facts.experts - 1}",
     )
     ordered = np.sort(ids, axis=1)
-    yield (
-        np.asarray((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)),
-        lambda row: f"an expert twice among {ids[row].tolist()}",
-    )
+    yield (ordered[:, 1:] == ordered[:, :-1]).any(axis=1), lambda row: f"an expert twice among {ids[row].tolist()}"
     if "weights" in arrays:
         weights = arrays["weights"]
-        unfit = ~np.isfinite(weights) | (weights < 0)
-        yield (
-            np.asarray((unfit & ~np.isnan(weights).all(axis=1, keepdims=True)).any(axis=1)),
-            lambda row: f"weights {weights[row].tolist()} are not all finite and non-negative",
-        )
+        yield _unfit(weights), lambda row: f"weights {weights[row].tolist()} are not all finite and non-negative"
     for name, scores in arrays.items():
         if name != "scores" and not name.startswith("lookahead_"):
             continue
-        absent = np.isnan(scores).all(axis=1)
-        unfit = (~np.isfinite(scores) | (scores < 0)).any(axis=1) & ~absent
-        yield np.asarray(unfit), lambda row, name=name: f"{name} are not all finite and non-negative"
+        yield _unfit(scores), lambda row, name=name: f"{name} are not all finite and non-negative"
         if name != "scores":
             distance = int(name.rpartition("_")[2])
-            past = ~absent & (layer + distance >= facts.layers)
+            past = ~np.isnan(scores).all(axis=1) & (layer + distance >= facts.layers)
             yield past, lambda row, name=name: f"{name} predicts a layer past the last, {facts.layers - 1}"
+
+
+def _unfit(values: np.ndarray) -> np.ndarray:
+    """Rows [R] with a number that is negative or not finite; NaN throughout is no such row, but one without values."""
+    unfit = np.logical_or(~np.isfinite(values), values < 0).any(axis=1)
+    return np.logical_and(unfit, ~np.isnan(values).all(axis=1))
 
 
 def _after(bad: np.ndarray) -> np.ndarray:
