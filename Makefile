@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: venv demo test test-slow lint bench clean
+.PHONY: venv demo check test test-slow test-nightly test-engine coverage lint types quick bench clean
 
 # The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
 BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
@@ -43,15 +43,42 @@ demo: $(VENV)/.run
 # A worker for each core, each on one core of XLA's; a file's tests stay together (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto
 
+# After a change: lint, types and the tests of what needs no model, side by side.
+check: venv
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick lint types
+
 test: venv lint
 	$(PYTEST)
 
+# Also all values of every parameter, more random examples, and the whole exactness matrix.
 test-slow: venv
 	$(PYTEST) --slow
+
+# Also what takes hours, and other random examples in every run.
+test-nightly: venv
+	$(PYTEST) --nightly
+
+# What shows whether another version of Python or jax serves.
+test-engine: venv
+	$(PYTEST) tests/test_engine*.py tests/test_models_*.py
+
+# The package's lines that `make test` runs, in the commands that tests start as well; fewer than pyproject.toml says fail.
+COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage
+coverage: venv
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(COVERAGE) run -m pytest -n auto
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report --skip-covered
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/pyright
+
+quick: venv
+	$(BIN)/python -m pytest -q tests/test_decide_*.py tests/test_trace_*.py tests/test_packing.py tests/test_rooms.py
 
 bench: venv
 	$(BIN)/python -m hybrimoe_jax.bench engine

@@ -45,11 +45,13 @@ def know_the_start() -> None:
 
 know_the_start()
 PROGRAMS = program_cache.start()
-# The same examples in every run, however busy the machine; `--nightly` looks for others.
-hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+# The same examples in every run, however busy the machine, by default a share of them; `--nightly` looks for others.
+COMMON = hypothesis.settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.register_profile("nightly", hypothesis.settings.get_profile("default"), derandomize=False)
+hypothesis.settings.register_profile("default", COMMON, max_examples=25)
+hypothesis.settings.register_profile("slow", COMMON, max_examples=100)
+hypothesis.settings.register_profile("nightly", COMMON, max_examples=100, derandomize=False)
 
 
 def pytest_addoption(parser):
@@ -58,7 +60,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "default")
+    chosen = [name for name in ("nightly", "slow") if config.getoption(name)]
+    hypothesis.settings.load_profile([*chosen, "default"][0])
 
 
 def pytest_unconfigure(config):

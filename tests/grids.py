@@ -1,9 +1,10 @@
-"""Grids of parameters, of which a few cases run by default and all others with `--slow`."""
+"""Grids of parameters and random examples, of which a few cases run by default and all with `--slow`."""
 
 from __future__ import annotations
 
 import itertools
 
+import hypothesis
 import pytest
 
 
@@ -24,3 +25,8 @@ def each_once(*axes) -> list:
     longest = max(map(len, axes))
     diagonal = [tuple(axis[i % len(axis)] for axis in axes) for i in range(longest)]
     return few(diagonal, itertools.product(*axes))
+
+
+def examples(count: int) -> hypothesis.settings:
+    """So many random examples with `--slow`, by default a share of them."""
+    return hypothesis.settings(max_examples=count * hypothesis.settings().max_examples // 100)

@@ -1,7 +1,7 @@
 """Cache policies: one contract for all of them, then what each is for."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.cache import (
@@ -47,7 +47,6 @@ class TestContract:
         assert policy_class(name)(EXPERTS, 3, TOP_K).initial() == [0, 1, 2]
         assert policy_class(name)(EXPERTS, 0, TOP_K).initial() == []
 
-    @settings(deadline=None)
     @given(
         history=steps,
         resident=st.sets(st.integers(0, EXPERTS - 1)),
@@ -65,7 +64,6 @@ class TestContract:
             if policy.comparable:
                 assert policy.value(victim) == min(policy.value(e) for e in resident - protected)
 
-    @settings(deadline=None)
     @given(history=steps)
     def test_expected_is_the_value_after_the_predicted_step(self, name, history):
         policy = policy_class(name)(EXPERTS, 4, TOP_K)

@@ -5,6 +5,7 @@ land in between.
 from __future__ import annotations
 
 import pytest
+from grids import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -76,4 +77,4 @@ class Cache(RuleBasedStateMachine):
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_as_the_planner_treats_them(name):
     machine = type("Cache", (Cache,), {"name": name})
-    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(examples(40), stateful_step_count=25))

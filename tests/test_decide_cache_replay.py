@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from grids import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.bench.cache import Visit, cache_of, replay, slots_for
@@ -47,14 +48,14 @@ def fewest_misses(needs, slots, bypass) -> int:
     return best(0, frozenset())
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(needs=steps, slots=st.integers(2, 4))
 def test_belady_has_the_fewest_misses_there_are(needs, slots):
     found = one_layer(Belady(EXPERTS, slots, 2, future=needs), needs, slots, False)
     assert found.misses == fewest_misses(needs, slots, False)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @example(needs=[{0}, {1, 3}, {0}, {3}], slots=2)  # a free slot must not go to an expert that is never used again
 @given(needs=steps, slots=st.integers(2, 4))
 def test_belady_with_bypass_is_never_below_the_fewest(needs, slots):
@@ -188,7 +189,7 @@ def s3_fifo_by_the_paper(needs, slots, small_slots):
     return misses
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(needs=st.lists(st.integers(0, 7).map(lambda e: [e]), max_size=60), slots=st.integers(3, 6))
 def test_s3_fifo_is_the_paper_s(needs, slots):
     policy = policy_class("s3-fifo")(8, slots, 1, share=0.4)

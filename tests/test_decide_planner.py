@@ -1,7 +1,8 @@
 """The planner: residency, lanes and prefetch accounting, on constructed steps and as properties over random ones."""
 
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from planner_cases import planner_of, prefetch
 
@@ -404,7 +405,7 @@ def engines(draw):
     )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(engine=engines(), data=st.data())
 def test_whatever_happens_each_expert_runs_once_and_slots_stay_true(engine, data):
     """A model of the slots, moved only by what plans and landings say, agrees with the planner through random steps."""

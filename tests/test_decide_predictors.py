@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from planner_cases import planner_of, prefetch
 from public_traces import shared
@@ -73,7 +74,7 @@ NAMES = [*PREDICTORS, "recorded"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     sizes=st.lists(st.sampled_from([1, 1, 2, 5, 20]), min_size=1, max_size=6),
     depth=st.integers(0, DISTANCES + 1),

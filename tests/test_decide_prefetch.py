@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
@@ -84,7 +84,6 @@ def test_accuracy_forgets():
 loads_lists = st.lists(st.integers(1, 20), max_size=6)
 
 
-@settings(deadline=None)
 @given(loads_lists, loads_lists, st.sampled_from(["paper", "released", "cpu-misses", "fetch-misses"]))
 def test_an_outlook_is_what_the_scheduler_says_whatever_the_ids(here, absent, rule):
     model = costs(cpu_token=0.37)

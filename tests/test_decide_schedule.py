@@ -7,7 +7,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from schedule_cases import costs, simulate
 
@@ -144,7 +144,6 @@ def problems(draw, max_experts=10):
 
 
 @pytest.mark.parametrize("rule", SCHEDULERS)
-@settings(deadline=None)
 @given(problem=problems())
 @example(problem=Problem({}, set(), costs()))
 def test_every_expert_once_and_the_times_are_true(rule, problem):

@@ -3,7 +3,8 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.planner import Planner
@@ -20,7 +21,7 @@ COSTS = CostModel(
 SHARED = dataclasses.replace(COSTS, alone_expert=2.0, alone_token=0.5, alone_first=0.5)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.sampled_from(sorted(SCHEDULERS)),
     st.dictionaries(st.integers(0, 9), st.integers(1, 40), min_size=1),

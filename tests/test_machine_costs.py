@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
@@ -67,7 +67,6 @@ def test_costs_by_load_and_regime():
     assert MODEL.layer(100) == pytest.approx(1.2e-3)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_fit_recovers_the_model_behind_the_samples(data):
     seconds = st.floats(1e-6, 1e-2)
@@ -89,7 +88,6 @@ def test_fit_recovers_the_model_behind_the_samples(data):
         assert found.transfer(cpu_busy) == pytest.approx(truth.transfer(cpu_busy), rel=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-6, 1.0)), min_size=1, max_size=12))
 def test_fit_of_any_noise_is_a_valid_model(points):
     sizes = [(load * 1000, seconds) for load, seconds in points]

@@ -5,7 +5,8 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from planner_cases import planner_of, prefetch
 
@@ -124,7 +125,7 @@ def problems(draw):
     return costs, loads, draw(st.integers(0, EXPERTS)), draw(st.sampled_from(sorted(SCHEDULERS)))
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(problems())
 def test_with_nothing_in_flight_a_layer_takes_what_was_planned(problem):
     costs, loads, slots, rule = problem

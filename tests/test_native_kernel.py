@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import assert_close, exact, make_expert, tokens_of
@@ -49,7 +50,7 @@ def expected(experts, x, rows, mix) -> np.ndarray:
 
 
 @every_isa
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(**runs(width=130, hidden=90, count=5), dtype=st.sampled_from([F32, BF16]))
 def test_runs_of_experts_give_the_float64_answer(isa, seed, width, hidden, total, count, threads, dtype):
     experts, x, rows, mix = layer(seed, width, hidden, total, count, dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from native_cases import HERE, every_isa, needs_native, routing, runs
 from test_host_kernels import tokens_of
@@ -102,7 +103,7 @@ def test_every_format_gives_the_float64_answer(isa, name):
 
 
 @every_isa
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(**runs(width=300, hidden=200, count=4), names=st.lists(st.sampled_from(EVERY), min_size=1, max_size=2))
 def test_runs_of_experts_of_any_formats_and_shapes(isa, seed, width, hidden, total, count, threads, names):
     rng = np.random.default_rng(seed)
@@ -120,7 +121,7 @@ def test_runs_of_experts_of_any_formats_and_shapes(isa, seed, width, hidden, tot
 
 
 @every_isa
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     seed=st.integers(0, 999),
     rows=st.integers(1, 200),

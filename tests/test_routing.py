@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide.prefetch.prediction import predict
@@ -33,7 +34,7 @@ def packed(ids, weights, scores, ahead) -> np.ndarray:
     return np.concatenate([ids.astype(np.float32), weights, scores, *ahead], axis=1)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(routings())
 def test_it_says_who_is_needed_by_which_rows_with_which_weights(routing):
     ids, weights, scores, ahead, valid = routing
@@ -56,7 +57,7 @@ def test_it_says_who_is_needed_by_which_rows_with_which_weights(routing):
     np.testing.assert_array_equal(read.row_scores, scores)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(routings())
 def test_predictions_are_each_tokens_best_experts_of_the_later_layer(routing):
     ids, weights, scores, ahead, valid = routing

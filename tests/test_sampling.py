@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -13,7 +14,7 @@ from hybrimoe_jax.errors import UserError
 
 LOGITS = arrays(np.float32, st.integers(1, 30), elements=st.floats(-60, 60, width=32))
 TEMPERATURES = st.floats(0.01, 50)
-each = settings(deadline=None, max_examples=150)
+each = examples(150)
 
 
 @each

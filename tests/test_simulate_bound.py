@@ -6,7 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.decide import SYSTEMS, Planner
@@ -50,7 +51,7 @@ def taken(planner, costs, steps):
     return replay(planner, VirtualMachine(costs), steps).seconds
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(steps=workloads(), costs=machines, ratio=st.sampled_from([0.0, 0.34, 0.5, 1.0]), cold=st.booleans())
 def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
     pooled = [system.override(scope="pooled") for name, system in SYSTEMS.items() if name in ("on-demand", "hybrimoe")]
@@ -75,7 +76,7 @@ def test_no_system_is_below_the_bound(steps, costs, ratio, cold):
     assert taken(known, costs, steps) >= least_seconds(steps, slots, costs, cold=cold) * (1 - 1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     stays=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)).filter(lambda s: s[1] < s[0]), max_size=8),
     room=st.integers(0, 3),

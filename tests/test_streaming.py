@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import tiny_checkpoint
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrimoe_jax.engine.lanes import host
@@ -16,7 +17,7 @@ from hybrimoe_jax.text import Tokenizer
 PROMPT = "héllo the and"
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_text_up_to_the_first_stop_string_is_shown_and_no_more(pieces, stops):
     buffer, shown, made = StopBuffer(stops), "", ""

@@ -6,7 +6,8 @@ import json
 import types
 
 import pytest
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -180,7 +181,7 @@ def bytes_tokenizer(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("bytes"), byte_level())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(data=st.data())
 def test_streamed_text_is_the_decoded_text(bytes_tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, bytes_tokenizer.vocab_size - 1), max_size=40))
