@@ -18,12 +18,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrimoe_jax"
 NATIVE = PACKAGE / "host_kernels" / "native"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes"}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "xdist": "pytest-xdist"}
 """Distributions whose name is not their module's."""
 OPTIONAL = {"gguf", "matplotlib", "torch", "transformers"}
 """Imported where an extra is installed."""
 PEERS = {"llama_cpp"}
 """Imported where a person has installed it; no extra names it, since it is compiled for a quarter of an hour."""
+BROUGHT = {"scipy", "PIL"}
+"""Imported by tests alone; jax needs the one, matplotlib the other."""
 SOURCE_ENDINGS = {".py", ".cpp", ".h", ".inc", ".so", ".pyc"}
 
 
@@ -51,6 +53,14 @@ def test_the_declared_dependencies_are_the_imported_ones():
 def test_what_is_optional_is_in_an_extra():
     extras = {name for each in PROJECT["project"]["optional-dependencies"].values() for name in declared(each)}
     assert imported(PACKAGE) >= OPTIONAL and extras >= OPTIONAL
+
+
+def test_what_tests_and_scripts_import_is_declared():
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    modules = (imported(ROOT / "tests") | imported(ROOT / "scripts")) - own - BROUGHT
+    project = PROJECT["project"]
+    extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots")]
+    assert {DISTRIBUTIONS.get(name, name) for name in modules} <= declared(sum(extras, project["dependencies"]))
 
 
 def test_every_file_of_the_package_is_packaged():
