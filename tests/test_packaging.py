@@ -56,8 +56,9 @@ def test_what_is_optional_is_in_an_extra():
 
 
 def test_what_tests_and_scripts_import_is_declared():
-    own = {path.stem for path in (ROOT / "tests").glob("*.py")}
-    modules = (imported(ROOT / "tests") | imported(ROOT / "scripts")) - own - BROUGHT
+    folders = ROOT / "tests", ROOT / "scripts"
+    own = {path.stem for folder in folders for path in folder.glob("*.py")}
+    modules = set().union(*map(imported, folders)) - own - BROUGHT
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots")]
     assert {DISTRIBUTIONS.get(name, name) for name in modules} <= declared(sum(extras, project["dependencies"]))
