@@ -15,6 +15,7 @@ from grids import each_once
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.formats.packing import Format, PackedExpert, PackedMatrix, pack, pack_expert, quantise
 from hybrimoe_jax.host_kernels.native import ffi, library
+from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 from hybrimoe_jax.models import products
 from hybrimoe_jax.models.layers import Linear, SwiGLU
 from hybrimoe_jax.models.moe import add_experts_reference, native_for
@@ -268,3 +269,19 @@ def test_a_matrix_is_found_by_its_address_beside_one_that_is_handed_over(format)
         np.testing.assert_array_equal(made, ffi.matmul(x, weight))
     with pytest.raises(jax.errors.JaxRuntimeError, match="type or size"):
         jax.block_until_ready(ffi.matmul(x, found(addresses[:2], 2)))
+
+
+@needs_ffi
+def test_helpers_that_an_xla_thread_has_started_keep_subnormal_scales(monkeypatch):
+    """XLA's threads flush subnormal numbers to zero, and a thread inherits that. Halves below 2^-14 are widened through
+    them where the processor is not asked to."""
+    format, rng = Format.parse("int8-g32"), RNG(0)
+    weights = rng.standard_normal((64, 320), np.float32) * np.float32(1e-3)
+    packed, kernel = pack(format, *quantise(weights, format)), NativeKernel(isa="portable")
+    x = rng.standard_normal((8000, 320), np.float32)
+    library.library().experts_shutdown()
+    monkeypatch.setattr(ffi, "threads", lambda: 4)
+    jax.block_until_ready(jax.jit(ffi.matmul)(jnp.asarray(x), PackedMatrix(jnp.asarray(packed.data), packed.layout)))
+    want = kernel.product(packed, x)
+    for _ in range(20):
+        np.testing.assert_array_equal(kernel.product(packed, x, threads=4), want)

@@ -15,6 +15,9 @@
 #include <pthread.h>
 #include <sched.h>
 #endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <xmmintrin.h>
+#endif
 
 namespace experts {
 namespace {
@@ -32,6 +35,31 @@ void pause() {
 #endif
 }
 
+// While it lives, this thread rounds to nearest and keeps subnormal numbers, as Python's threads do. XLA's threads
+// flush those to zero, and so would helpers that one of them has started: halves are widened through them.
+class PlainFloats {
+   public:
+#if defined(__x86_64__) || defined(__i386__)
+    PlainFloats() { _mm_setcsr(0x1f80); }
+    ~PlainFloats() { _mm_setcsr(saved_); }
+
+   private:
+    const unsigned saved_ = _mm_getcsr();
+#elif defined(__aarch64__)
+    PlainFloats() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+    }
+    ~PlainFloats() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+   private:
+    uint64_t saved_;
+#else
+    PlainFloats() {}
+    ~PlainFloats() {}
+#endif
+};
+
 struct Job {
     Phase* phases;
     int64_t count, ranges;
@@ -40,6 +68,7 @@ struct Job {
 };
 
 void work_on(Job& job) {
+    const PlainFloats floats;
     const int64_t own = job.joined.fetch_add(1, std::memory_order_relaxed);
     for (Phase* phase = job.phases; phase < job.phases + job.count; ++phase) {
         int64_t done = 0;
