@@ -3,6 +3,7 @@ fuzzed shapes; the extremes that narrower sums would saturate at; the same bits 
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from grids import examples
@@ -191,6 +192,17 @@ def test_activations_are_quantised_by_the_rule(isa):
     codes, scales = quantise_activations(x, format.group)
     want = codes.astype(np.float32) * np.repeat(scales, 64, axis=1)[:, :columns]
     np.testing.assert_array_equal(NativeKernel(isa=isa).product(picks, x), want)
+
+
+@every_isa
+def test_small_scales_count_in_a_thread_of_xla_too(isa):
+    """There denormal floats are taken for zero, and helpers that such a thread begins inherit that."""
+    rng, kernel = np.random.default_rng(0), NativeKernel(isa=isa)
+    matrix, x = random_matrix(rng, Format.parse("int8-g32"), 67, 191), tokens_of(5, 191)
+    want = kernel.product(matrix, x, threads=1)
+    shape = jax.ShapeDtypeStruct(want.shape, want.dtype)
+    there = jax.jit(lambda x: jax.pure_callback(lambda x: kernel.product(matrix, np.asarray(x), threads=1), shape, x))
+    assert np.array_equal(there(x), want)
 
 
 @every_isa
