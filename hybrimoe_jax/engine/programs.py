@@ -63,8 +63,8 @@ def _join(h, acc, host):
     return h + (acc + host).reshape(h.shape)
 
 
-def gate_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> jax.Array:
-    """Gate reuse: a later layer's own norm and router applied to this residual stream [B, T, D] -> [N, E]."""
+def router_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) -> jax.Array:
+    """Router reuse: a later layer's own norm and router applied to this residual stream [B, T, D] -> [N, E]."""
     x = rms_norm(h, norm, eps).reshape(-1, h.shape[-1])
     return jax.nn.softmax(product(x, gate), axis=-1)
 
@@ -80,7 +80,7 @@ def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
             x = layer.ffn_input(h)
             routing = layer.ffn.route(x)
             eps = layer.post_attention_layernorm.eps
-            ahead = [gate_scores(h, norm, gate, eps) for norm, gate in lookahead]
+            ahead = [router_scores(h, norm, gate, eps) for norm, gate in lookahead]
             packed = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, *ahead]
             return h, x, cache, jnp.concatenate(packed, axis=-1)
 

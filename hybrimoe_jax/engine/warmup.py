@@ -46,7 +46,7 @@ def measure(
     capacity: int,
     inline_s: float,
     distances: int,
-    one_program: bool = False,
+    fusible: bool = False,
 ) -> CostModel:
     """Runs the warm-up (a second or two, most of it compiling what decoding needs anyway) and fits the costs.
 
@@ -55,7 +55,7 @@ def measure(
       capacity: of the KV cache used for the front's timing.
       inline_s: host experts shorter than this are run by the thread that dispatches the device's.
       distances: lookahead depth, whose price is measured too.
-      one_program: whether a decode step can be one program, so that leaving it has a price.
+      fusible: whether a decode step can be one program, so that leaving it has a price.
     """
     config = model.config
     every = itertools.product(range(len(model.moe_layers)), range(config.num_experts))
@@ -69,7 +69,7 @@ def measure(
     samples.look = distances * _look(model, host.clock)
     if inline:
         samples.fetch_host = _issue(host.clock, pool, link, itertools.cycle(experts), weights)
-    if one_program:
+    if fusible:
         samples.handover = _handover(model, host.clock, capacity)
     return fit_costs(samples, source="warm-up on this machine")
 
@@ -240,7 +240,7 @@ def _look(model: DeviceModel, clock: WallClock) -> float:
     config = model.config
     ((norm, gate),) = model.lookahead_routers(0, 1)
     h = jnp.ones((1, 1, config.hidden_size), jnp.float32)
-    scores = jax.jit(programs.gate_scores, static_argnums=3)
+    scores = jax.jit(programs.router_scores, static_argnums=3)
 
     def run():  # queued, so that dispatch does not count: in a step this is part of another program
         jax.block_until_ready([scores(h, norm, gate, model.eps) for _ in range(REPEATS)])

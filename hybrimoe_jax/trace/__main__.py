@@ -111,7 +111,7 @@ def _lines(record: dict) -> list[tuple[str, str]]:
     if record["router_reuse"]:
         lines.append(
             (
-                "gate reuse",
+                "router reuse",
                 ", ".join(f"{d}: {share:.1%}" for d, share in record["router_reuse"].items() if share is not None)
                 + " of predicted experts chosen, by distance",
             )

@@ -131,7 +131,7 @@ def _reuse(tokens: Tokens, facts) -> dict[str, float] | None:
 
 
 def _hit_share(trace: Trace, tokens: Tokens, distance: int) -> float | None:
-    """The share of the experts that gate reuse predicted at `distance` which that layer then chose."""
+    """The share of the experts that router reuse predicted at `distance` which that layer then chose."""
     ahead, k = trace.lookahead[distance], trace.facts.top_k
     rows = np.flatnonzero(~np.isnan(ahead[:, 0]))
     target = tokens.ids[token_of_row(trace)[0][rows], trace.layer[rows] + distance]
