@@ -184,8 +184,6 @@ class Torch(Contender):
 
     def __init__(self, weights: Weights):
         import torch
-        from torch.ao.quantization import quantize_dynamic
-        from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
         class Expert(torch.nn.Module):
             def __init__(self, matrices):
@@ -201,10 +199,11 @@ class Torch(Contender):
         torch.backends.quantized.engine = "x86" if "x86" in torch.backends.quantized.supported_engines else "fbgemm"
         self.nbytes = weights.shape.weights
         self.count = count_of(self.nbytes)
-        spec = {torch.nn.Linear: per_channel_dynamic_qconfig}
+        quantization = torch.ao.quantization
+        spec = {torch.nn.Linear: quantization.qconfig.per_channel_dynamic_qconfig}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._experts = [quantize_dynamic(Expert(weights.matrices), spec) for _ in range(self.count)]
+            self._experts = [quantization.quantize_dynamic(Expert(weights.matrices), spec) for _ in range(self.count)]
 
     def set_threads(self, threads: int) -> None:
         self._torch.set_num_threads(threads)
