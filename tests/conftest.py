@@ -11,6 +11,7 @@ import gc
 import os
 import re
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,8 +23,8 @@ MOST_WORKERS = 8
 LOCKS = Path(tempfile.gettempdir(), f"hybrimoe-tests-{os.getuid()}")
 """One folder for all runs of this user, so that a test that wants to be alone is."""
 
-FOREIGN = re.compile("LC_|LANG|COLUMNS|LINES|FORCE_COLOR|PYTHON(IO|WARN|UTF8|COLORS)")
-"""Variables that change what a command prints."""
+FOREIGN = re.compile("LC_|LANG|COLUMNS|LINES|FORCE_COLOR|PYTHON(IO|WARN|UTF8|COLORS|DONTWRITE)")
+"""Variables that change what a command prints, or have it compile the package again, which takes seconds each time."""
 
 
 def know_the_start() -> None:
@@ -39,6 +40,7 @@ def know_the_start() -> None:
     os.umask(0o022)
     for name in filter(FOREIGN.match, list(os.environ)):
         del os.environ[name]
+    sys.dont_write_bytecode = False
     os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", NO_COLOR="1")
     os.environ.setdefault("NPROC", "1")
 

@@ -41,10 +41,11 @@ def _round(cells: list[Cell], covered) -> list[Cell]:
     """Greedily the fewest cells that cover all that `cells` covers."""
     cells = list(cells)
     random.Random(0).shuffle(cells)
-    chosen, wanted = [], set().union(*map(covered, cells))
-    while wanted:
-        chosen.append(max(cells, key=lambda cell: len(covered(cell) & wanted)))
-        wanted -= covered(chosen[-1])
+    chosen, missing = [], {cell: covered(cell) for cell in cells}
+    while missing:
+        chosen.append(max(missing, key=lambda cell: len(missing[cell])))
+        found = missing[chosen[-1]]
+        missing = {cell: rest for cell, those in missing.items() if (rest := those - found)}
     return chosen
 
 

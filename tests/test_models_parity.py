@@ -3,14 +3,16 @@
 Each case first shows that its seed proves something: no decision (next token, routed experts) is near a tie.
 """
 
-import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+from importlib.util import find_spec
 
 import hf
+import numpy as np
+import pytest
 from grids import few
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("torch") and find_spec("transformers")), reason="torch or transformers is not installed"
+)
 
 TOLERANCE = 2e-5
 """Allowed logit difference as a share of the logits' own scale (the largest magnitude)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import itertools
 import json
@@ -83,8 +84,13 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
             yield Import(name, module if own else module.split(".")[0], statement.lineno, outside)
 
 
-IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
-INSIDE = [found for found in IMPORTS if found.target.split(".")[0] == PACKAGE]
+@functools.cache
+def imports() -> list[Import]:
+    return [found for name, path in MODULES.items() for found in imports_of(name, path)]
+
+
+def inside() -> list[Import]:
+    return [found for found in imports() if found.target.split(".")[0] == PACKAGE]
 
 
 def room(module: str) -> str:
@@ -107,12 +113,12 @@ def test_every_module_is_in_a_room():
 
 
 def test_every_import_inside_the_package_names_a_module_of_it():
-    assert not [where(found) for found in INSIDE if found.target not in MODULES]
+    assert not [where(found) for found in inside() if found.target not in MODULES]
 
 
 def test_rooms_import_only_downwards():
     upwards = [
-        found for found in INSIDE if room(found.source) and floor(room(found.target)) < floor(room(found.source))
+        found for found in inside() if room(found.source) and floor(room(found.target)) < floor(room(found.source))
     ]
     assert not [where(found) for found in upwards]
 
@@ -120,7 +126,7 @@ def test_rooms_import_only_downwards():
 def test_files_make_no_circle():
     """At module level: a file that is imported while it runs would be seen half."""
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
-    for found in INSIDE:
+    for found in inside():
         if found.at_module_level:
             graph[found.source].add(found.target)
     try:
@@ -137,7 +143,7 @@ def test_rooms_without_jax_reach_none(name):
     while waiting:
         module = waiting.pop()
         reached.add(module)
-        mine = [found for found in IMPORTS if found.source == module]
+        mine = [found for found in imports() if found.source == module]
         assert not [where(found) for found in mine if found.target in ("jax", "jaxlib", "flax")]
         waiting += [found.target for found in mine if found.target in MODULES and found.target not in reached]
 
