@@ -50,7 +50,7 @@ check: venv
 test: venv lint
 	$(PYTEST)
 
-# Also all values of every parameter, more random examples, and the whole exactness matrix.
+# Also all values of every parameter, more random examples, and a share of the exactness matrix (nightly: all of it).
 test-slow: venv
 	$(PYTEST) --slow
 

@@ -1,17 +1,22 @@
-"""All cells of the exactness matrix that `test_exactness` leaves out."""
+"""The cells of the exactness matrix that `test_exactness` leaves out: with `--slow` a share, with `--nightly` all."""
 
 from __future__ import annotations
+
+import random
 
 import exactness_cells
 import exactness_samples
 import pytest
 from exactness_samples import REST, check, missing
 
-pytestmark = pytest.mark.slow
+SLOW = set(random.Random(0).sample(REST, len(REST) // 5))
+"""All of them take hours."""
 
 
 def cells(executor: str):
-    return pytest.mark.parametrize("cell", [cell for cell in REST if cell.executor == executor], ids=lambda c: c.label)
+    marked = [pytest.param(cell, marks=pytest.mark.slow if cell in SLOW else pytest.mark.nightly) for cell in REST]
+    marked = [cell for cell in marked if cell.values[0].executor == executor]
+    return pytest.mark.parametrize("cell", marked, ids=lambda c: c.label)
 
 
 overlapped, callback = cells("overlapped"), cells("callback")
