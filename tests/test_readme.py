@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse, its flags, files, links and statistics exist, its example runs."""
+"""README and documents tell the truth: commands parse; flags, files, links and statistics exist; examples run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.generate import ENGINE_FLAGS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
+README = TEXTS["README.md"]
 FLAG = r"(?<![^\s`(])--[a-z][a-z-]+"
 OTHERS = {"--n-gpu-layers", "--slow"}
 """Flags of other programs that the documents mention."""
@@ -42,7 +43,7 @@ def command_lines() -> list[tuple[str, list[str]]]:
     """(command, arguments) of every `python -m hybrimoe_jax...` in the documents' code, shell pipes and variables
     cut off."""
     found = []
-    for line in (line for text in DOCUMENTS for line in code_lines(text)):
+    for line in (line for text in TEXTS.values() for line in code_lines(text)):
         for name, rest in re.findall(r"python -m hybrimoe_jax\.(\w+)(.*)", line):
             found.append((name, shlex.split(re.split(r"\$\w|[|>;]|\s#", rest)[0])))
     return found
@@ -92,15 +93,15 @@ def options_of(command: str, monkeypatch) -> set[str]:
 
 def test_documented_flags_exist_and_every_engine_flag_is_documented(monkeypatch):
     known = set().union(*(options_of(command, monkeypatch) for command in COMMANDS))
-    named = {flag for text in DOCUMENTS for flag in re.findall(FLAG, text)}
+    named = {flag for text in TEXTS.values() for flag in re.findall(FLAG, text)}
     assert named - known - OTHERS == set()
-    in_readme = set(re.findall(FLAG, README))
-    assert {"--" + name.replace("_", "-") for name in ENGINE_FLAGS} - in_readme == set()
+    listed = set(re.findall(FLAG, TEXTS["docs/generating.md"]))
+    assert {"--" + name.replace("_", "-") for name in ENGINE_FLAGS} - listed == set()
 
 
 def tree_entries() -> list[Path]:
-    """Every path named in the README's tree: names before the first wide gap, nested by indentation."""
-    block = re.search(r"## The repository\n+```\n(.*?)```", README, re.DOTALL)[1]
+    """Every path named in the tree of the design: names before the first wide gap, nested by indentation."""
+    block = re.search(r"## The repository\n+```\n(.*?)```", TEXTS["docs/design.md"], re.DOTALL)[1]
     paths, parents = [], {}
     for line in block.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -126,16 +127,25 @@ def test_the_tree_leaves_no_room_out():
 
 
 def test_relative_links_resolve():
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+    for path in PATHS:
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
             if "://" not in target:
-                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+                to = path.parent / target if target else path
+                assert to.exists(), f"{path.name} links to {target}"
+                assert not heading or heading in anchors(to), f"{path.name} links to #{heading} of {to.name}"
+
+
+def anchors(path: Path) -> set[str]:
+    """A document's headings as links name them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_systems_and_parts_are_those_that_exist():
     from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS, SYSTEMS
 
-    table = README.split("## Systems")[1].split("## ")[0]
+    table = TEXTS["docs/policies.md"]
     systems, parts = table.split("Parts on their own")
     assert set(re.findall(r"^\| `([\w-]+)`", systems, re.MULTILINE)) == set(SYSTEMS)
     assert set(re.findall(r"^\| `([\w:-]+)`", parts, re.MULTILINE)) == {*PREDICTORS, "recorded:TRACE"}
@@ -146,16 +156,18 @@ def test_systems_and_parts_are_those_that_exist():
 def test_families_are_those_that_exist():
     from hybrimoe_jax.models.registry import FAMILIES
 
-    assert set(re.findall(r"^\| [\w-]+ \| `(\w+)` \|", README, re.MULTILINE)) - {"model_type"} == set(FAMILIES)
+    rows = re.findall(r"^\| [\w-]+ \| `(\w+)` \|", TEXTS["docs/formats.md"], re.MULTILINE)
+    assert set(rows) - {"model_type"} == set(FAMILIES)
 
 
 @needs_bundled
 def test_documented_statistics_and_tokens_are_those_that_generate_prints():
-    shown = re.search(r'\{"token_ids": \[([\d, ]+)\]', README)
-    table = README.split("## Reading the statistics")[1].split("\n## ")[0]
+    exactness = TEXTS["docs/exactness.md"]
+    shown = re.search(r'\{"token_ids": \[([\d, ]+)\]', exactness)
+    table = TEXTS["docs/statistics.md"].split("## Reading the statistics")[1].split("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     documented = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
-    line = next(line for line in README.splitlines() if "--stats json" in line and '"To be, or not"' in line)
+    line = next(line for line in exactness.splitlines() if "--stats json" in line and '"To be, or not"' in line)
     arguments = shlex.split(re.split(r"\$\w|[|;]", line)[0].split("hybrimoe_jax.generate")[1])
     done = subprocess.run(
         [sys.executable, "-m", "hybrimoe_jax.generate", *arguments], capture_output=True, text=True, timeout=300
@@ -167,9 +179,10 @@ def test_documented_statistics_and_tokens_are_those_that_generate_prints():
 
 
 @needs_bundled
-def test_the_python_example_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    assert '"my-model"' in code
+def test_the_python_examples_run(tmp_path):
+    examples = [re.search(r"```python\n(.*?)```", text, re.DOTALL)[1] for text in (README, TEXTS["docs/python.md"])]
+    code = "\n".join(examples)
+    assert all('"my-model"' in example for example in examples)
     done = subprocess.run(
         [sys.executable, "-c", code.replace('"my-model"', repr(str(bundled_model())))],
         capture_output=True,
@@ -183,5 +196,10 @@ def test_the_python_example_runs(tmp_path):
 
 
 def test_nothing_is_left_to_fill_in():
-    text = re.sub(r"<!-- results -->.*?<!-- /results -->", "", README, flags=re.DOTALL)
-    assert not re.search(r"TODO|TBD|FIXME|XXX|<!--|placeholder", text)
+    for name, text in TEXTS.items():
+        marks = r"<!-- (table: [\w, -]+|end|/?demo) -->"
+        assert not re.search(r"TODO|TBD|FIXME|XXX|<!--|placeholder", re.sub(marks, "", text)), name
+
+
+def test_the_readme_stays_short():
+    assert len(README.encode()) <= 13_000

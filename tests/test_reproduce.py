@@ -1,6 +1,7 @@
 """`python -m hybrimoe_jax.reproduce`: the document and the records it stands on."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ def test_one_command_writes_document_and_records(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "hybrimoe_jax.reproduce", *flags],
         capture_output=True, text=True, timeout=900, cwd=tmp_path,
-        env={"HYBRIMOE_DATA": str(tmp_path / "data"), "PATH": ""},
+        env={"HYBRIMOE_DATA": str(tmp_path / "data"), "PATH": os.environ["PATH"]},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["clock"] == "virtual" and "left out" in done.stderr

@@ -26,7 +26,7 @@ from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.tokens import by_token, token_of_row
 
 # MRS and LFU with the parameters that are best, on average, on the development
-# halves of the public traces (docs/log.md).
+# halves of the public traces (docs/log).
 DEFAULT = "lru lfu:decay=0.99 lfru slru s3-fifo mrs:alpha=0.05 echo static random belady".split()
 PARTS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 

@@ -6,8 +6,11 @@ sequence are not independent. With fewer than two there is none.
 
 from __future__ import annotations
 
+import functools
 import platform
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,10 +75,23 @@ def measures(result: Result, expert_bytes: int, slots_bytes: int) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
+    """Of everything that a result depends on; `commit` where this package runs from a checkout."""
     from hybrimoe_jax import __version__
 
-    return {"hybrimoe_jax": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    found = {"hybrimoe_jax": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return found | ({"commit": commit()} if commit() else {})
+
+
+@functools.cache
+def commit() -> str:
+    """The checkout's commit, with "+" behind it where a tracked file differs; "" outside a checkout or without git."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True) if (root / ".git").exists() else None
+    except OSError:
+        return ""
+    return told.stdout.strip() if told else ""
 
 
 def _groups(result: Result, values: Sequence[float]) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.errors import UserError
 
-# Fixed on the development halves of the public traces (docs/log.md); the results are flat around all of them.
+# Fixed on the development halves of the public traces (docs/log); the results are flat around all of them.
 SHARPNESS = 19.0
 NEAREST = 64  # neighbours at most; those with less than e^-CUT of the nearest one's weight are left out
 CUT = 4.0

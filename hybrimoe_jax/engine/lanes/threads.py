@@ -2,7 +2,7 @@
 
 XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. It gets all cores,
 since prefill is bound by arithmetic; host experts use half of them, or all where the plan gives them the layer
-(docs/log.md). Importing this module imports no jax.
+(docs/log). Importing this module imports no jax.
 """
 
 from __future__ import annotations
