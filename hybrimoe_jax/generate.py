@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.decide.cache import POLICIES
@@ -20,6 +21,7 @@ from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNEL
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.machine.profile import PROFILES
+from hybrimoe_jax.machine.shapes import SHAPES
 
 ENGINE_FLAGS = {
     "system": dict(metavar="NAME", help=f"policies: {', '.join(SYSTEMS)}"),
@@ -57,10 +59,19 @@ ENGINE_FLAGS = {
         help=f"costs: a file (read if it exists, else measured and written) or a machine: {', '.join(PROFILES)}",
     ),
     "clock": dict(choices=CLOCKS, help="virtual: times are those of the profile's machine, computed (default wall)"),
+    "cost_shape": dict(
+        metavar="NAME[:FORMAT]",
+        help="virtual clock: times and bytes are those of a full-size model, e.g. deepseek-v2-lite:int4-g64; one of "
+        f"{', '.join(SHAPES)} (format int4-g64 if none is given)",
+    ),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
     "verify": dict(action="store_true", help="check every expert's hash as it is read"),
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
 }
+
+
+SCREEN = 80
+"""Columns that the statistics fill at most."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,31 +132,46 @@ def prompt_ids(text: str, args: argparse.Namespace, tokenizer) -> list[int]:
 
 
 def stats_text(stats) -> str:
-    """A few lines for a person."""
+    """A few lines for a person, that fit a screen."""
     record = stats.summary()
     lanes, prefetch, tbt = record["lanes"], record["prefetch"], record["tbt_ms"]
     lines = [
-        f"system {record['system']}, executor {record['executor']}, cache ratio {record['cache_ratio']:.3g}, "
-        f"kernel {record['host_kernel'].get('name', 'none')}, times: {record['clock']} clock",
-        f"first token {record['ttft_s']:.3f} s (without {record['compile_s']:.2f} s of compiling)"
-        + (f"; then {tbt['median']:.2f} ms a token (p90 {tbt['p90']:.2f})" if tbt else ""),
+        f"system {record['system']}, executor {record['executor']}, cache ratio {record['cache_ratio']:.3g}, host "
+        f"kernel {record['host_kernel'].get('name', 'none')}",
+        times_text(record),
+        f"first token {record['ttft_s']:.3f} s"
+        + (f", then {tbt['median']:.2f} ms a token (p90 {tbt['p90']:.2f})" if tbt else "")
+        + (f"; compiling took {record['compile_s']:.2f} s more" if record["compile_s"] else ""),
     ]
     if record["hit_rate"] is not None:
         lines += [
-            f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses); experts run: "
-            f"{record['cpu_experts']} cpu, {record['device_experts']} device; {record['demand_fetches']} demand fetches"
+            f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses)",
+            f"experts run: {record['cpu_experts']} cpu, {record['device_experts']} device; "
+            f"{record['demand_fetches']} demand fetches"
             + (f", {record['layer_streamed']} streamed with their layers" if record["layer_streamed"] else ""),
             f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
             f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
             f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= "
             f"{lanes['link_s']:.3f} s",
         ]
+    held = "its experts: slots and staging" if record["cost_shape"] else "device memory at most"
     lines.append(
-        f"device memory at most {record['peak_device_bytes'] / 2**20:.1f} MiB, host experts "
-        f"{record['host_bytes'] / 2**20:.1f} MiB "
-        f"({record['expert_format']})"
+        f"{held} {record['peak_device_bytes'] / 2**20:.1f} MiB, host memory {record['host_bytes'] / 2**20:.1f} MiB"
+        + ("" if record["cost_shape"] else f" of {record['expert_format']} experts")
     )
-    return "\n".join(lines)
+    if record["note"]:
+        lines.append(record["note"])
+    return "\n".join(row for line in lines for row in textwrap.wrap(line, SCREEN, subsequent_indent="  "))
+
+
+def times_text(record: dict) -> str:
+    """Which clock the times are of, and whose."""
+    costs = record["costs"]
+    if record["clock"] == "wall":
+        return "times: wall clock, this machine"
+    if record["cost_shape"]:
+        return f"bytes and times of {costs['model']}, {costs['format']}, computed for profile {costs['profile']}"
+    return f"times: virtual clock, computed for profile {costs.get('profile', 'as measured')}"
 
 
 def main(argv: list[str] | None = None) -> int:

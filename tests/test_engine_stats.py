@@ -11,7 +11,9 @@ import tiny
 
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.stats import Lanes, LayerStats, RunStats, StepStats
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.generate import stats_text
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 TOP_K = 2
@@ -179,3 +181,36 @@ def test_without_debug_a_wrong_slot_changes_the_answer(prompts):
     engine._parts.pool._buffers[1] = [(gate_up, 0 * down) for gate_up, down in engine._parts.pool._buffers[1]]
     assert abs(engine.logits(prompts[0]) - expected).max() > 1e-2
     engine.close()
+
+
+def one_layer(platform: str = "cpu", clock: str = "wall", count: int = 1, **layer) -> RunStats:
+    """Of a run of `count` steps with one layer."""
+    parts = {"cpu": (0,), "device": (), "fetched": (), "bytes_h2d": 0, "seconds": 1.0, "lanes": Lanes(1, 1, 1), **layer}
+    steps = [StepStats(p, 1, 1.0, 0.5 * (p == "prefill"), []) for p in ["prefill"] + ["decode"] * count]
+    for step in steps:
+        step.layers.append(LayerStats(0, {0: 1}, 0, 1, **parts))
+    costs = {"model": "deepseek-v2-lite", "format": "int4z-g128-s32", "profile": "a6000-engineered"}
+    system, kernel = "ktransformers", {"name": "native, AVX-512 with VNNI, int8 activations"}
+    fixed = {"executor": "overlapped", "cache_ratio": 0.125, "device_kernel": "pallas-interpret", "cores": {}}
+    return RunStats(
+        system, clock=clock, host_kernel=kernel, costs=costs, slots=[1], steps=steps, device=platform, **fixed
+    )
+
+
+def test_a_run_that_moved_nothing_on_a_cpu_alone_says_so_and_no_other_does():
+    note = one_layer().summary()["note"]
+    assert note.startswith("Nothing moved") and "--clock virtual --profile a6000-paper" in note
+    others = [one_layer("gpu"), one_layer(clock="virtual"), one_layer(bytes_h2d=9), one_layer(device=(0,))]
+    assert [stats.summary()["note"] for stats in others] == [None] * 4
+
+
+@pytest.mark.parametrize("shape", [None, "deepseek-v2-lite:int4z-g128-s32"])
+def test_the_text_fits_a_screen(shape):
+    stats = one_layer(count=9999)
+    stats.cost_shape, stats.clock = shape, "virtual" if shape else "wall"
+    stats.peak_device_bytes = stats.host_bytes = 2**43
+    rows = stats_text(stats).splitlines()
+    assert len(rows) <= 16 and max(map(len, rows)) <= 80
+    said = " ".join(row.strip() for row in rows)
+    assert ("bytes and times of deepseek-v2-lite, int4z-g128-s32, computed" in said) == bool(shape)
+    assert ("to see them differ: --clock virtual" in said) == (shape is None)

@@ -16,6 +16,7 @@ from hybrimoe_jax import cli, generate
 from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
 from hybrimoe_jax.machine.profile import PROFILES
+from hybrimoe_jax.machine.shapes import SHAPES
 from hybrimoe_jax.trace.file import load_trace
 
 PROMPT = "héllo the and"
@@ -24,6 +25,7 @@ KEYS = {
     *("executor", "cache_ratio", "clock", "peak_device_bytes"),
 }
 TOKENS = 24
+VIRTUAL = ("--prompt", "x", "--clock", "virtual", "--profile", "laptop-8gb")
 # As a user's shell has it: the tests' own division of the cores is not inherited.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("NPROC", "PYTHONPATH")}
 
@@ -227,9 +229,10 @@ def test_ctrl_c_prints_what_there_is(checkpoint, profile, decode, first):
     assert decode(stats["token_ids"]).startswith(text.rstrip("\ufffd")) and text
 
 
-def test_the_help_names_everything_that_is_registered():
+def test_the_help_names_everything_that_is_registered(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100000")
     words = set(generate.parser().format_help().replace(",", " ").split())
-    live = {*SYSTEMS, *POLICIES, *SCHEDULERS, *PREFETCH_MODES, *PROFILES, *PREDICTORS} - {"perfect"}
+    live = {*SYSTEMS, *POLICIES, *SCHEDULERS, *PREFETCH_MODES, *PROFILES, *PREDICTORS, *SHAPES} - {"perfect"}
     assert live - words == set()
 
 
@@ -256,6 +259,11 @@ def one_line(done) -> bool:
         (("--prompt", "x", "--profile", "/proc/x.json"), "--profile /proc/x.json: cannot be written"),
         (("--prompt", "x", "--profile", "/tmp"), "--profile /tmp: it is a folder"),
         (("--prompt", "x", "--timeline", "/tmp"), "--timeline /tmp: it is a folder"),
+        ((*VIRTUAL, "--cost-shape", "nope"), "'nope' is unknown (known: mixtral-8x7b, "),
+        ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b:int5"), "'int5' is unknown"),
+        ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b:"), "'' is unknown"),
+        ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b", "--vram-budget", "1GiB"), "give cache_ratio"),
+        (("--prompt", "x", "--cost-shape", "olmoe-1b-7b"), "cost_shape needs the virtual clock"),
         (("--prompt", ""), "empty"),
         (("--prompt-ids", "1,x"), "'1,x'"),
         (("--prompt-ids", ","), "empty"),

@@ -12,6 +12,8 @@ import tiny
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.engine.recording import EngineTrace
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.profile import load_profile
+from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.file import load_trace
 from hybrimoe_jax.trace.timeline import Timeline
@@ -73,6 +75,23 @@ def test_a_virtual_run_whose_prompts_are_streamed_is_its_replay(tmp_path, system
     assert counters.prefetch_issued > 0 or planner.system.prefetch == "none"
 
 
+@pytest.mark.parametrize("stream_prefill", [False, True])
+def test_a_virtual_run_with_the_costs_of_a_full_size_model_is_its_replay(tmp_path, stream_prefill):
+    config, _, _ = tiny.weights("qwen2_moe")
+    options = {"clock": "virtual", "cache_ratio": 0.4, "stream_prefill": stream_prefill}
+    options |= {"profile": "a6000-paper", "cost_shape": "deepseek-v2-lite:int8-g128"}
+    trace, stats, counters = live(tmp_path, "hybrimoe", **options)
+    _, result = replay_run(trace)
+    assert result.counters == counters and counters.fetched + counters.prefetch_issued > 0
+    assert [step.seconds for step in result.steps] == [step.seconds for step in stats.steps]
+    shape, summary = get_shape("deepseek-v2-lite"), stats.summary()
+    costs, size = load_profile("a6000-paper").costs(shape, "int8-g128"), shape.expert_bytes("int8-g128")
+    assert summary["costs"] == costs.describe() and summary["cost_shape"] == options["cost_shape"]
+    assert summary["bytes_h2d"] % size == 0 and summary["bytes_h2d"] >= size * (counters.fetched or 1)
+    assert summary["host_bytes"] == size * len(config.moe_layers) * config.num_experts
+    assert summary["peak_device_bytes"] % size == 0 and summary["peak_device_bytes"] > size * sum(stats.slots)
+
+
 @pytest.mark.parametrize("predictor", ["router-input", "corrected", "co-activation", "previous"])
 def test_a_virtual_run_is_its_replay_whatever_predicts(tmp_path, predictor):
     trace, stats, counters = live(
@@ -102,12 +121,19 @@ def test_the_virtual_clock_changes_no_token_and_no_machine_at_hand_enters(tmp_pa
     config, _, _ = tiny.weights("qwen2_moe")
     prompt = tiny.prompts(config, [12])
     runs = []
-    for options in ({"clock": "virtual"}, {"clock": "virtual"}, {"clock": "wall"}):
+    big = {"clock": "virtual", "profile": "laptop-8gb", "cost_shape": "mixtral-8x7b"}
+    for options in ({"clock": "virtual"}, {"clock": "virtual"}, {"clock": "wall"}, big):
         engine = tiny.engine(**options)
         runs.append(engine.generate(prompt, max_new_tokens=6))
         engine.close()
-    assert runs[0].token_ids == runs[1].token_ids == runs[2].token_ids
+    assert runs[0].token_ids == runs[1].token_ids == runs[2].token_ids == runs[3].token_ids
+    assert runs[3].stats.ttft_s > runs[0].stats.ttft_s
     assert runs[0].stats.ttft_s == runs[1].stats.ttft_s and runs[0].stats.tbt_ms() == runs[1].stats.tbt_ms()
+
+
+def test_costs_that_were_measured_with_other_experts_are_refused():
+    with pytest.raises(UserError, match="experts of 9216 bytes, those of mixtral-8x7b have 93585408"):
+        tiny.engine(clock="virtual", cost_shape="mixtral-8x7b")
 
 
 def test_a_virtual_timeline_holds_the_machine_s_events():

@@ -31,12 +31,11 @@ from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.formats import sizes
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
-from hybrimoe_jax.machine.shapes import shape_of
+from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
@@ -83,6 +82,8 @@ class _HybridAssembly:
         model.own_norm, model.device_kernel = system.predictor == "router-input", options.device_kernel
         self.expert_format, dtype = device_format(store, device)
         check_device_kernel(options.device_kernel, device, self.expert_format)
+        self.shape, self.cost_format = self._priced()
+        self.expert_bytes = self.shape.expert_bytes(self.cost_format)
         self.fixed, self.slots = self._memory(max_context)
         pooled, wall = system.scope == "pooled", WallClock()
         self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
@@ -110,7 +111,7 @@ class _HybridAssembly:
             model=self.model,
             forward=layered if fused is None else FusedForward(fused, layered),
             clock=self.clock,
-            footprint=dataclasses.replace(self.fixed, slots=self.pool.expert_bytes * sum(self.slots)),
+            footprint=dataclasses.replace(self.fixed, slots=self.expert_bytes * sum(self.slots)),
             cores=self.cores,
             expert_format=self.expert_format,
             device_kernel=kernel,
@@ -127,7 +128,7 @@ class _HybridAssembly:
         """-> device bytes of all but the slots, and the slots of each MoE layer."""
         model, config, options, system = self.model, self.model.config, self.options, self.system
         layers, lookahead = len(model.moe_layers), system.max_distance
-        expert_bytes = sizes.expert_bytes(config.hidden_size, config.moe_width, self.expert_format)
+        expert_bytes = self.expert_bytes
         buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
         chunk, quantised = min(options.prefill_chunk, max_context), self.store.layout is not None
         fixed = budget.Footprint(
@@ -138,25 +139,34 @@ class _HybridAssembly:
                 config, options.max_batch, chunk, max_context, lookahead, LOGIT_ROWS, quantised
             ),
         )
+        if options.cost_shape is not None:  # of that model, what is the same however many layers there are
+            fixed = budget.Footprint(dense=0, kv=0, staging=fixed.staging, workspace=0)
         if options.budget_bytes is not None:
             total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, layers * config.num_experts)
             return fixed, system.slots_for_total(total, layers, config.num_experts, self.frequencies)
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
         return fixed, system.slots_per_layer(ratio, layers, config.num_experts, self.frequencies)
 
+    def _priced(self) -> tuple[ModelShape, str]:
+        """The model whose times and bytes count, and the format of its experts: this one, or the `cost_shape`."""
+        if self.options.cost_shape is not None:
+            return parse_cost_shape(self.options.cost_shape)
+        config = self.model.config
+        return shape_of(config, config.model_type), self.expert_format
+
     def _costs(self) -> CostModel | MachineCosts:
         """Those of the profile, or what the warm-up measures."""
-        costs, model, pool = self.options.profile, self.model, self.pool
+        costs, model = self.options.profile, self.model
         if costs is None:
-            lanes, inline_s = (pool, self.link, self.host, self.store.get), INLINE_WAKES * self.wake_s
+            lanes, inline_s = (self.pool, self.link, self.host, self.store.get), INLINE_WAKES * self.wake_s
             distance = self.system.max_distance
             return warmup.measure(model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
         if not isinstance(costs, CostModel):
-            costs = load_costs(costs, shape_of(model.config, model.config.model_type), self.expert_format)
-        if costs.expert_bytes != pool.expert_bytes:
+            costs = load_costs(costs, self.shape, self.cost_format)
+        if costs.expert_bytes != self.expert_bytes:
             raise UserError(
-                f"profile {self.options.profile}: measured with experts of {costs.expert_bytes} bytes, this model's "
-                f"have {pool.expert_bytes}; measure it again with this model"
+                f"profile {costs.source}: measured with experts of {costs.expert_bytes} bytes, those of "
+                f"{self.shape.name} have {self.expert_bytes}; measure it again with that model"
             )
         return costs
 

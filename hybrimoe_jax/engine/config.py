@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.shapes import parse_cost_shape
 
 EXECUTORS = ("overlapped", "callback", "dense")
 CLOCKS = ("wall", "virtual")
@@ -50,6 +51,9 @@ class EngineConfig:
         machine profile (`machine.profile`) by name or file.
       clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the
         same.
+      cost_shape: "NAME[:FORMAT]", a full-size model (`machine.shapes`) and its experts' format ("int4-g64" if none is
+        given): the virtual clock takes that model's costs, layer for layer and expert for expert, and the statistics
+        count its bytes. The model that runs, its layers and its tokens stay as they are.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.
       debug: check on every step that each slot holds the expert it should (slow).
@@ -75,6 +79,7 @@ class EngineConfig:
     seed: int = 0
     profile: Any = None
     clock: str = "wall"
+    cost_shape: str | None = None
     lazy: bool = False
     verify: bool = False
     debug: bool = False
@@ -88,6 +93,8 @@ class EngineConfig:
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
+        if self.cost_shape is not None:
+            self._check_cost_shape(self.cost_shape)
         if self.prefetch is not None:
             _one_of("prefetch", self.prefetch, PREFETCH_MODES)
         # unknown parts of a system are refused here too, before anything is loaded
@@ -112,6 +119,13 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
         self.budget_bytes  # noqa: B018 - a malformed size is refused here, not at load
+
+    def _check_cost_shape(self, cost_shape: str) -> None:
+        if self.clock != "virtual":
+            raise UserError("cost_shape needs the virtual clock: on the wall clock things take the time they take")
+        if self.vram_budget is not None:
+            raise UserError("cost_shape takes no vram_budget, which is for the model that runs: give cache_ratio")
+        parse_cost_shape(cost_shape)
 
     @property
     def budget_bytes(self) -> int | None:

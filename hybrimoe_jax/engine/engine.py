@@ -201,11 +201,15 @@ class Engine:
         parts = self._parts
         stats = parts.new_stats()
         self._counters, self._predicted = parts.counters(), parts.predicted()
-        chunk = min(self.options.prefill_chunk, self.max_context)
-        work = budget.workspace_bytes(
-            self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS, self.store.layout is not None
-        )
-        footprint = dataclasses.replace(parts.footprint, kv=parts.model.cache_bytes(batch, capacity), workspace=work)
+        footprint, stats.host_bytes = parts.footprint, self.store.nbytes
+        if self.options.cost_shape is not None and parts.costs is not None:
+            stats.host_bytes = self.store.num_layers * self.store.num_experts * parts.costs.expert_bytes
+        else:
+            chunk = min(self.options.prefill_chunk, self.max_context)
+            work = budget.workspace_bytes(
+                self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS, self.store.layout is not None
+            )
+            footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity), workspace=work)
         stats.peak_device_bytes = footprint.total
         return stats
 
@@ -228,9 +232,8 @@ class Engine:
             },
         )
         measured = parts.device.memory_stats() if parts.device.platform != "cpu" else None
-        if measured:
+        if measured and self.options.cost_shape is None:
             stats.peak_device_bytes = int(measured["peak_bytes_in_use"])
-        stats.host_bytes = self.store.nbytes
         self._last_stats = stats
 
 

@@ -58,6 +58,8 @@ class Parts:
             executor=self.options.executor,
             cache_ratio=sum(self.slots) / experts if experts else 0.0,
             clock=self.options.clock,
+            cost_shape=self.options.cost_shape,
+            device=self.device.platform,
             host_kernel=self.host.kernel.describe() if self.host else {},
             device_kernel=self.device_kernel,
             cores=dataclasses.asdict(self.cores),

@@ -89,7 +89,11 @@ class PrefetchStats:
 
 @dataclasses.dataclass
 class RunStats:
-    """Everything about one `generate` call. Times in seconds on `clock`; compilation is reported apart."""
+    """Everything about one `generate` call. Times in seconds on `clock`; compilation is reported apart.
+
+    `device`: its platform. `cost_shape`: the model whose times and bytes these are, if not the one that ran; its device
+    bytes are those of slots and staging alone.
+    """
 
     system: str
     executor: str
@@ -101,6 +105,8 @@ class RunStats:
     costs: dict
     slots: list[int]
     expert_format: str = ""
+    cost_shape: str | None = None
+    device: str = ""
     steps: list[StepStats] = dataclasses.field(default_factory=list)
     prefetch: PrefetchStats = dataclasses.field(default_factory=PrefetchStats)
     peak_device_bytes: int = 0
@@ -145,6 +151,17 @@ class RunStats:
                 total.add(layer.lanes)
         return total
 
+    @property
+    def note(self) -> str | None:
+        """Why policies look alike, where they must."""
+        moved = self.total("bytes_h2d") or any(layer.device for step in self.steps for layer in step.layers)
+        if self.device != "cpu" or self.clock != "wall" or self.hit_rate is None or moved:
+            return None
+        return (
+            "Nothing moved: this machine has no device but its CPU, so all policies look alike; to see them differ: "
+            "--clock virtual --profile a6000-paper"
+        )
+
     def summary(self) -> dict:
         """The record that `generate --stats json` prints (without the tokens)."""
         lanes = self.lanes()
@@ -171,8 +188,11 @@ class RunStats:
             "device_kernel": self.device_kernel,
             "cores": self.cores,
             "clock": self.clock,
+            "cost_shape": self.cost_shape,
+            "device": self.device,
             "costs": self.costs,
             "new_tokens": self.new_tokens,
             "peak_device_bytes": self.peak_device_bytes,
             "host_bytes": self.host_bytes,
+            "note": self.note,
         }

@@ -68,7 +68,7 @@ class Pass:
 
     Attributes:
       tokens: real ones, without padding. routers: how many coming layers' routers the planner wants.
-      moved: bytes that landed for the layer under way. streamed: experts that started with their whole layer since it
+      moved: experts that landed for the layer under way. streamed: experts that started with their whole layer since it
         began.
       moe_layer: the one under way. lanes: of the latest one.
     """

@@ -124,6 +124,9 @@ _CONFIGS: dict[str, dict[str, int]] = {
 """The fields that count of each model's public config.json; the bundled model's lies in
 `hybrimoe_jax/assets/bundled`."""
 
+COST_FORMAT = "int4-g64"
+"""Of the experts of a shape that is named without one."""
+
 SHAPES: dict[str, ModelShape] = {name: shape_of(config, name) for name, config in _CONFIGS.items()}
 
 
@@ -132,6 +135,14 @@ def get_shape(name: str) -> ModelShape:
     if name not in SHAPES:
         raise UserError(f"model shape {name!r} is unknown (known: {', '.join(SHAPES)})")
     return SHAPES[name]
+
+
+def parse_cost_shape(text: str) -> tuple[ModelShape, str]:
+    """`NAME[:FORMAT]` -> the shape, and its experts' weight format; UserError for an unknown one."""
+    name, colon, fmt = text.partition(":")
+    shape, fmt = get_shape(name), fmt if colon else COST_FORMAT
+    shape.expert_bytes(fmt)
+    return shape, fmt
 
 
 def find_shape(layers: int, experts: int, top_k: int) -> ModelShape | None:

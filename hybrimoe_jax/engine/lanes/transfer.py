@@ -40,10 +40,6 @@ class Transfer:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
-    def nbytes(self) -> int:
-        return self.weights.nbytes
-
-    @property
     def seconds(self) -> float:
         """How long it held the link, once it has landed: without the wait for transfers before it."""
         return self.landed - self.began

@@ -129,7 +129,7 @@ class LayeredForward(Forward):
         for transfer in self.clock.landed(self.link):
             if self.trace is not None:
                 self.trace.landed(run.moe_layer, transfer.layer, transfer.expert)
-            run.moved += transfer.nbytes
+            run.moved += 1
             self._note(transfer)
             measured = self.clock.transfer_seconds(transfer)
             victim = self.planner.landed(transfer.layer, transfer.expert, measured)
@@ -170,7 +170,7 @@ class LayeredForward(Forward):
                 cpu=tuple(plan.cpu),
                 device=(*plan.device, *fetched, *plan.double_buffered, *awaited),
                 fetched=fetched,
-                bytes_h2d=run.moved + experts * self.pool.expert_bytes,
+                bytes_h2d=(run.moved + experts) * self.planner.costs.expert_bytes,
                 seconds=self.clock.now() - run.began,
                 lanes=self.clock.lanes(lanes),
                 prefetch_useful=plan.useful,
