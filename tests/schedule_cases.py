@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import cast
 
 from hybrimoe_jax.decide.schedule import Problem
 from hybrimoe_jax.machine.costs import CostModel
@@ -35,26 +36,23 @@ def simulate(problem: Problem, schedule) -> tuple[float, float, float]:
     it is idle and the job's expert is there. The link's progress is an integral over its two speeds. Shares nothing
     with the code under test.
     """
+    model = cast(CostModel, problem.costs)
     jobs = {
         "cpu": [
             (
-                problem.costs.cpu_expert
-                + problem.costs.cpu_token * problem.loads[e]
-                + (problem.costs.cpu_first if i == 0 else 0),
+                model.cpu_expert + model.cpu_token * problem.loads[e] + (model.cpu_first if i == 0 else 0),
                 None,
                 e,
             )
             for i, e in enumerate(schedule.cpu)
         ],
-        "device": [(problem.costs.shared_base + problem.costs.shared_token * problem.tokens, None, None)]
-        + [
-            (problem.costs.device_expert + problem.costs.device_token * problem.loads[e], e, e) for e in schedule.device
-        ],
+        "device": [(model.shared_base + model.shared_token * problem.tokens, None, None)]
+        + [(model.device_expert + model.device_token * problem.loads[e], e, e) for e in schedule.device],
     }
     there = {e: 0.0 for e in problem.resident} | dict(problem.in_flight)
     link_start = problem.link_busy if problem.link_busy is not None else max([0.0, *problem.in_flight.values()])
     cpu_end = sum(seconds for seconds, _, _ in jobs["cpu"])
-    beside, alone = problem.costs.transfer(True), problem.costs.transfer(False)
+    beside, alone = model.transfer(True), model.transfer(False)
     moved_beside = max(0.0, cpu_end - link_start) / beside  # transfers, by the time the CPU is done
     for i, expert in enumerate(schedule.fetch, 1):
         slow, fast = min(i, moved_beside), i - min(i, moved_beside)
@@ -76,7 +74,7 @@ def least_makespan(problem: Problem) -> float:
     """The optimum by brute force: every assignment of experts to CPU and device, timed in the order that is proven best
     elsewhere (`test_no_order_beats_the_one_that_brute_force_takes`).
     """
-    loads, model = problem.loads, problem.costs
+    loads, model = problem.loads, cast(CostModel, problem.costs)
     cpu_time = {e: model.cpu_expert + model.cpu_token * loads[e] for e in loads}
     device_time = {e: model.device_expert + model.device_token * loads[e] for e in loads}
     beside, alone = model.transfer(True), model.transfer(False)

@@ -13,8 +13,9 @@ of layer l, S of layer l+1) + C of the last; less, since a layer's experts start
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.schedule import FetchMissesScheduler, Problem, Schedule
 
@@ -35,11 +36,11 @@ class LayerStream:
 
     Args:
       num_experts: routed experts in each layer.
-      costs: a `CostModel`; the CPU computes no routed expert meanwhile, so transfers are those of a link alone.
+      costs: the CPU computes no routed expert meanwhile, so transfers are those of a link alone.
       counters: what crossed the link is counted there.
     """
 
-    def __init__(self, num_experts: int, costs: Any, counters: Counters):
+    def __init__(self, num_experts: int, costs: Costs, counters: Counters):
         self.num_experts, self.costs, self.counters = num_experts, costs, counters
         self._rule = FetchMissesScheduler()
         self._landing: dict[int, dict[int, float]] = {}

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrimoe_jax.decide.cache import CachePolicy
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.layer_stream import LayerStream
 from hybrimoe_jax.decide.plan import Counters, Fetch, LayerPlan, Prefetch, Refused, Victim
 from hybrimoe_jax.decide.prefetch.impact import Forecast
@@ -58,7 +59,7 @@ class Planner:
         num_experts: int,
         top_k: int,
         slots_per_layer: Sequence[int] | int,
-        costs: Any,
+        costs: Costs,
         *,
         frequencies: Sequence[Sequence[float]] | None = None,
         policies: Sequence[CachePolicy] | None = None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.cache import CachePolicy, parse_policy
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.prefetch.prediction import Predictor
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
 from hybrimoe_jax.decide.residency.pool import capacity_of
@@ -46,7 +47,7 @@ def resolve_system(
     num_experts: int,
     top_k: int,
     slots_per_layer: Sequence[int] | int,
-    costs: Any,
+    costs: Costs,
     frequencies: Sequence[Sequence[float]] | None = None,
     policies: Sequence[CachePolicy] | None = None,
     recording: Any = None,

@@ -8,8 +8,9 @@ numbers, residents and misses (`schedule.unit_load_cache`). Everything else is a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import cast
 
+from hybrimoe_jax.decide.costs import Costs, SharedCoreCosts
 from hybrimoe_jax.decide.schedule import Problem, Schedule, Scheduler
 from hybrimoe_jax.decide.schedule.shared_cores import SharedCoresScheduler
 from hybrimoe_jax.decide.schedule.unit_load_cache import UnitLoadCache, apply
@@ -22,7 +23,7 @@ class ScheduleCache:
       rule, costs: the engine's.
     """
 
-    def __init__(self, rule: Scheduler, costs: Any):
+    def __init__(self, rule: Scheduler, costs: Costs):
         self.rule, self.costs = rule, costs
         self.all_on_cpu: Schedule | None = None
         self._unit_loads = UnitLoadCache(rule, costs, self.allow_fetch(1)) if rule.depends_on_counts_only else None
@@ -35,7 +36,7 @@ class ScheduleCache:
         """
         if not isinstance(self.rule, SharedCoresScheduler):
             return None
-        needed, self.all_on_cpu = self.rule.prove_all_on_cpu(self.costs, top_k, most_resident)
+        needed, self.all_on_cpu = self.rule.prove_all_on_cpu(cast(SharedCoreCosts, self.costs), top_k, most_resident)
         return needed
 
     def schedule(

@@ -9,12 +9,13 @@ timeline is for looking at, the statistics of a run without one are for quoting.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.recorder import TraceRecorder
@@ -138,7 +139,7 @@ class EngineTrace:
 
 def run_record(planner: Planner, profile: Any) -> dict:
     """What a trace says of the run it was taken from; JSON values."""
-    costs = planner.costs
+    costs = cast(CostModel | MachineCosts, planner.costs)
     frequencies = [policy.frequencies for policy in planner.policies]
     return {
         "system": dataclasses.asdict(planner.system),

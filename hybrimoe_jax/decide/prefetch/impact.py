@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction
 from hybrimoe_jax.decide.schedule import Problem, Scheduler
 
@@ -41,7 +42,7 @@ class Forecast:
       scheduler, costs: the engine's.
     """
 
-    def __init__(self, scheduler: Scheduler, costs: Any):
+    def __init__(self, scheduler: Scheduler, costs: Costs):
         self.scheduler, self.costs = scheduler.forecaster(), costs
         self.transfer = costs.transfer(scheduler.uses_cpu)
         self._memo: dict[tuple[Any, ...], Outlook] = {}

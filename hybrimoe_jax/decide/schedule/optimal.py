@@ -22,6 +22,7 @@ import dataclasses
 from itertools import accumulate, combinations
 from typing import Any
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
 from hybrimoe_jax.decide.schedule.search import refine
@@ -47,7 +48,7 @@ class OptimalScheduler(Scheduler):
 
     def __init__(self, nodes: int = NODES):
         self.nodes = nodes
-        self._costs: Any = None
+        self._costs: Costs | None = None
         self._memo: dict[tuple[Any, ...], tuple[Choice, float]] = {}
 
     def schedule(self, problem: Problem) -> Schedule:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.errors import UserError
 
 
@@ -23,9 +24,8 @@ class Problem:
     Attributes:
       loads: tokens of each activated expert, all above 0.
       resident: experts in device memory (others than the activated ones may be among them).
-      costs: seconds for everything: a `machine.costs.CostModel` or an object with its methods. The first expert of a
-        run costs the CPU the same extra time whatever its load, and a transfer beside a computing CPU takes no less
-        than one alone.
+      costs: seconds for everything. The first expert of a run costs the CPU the same extra time whatever its load, and
+        a transfer beside a computing CPU takes no less than one alone.
       tokens: tokens in the step; what the shared experts, which open the device lane, are charged for.
       scores: router score per expert, for ties between equal loads; None where unknown.
       in_flight: seconds until landing, for experts that a prefetch is already moving.
@@ -36,7 +36,7 @@ class Problem:
 
     loads: Mapping[int, int]
     resident: Collection[int]
-    costs: Any
+    costs: Costs
     tokens: int = 1
     scores: Sequence[float] | None = None
     in_flight: Mapping[int, float] = dataclasses.field(default_factory=dict[int, float])

@@ -11,8 +11,9 @@ a step can be one program (`prove_all_on_cpu`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
+from hybrimoe_jax.decide.costs import Costs, SharedCoreCosts
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
 
 
@@ -49,7 +50,7 @@ class SharedCoresScheduler(Scheduler):
 
     def all_on_cpu(self, problem: Problem) -> Schedule:
         """Every expert on the CPU with all cores, behind the shared ones."""
-        loads, costs = problem.loads, problem.costs
+        loads, costs = problem.loads, cast(SharedCoreCosts, problem.costs)
         shared = costs.shared(problem.tokens)
         finish = shared + costs.alone_first + sum([costs.alone(load) for load in loads.values()])
         order = tuple(sorted(loads, key=lambda expert: (loads[expert], expert)))
@@ -57,12 +58,14 @@ class SharedCoresScheduler(Scheduler):
 
     def charged(self, problem: Problem, found: Schedule) -> float:
         """Seconds of the rule's schedule on a machine whose lanes share cores."""
-        costs = problem.costs
+        costs = cast(SharedCoreCosts, problem.costs)
         both = found.device_seconds + (costs.alone_first if found.cpu else 0.0)
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
-    def prove_all_on_cpu(self, costs: Any, top_k: int, most_resident: int) -> tuple[float | None, Schedule | None]:
+    def prove_all_on_cpu(
+        self, costs: SharedCoreCosts, top_k: int, most_resident: int
+    ) -> tuple[float | None, Schedule | None]:
         """What `costs.handover` must be for a step of one token to be all on the CPU whatever the routing.
 
         It is what the rule's own schedule saves at most, however many experts are resident; None where the CPU may not
@@ -79,6 +82,6 @@ class SharedCoresScheduler(Scheduler):
         return needed, on_cpu if costs.handover and needed <= costs.handover else None
 
 
-def with_shared_cores(rule: Scheduler, costs: Any) -> Scheduler:
+def with_shared_cores(rule: Scheduler, costs: Costs) -> Scheduler:
     """`rule` as it should be used with these costs; rules that leave the CPU idle stay as they are."""
     return SharedCoresScheduler(rule) if costs.shares_cores and rule.uses_cpu else rule

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
 
 Pick = Callable[[Sequence[int]], tuple[int, ...]]
@@ -43,7 +44,7 @@ class UnitLoadCache:
       rule, costs: the engine's. allow_fetch: see `Problem`.
     """
 
-    def __init__(self, rule: Scheduler, costs: Any, allow_fetch: bool = True):
+    def __init__(self, rule: Scheduler, costs: Costs, allow_fetch: bool = True):
         self.rule, self.costs, self.allow_fetch = rule, costs, allow_fetch
         self.by_id = rule.by_id
         self._known: dict[tuple[int, int, bool], tuple[float, Pattern, Pattern | None]] = {}
