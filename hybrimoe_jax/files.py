@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,16 @@ from hybrimoe_jax.errors import UserError
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
     """Whether what a JSON file gave is an object."""
     return isinstance(value, dict)
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; raises UserError naming it where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
 
 
 @contextlib.contextmanager

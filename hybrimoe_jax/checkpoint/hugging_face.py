@@ -8,7 +8,6 @@ Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D]
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,8 +18,18 @@ import numpy as np
 from hybrimoe_jax.checkpoint.orbax import items_of
 from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
 from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
-from hybrimoe_jax.checkpoint.weights import ArrayTensor, Experts, ListedExperts, Shard, StackedExperts, Tensor, Weights
+from hybrimoe_jax.checkpoint.weights import (
+    ArrayTensor,
+    Experts,
+    ListedExperts,
+    Shard,
+    StackedExperts,
+    Tensor,
+    Weights,
+    row_block,
+)
 from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
@@ -61,16 +70,6 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def expert_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """The checkpoint's names of an expert's gate, up and down matrices."""
     return family_of(config.model_type).expert_names(layer, expert)
-
-
-def read_json(path: Path) -> Any:
-    """Parses a JSON file; raises UserError naming it where it is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
 
 
 def open_hf(folder: str | Path) -> Weights:
@@ -234,12 +233,6 @@ def same(a: Tensor, b: Tensor | None) -> bool:
         np.array_equal(a.read(i, min(i + step, a.shape[0])), b.read(i, min(i + step, a.shape[0])))
         for i in range(0, a.shape[0], step)
     )
-
-
-def row_block(shape: tuple[int, ...], dtype: np.dtype, limit: int = 4 << 20) -> int:
-    """How many rows of the first axis fit in `limit` bytes, at least one."""
-    row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
-    return max(1, min(shape[0], limit // max(row, 1)))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, read_json, row_block, shard_name
-from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Weights
+from hybrimoe_jax.checkpoint.hugging_face import dense_shapes, layer_of, shard_name
+from hybrimoe_jax.checkpoint.weights import Experts, ListedExperts, PackedExperts, Shard, Weights, row_block
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.layout import PANEL, ExpertLayout, Format, MatrixLayout, PackedExpert
 from hybrimoe_jax.formats.plain import BF16, F32, aligned_empty
 from hybrimoe_jax.models.config import ModelConfig

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
-from hybrimoe_jax.checkpoint.hugging_face import read_json
 from hybrimoe_jax.checkpoint.orbax import item_names, items_of, open_leaf, read_leaves, read_rows
 from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.packing import (
     Format,
     MatrixLayout,

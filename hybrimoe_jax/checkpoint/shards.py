@@ -22,18 +22,16 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
-from hybrimoe_jax.checkpoint.hugging_face import row_block
 from hybrimoe_jax.checkpoint.orbax import Leaf, open_leaf, read_rows, save_item
-from hybrimoe_jax.checkpoint.safetensors import BF16
-from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Tensor
+from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Tensor, row_block
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, MatrixLayout, pack_expert
+from hybrimoe_jax.formats.plain import BF16, F32
 
 LAYOUT = "hybrimoe-jax checkpoint"
 PLAIN_VERSION, VERSION = 1, 2
 """Of the files' meaning. 2 brought quantised experts; a checkpoint without any is still written, and read, as 1."""
 EXPERTS = "experts"
-F32 = np.dtype(np.float32)
 FORMATS = {"f32": F32, "bf16": BF16}
 DTYPES = {"float32": F32, "bfloat16": BF16, "uint8": np.dtype(np.uint8)}
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybrimoe_jax.checkpoint.safetensors import BF16
 from hybrimoe_jax.formats.packing import ExpertLayout, PackedExpert, dequantise
+from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.models.config import ModelConfig
 
 
@@ -165,3 +165,9 @@ class Weights:
         """bfloat16 where every routed expert is stored so, else float32 (exact for float16 too)."""
         dtypes = {d for shard in self.shards if shard.experts for d in shard.experts.dtypes}
         return BF16 if dtypes == {BF16} else np.dtype(np.float32)
+
+
+def row_block(shape: tuple[int, ...], dtype: np.dtype, limit: int = 4 << 20) -> int:
+    """How many rows of the first axis fit in `limit` bytes, at least one."""
+    row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
+    return max(1, min(shape[0], limit // max(row, 1)))

@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         rope: Rope,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: str | None = None,

@@ -61,7 +61,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """`model.` of the checkpoint: token table, layers, final norm."""
 
-    def __init__(self, vocab: int, width: int, eps: float, layers: list[DecoderLayer], rngs: nnx.Rngs):
+    def __init__(self, vocab: int, width: int, eps: float, layers: list[DecoderLayer], rngs: nnx.Rngs | None):
         self.embed_tokens = Embedding(vocab, width, rngs=rngs)
         self.layers = nnx.List(layers)
         self.norm = RMSNorm(width, eps)
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
 class CausalLM(nnx.Module):
     """Decoder plus output head; `lm_head` is absent when the embeddings are tied."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], rngs: nnx.Rngs | None):
         self.config = config
         self.model = Decoder(config.vocab_size, config.hidden_size, config.rms_norm_eps, layers, rngs)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
@@ -104,7 +104,7 @@ class CausalLM(nnx.Module):
 
 def assemble(
     config: ModelConfig,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
     attention: Callable[[int], CachedAttention],
     moe_block: Callable[[], MoEBlock],
     mlp_name: str = "mlp",
@@ -127,7 +127,7 @@ def assemble(
     return CausalLM(config, layers, rngs)
 
 
-def grouped_query(config: ModelConfig, rngs: nnx.Rngs, **options) -> Callable[[int], Attention]:
+def grouped_query(config: ModelConfig, rngs: nnx.Rngs | None, **options) -> Callable[[int], Attention]:
     """Makes a layer's grouped-query attention; `options`: those of `Attention` in which families differ."""
     sizes = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_width
     return lambda layer: Attention(*sizes, rope=config.rope, rngs=rngs, window=config.window(layer), **options)

@@ -40,7 +40,7 @@ class MoEBlock(nnx.Module):
     D]) or `shared_experts` (DeepSeek) follow them too.
     """
 
-    def __init__(self, width: int, num_experts: int, top_k: int, *, normalise: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_experts: int, top_k: int, *, normalise: bool, rngs: nnx.Rngs | None):
         self.gate = Linear(width, num_experts, rngs=rngs)
         self.num_experts, self.top_k, self.normalise = num_experts, top_k, normalise
 

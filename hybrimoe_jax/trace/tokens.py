@@ -13,7 +13,6 @@ import numpy as np
 
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.file import Trace
-from hybrimoe_jax.trace.importers import open_trace
 
 REPLAYED = "prefill, replayed token by token"
 
@@ -47,6 +46,8 @@ def load_recording(path: str | None) -> Recording | None:
     """The recording in a trace's file; None for None."""
     if path is None:
         return None
+    from hybrimoe_jax.trace.importers import open_trace
+
     trace = open_trace(path)
     tokens = by_token(trace)
     return Recording(trace.facts, tokens.ids, (np.diff(tokens.sequence) == 0) & (np.diff(tokens.position) == 1))

@@ -25,9 +25,9 @@ import numpy as np
 from hybrimoe_jax.checkpoint.gguf.config import hf_config
 from hybrimoe_jax.checkpoint.hugging_face import match_names
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
-from hybrimoe_jax.checkpoint.safetensors import BF16
 from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights
 from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import family_of, parse_config
 

@@ -115,7 +115,7 @@ class DeepseekV2Config(ModelConfig):
 class LatentAttention(nnx.Module):
     """Multi-head latent attention with a cache of `latent` [B, S, r] and `rope` [B, S, R]."""
 
-    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs):
+    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs | None):
         width, bias = config.hidden_size, config.attention_bias
         self.heads, self.nope, self.rotary = (
             config.num_attention_heads,
@@ -238,7 +238,7 @@ def _check_latent(q: jax.Array, q_rope: jax.Array, cache: dict, mask: jax.Array)
 class DeepseekV2Block(MoEBlock):
     """Group-limited routing (device-limited in the paper) and `n_shared_experts` experts merged into one SwiGLU."""
 
-    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs):
+    def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs | None):
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
         super().__init__(*sizes, normalise=config.norm_topk_prob and config.num_experts_per_tok > 1, rngs=rngs)
         limited = config.topk_method == "group_limited_greedy"
@@ -265,7 +265,7 @@ class DeepseekV2Block(MoEBlock):
         return None if self.shared_experts is None else self.shared_experts(x)
 
 
-def build(config: DeepseekV2Config, rngs: nnx.Rngs) -> CausalLM:
+def build(config: DeepseekV2Config, rngs: nnx.Rngs | None) -> CausalLM:
     def attention(layer: int) -> LatentAttention:
         return LatentAttention(config, rngs)
 

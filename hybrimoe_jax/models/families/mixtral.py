@@ -51,7 +51,7 @@ class MixtralConfig(ModelConfig):
         return self.sliding_window or None
 
 
-def build(config: MixtralConfig, rngs: nnx.Rngs) -> CausalLM:
+def build(config: MixtralConfig, rngs: nnx.Rngs | None) -> CausalLM:
     def moe_block() -> MoEBlock:
         return MoEBlock(config.hidden_size, config.num_experts, config.num_experts_per_tok, normalise=True, rngs=rngs)
 

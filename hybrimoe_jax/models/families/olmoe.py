@@ -47,7 +47,7 @@ class OlmoeConfig(ModelConfig):
         return True
 
 
-def build(config: OlmoeConfig, rngs: nnx.Rngs) -> CausalLM:
+def build(config: OlmoeConfig, rngs: nnx.Rngs | None) -> CausalLM:
     def moe_block() -> MoEBlock:
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
         return MoEBlock(*sizes, normalise=config.norm_topk_prob, rngs=rngs)

@@ -69,7 +69,7 @@ class Qwen2MoeConfig(ModelConfig):
 class Qwen2MoeBlock(MoEBlock):
     """Adds `sigmoid(shared_expert_gate(x)) * shared_expert(x)`."""
 
-    def __init__(self, config: Qwen2MoeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2MoeConfig, rngs: nnx.Rngs | None):
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
         super().__init__(*sizes, normalise=config.norm_topk_prob, rngs=rngs)
         self.shared_expert = SwiGLU(config.hidden_size, config.shared_expert_intermediate_size, rngs=rngs)
@@ -79,6 +79,6 @@ class Qwen2MoeBlock(MoEBlock):
         return jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
-def build(config: Qwen2MoeConfig, rngs: nnx.Rngs) -> CausalLM:
+def build(config: Qwen2MoeConfig, rngs: nnx.Rngs | None) -> CausalLM:
     attention = grouped_query(config, rngs, qkv_bias=config.qkv_bias)
     return assemble(config, rngs, attention, lambda: Qwen2MoeBlock(config, rngs))

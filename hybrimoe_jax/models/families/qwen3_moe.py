@@ -51,7 +51,7 @@ class Qwen3MoeConfig(ModelConfig):
         return (self.sliding_window or None) if self.use_sliding_window else None
 
 
-def build(config: Qwen3MoeConfig, rngs: nnx.Rngs) -> CausalLM:
+def build(config: Qwen3MoeConfig, rngs: nnx.Rngs | None) -> CausalLM:
     def moe_block() -> MoEBlock:
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
         return MoEBlock(*sizes, normalise=config.norm_topk_prob, rngs=rngs)
