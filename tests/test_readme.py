@@ -22,8 +22,8 @@ PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README = TEXTS["README.md"]
 FLAG = r"(?<![^\s`(])--[a-z][a-z-]+"
-OTHERS = {"--n-gpu-layers", "--slow"}
-"""Flags of other programs that the documents mention."""
+OTHERS = {"--n-gpu-layers", "--slow", "--add", "--step", "--layers"}
+"""Flags of other programs, and of scripts/, that the documents mention."""
 needs_bundled = pytest.mark.skipif(
     not (bundled_model() / "manifest.json").is_file(), reason="no bundled model in hybrimoe_jax/assets"
 )
@@ -129,8 +129,11 @@ def test_the_tree_leaves_no_room_out():
 def test_relative_links_resolve():
     for path in PATHS:
         text = re.sub(r"^```.*?^```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-        for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
-            if "://" not in target:
+        named = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", text, re.MULTILINE))
+        assert set(re.findall(r"\]\[([\w-]+)\]", text)) == named.keys(), f"{path.name}: links by name"
+        for link in (*re.findall(r"\]\(([^)\s]+)\)", text), *named.values()):
+            target, _, heading = link.partition("#")
+            if "://" not in link:
                 to = path.parent / target if target else path
                 assert to.exists(), f"{path.name} links to {target}"
                 assert not heading or heading in anchors(to), f"{path.name} links to #{heading} of {to.name}"

@@ -1,0 +1,175 @@
+"""`python scripts/results.py`: the tables of README.md and docs/results.md, from the records in results/.
+
+People write the documents. This renews what stands between `<!-- table: NAME -->` and `<!-- end -->` in them.
+A benchmark prints its record as the last line; this keeps it, with the machine, the commit and the versions:
+
+    python -m hybrimoe_jax.bench formats | python scripts/results.py --add formats
+
+A record of the same benchmark on the same processor is replaced. The records of simulated runs come from
+`python -m hybrimoe_jax.reproduce`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from hybrimoe_jax.bench.engine import processor
+from hybrimoe_jax.reproduce.__main__ import read_records
+from hybrimoe_jax.reproduce.tables import markdown, places, renewed, seconds
+from hybrimoe_jax.simulate.records import commit
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/results.md")
+MEASURED = "results/measured"
+__all__ = ["add", "places", "renewed", "tables"]
+Records = Mapping[str, Sequence[dict]]
+PREFILL, DECODE, CACHE = 512, None, 0.25
+
+
+def kept(benchmark: str, record: dict) -> dict:
+    """A benchmark's record with what else a reader wants to know of it."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **versions,
+        "record": record,
+    }
+
+
+def add(benchmark: str, line: str, folder: Path) -> None:
+    """Keeps the record, in place of an earlier one of this processor."""
+    new, path = kept(benchmark, json.loads(line)), folder / f"{benchmark}.jsonl"
+    old = read_records(folder).get(benchmark, []) if path.exists() else []
+    rows = [row for row in old if row["processor"] != new["processor"]] + [new]
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def where(row: dict) -> str:
+    """Machine and commit of a measured record."""
+    name = row["processor"].split(" cpu family")[0]
+    return (
+        f"{name}, {row['cores']} cores; commit {row['commit']}, {row['date']}; Python {row['python']}, jax {row['jax']}"
+    )
+
+
+def per_machine(make: Callable[[dict], str]) -> Callable[[Sequence[dict]], str]:
+    """A table for each record, under a line that names machine and commit."""
+    return lambda rows: "\n".join(f"{where(row)}:\n\n{make(row['record'])}" for row in rows)
+
+
+def engine(record: dict) -> str:
+    parts = []
+    for result in record["results"]:
+        measures = ("prefill 128", "prefill 512", "decode")
+        rows = []
+        for name, row in result["medians"].items():
+            times = [f"{row[f'{what}_ms']:.2f}" if f"{what}_ms" in row else "-" for what in measures]
+            rows.append([name, *times, "yes" if result["same_tokens"][name] else "no"])
+        if "ratios" in result:
+            ratios = [f"{result['ratios'][what]:.2f}x" for what in measures]
+            rows.append(["**hybrimoe against the best transformers**", *ratios, ""])
+        size = f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters: milliseconds"
+        parts.append(markdown([size, "prompt of 128", "prompt of 512", "a token", "same tokens"], rows))
+    return "\n".join(parts)
+
+
+def formats(record: dict) -> str:
+    rows = []
+    calibrated = {row["format"]: row for row in record["formats"] if row["calibrated"]}
+    for row in record["formats"]:
+        if not row["calibrated"]:
+            other = calibrated.get(row["format"])
+            cells = [f"{row['bits_per_weight']:.2f}", *quality(row), *(quality(other) if other else ["", ""])]
+            rows.append([row["format"], *cells])
+    head = ["format", "bits a weight", "divergence, nats", "perplexity"]
+    return markdown([*head, "calibrated: divergence", "perplexity"], rows)
+
+
+def quality(row: dict) -> list[str]:
+    return [f"{row['kl']:.4f}", f"{100 * row['change']:+.2f} %"]
+
+
+def schedule(record: dict) -> str:
+    rules = list(next(iter(record["gap"].values())))
+    rows = []
+    for what, gaps in record["gap"].items():
+        rows.append([what, *(" / ".join(f"{100 * gaps[r][k]:.3g}" for k in ("mean", "p99", "worst")) for r in rules)])
+    return markdown(["problems", *(f"`{rule}`" for rule in rules)], rows)
+
+
+def results(records: Records) -> str:
+    """README's table: measured runs first, then computed ones."""
+    rows = []
+    for row in records.get("engine", ()):
+        name, unit = row["processor"].split(" cpu family")[0].replace("(R)", ""), "ms a token"
+        for result in row["record"]["results"]:
+            medians = result["medians"]
+            best = min(v["decode_ms"] for k, v in medians.items() if k.startswith("transformers"))
+            what = (
+                f"decode, {'random' if result['model'] == 'mid' else result['model']} {millions(result)} M, CPU alone"
+            )
+            ours = medians["hybrimoe"]["decode_ms"]
+            other = f"transformers on torch: {best:.2f}"
+            rows.append([what, f"measured, {name}, {row['cores']} cores", f"{ours:.2f} {unit}", other, row["commit"]])
+    for experiment, prompt, unit in (("decode", DECODE, "tokens/s"), ("prefill", PREFILL, "s to the first token")):
+        rows += [simulated(records[experiment], model, prompt, unit) for model in ("deepseek-v2-lite", "gpt-oss-20b")]
+    return markdown(["what", "clock and machine", "`hybrimoe`", "others", "commit"], rows)
+
+
+def millions(result: dict) -> str:
+    return f"{result['parameters'] / 1e6:.0f}"
+
+
+def simulated(records: Sequence[dict], model: str, prompt: int | None, unit: str) -> list[str]:
+    """One row: a model at a quarter of its experts on the paper's machine."""
+    found = {}
+    for row in records:
+        here = (row["model"], row["profile"], row["cache_ratio"], row["prompt_tokens"])
+        if here == (model, "a6000-paper", CACHE, prompt):
+            found.setdefault(row["system"], row)
+    shown = {name: seconds(found[name]) for name in ("hybrimoe", "ktransformers", "llamacpp")}
+    cells = {name: f"{1 / value:.1f}" if prompt is None else f"{value:.2f}" for name, value in shown.items()}
+    what = f"decode, {model}" if prompt is None else f"prompt of {prompt}, {model}"
+    others = f"`ktransformers` {cells['ktransformers']}, `llamacpp` {cells['llamacpp']}"
+    told = found["hybrimoe"]["versions"].get("commit", "")
+    return [f"{what}, 25 % resident", "computed, profile `a6000-paper`", f"{cells['hybrimoe']} {unit}", others, told]
+
+
+def tables(root: Path) -> dict[str, str]:
+    """Every table, by name, that the records suffice for."""
+    records = {**read_records(root / "results"), **read_records(root / MEASURED)}
+    made = {"results": results(records)}
+    for make in (engine, formats, schedule):
+        if rows := records.get(make.__name__):
+            made[make.__name__] = per_machine(make)(rows)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", metavar="NAME", help="keep the benchmark's record that standard input ends with")
+    args = parser.parse_args(argv)
+    if args.add:
+        add(args.add, sys.stdin.read().strip().splitlines()[-1], ROOT / MEASURED)
+    made = tables(ROOT)
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(renewed(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
