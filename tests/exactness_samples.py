@@ -54,12 +54,16 @@ QUANTISED = exactness_cells.quantised_matrix(list(tiny.CONFIGS))
 
 
 def few() -> list[Cell]:
-    """At least one cell of every system, model, ratio, kernel, batch and format; the callback executor takes longer."""
+    """At least one cell of every system, model, ratio, kernel, batch and format.
+
+    The callback executor takes longer: of two models, with prompts of several lengths, and of one format.
+    """
     overlapped = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "overlapped" and cell.model != BUNDLED]
-    others = [cell for cell in MATRIX if cell.executor == "callback" and cell.system == "hybrimoe"]
-    others = [cell for cell in others if cell.model != BUNDLED]
-    formats = [cell for cell in QUANTISED if cell.executor == "callback" and cell.format in FORMATS[-1:]]
-    chosen = [*_round(overlapped, values), *_round(others, values), formats[0]]
+    callback = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "callback" and cell.system == "hybrimoe"]
+    callback = [cell for cell in callback if cell.batch == "ragged" and cell.format in ("f32", FORMATS[-1])]
+    first, second = ([cell for cell in callback if cell.model == model] for model in list(tiny.CONFIGS)[::2])
+    chosen = [*_round(overlapped, values), *_round(first, values)]
+    chosen.append(next(cell for cell in second if cell.ratio == 0.5 and cell.kernel == "native"))
     return [*chosen, Cell(BUNDLED, "hybrimoe", "overlapped", 0.25, "auto", "one")]
 
 

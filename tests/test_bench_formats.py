@@ -14,7 +14,7 @@ from hybrimoe_jax.errors import UserError
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("formats")
     checkpoint = tiny_checkpoint.converted(place)
-    (place / "text.txt").write_text("the other and the father, hither and thither. " * 30)
+    (place / "text.txt").write_text("the other and the father, hither and thither. " * 10)
     return checkpoint, place / "text.txt"
 
 
