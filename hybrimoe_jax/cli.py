@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
@@ -22,7 +23,8 @@ INTERRUPTED = 130
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's `main` and exits; bad input becomes one line on stderr, never a traceback."""
+    """Runs a command's `main` and exits; bad input and warnings are one line on stderr each, never a traceback."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if sys.stdout is None:
         sys.exit(fail("standard output is closed"))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeGuard
@@ -15,6 +16,14 @@ from hybrimoe_jax.errors import UserError
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
     """Whether what a JSON file gave is an object."""
     return isinstance(value, dict)
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again, by the platform's convention. RuntimeError without a home."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "hybrimoe-jax"
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(chosen if os.path.isabs(chosen) else Path.home() / ".cache") / "hybrimoe-jax"
 
 
 def read_json(path: Path) -> Any:

@@ -64,6 +64,12 @@ ENGINE_FLAGS = {
         help="virtual clock: times and bytes are those of a full-size model, e.g. deepseek-v2-lite:int4-g64; one of "
         f"{', '.join(SHAPES)} (format int4-g64 if none is given)",
     ),
+    "start_cache": dict(
+        metavar="DIR",
+        help="where compiled programs and measurements are kept for the next start (default: the platform's cache "
+        'folder, or $HYBRIMOE_START_CACHE); "off" keeps nothing',
+    ),
+    "measure_again": dict(action="store_true", help="measure this machine anew, whatever is kept"),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
     "verify": dict(action="store_true", help="check every expert's hash as it is read"),
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
@@ -104,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     chosen = {name: getattr(args, name) for name in ENGINE_FLAGS if getattr(args, name) is not None}
-    return EngineConfig(**chosen, seed=args.seed)
+    return EngineConfig(**{"start_cache": "default", **chosen}, seed=args.seed)
 
 
 def read_prompt(args: argparse.Namespace) -> str | list[int]:
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     saves_profile = None
     if options.profile not in (None, *PROFILES) and options.clock == "wall" and not os.path.exists(options.profile):
         saves_profile = options.profile
-        options = dataclasses.replace(options, profile=None)
+        options = dataclasses.replace(options, profile=None, measure_again=True)
     prompt = read_prompt(args)
     check_files(args)
     from hybrimoe_jax.engine.load import load

@@ -43,6 +43,7 @@ def know_the_start() -> None:
     sys.dont_write_bytecode = False
     os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", NO_COLOR="1")
     os.environ.setdefault("NPROC", "1")
+    os.environ["HYBRIMOE_START_CACHE"] = "off"
 
 
 know_the_start()

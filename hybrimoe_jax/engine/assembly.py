@@ -25,15 +25,20 @@ from hybrimoe_jax.engine.lanes.clock import VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link, parts_of
+from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
+from hybrimoe_jax.engine.start_cache import start_folder
 from hybrimoe_jax.engine.step import DenseForward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
+from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.identity import machine_facts
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
 from hybrimoe_jax.machine.virtual import VirtualMachine
@@ -47,6 +52,8 @@ STAGING = 2
 IN_FLIGHT = 2
 """Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
 WARMUP_CAPACITY = 256
+NO_BEARING = ("seed", "profile", "verify", "start_cache", "measure_again")
+"""Options that no measurement depends on; a profile counts by its costs."""
 POLL_WAKES = 8
 """Results are polled for where a layer takes less than this many wake-ups of a thread; longer waits are better slept
 through, since a polling thread slows the device's on two hyperthreads of one core."""
@@ -93,7 +100,10 @@ class _HybridAssembly:
         self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)
         self.wake_s = warmup.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
-        self.costs = self._costs()
+        given = self._given_costs()
+        self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given))
+        self.measured = Measurements() if options.measure_again else self.kept.read()
+        self.costs = given or self._measured_costs()
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 
     def parts(self) -> Parts:
@@ -101,6 +111,7 @@ class _HybridAssembly:
         if self.fusible and self._may_fuse(layered.planner):
             layered, fused = self._select(layered)
         layered.fill()
+        self.kept.write(self.measured)
         kernel = self.options.device_kernel
         if self.options.executor != "callback":
             kernel = programs.runs(self.pool.some(1)[0], kernel)
@@ -154,13 +165,21 @@ class _HybridAssembly:
         config = self.model.config
         return shape_of(config, config.model_type), self.expert_format
 
-    def _costs(self) -> CostModel | MachineCosts:
-        """Those of the profile, or what the warm-up measures."""
-        costs, model = self.options.profile, self.model
+    def _measured_costs(self) -> CostModel:
+        """What is kept, or what the warm-up measures."""
+        costs = self.measured.costs
         if costs is None:
             lanes, inline_s = (self.pool, self.link, self.host, self.store.get), INLINE_WAKES * self.wake_s
             distance = self.system.max_distance
-            return warmup.measure(model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
+            costs = warmup.measure(self.model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
+            self.measured = Measurements(costs)
+        return costs
+
+    def _given_costs(self) -> CostModel | MachineCosts | None:
+        """Those of the profile."""
+        costs = self.options.profile
+        if costs is None:
+            return None
         if not isinstance(costs, CostModel):
             costs = load_costs(costs, self.shape, self.cost_format)
         if costs.expert_bytes != self.expert_bytes:
@@ -169,6 +188,18 @@ class _HybridAssembly:
                 f"{self.shape.name} have {self.expert_bytes}; measure it again with that model"
             )
         return costs
+
+    def _facts(self, given: CostModel | MachineCosts | None) -> list[str]:
+        """All that a measurement may depend on."""
+        fields = (field.name for field in dataclasses.fields(self.options) if field.name not in NO_BEARING)
+        return [
+            *machine_facts([library.path()]),
+            *(repr(part) for part in (self.cores, self.system, self.slots, self.fusible, self.store.format)),
+            *(repr(part) for part in (self.model.config, self.expert_format, given, self.host.kernel.describe())),
+            *(f"{name} {getattr(self.options, name)!r}" for name in fields),
+            f"{self.device.platform} {self.device.device_kind} {self.pool.expert_bytes}",
+            *(f"{name} {_form(array)}" for layer in self.model.layers for name, array in layer.params.items()),
+        ]
 
     def _planner(self) -> Planner:
         return Planner(
@@ -202,13 +233,22 @@ class _HybridAssembly:
 
     def _select(self, layered: LayeredForward) -> tuple[LayeredForward, FusedDecode | None]:
         """-> the executor of layers, with a planner that starts anew, and fused decode where that was the faster."""
+        kept = self.measured.decode
+        if kept is not None and kept.threads == 0:
+            return layered, None
         fused, needed = select.fused_decode(layered), layered.planner.handover_for_all_on_cpu
+        if kept is not None and layered.planner.all_on_cpu:
+            fused.threads, fused.max_steps = kept.threads, kept.max_steps
+            return layered, fused
         fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
         if not select.is_faster(fused, layered, WARMUP_CAPACITY):
             fused = None
         elif needed is not None and isinstance(self.costs, CostModel):
             # what was seen: leaving the program costs more than it is believed to save
             self.costs = dataclasses.replace(self.costs, handover=max(self.costs.handover, needed))
+        choice = DecodeChoice(fused.threads, fused.max_steps) if fused else DecodeChoice(0, 1)
+        measured = self.costs if isinstance(self.costs, CostModel) and self.measured.costs else None
+        self.measured = Measurements(measured, choice)
         return self._layered(), fused
 
     def _verifier(self, planner: Planner) -> Callable[[int], None]:
@@ -218,6 +258,10 @@ class _HybridAssembly:
             self.pool.verify(moe_layer, lambda expert: self.store.get(moe_layer, expert))
 
         return verify
+
+
+def _form(array: jax.Array | PackedMatrix) -> str:
+    return repr(array.layout) if isinstance(array, PackedMatrix) else f"{array.dtype} {array.shape}"
 
 
 def device_format(store, device: programs.Device) -> tuple[str, np.dtype]:

@@ -54,6 +54,10 @@ class EngineConfig:
       cost_shape: "NAME[:FORMAT]", a full-size model (`machine.shapes`) and its experts' format ("int4-g64" if none is
         given): the virtual clock takes that model's costs, layer for layer and expert for expert, and the statistics
         count its bytes. The model that runs, its layers and its tokens stay as they are.
+      start_cache: where compiled programs and measurements are kept for the next start: "off", a folder, or "default",
+        the platform's cache folder (or what HYBRIMOE_START_CACHE says). Anything but "off" has jax keep programs for
+        the whole process. The command's default is "default".
+      measure_again: measure at load whatever is kept.
       lazy: read experts from disk on first use instead of at load.
       verify: check every expert's hash as it is read.
       debug: check on every step that each slot holds the expert it should (slow).
@@ -80,6 +84,8 @@ class EngineConfig:
     profile: Any = None
     clock: str = "wall"
     cost_shape: str | None = None
+    start_cache: str = "off"
+    measure_again: bool = False
     lazy: bool = False
     verify: bool = False
     debug: bool = False

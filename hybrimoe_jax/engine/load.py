@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes import threads
+from hybrimoe_jax.engine.start_cache import keep_programs, usable
 
 
 def bundled_model() -> Path:
@@ -20,8 +22,10 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
     options = options or EngineConfig()
+    options = dataclasses.replace(options, start_cache=usable(options.start_cache))
     threads.split_threads(options.threads, options.executor)
     threads.set_async_dispatch(options.executor)
+    programs = keep_programs(options.start_cache)
     import jax
 
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
@@ -34,7 +38,7 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
     # values).
     dtype = "float32" if jax.default_backend() == "cpu" else None
     store = checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify)
-    return Engine(
+    engine = Engine(
         checkpoint.config,
         checkpoint.dense(verify=options.verify),
         store,
@@ -43,3 +47,6 @@ def load(path: str | Path | None = None, options: EngineConfig | None = None):
         eos=eos_ids(checkpoint.generation_config, tokenizer, checkpoint.config),
         frequencies=checkpoint.frequencies(),
     )
+    if programs is not None:
+        programs.exchange()
+    return engine
