@@ -31,7 +31,8 @@ DOCUMENTS = ("README.md", "docs/results.md")
 MEASURED = "results/measured"
 __all__ = ["add", "places", "renewed", "tables"]
 Records = Mapping[str, Sequence[dict]]
-PREFILL, DECODE, CACHE = 512, None, 0.25
+MODELS = {"deepseek-v2-lite": "DeepSeek-V2-Lite", "gpt-oss-20b": "gpt-oss-20b"}
+PROFILE, CACHE, PREFILL = "a6000-paper", 0.25, 512
 
 
 def kept(benchmark: str, record: dict) -> dict:
@@ -115,38 +116,38 @@ def results(records: Records) -> str:
     """README's table: measured runs first, then computed ones."""
     rows = []
     for row in records.get("engine", ()):
-        name, unit = row["processor"].split(" cpu family")[0].replace("(R)", ""), "ms a token"
+        machine = f"measured: {row['processor'].split(' cpu family')[0]}, {row['cores']} cores"
         for result in row["record"]["results"]:
-            medians = result["medians"]
-            best = min(v["decode_ms"] for k, v in medians.items() if k.startswith("transformers"))
-            what = (
-                f"decode, {'random' if result['model'] == 'mid' else result['model']} {millions(result)} M, CPU alone"
-            )
-            ours = medians["hybrimoe"]["decode_ms"]
-            other = f"transformers on torch: {best:.2f}"
-            rows.append([what, f"measured, {name}, {row['cores']} cores", f"{ours:.2f} {unit}", other, row["commit"]])
-    for experiment, prompt, unit in (("decode", DECODE, "tokens/s"), ("prefill", PREFILL, "s to the first token")):
-        rows += [simulated(records[experiment], model, prompt, unit) for model in ("deepseek-v2-lite", "gpt-oss-20b")]
-    return markdown(["what", "clock and machine", "`hybrimoe`", "others", "commit"], rows)
+            if "ratios" in result:
+                rows.append([*decoding(result), row["commit"]])
+                rows[-1].insert(1, machine)
+    for experiment, prompt in (("decode", None), ("prefill", PREFILL)):
+        rows += [simulated(records[experiment], model, prompt) for model in MODELS]
+    return markdown(["what", "clock: machine", "`hybrimoe`", "others", "commit"], rows)
 
 
-def millions(result: dict) -> str:
-    return f"{result['parameters'] / 1e6:.0f}"
+def decoding(result: dict) -> list[str]:
+    """What was decoded by the CPU alone, our time of a token, and the best of transformers."""
+    name = "a random model" if result["model"] == "mid" else f"the {result['model']} model"
+    ours = result["medians"]["hybrimoe"]["decode_ms"]
+    what = f"decoding, {name} of {result['parameters'] / 1e6:.0f} M parameters"
+    return [what, f"{ours:.2f} ms a token", f"transformers on torch {ours * result['ratios']['decode']:.2f}"]
 
 
-def simulated(records: Sequence[dict], model: str, prompt: int | None, unit: str) -> list[str]:
-    """One row: a model at a quarter of its experts on the paper's machine."""
+def simulated(records: Sequence[dict], model: str, prompt: int | None) -> list[str]:
+    """One row: a model with a quarter of its experts resident, on the paper's machine."""
     found = {}
     for row in records:
         here = (row["model"], row["profile"], row["cache_ratio"], row["prompt_tokens"])
-        if here == (model, "a6000-paper", CACHE, prompt):
+        if here == (model, PROFILE, CACHE, prompt):
             found.setdefault(row["system"], row)
     shown = {name: seconds(found[name]) for name in ("hybrimoe", "ktransformers", "llamacpp")}
     cells = {name: f"{1 / value:.1f}" if prompt is None else f"{value:.2f}" for name, value in shown.items()}
-    what = f"decode, {model}" if prompt is None else f"prompt of {prompt}, {model}"
+    what = "decoding" if prompt is None else f"reading a prompt of {prompt} tokens"
+    unit = "tokens a second" if prompt is None else "seconds"
     others = f"`ktransformers` {cells['ktransformers']}, `llamacpp` {cells['llamacpp']}"
     told = found["hybrimoe"]["versions"].get("commit", "")
-    return [f"{what}, 25 % resident", "computed, profile `a6000-paper`", f"{cells['hybrimoe']} {unit}", others, told]
+    return [f"{what}, {MODELS[model]}", f"computed: `{PROFILE}`", f"{cells['hybrimoe']} {unit}", others, told]
 
 
 def tables(root: Path) -> dict[str, str]:
