@@ -2,7 +2,8 @@
 
     python examples/compare_systems.py [NEW_TOKENS]
 
-The model runs here. The times are computed: they are those of the machine that the profile describes.
+The bundled model runs here and its routing is real. Times are computed: those of the profile's machine, with layers and
+experts as large as the named model's.
 """
 
 import sys
@@ -10,28 +11,27 @@ import sys
 import hybrimoe_jax
 from hybrimoe_jax import EngineConfig
 
-MACHINE = "a6000-paper"
+MACHINE, SHAPE = "a6000-paper", "qwen2-57b-a14b"
 SYSTEMS = ("hybrimoe", "ktransformers", "adapmoe", "llamacpp", "on-demand", "cpu-only")
 
 
 def main() -> None:
     new_tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     tokens = set()
-    print(f"on {MACHINE}, a quarter of the experts resident; times computed")
-    print(
-        f"{'system':14}{'hit rate':>9}{'by CPU':>8}{'by device':>11}{'fetched':>9}{'prefetched':>12}{'ms a token':>12}"
-    )
+    print(f"experts of {SHAPE} on {MACHINE}, a quarter of them resident; times computed")
+    row = "{:14}{:>9}{:>8}{:>11}{:>9}{:>12}{:>12}"
+    print(row.format("system", "hit rate", "by CPU", "by device", "fetched", "prefetched", "ms a token"))
     for system in SYSTEMS:
-        engine = hybrimoe_jax.load(options=EngineConfig(system=system, clock="virtual", profile=MACHINE))
+        options = EngineConfig(system=system, clock="virtual", profile=MACHINE, cost_shape=SHAPE)
+        engine = hybrimoe_jax.load(options=options)
         result = engine.generate([engine.tokenizer.encode("Enter the King,")], max_new_tokens=new_tokens)
         engine.close()
         tokens.add(tuple(result.token_ids[0]))
 
         said = result.stats.summary()
-        print(
-            f"{system:14}{said['hit_rate']:9.1%}{said['cpu_experts']:8}{said['device_experts']:11}"
-            f"{said['demand_fetches']:9}{said['prefetch']['issued']:12}{said['tbt_ms']['median']:12.2f}"
-        )
+        counts = [said[name] for name in ("cpu_experts", "device_experts", "demand_fetches")]
+        cells = [f"{said['hit_rate']:.1%}", *counts, said["prefetch"]["issued"], f"{said['tbt_ms']['median']:.2f}"]
+        print(row.format(system, *cells))
     print("all systems gave the same tokens" if len(tokens) == 1 else "the systems gave different tokens: a bug")
 
 

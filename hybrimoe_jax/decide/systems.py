@@ -209,6 +209,7 @@ SYSTEMS: dict[str, System] = {
         System("cpu-only", "static", "cpu-misses", placement="none"),
     )
 }
+"""The systems by name."""
 
 
 def get_system(name: str) -> System:

@@ -134,17 +134,21 @@ class RunStats:
 
     @property
     def compile_s(self) -> float:
+        """Seconds of tracing and compiling in these steps."""
         return sum(step.compile_s for step in self.steps)
 
     def total(self, name: str) -> float:
+        """The sum of a number of `LayerStats` over all layers and steps."""
         return sum(step.total(name) for step in self.steps)
 
     @property
     def hit_rate(self) -> float | None:
+        """`hits / (hits + misses)`; None where no expert was activated."""
         hits, misses = self.total("hits"), self.total("misses")
         return hits / (hits + misses) if hits + misses else None
 
     def lanes(self) -> Lanes:
+        """Busy seconds over all layers and steps."""
         total = Lanes()
         for step in self.steps:
             for layer in step.layers:

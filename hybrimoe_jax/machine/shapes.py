@@ -28,7 +28,8 @@ class ModelShape:
       attention: weights of a MoE layer's attention and router.
       kv: values that one token adds to a layer's cache.
       scores: multiply-adds of attention per token and place of context.
-      leading: weights of the dense layers before the MoE layers. head: weights of the logits.
+      leading: weights of the dense layers before the MoE layers.
+      head: weights of the logits.
     """
 
     name: str
@@ -128,6 +129,7 @@ COST_FORMAT = "int4-g64"
 """Of the experts of a shape that is named without one."""
 
 SHAPES: dict[str, ModelShape] = {name: shape_of(config, name) for name, config in _CONFIGS.items()}
+"""The shapes by name."""
 
 
 def get_shape(name: str) -> ModelShape:

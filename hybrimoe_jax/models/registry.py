@@ -70,6 +70,7 @@ FAMILIES: dict[str, Family[Any]] = {
     "qwen2_moe": Family(qwen2_moe.Qwen2MoeConfig, qwen2_moe.build),
     "qwen3_moe": Family(qwen3_moe.Qwen3MoeConfig, qwen3_moe.build),
 }
+"""The families by `model_type`."""
 
 
 def family_of(model_type: str) -> Family:

@@ -30,12 +30,15 @@ class Case:
     """One run.
 
     Attributes:
-      trace: a file that `open_trace` reads. profile: name or file. fmt: weight format of the experts.
+      trace: a file that `open_trace` reads.
+      profile: name or file.
+      fmt: weight format of the experts.
       system: its name; `parts` replace some of its parts (names in OVERRIDES).
       ratio: share of the experts that the device holds.
       start: "warm" (the most frequent experts of other sequences are loaded) or "cold".
       prompt: tokens of a prompt, one step each time; None for token by token.
-      prompts: how many prompts in each half. shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
+      prompts: how many prompts in each half.
+      shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
       steps: at most so many steps of each half, None for all.
       blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
       name: what results call the trace; None for the end of its path.

@@ -35,9 +35,12 @@ class TraceRecorder:
         """One MoE layer of the current step. The arrays are copied.
 
         Args:
-          layer: counted over MoE layers, from 0. phase: "prefill" or "decode".
-          sequence, position: [N] integers. ids: [N, k]. weights: [N, k].
-          scores: [N, E]. lookahead: distance -> [N, E], the prediction for layer + distance.
+          layer: counted over MoE layers, from 0.
+          phase: "prefill" or "decode".
+          sequence, position: [N] integers.
+          ids, weights: [N, k].
+          scores: [N, E].
+          lookahead: distance -> [N, E], the prediction for layer + distance.
         """
         copies = (np.array(sequence, np.int32), np.array(position, np.int32), np.array(ids, np.int32))
         floats = [None if a is None else np.array(a, np.float32) for a in (weights, scores)]

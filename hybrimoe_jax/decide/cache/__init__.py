@@ -45,6 +45,7 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "static": Static,
     "random": Random,
 }
+"""The policies by name. A policy of one's own need not be here, see `parse_policy`."""
 
 
 def policy_class(spec: str) -> type[CachePolicy]:

@@ -125,6 +125,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "previous": Previous,
     "perfect": Perfect,
 }
+"""The predictors by name."""
 RECORDED = "recorded:"
 
 

@@ -42,6 +42,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         OptimalScheduler,
     )
 }
+"""The rules by name."""
 
 
 def get_scheduler(name: str) -> Scheduler:
