@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: venv demo check test test-slow test-nightly test-engine coverage lint types quick bench clean
+.PHONY: venv demo check test test-slow test-nightly test-engine coverage lint types quick docs bench clean
 
 # The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
 BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
@@ -79,6 +79,17 @@ types: venv
 
 quick: venv
 	$(BIN)/python -m pytest -q tests/test_decide_*.py tests/test_trace_*.py tests/test_packing.py tests/test_rooms.py
+
+# The site, from docs/ and the docstrings: build/docs/index.html. Warnings are errors; every link inside it is checked,
+# and every type in a signature of the reference.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet \
+		--doctree-dir build/docs-trees docs build/docs
+	@echo "build/docs/index.html"
 
 bench: venv
 	$(BIN)/python -m hybrimoe_jax.bench engine

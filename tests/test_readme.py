@@ -127,7 +127,7 @@ def test_the_tree_leaves_no_room_out():
 
 
 def test_relative_links_resolve():
-    for path in PATHS:
+    for path in (*PATHS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
         text = re.sub(r"^```.*?^```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         named = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", text, re.MULTILINE))
         assert set(re.findall(r"\]\[([\w-]+)\]", text)) == named.keys(), f"{path.name}: links by name"
@@ -183,16 +183,19 @@ def test_documented_statistics_and_tokens_are_those_that_generate_prints():
 
 @needs_bundled
 def test_the_python_examples_run(tmp_path):
-    examples = [re.search(r"```python\n(.*?)```", text, re.DOTALL)[1] for text in (README, TEXTS["docs/python.md"])]
-    code = "\n".join(examples)
-    assert all('"my-model"' in example for example in examples)
+    """Every Python block of every page, in order; those of a page share their names."""
+    pages = {name: re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE) for name, text in TEXTS.items()}
+    code = [[name, "\n".join(blocks)] for name, blocks in pages.items() if blocks]
+    assert {"README.md", "docs/python.md", "docs/policies.md"} <= {name for name, _ in code}
+    program = "import json, sys\nfor name, code in json.load(sys.stdin): exec(compile(code, name, 'exec'), {})"
     done = subprocess.run(
-        [sys.executable, "-c", code.replace('"my-model"', repr(str(bundled_model())))],
+        [sys.executable, "-c", program],
+        input=json.dumps(code).replace('\\"my-model\\"', json.dumps(repr(str(bundled_model())))[1:-1]),
         capture_output=True,
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
+        env={**os.environ, "PYTHONWARNINGS": "error", "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()

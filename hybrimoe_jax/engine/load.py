@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.engine import Engine
 
 
 def bundled_model() -> Path:
@@ -15,8 +19,8 @@ def bundled_model() -> Path:
     return Path(__file__).parents[1] / "assets" / "bundled"
 
 
-def load(path: str | Path | None = None, options: EngineConfig | None = None):
-    """Opens a folder written by `python -m hybrimoe_jax.convert` (the bundled model if None) -> Engine.
+def load(path: str | Path | None = None, options: EngineConfig | None = None) -> Engine:
+    """Opens a folder written by `python -m hybrimoe_jax.convert`, the bundled model if None.
 
     Call it before any other use of jax: the cores are divided between XLA and the host experts when jax starts.
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.

@@ -29,10 +29,19 @@ class Lanes:
 
 @dataclasses.dataclass
 class LayerStats:
-    """One MoE layer in one step.
+    """One MoE layer in one step. Tuples hold experts, in the order in which they ran.
 
-    Expert tuples are in execution order; `prefetch_*` are this layer's prefetched experts, judged. `layer_streamed`:
-    experts whose transfer with their whole layer began here; `bytes_h2d` has them.
+    Attributes:
+      layer: counted over MoE layers, from 0.
+      loads: tokens of each activated expert.
+      hits, misses: activated experts found resident when the step was planned, and not.
+      cpu, device: who computed them.
+      fetched: experts that crossed the link because this step needed them on the device.
+      bytes_h2d: bytes of experts moved to the device, prefetches and whole layers included.
+      seconds: the layer's time, its attention and router included.
+      lanes: busy seconds within it.
+      prefetch_useful, prefetch_late, prefetch_wasted: this layer's prefetched experts, judged.
+      layer_streamed: experts whose transfer with their whole layer began here; `bytes_h2d` has them.
     """
 
     layer: int
@@ -55,7 +64,13 @@ class LayerStats:
 class StepStats:
     """One forward pass over a chunk of a prompt ("prefill") or one new token a row ("decode").
 
-    `layers` of a fused decode step whose next token is drawn are filled in when the next step runs, or the run ends.
+    Attributes:
+      phase: "prefill" or "decode".
+      tokens: real ones, without padding.
+      seconds: its time, compilation included.
+      compile_s: of that, tracing and compiling.
+      layers: one record a MoE layer. Those of a fused decode step whose next token is drawn are filled in when the next
+        step runs, or the run ends.
     """
 
     phase: str
@@ -70,10 +85,14 @@ class StepStats:
 
 @dataclasses.dataclass
 class PrefetchStats:
-    """Prefetches by what became of them: how many, and the seconds that their transfers held the link.
+    """Prefetches by what became of them.
 
-    `wait_s`: how long layers waited for late ones. `accuracy`: by distance, the share of predicted experts that were
-    activated.
+    Attributes:
+      issued: how many were started.
+      useful, late, wasted: how many were used after landing in time, used but waited for, neither.
+      useful_s, late_s, wasted_s: seconds that those transfers held the link, counted when they end.
+      wait_s: how long layers waited for late ones.
+      accuracy: by distance, the share of predicted experts that were activated.
     """
 
     issued: int = 0
@@ -91,8 +110,22 @@ class PrefetchStats:
 class RunStats:
     """Everything about one `generate` call. Times in seconds on `clock`; compilation is reported apart.
 
-    `device`: its platform. `cost_shape`: the model whose times and bytes these are, if not the one that ran; its device
-    bytes are those of slots and staging alone.
+    Attributes:
+      system, executor: what ran.
+      cache_ratio, slots: the ratio that the slots amount to; slots of each MoE layer.
+      clock: "wall", or "virtual": times of the profile's machine, computed.
+      host_kernel, device_kernel: what computed experts on the CPU and on the device.
+      cores: given to XLA ("device") and to the host experts ("host").
+      costs: the cost model that the planner used.
+      expert_format: the weight format of routed experts on the device.
+      cost_shape: the model whose times and bytes these are, if not the one that ran; its device bytes are those of
+        slots and staging alone.
+      device: the device's platform.
+      steps: a record of each step.
+      prefetch: what became of prefetches.
+      peak_device_bytes: dense weights, cache, staging, workspace and slots; on a GPU what its allocator reports.
+      host_bytes: all routed experts in host memory.
+      new_tokens: made in this call.
     """
 
     system: str
