@@ -161,7 +161,7 @@ def tables(root: Path) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--add", metavar="NAME", help="keep the benchmark's record that standard input ends with")
     args = parser.parse_args(argv)
     if args.add:

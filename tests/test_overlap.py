@@ -14,7 +14,7 @@ from hybrimoe_jax.engine.lanes import host
 
 pytestmark = pytest.mark.alone
 SLOWED = 0.050
-LIMIT = 0.075
+LIMIT = 0.75
 
 
 def device_delay(seconds: float):
@@ -82,17 +82,25 @@ def both_lanes(engine, prompts) -> list:
     assert len(both) >= 8, "too few steps use both lanes to tell"
     for step in both:
         assert step.layers[0].lanes.cpu >= SLOWED
-        assert step.layers[0].lanes.device >= 0.8 * SLOWED
+        assert step.layers[0].lanes.device >= 0.5 * SLOWED
     return both
 
 
+def least_share(steps) -> float:
+    """Of what both lanes took, one after the other, the share that the best step took.
+
+    The best one counts: whatever else runs on the machine lengthens steps. The sum is the step's own, since a
+    processor whose speed changes changes the device's part, too.
+    """
+    return min(step.seconds / (step.layers[0].lanes.cpu + step.layers[0].lanes.device) for step in steps)
+
+
 def test_a_step_takes_as_long_as_the_slower_lane(slowed_engine):
-    # The best step counts: whatever else runs on the machine lengthens steps, and nothing shortens one.
-    assert min(step.seconds for step in both_lanes(*slowed_engine)) < LIMIT
+    assert least_share(both_lanes(*slowed_engine)) < LIMIT
 
 
 def test_without_overlap_the_same_step_takes_the_sum(slowed_engine, monkeypatch):
     """So that the test above is about something: waiting for the device at dispatch makes every step miss the limit."""
     dispatch = programs.dense_rows
     monkeypatch.setattr(programs, "dense_rows", lambda *args, **kw: jax.block_until_ready(dispatch(*args, **kw)))
-    assert min(step.seconds for step in both_lanes(*slowed_engine)) > LIMIT
+    assert least_share(both_lanes(*slowed_engine)) > LIMIT

@@ -16,6 +16,7 @@ class Costs(Protocol):
       shares_cores: whether the device works on the CPU's cores; then the costs are `SharedCoreCosts`.
       fetch_host: how long issuing a demand fetch keeps the CPU lane from computing.
       look: what predicting the coming layers takes in each layer.
+      expert_bytes: what crosses the link with an expert.
     """
 
     @property
@@ -26,6 +27,9 @@ class Costs(Protocol):
 
     @property
     def look(self) -> float: ...
+
+    @property
+    def expert_bytes(self) -> int: ...
 
     def cpu(self, load: int, first: bool = False) -> float:
         """One expert on the CPU; `first` where nothing ran on it yet in this step."""
