@@ -56,14 +56,17 @@ QUANTISED = exactness_cells.quantised_matrix(list(tiny.CONFIGS))
 def few() -> list[Cell]:
     """At least one cell of every system, model, ratio, kernel, batch and format.
 
-    The callback executor takes longer: of two models, with prompts of several lengths, and of one format.
+    The callback executor takes longer: two models, one format, and what another cell's reference serves as well.
     """
     overlapped = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "overlapped" and cell.model != BUNDLED]
+    chosen = _round(overlapped, values)
+    answered = {(cell.model, cell.batch, cell.format) for cell in chosen}
     callback = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "callback" and cell.system == "hybrimoe"]
-    callback = [cell for cell in callback if cell.batch == "ragged" and cell.format in ("f32", FORMATS[-1])]
-    first, second = ([cell for cell in callback if cell.model == model] for model in list(tiny.CONFIGS)[::2])
-    chosen = [*_round(overlapped, values), *_round(first, values)]
-    chosen.append(next(cell for cell in second if cell.ratio == 0.5 and cell.kernel == "native"))
+    callback = [cell for cell in callback if (cell.model, cell.batch, cell.format) in answered]
+    first, _, last = tiny.CONFIGS
+    chosen += _round([c for c in callback if (c.model, c.batch, c.format) == (first, "ragged", "f32")], values)
+    chosen.append(next(c for c in callback if c.model == first and c.format == FORMATS[-1]))
+    chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (last, "one", "f32", 0.5)))
     return [*chosen, Cell(BUNDLED, "hybrimoe", "overlapped", 0.25, "auto", "one")]
 
 

@@ -7,6 +7,8 @@ of their own (see `exactness_cells`). Executables are shared between the cells o
 
 from __future__ import annotations
 
+import os
+
 import exactness_cells
 import exactness_samples
 import pytest
@@ -23,8 +25,19 @@ def cells(executor: str):
 overlapped, callback = cells("overlapped"), cells("callback")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_references(tmp_path_factory):
+    """The dense model answers once for all workers of this run and for the callback executor's process."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "references"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(exactness_cells.REFERENCES, str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
-def results(request):
+def results(request, shared_references):
     return exactness_samples.callback_results(request)
 
 
