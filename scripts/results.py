@@ -44,6 +44,7 @@ def kept(benchmark: str, record: dict) -> dict:
         "commit": commit(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[1], 1),  # of the last five minutes, this run's own part included
         "python": platform.python_version(),
         **versions,
         "record": record,
@@ -63,7 +64,8 @@ def where(row: dict) -> str:
     """Machine and commit of a measured record."""
     name = row["processor"].split(" cpu family")[0]
     return (
-        f"{name}, {row['cores']} cores; commit {row['commit']}, {row['date']}; Python {row['python']}, jax {row['jax']}"
+        f"{name}, {row['cores']} cores, load average {row['load']}; commit {row['commit']}, {row['date']}; "
+        f"Python {row['python']}, jax {row['jax']}"
     )
 
 
@@ -105,11 +107,16 @@ def quality(row: dict) -> list[str]:
 
 
 def schedule(record: dict) -> str:
-    rules = list(next(iter(record["gap"].values())))
-    rows = []
-    for what, gaps in record["gap"].items():
-        rows.append([what, *(" / ".join(f"{100 * gaps[r][k]:.3g}" for k in ("mean", "p99", "worst")) for r in rules)])
-    return markdown(["problems", *(f"`{rule}`" for rule in rules)], rows)
+    rules, gaps, times = list(next(iter(record["gap"].values()))), record["gap"], record["cpu_us"]
+    rows = [[f"`{rule}`", *(percent(gap[rule]) for gap in gaps.values())] for rule in rules]
+    decisions = [[f"`{rule}`", *(f"{cell[rule]:.0f}" for cell in times.values())] for rule in rules]
+    head = ["gap: mean / p99 / worst, %", *gaps]
+    return markdown(head, rows) + "\n" + markdown(["a decision, us of CPU time", *times], decisions)
+
+
+def percent(gap: dict) -> str:
+    cells = (100 * gap[name] for name in ("mean", "p99", "worst"))
+    return " / ".join(f"{cell:.1f}" if 0 < cell < 10 else f"{cell:.0f}" for cell in cells)
 
 
 def results(records: Records) -> str:
