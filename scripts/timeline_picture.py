@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt  # the backend comes first
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from hybrimoe_jax.cli import first_paragraph
+
 LANES = ("link", "device", "cpu")
 COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
 PLAIN = "0.75"
@@ -96,7 +98,7 @@ def picture(path: Path, out: Path, step: int, layers: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_paragraph(__doc__))
     parser.add_argument("timeline", type=Path, help="a file that --timeline wrote")
     parser.add_argument("out", type=Path, help="the picture, .svg or .png")
     parser.add_argument("--step", type=int, default=1, help="the step that is shown; 0 is the prompt (default 1)")
