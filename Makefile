@@ -80,10 +80,14 @@ types: venv
 quick: venv
 	$(BIN)/python -m pytest -q tests/test_decide_*.py tests/test_trace_*.py tests/test_packing.py tests/test_rooms.py
 
+# The requirements of the extra alone: the package itself is there.
+DOCS_EXTRA = import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])
+
 # The site, from docs/ and the docstrings: build/docs/index.html. Warnings are errors; every link inside it is checked,
 # and every type in a signature of the reference.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "$(DOCS_EXTRA)")
 	touch $@
 
 docs: $(VENV)/.docs

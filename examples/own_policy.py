@@ -13,6 +13,8 @@ from hybrimoe_jax.decide import CachePolicy
 from hybrimoe_jax.engine.recording import EngineTrace
 from hybrimoe_jax.simulate.recorded import replay_run
 
+MACHINE, SHAPE = "a6000-paper", "qwen2-57b-a14b"
+
 
 class Fading(CachePolicy):
     """Counts uses and lets the counts fade. The resident expert with the least heat makes room."""
@@ -27,7 +29,8 @@ def main() -> None:
     new_tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     print(f"{'policy':18}{'':8}{'hits':>6}{'misses':>8}{'fetched':>9}{'prefetched':>12}{'seconds':>10}")
     for policy in ("mrs", "lru", f"{__name__}:Fading"):
-        engine = hybrimoe_jax.load(options=EngineConfig(cache=policy, clock="virtual", profile="a6000-paper"))
+        options = EngineConfig(cache=policy, clock="virtual", profile=MACHINE, cost_shape=SHAPE)
+        engine = hybrimoe_jax.load(options=options)
         recorder = EngineTrace(engine)
         engine.record(trace=recorder)
         live = engine.generate([engine.tokenizer.encode("My lord,")], max_new_tokens=new_tokens).stats
