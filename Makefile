@@ -1,4 +1,5 @@
-# `make demo`: install and generate text with the bundled model. `make test`: install what the tests need and run them.
+# `make demo`: install, write a text with the bundled model, and set three systems beside each other.
+# `make test`: install what the tests need and run them.
 # Both start from nothing but Python 3.11-3.13 and a network to the package registry; a second run reuses .venv.
 
 PYTHON ?= python3
@@ -12,16 +13,26 @@ comma := ,
 BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "* an environment of its own, $(VENV): some 5 seconds"
+	@$(PYTHON) -m venv $(VENV)
 
-# pip hides what the build says.
-SAY_BUILD = @echo "installing; building the native kernels takes a minute or two on two cores, seconds where they have not changed"
+# Bytecode is made when a module is first imported, which most are not.
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
+BUILD_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+
+# install EXTRAS VARIABLE: the native kernels are compiled outside pip, which would hide how long that takes and fetch a
+# second jaxlib. For `make demo` alone they are compiled for this processor only, which takes two thirds of the time.
+define install
+	@echo "* jaxlib, and what else the native kernels are built with: some 15 seconds, and 120 MB to fetch"
+	@$(BIN)/python -c '$(BUILD_NEEDS)' | $(PIP) --requirement /dev/stdin
+	@$(2) $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "* jax, flax and the other packages: some 15 seconds, and 80 MB to fetch"
+	@$(2) $(PIP) --no-build-isolation --editable '.[$(1)]'
+endef
 
 $(VENV)/.run: $(BUILT) | $(BIN)/python
-	$(SAY_BUILD)
-	$(BIN)/python -m pip install --quiet --editable '.[onednn]'
-	touch $@
+	$(call install,onednn,HYBRIMOE_NATIVE_ONLY_HERE=1)
+	@touch $@
 
 # TORCH=1: also what the tests need that compare with torch. Where Python is 3.12 or later they are
 # skipped unless asked for, since torch would be a CUDA build with 18 NVIDIA packages. torch first and alone: a later resolution
@@ -30,15 +41,14 @@ TORCH ?= $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import sys; print
 TEST_EXTRAS := onednn,test,plots$(if $(filter 1,$(TORCH)),$(comma)test-torch)
 
 $(VENV)/.test: $(BUILT) | $(BIN)/python
-	$(SAY_BUILD)
-	$(if $(filter 1,$(TORCH)),$(BIN)/python -m pip install --quiet 'torch==2.13.0')
-	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]'
-	touch $@ $(VENV)/.run
+	$(if $(filter 1,$(TORCH)),@echo "* torch, to compare with" && $(PIP) 'torch==2.13.0')
+	$(call install,$(TEST_EXTRAS))
+	@touch $@ $(VENV)/.run
 
 venv: $(VENV)/.test
 
 demo: $(VENV)/.run
-	$(BIN)/python -m hybrimoe_jax.generate --prompt "To be, or not to be" --max-tokens 80 --temperature 0.8 --top-p 0.95 --seed 1
+	@$(BIN)/python -m hybrimoe_jax.demo
 
 # A worker for each core, each on one core of XLA's; a file's tests stay together (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto

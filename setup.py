@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,14 @@ ISA_FLAGS = {
     "isa_avx512vl.cpp": VNNI,
     "isa_avx512vnni.cpp": VNNI,
 }
+BEST_FIRST = {
+    "avx512_vnni": ["isa_avx512vnni.cpp", "isa_avx512vl.cpp"],
+    "avx512f": ["isa_avx512.cpp"],
+    "avx_vnni": ["isa_avxvnni.cpp"],
+}
+"""By a processor's flag the files that it runs; AVX2 and portable code is built for all."""
+ONLY_HERE = "HYBRIMOE_NATIVE_ONLY_HERE"
+"""Set in the environment: a quick build. Instruction sets that this processor would not choose are left out."""
 
 
 OBJECTS = Path("build/objects")
@@ -60,8 +69,20 @@ def xla_headers():
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def seconds(source):
-    return SECONDS.get(Path(source).stem.partition("_")[0], 0.5)
+def seconds(source, own):
+    """`own`: its own flags; without them the file of an instruction set is nearly empty."""
+    kind = Path(source).stem.partition("_")[0]
+    empty = kind == "isa" and not own and Path(source).name in ISA_FLAGS
+    return 0.5 if empty else SECONDS.get(kind, 0.5)
+
+
+def left_out():
+    """Files of instruction sets that the library goes without."""
+    if not os.environ.get(ONLY_HERE) or not os.path.exists("/proc/cpuinfo"):
+        return set()
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0].split())
+    best = next((flag for flag in BEST_FIRST if flag in flags), None)
+    return {name for flag, names in BEST_FIRST.items() for name in names if flag != best}
 
 
 def cores():
@@ -79,19 +100,21 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         x86, self.xla = platform.machine().lower() in ("x86_64", "amd64"), xla_headers()
-        own = {source: ISA_FLAGS.get(Path(source).name, []) if x86 else [] for source in ext.sources}
+        isas = {name: flags for name, flags in ISA_FLAGS.items() if x86 and name not in left_out()}
+        own = {source: isas.get(Path(source).name, []) for source in ext.sources}
         if self.xla is None:
             self.warn("no jaxlib to build with: jitted programs will not call the native kernels")
         else:
             own |= {str(FOLDER / name): ["-isystem", self.xla] for name in HANDLERS}
-        sources = sorted(own, key=seconds, reverse=True)  # the longest first
+        sources = sorted(own, key=lambda source: seconds(source, own[source]), reverse=True)  # the longest first
         with ThreadPoolExecutor(cores()) as pool:
             places = dict(zip(sources, pool.map(lambda source: self.place(source, own[source]), sources)))
             missing = [source for source in sources if not (places[source] and places[source].exists())]
             if missing:
-                time = f"about {sum(map(seconds, missing)) / cores():.0f} s on {cores()} idle cores"
+                work = sum(seconds(source, own[source]) for source in missing)
+                time = f"about {work / cores():.0f} s on {cores()} idle cores"
                 files = f"{len(missing)} of {len(sources)} files"
-                print(f"building the native kernels: {files}, {time}", file=sys.stderr, flush=True)
+                print(f"* building the native kernels: {files}, {time}", file=sys.stderr, flush=True)
             objects = pool.map(lambda source: self.object(source, own[source], places[source]), sources)
             objects = [str(place) for place in objects if place]
         file = self.get_ext_fullpath(ext.name)
@@ -134,6 +157,9 @@ class BuildNative(build_ext):
                 os.replace(made, place)
         return place
 
+
+# Not to have a folder of the package's name beside one: here it is the package.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 setup(
     ext_modules=[

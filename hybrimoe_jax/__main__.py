@@ -10,6 +10,7 @@ from collections.abc import Callable
 from hybrimoe_jax.cli import Parser, run
 
 COMMANDS = {
+    "demo": "a text by the bundled model, and three systems beside each other",
     "generate": "text from a prompt",
     "convert": "a checkpoint into the form that is run, or back",
     "simulate": "recorded routing on the machine of a profile",

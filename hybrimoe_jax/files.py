@@ -69,7 +69,20 @@ def check_writable(path: str | os.PathLike[str], what: str) -> None:
         raise UserError(f"{what} {path}: it is {'a folder' if path.is_dir() else 'no plain file'}; give a file")
     if not path.parent.is_dir():
         raise UserError(f"{what} {path}: there is no folder {path.parent}")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _try_to_write(path, path.parent, what)
+
+
+def check_folder_to_be(path: str | os.PathLike[str], what: str) -> None:
+    """The same for a folder: one in which files can be made, or that can be made itself, with those above it."""
+    path = Path(os.path.abspath(path))
+    there = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
+    if not there.is_dir():
+        raise UserError(f"{what} {path}: {there} is no folder")
+    _try_to_write(path, there, what)
+
+
+def _try_to_write(path: Path, folder: Path, what: str) -> None:
+    beside = folder / f".{path.name}.{os.getpid()}.part"
     try:
         beside.touch(exist_ok=False)
         beside.unlink()

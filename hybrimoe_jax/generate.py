@@ -189,12 +189,15 @@ def main(argv: list[str] | None = None) -> int:
         options = dataclasses.replace(options, profile=None, measure_again=True)
     prompt = read_prompt(args)
     check_files(args)
-    from hybrimoe_jax.engine.load import load
+    from hybrimoe_jax.checkpoint.reader import open_checkpoint
+    from hybrimoe_jax.engine.load import bundled_model, load
 
-    engine = load(args.model, options)
+    checkpoint = open_checkpoint(args.model or bundled_model())
+    ids = prompt_ids(prompt, args, checkpoint.tokenizer) if isinstance(prompt, str) else prompt
+    check_request(ids, args, options, checkpoint)
+    engine = load(checkpoint, options)
     if saves_profile:
         engine.save_profile(saves_profile)
-    ids = prompt_ids(prompt, args, engine.tokenizer) if isinstance(prompt, str) else prompt
     trace, timeline = recorders(args, engine)
     engine.record(trace, timeline)
 
@@ -235,8 +238,26 @@ def main(argv: list[str] | None = None) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfig, checkpoint) -> None:
+    """UserError for what the engine would refuse to generate: better said now than when weights are read."""
+    from hybrimoe_jax.engine.request import check_prompts, context_limit
+    from hybrimoe_jax.engine.sampling import Sampling
+    from hybrimoe_jax.engine.streaming import StopBuffer
+
+    Sampling(args.temperature, args.top_k, args.top_p, options.seed)
+    StopBuffer(args.stop)
+    if args.stop and checkpoint.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
+    if args.max_tokens < 1:
+        raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
+    config = checkpoint.config
+    check_prompts([ids], args.max_tokens, config.vocab_size, context_limit(options, config))
+
+
 def check_files(args: argparse.Namespace) -> None:
     """Files that are written at the end must have a place to go: better said now than after the run."""
+    if args.executor == "dense" and (args.trace or args.timeline):
+        raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
     for flag in ("trace", "timeline"):
         if getattr(args, flag):
             check_writable(getattr(args, flag), f"--{flag}")

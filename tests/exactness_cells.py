@@ -128,7 +128,7 @@ def _format(format: str) -> dict:
 def _prompts(model: str, batch: str) -> list[list[int]]:
     if model != BUNDLED:
         return tiny.prompts(tiny.weights(model)[0], TINY_LENGTHS[batch], seed=PROMPT_SEED)
-    tokenizer = _bundled()[0].tokenizer()
+    tokenizer = _bundled()[0].tokenizer
     assert tokenizer is not None
     return [tokenizer.encode(text) for text in BUNDLED_TEXTS[batch]]
 

@@ -114,8 +114,11 @@ def test_random_weights_take_it_and_a_second_run_goes_on(tmp_path):
 
 
 def test_what_is_no_quantised_format_is_refused(tmp_path):
-    for wrong in ("f32", "int5-g32"):
-        with pytest.raises(UserError, match="not known"):
+    for wrong, why in (
+        ("bf16", "leave it out, or say a quantised one"),
+        ("int5-g32", "not known; say a quantised one"),
+    ):
+        with pytest.raises(UserError, match=why):
             convert(tmp_path, tmp_path / "out", dense_format=wrong)
     command = [sys.executable, "-m", "hybrimoe_jax.convert", "--export-hf", "a", "b", "--dense-format", "int8-g32"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)

@@ -13,6 +13,7 @@ import pytest
 import tiny_checkpoint
 
 from hybrimoe_jax import cli, generate
+from hybrimoe_jax.checkpoint.reader import Checkpoint
 from hybrimoe_jax.decide import POLICIES, PREDICTORS, SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SYSTEMS
 from hybrimoe_jax.machine.profile import PROFILES
@@ -196,13 +197,14 @@ def test_endings_and_templates_come_from_the_checkpoints_files(here, checkpoint,
     assert text == decode(ids[:end])
 
 
-def test_a_checkpoint_without_a_tokenizer_takes_and_gives_ids(here, checkpoint, tmp_path):
+def test_a_checkpoint_without_a_tokenizer_takes_and_gives_ids(here, checkpoint, tmp_path, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     text, stats = parsed(here("--prompt-ids", "1, 2,3", "--max-tokens", 4, "--stats", "json", model=model))
     assert text == ",".join(map(str, stats["token_ids"])) and stats["prompt_tokens"] == 3
+    monkeypatch.delattr(Checkpoint, "experts")
     done = here("--prompt", "x", model=model)
     assert one_line(done) and b"--prompt-ids" in done.stderr
 
@@ -264,6 +266,15 @@ def one_line(done) -> bool:
         ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b:"), "'' is unknown"),
         ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b", "--vram-budget", "1GiB"), "give cache_ratio"),
         (("--prompt", "x", "--cost-shape", "olmoe-1b-7b"), "cost_shape needs the virtual clock"),
+        (("--prompt", "x", "--predictor", "nope"), "previous, recorded:TRACE)"),
+        (("--prompt", "x", "--predictor", "recorded:/nowhere/t.npz"), "no such file"),
+        (("--prompt", "x", "--profile", __file__), "not a profile"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature -1"),
+        (("--prompt", "x", "--top-p", "0"), "top_p 0"),
+        (("--prompt", "x", "--seed", "-1"), "seed -1"),
+        (("--prompt", "x", "--max-tokens", "0"), "--max-tokens 0"),
+        (("--prompt", "x", "--device-kernel", "pallas"), "computes quantised experts"),
+        (("--prompt", "x", "--executor", "dense", "--vram-budget", "1GiB"), "no vram_budget"),
         (("--prompt", ""), "empty"),
         (("--prompt-ids", "1,x"), "'1,x'"),
         (("--prompt-ids", ","), "empty"),
@@ -275,7 +286,10 @@ def one_line(done) -> bool:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_one_line(flags, named, here):
+def test_bad_input_is_one_line_and_said_before_weights_are_read(flags, named, here, monkeypatch):
+    if named != "too small":  # what memory must hold is counted when the engine is made
+        monkeypatch.delattr(Checkpoint, "experts")
+        monkeypatch.delattr(Checkpoint, "dense")
     done = here(*flags)
     assert one_line(done) and named in done.stderr.decode()
 

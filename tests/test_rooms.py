@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "hybrimoe_jax"
 
 FLOORS = (
-    ("generate", "convert", "calibrate"),
+    ("demo", "generate", "convert", "calibrate"),
     ("bench",),
     ("train", "reproduce", "baselines"),
     ("engine",),

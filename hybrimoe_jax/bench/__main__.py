@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import check_folder_to_be
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,12 +65,12 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace) -> int:
-    for name in ("threads", "rounds", "new"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-
     from hybrimoe_jax.bench import engine as benchmark
 
+    _check_models(args)
+    for model in args.models.split(","):
+        if model not in ("bundled", "mid") and not Path(model).is_dir():
+            raise UserError(f"--models {model!r}: neither bundled, mid nor a folder")
     if not args.no_baseline:
         _need_transformers()
     options = benchmark.Options(args.threads, args.cache_ratio, args.rounds, args.new, not args.no_baseline)
@@ -78,6 +79,17 @@ def _engine(args: argparse.Namespace) -> int:
     _note("")
     print(json.dumps(record))
     return 0
+
+
+def _check_models(args: argparse.Namespace) -> None:
+    """What both benchmarks of models have; UserError before models are written or read."""
+    for name in ("threads", "rounds", "new"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if not 0 <= args.cache_ratio <= 1:
+        raise UserError(f"--cache-ratio {args.cache_ratio} is outside 0..1")
+    if args.workdir:
+        check_folder_to_be(args.workdir, "--workdir")
 
 
 def _note(text: str) -> None:
@@ -103,9 +115,7 @@ def _llamacpp(args: argparse.Namespace) -> int:
     for option, names, known in (("models", models, benchmark.MODELS), ("formats", formats or (), benchmark.TYPES)):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"--{option} {unknown[0]!r} is not known (known: {', '.join(known)})")
-    for name in ("threads", "rounds", "new"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    _check_models(args)
     options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
     print(json.dumps(benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note)))
     return 0
@@ -167,7 +177,7 @@ def _kernel_arguments(kernels) -> None:
 def _kernels(args: argparse.Namespace) -> int:
     from hybrimoe_jax.bench import kernels as benchmark
     from hybrimoe_jax.bench.kernel_contenders import PEERS
-    from hybrimoe_jax.formats.packing import Format
+    from hybrimoe_jax.formats.layout import check_format
 
     peers = tuple(filter(None, args.peers.split(",")))
     for peer in peers:
@@ -175,8 +185,7 @@ def _kernels(args: argparse.Namespace) -> int:
             raise UserError(f"--peers {peer!r} is not known (known: {', '.join(PEERS)})")
     formats = tuple(args.formats.split(",")) if args.formats else benchmark.FORMATS
     for format in formats:
-        if format not in ("f32", "bf16"):
-            Format.parse(format)
+        check_format(format)
     shapes = benchmark.parse_shapes(args.shapes) if args.shapes else benchmark.SHAPES
     loads, threads = _numbers("--loads", args.loads), _numbers("--threads", args.threads)
     if not 0 < args.seconds < math.inf:

@@ -32,6 +32,7 @@ from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Weights
 from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.layout import check_format
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, dequantise, pack_expert
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.packed import rounded_activations
@@ -84,11 +85,11 @@ def run(options: Options, progress: Callable) -> dict[str, Any]:
     Raises UserError for a text too short and for a format that is not known.
     """
     for name in options.formats:
-        if name not in ("f32", "bf16"):
-            Format.parse(name)
+        check_format(name)
     folder = options.model or bundled_model()
-    config, params, tokenizer = read_model(folder)
     text = read_text(options.text or TEXTS / "held-out.txt")
+    calibration = read_text(options.calibration or TEXTS / "calibration.txt") if options.calibrate else ""
+    config, params, tokenizer = read_model(folder)
     ids = tokenizer.encode(text).ids
     count = (len(ids) - 1) // CONTEXT
     if count < 1:
@@ -97,7 +98,7 @@ def run(options: Options, progress: Callable) -> dict[str, Any]:
     sample = None
     runs = [(name, False) for name in options.formats]
     if options.calibrate:
-        own = tokenizer.encode(read_text(options.calibration or TEXTS / "calibration.txt")).ids
+        own = tokenizer.encode(calibration).ids
         sample = windows(own, config.max_position_embeddings)
         runs += [(name, True) for name in options.formats if name.startswith("int4")]
     exact = read(config, params, ids, count, None)

@@ -23,8 +23,7 @@ from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
 from hybrimoe_jax.checkpoint.writer import (
     Progress,
     check_absent,
-    check_dense_format,
-    check_format,
+    check_formats,
     silent,
     write_checkpoint,
 )
@@ -56,8 +55,7 @@ def convert(
     Returns the checkpoint's path. Raises UserError for anything wrong with `src` (see `open_hf`), a `dst` that exists,
     another conversion at work on it, or a disk too full.
     """
-    check_format(fmt)
-    check_dense_format(dense_format)
+    check_formats(fmt, dense_format)
     check_absent(Path(dst))
     weights = as_packed(open_source(Path(src)), fmt)
     if calibrate is not None:
@@ -108,8 +106,7 @@ def convert_random(
 
     Other arguments, result and errors as of `convert`; the same seed gives the same weights.
     """
-    check_format(fmt)
-    check_dense_format(dense_format)
+    check_formats(fmt, dense_format)
     check_absent(Path(dst))
     weights = random_weights(Path(config), fmt, seed)
     return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format, zipped=zipped)
@@ -128,8 +125,7 @@ def save(
 
     `text_folder` is where tokenizer, chat template and generation_config.json are copied from, where they exist.
     """
-    check_format(fmt)
-    check_dense_format(dense_format)
+    check_formats(fmt, dense_format)
     check_absent(Path(dst))
     weights = from_arrays(raw_config, dense, experts)
     return write_checkpoint(weights, dst, fmt=fmt, text_folder=text_folder, dense_format=dense_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 from collections.abc import Iterable
@@ -69,6 +70,7 @@ class Checkpoint:
             )
         return table.tolist()
 
+    @functools.cached_property
     def tokenizer(self):
         """The checkpoint's `text.Tokenizer`, or None where it came without one."""
         from hybrimoe_jax.text import Tokenizer

@@ -33,7 +33,8 @@ from hybrimoe_jax.checkpoint.shards import (
 )
 from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import check_folder_to_be, replacing
+from hybrimoe_jax.formats.layout import PLAIN, QUANTISED, check_format
 from hybrimoe_jax.formats.packing import Format
 
 Progress = Callable[[Iterable, int, str], Iterable]
@@ -156,14 +157,12 @@ def copy_text_files(origin: Path, out: Path) -> None:
             shutil.copyfile(origin / name, out / name)
 
 
-def check_format(fmt: str | None) -> None:
-    """Raises UserError for what is neither a plain format nor a quantised one."""
-    if fmt is not None and fmt not in FORMATS:
-        Format.parse(fmt)
-
-
-def check_dense_format(dense_format: str | None) -> None:
-    """Raises UserError for what is no quantised format (plain dense tensors follow `--format`)."""
+def check_formats(fmt: str | None, dense_format: str | None) -> None:
+    """Raises UserError for an unknown format, and a dense one that is not quantised (plain tensors follow `fmt`)."""
+    if fmt is not None:
+        check_format(fmt)
+    if dense_format in PLAIN:
+        raise UserError(f"dense format {dense_format!r} is a plain one; leave it out, or say {QUANTISED}")
     if dense_format is not None:
         Format.parse(dense_format)
 
@@ -180,10 +179,10 @@ def check_source_format(weights: Weights, form: ExpertForm) -> None:
 
 
 def check_absent(dst: Path) -> None:
-    if dst.is_dir() and not any(dst.iterdir()):
-        return
-    if dst.exists() or dst.is_symlink():
+    empty = dst.is_dir() and not any(dst.iterdir())
+    if not empty and (dst.exists() or dst.is_symlink()):
         raise UserError(f"{dst}: already exists; remove it or give another destination")
+    check_folder_to_be(dst.absolute().parent, f"{dst}: its folder")
 
 
 def check_space(

@@ -15,6 +15,7 @@ from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.engine import budget, programs, warmup
+from hybrimoe_jax.engine.checks import check_options, device_format, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
@@ -32,15 +33,12 @@ from hybrimoe_jax.engine.step import DenseForward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.identity import machine_facts
-from hybrimoe_jax.machine.profile import MachineCosts, load_costs
-from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
+from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
@@ -63,6 +61,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
     cores = threads.split_threads(options.threads, options.executor)
     threads.set_async_dispatch(options.executor)
+    check_options(options, config, store.format)
     device = jax.devices()[0]
     model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
     if options.executor == "dense":
@@ -87,10 +86,10 @@ class _HybridAssembly:
         self.recording = load_recording(system.recording)
         self.cores, self.frequencies, self.device, config = cores, frequencies, device, model.config
         model.own_norm, model.device_kernel = system.predictor == "router-input", options.device_kernel
-        self.expert_format, dtype = device_format(store, device)
-        check_device_kernel(options.device_kernel, device, self.expert_format)
-        self.shape, self.cost_format = self._priced()
-        self.expert_bytes = self.shape.expert_bytes(self.cost_format)
+        self.expert_format = device_format(store.format, device.platform)
+        dtype = np.dtype(np.float32) if self.expert_format == "f32" else store.dtype
+        given = given_costs(options, config, self.expert_format)
+        self.expert_bytes = given.shape.expert_bytes(given.format)
         self.fixed, self.slots = self._memory(max_context)
         pooled, wall = system.scope == "pooled", WallClock()
         self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
@@ -100,10 +99,9 @@ class _HybridAssembly:
         self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)
         self.wake_s = warmup.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
-        given = self._given_costs()
-        self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given))
+        self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given.costs))
         self.measured = Measurements() if options.measure_again else self.kept.read()
-        self.costs = given or self._measured_costs()
+        self.costs = given.costs or self._measured_costs()
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 
     def parts(self) -> Parts:
@@ -158,13 +156,6 @@ class _HybridAssembly:
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
         return fixed, system.slots_per_layer(ratio, layers, config.num_experts, self.frequencies)
 
-    def _priced(self) -> tuple[ModelShape, str]:
-        """The model whose times and bytes count, and the format of its experts: this one, or the `cost_shape`."""
-        if self.options.cost_shape is not None:
-            return parse_cost_shape(self.options.cost_shape)
-        config = self.model.config
-        return shape_of(config, config.model_type), self.expert_format
-
     def _measured_costs(self) -> CostModel:
         """What is kept, or what the warm-up measures."""
         costs = self.measured.costs
@@ -173,20 +164,6 @@ class _HybridAssembly:
             distance = self.system.max_distance
             costs = warmup.measure(self.model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
             self.measured = Measurements(costs)
-        return costs
-
-    def _given_costs(self) -> CostModel | MachineCosts | None:
-        """Those of the profile."""
-        costs = self.options.profile
-        if costs is None:
-            return None
-        if not isinstance(costs, CostModel):
-            costs = load_costs(costs, self.shape, self.cost_format)
-        if costs.expert_bytes != self.expert_bytes:
-            raise UserError(
-                f"profile {costs.source}: measured with experts of {costs.expert_bytes} bytes, those of "
-                f"{self.shape.name} have {self.expert_bytes}; measure it again with that model"
-            )
         return costs
 
     def _facts(self, given: CostModel | MachineCosts | None) -> list[str]:
@@ -216,7 +193,7 @@ class _HybridAssembly:
 
     def _layered(self) -> LayeredForward:
         planner, layer_s = self._planner(), self.costs.layer(1)
-        lanes = (self.model, planner, self.pool, self.link, self.host, self.store.get, self.clock)
+        lanes = (self.model, planner, self.pool, self.link, self.host, self.store.get, self.clock, self.expert_bytes)
         verify = self._verifier(planner) if self.options.debug else None
         if self.options.executor == "callback":
             return CallbackForward(*lanes, self.system.max_distance, verify)
@@ -264,35 +241,7 @@ def _form(array: jax.Array | PackedMatrix) -> str:
     return repr(array.layout) if isinstance(array, PackedMatrix) else f"{array.dtype} {array.shape}"
 
 
-def device_format(store, device: programs.Device) -> tuple[str, np.dtype]:
-    """The format, and its arrays' type, of experts on the device.
-
-    It is that of host memory, but float32 for plain ones on the CPU backend.
-    """
-    if store.layout is None and device.platform == "cpu":
-        return "f32", np.dtype(np.float32)
-    return store.format, store.dtype
-
-
-def check_device_kernel(kernel: str, device: programs.Device, expert_format: str) -> None:
-    """Raises UserError where `kernel` cannot compute experts of this format on the device."""
-    if kernel == "xla":
-        return
-    if not is_format(expert_format):
-        raise UserError(f"device kernel {kernel!r} computes quantised experts, and these are {expert_format}; use xla")
-    from hybrimoe_jax.models import packed_triton
-
-    if not packed_triton.available():
-        raise UserError(
-            f"device kernel {kernel!r} needs the Triton backend of Pallas, which jax {jax.__version__} has not; use xla"
-        )
-    if kernel == "pallas" and device.platform == "cpu":
-        raise UserError("device kernel 'pallas' needs a GPU, and jax finds none; use xla")
-
-
 def _dense_parts(model: DeviceModel, store, options, device, cores, max_context: int) -> Parts:
-    if options.vram_budget is not None:
-        raise UserError("the dense executor keeps every expert on the device: it takes no vram_budget")
     config, clock = model.config, WallClock()
     graphdef, abstract = split(build_model(config))
     flat = {"model.embed_tokens.weight": model.table, "model.norm.weight": model.norm, "lm_head.weight": model.head}
@@ -318,7 +267,7 @@ def _dense_parts(model: DeviceModel, store, options, device, cores, max_context:
         clock=clock,
         footprint=budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held),
         cores=cores,
-        expert_format=device_format(store, device)[0],
+        expert_format=device_format(store.format, device.platform),
         device_kernel="xla",
         slots=[config.num_experts] * len(model.moe_layers),
     )

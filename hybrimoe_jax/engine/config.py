@@ -9,6 +9,7 @@ import dataclasses
 import re
 from typing import Any
 
+from hybrimoe_jax.decide.prefetch.predictors import check_predictor
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.shapes import parse_cost_shape
@@ -103,6 +104,8 @@ class EngineConfig:
             self._check_cost_shape(self.cost_shape)
         if self.prefetch is not None:
             _one_of("prefetch", self.prefetch, PREFETCH_MODES)
+        if self.predictor is not None:
+            check_predictor(self.predictor, live=True)
         # unknown parts of a system are refused here too, before anything is loaded
         get_system(self.system).override(
             cache=self.cache,
@@ -113,8 +116,6 @@ class EngineConfig:
             scope=self.cache_scope,
             stream_prefill=self.stream_prefill,
         )
-        if self.predictor == "perfect":
-            raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
         if self.cache_ratio is not None and self.vram_budget is not None:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:

@@ -13,8 +13,9 @@ import numpy as np
 from hybrimoe_jax.engine import budget
 from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.engine.generation import Emitted, capacity_for, check_prompts, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.generation import Emitted, capacity_for, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
+from hybrimoe_jax.engine.request import check_prompts, context_limit
 from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.engine.step import StepInput
@@ -54,7 +55,7 @@ class Engine:
     def __init__(self, config, dense, store, options: EngineConfig, *, tokenizer: Any = None, eos=(), frequencies=None):
         self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
         self.store = store
-        self.max_context = _max_context(config, options)
+        self.max_context = context_limit(options, config)
         self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
@@ -235,12 +236,3 @@ class Engine:
         if measured and self.options.cost_shape is None:
             stats.peak_device_bytes = int(measured["peak_bytes_in_use"])
         self._last_stats = stats
-
-
-def _max_context(config, options: EngineConfig) -> int:
-    limit = config.max_position_embeddings
-    if options.max_context is None:
-        return min(limit, 4096)
-    if options.max_context > limit:
-        raise UserError(f"max_context {options.max_context} exceeds the model's max_position_embeddings {limit}")
-    return options.max_context

@@ -17,7 +17,6 @@ from hybrimoe_jax.engine.programs import bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.engine.step import SMALLEST_SPAN, Forward, StepInput
-from hybrimoe_jax.errors import UserError
 
 SMALLEST_CHUNK = 16
 
@@ -32,24 +31,6 @@ class Emitted:
     tokens: list[tuple[int, int]]
     finished: dict[int, str]
     stats: StepStats
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int, max_context: int) -> None:
-    """UserError for an empty batch or prompt, a token outside the vocabulary, or a context overflow."""
-    if not prompts:
-        raise UserError("no prompts: give at least one")
-    for row, ids in enumerate(prompts):
-        where = f"prompt {row}" if len(prompts) > 1 else "prompt"
-        if not len(ids):
-            raise UserError(f"{where} is empty: at least one token is needed")
-        bad = [i for i in ids if not 0 <= i < vocab]
-        if bad:
-            raise UserError(f"{where}: token id {bad[0]} is outside the vocabulary (0..{vocab - 1})")
-        if len(ids) + new_tokens > max_context:
-            raise UserError(
-                f"{where}: {len(ids)} tokens and {new_tokens} new ones exceed max_context {max_context}; "
-                "shorten the prompt, ask for fewer tokens or raise max_context"
-            )
 
 
 def capacity_for(prompts, new_tokens: int, max_context: int) -> int:

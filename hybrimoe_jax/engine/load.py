@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
 
 if TYPE_CHECKING:
+    from hybrimoe_jax.checkpoint.reader import Checkpoint
     from hybrimoe_jax.engine.engine import Engine
+    from hybrimoe_jax.engine.program_cache import ProgramCache
 
 
 def bundled_model() -> Path:
@@ -19,38 +21,72 @@ def bundled_model() -> Path:
     return Path(__file__).parents[1] / "assets" / "bundled"
 
 
-def load(path: str | Path | None = None, options: EngineConfig | None = None) -> Engine:
+class Model(NamedTuple):
+    """A checkpoint in host memory; any number of engines may share it.
+
+    Attributes: as the arguments of `Engine`; `start_cache`, of all its engines; `programs`, kept for the next start.
+    """
+
+    config: Any
+    dense: dict[str, Any]
+    store: Any
+    tokenizer: Any
+    eos: tuple[int, ...]
+    frequencies: list[list[float]] | None
+    start_cache: str
+    programs: ProgramCache | None
+
+    def engine(self, options: EngineConfig) -> Engine:
+        """UserError where the options cannot be met."""
+        from hybrimoe_jax.engine.engine import Engine
+
+        options = dataclasses.replace(options, start_cache=self.start_cache)
+        more = {"tokenizer": self.tokenizer, "eos": self.eos, "frequencies": self.frequencies}
+        engine = Engine(self.config, self.dense, self.store, options, **more)
+        if self.programs is not None:
+            self.programs.exchange()
+        return engine
+
+
+def read_model(checkpoint: str | Path | Checkpoint | None = None, options: EngineConfig | None = None) -> Model:
+    """Reads a folder written by `python -m hybrimoe_jax.convert`, or one that is open (the bundled model if None).
+
+    Starts jax, as `load` does. Of the options `threads`, `executor`, `lazy`, `verify` and `start_cache` count.
+    """
+    options = options or EngineConfig()
+    start_cache = usable(options.start_cache)
+    threads.split_threads(options.threads, options.executor)
+    threads.set_async_dispatch(options.executor)
+    programs = keep_programs(start_cache)
+    import jax
+
+    from hybrimoe_jax.checkpoint.reader import Checkpoint, open_checkpoint
+    from hybrimoe_jax.engine.checks import check_options
+    from hybrimoe_jax.text import eos_ids
+
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint or bundled_model())
+    check_options(options, checkpoint.config, checkpoint.format)
+    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same
+    # values).
+    dtype = "float32" if jax.default_backend() == "cpu" else None
+    return Model(
+        checkpoint.config,
+        store=checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify),
+        dense=checkpoint.dense(verify=options.verify),
+        tokenizer=checkpoint.tokenizer,
+        eos=eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config),
+        frequencies=checkpoint.frequencies(),
+        start_cache=start_cache,
+        programs=programs,
+    )
+
+
+def load(path: str | Path | Checkpoint | None = None, options: EngineConfig | None = None) -> Engine:
     """Opens a folder written by `python -m hybrimoe_jax.convert`, the bundled model if None.
 
     Call it before any other use of jax: the cores are divided between XLA and the host experts when jax starts.
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
     options = options or EngineConfig()
-    options = dataclasses.replace(options, start_cache=usable(options.start_cache))
-    threads.split_threads(options.threads, options.executor)
-    threads.set_async_dispatch(options.executor)
-    programs = keep_programs(options.start_cache)
-    import jax
-
-    from hybrimoe_jax.checkpoint.reader import open_checkpoint
-    from hybrimoe_jax.engine.engine import Engine
-    from hybrimoe_jax.text import eos_ids
-
-    checkpoint = open_checkpoint(path or bundled_model())
-    tokenizer = checkpoint.tokenizer()
-    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same
-    # values).
-    dtype = "float32" if jax.default_backend() == "cpu" else None
-    store = checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify)
-    engine = Engine(
-        checkpoint.config,
-        checkpoint.dense(verify=options.verify),
-        store,
-        options,
-        tokenizer=tokenizer,
-        eos=eos_ids(checkpoint.generation_config, tokenizer, checkpoint.config),
-        frequencies=checkpoint.frequencies(),
-    )
-    if programs is not None:
-        programs.exchange()
-    return engine
+    return read_model(path, options).engine(options)

@@ -39,6 +39,13 @@ from hybrimoe_jax.formats.plain import ALIGNMENT
 
 PANEL, STEP, PADDED = 8, 4, 32
 GROUPS = (32, 64, 128)
+PLAIN = ("f32", "bf16")
+"""Formats that are not quantised."""
+QUANTISED = (
+    "a quantised one: int8-g64, int4-g64, int4z-g128, int4-g32-a8 and the like (groups 32, 64 or 128; -s32: float32 "
+    "scales; -a8: int8 activations)"
+)
+"""Of a message that lists what may be said."""
 _NAME = re.compile(r"int(8|4|4z)-g(32|64|128)(-s32)?(-a8)?")
 
 
@@ -58,10 +65,7 @@ class Format:
         """Raises UserError for what is not a format's name."""
         match = _NAME.fullmatch(name)
         if match is None:
-            raise UserError(
-                f"format {name!r} is not known; say f32, bf16, or a quantised one like int8-g64, int4-g64, int4z-g128, "
-                "int4-g32-a8 (groups 32, 64 or 128; -s32: float32 scales; -a8: int8 activations)"
-            )
+            raise UserError(f"format {name!r} is not known; say {QUANTISED}")
         kind, group, scale, a8 = match.groups()
         return Format(int(kind[0]), int(group), kind == "4z", "f32" if scale else "f16", bool(a8))
 
@@ -82,6 +86,12 @@ class Format:
 def is_format(name: str) -> bool:
     """Whether this is the name of a quantised format."""
     return _NAME.fullmatch(name) is not None
+
+
+def check_format(name: str) -> None:
+    """UserError, listing the names, for what is neither a plain format nor a quantised one."""
+    if name not in PLAIN and not is_format(name):
+        raise UserError(f"format {name!r} is not known; say {', '.join(PLAIN)}, or {QUANTISED}")
 
 
 def _padded(n: int, to: int) -> int:

@@ -209,8 +209,13 @@ def check_packed(expert: PackedExpert, where: str = "expert") -> None:
 def refuse_packed(expert: HostExpert, kernel: str) -> ExpertWeights:
     """The plain expert given; UserError for a quantised one, in the name of a kernel that computes none."""
     if isinstance(expert, PackedExpert):
-        raise UserError(
-            f"host kernel {kernel!r} computes float32 and bfloat16 experts, and these are {expert.layout.format}; "
-            "use auto, native or reference"
-        )
+        raise packed_refusal(str(expert.layout.format), kernel)
     return expert
+
+
+def packed_refusal(fmt: str, kernel: str) -> UserError:
+    """Of experts in a quantised format, by a kernel that computes none."""
+    return UserError(
+        f"host kernel {kernel!r} computes float32 and bfloat16 experts, and these are {fmt}; "
+        "use auto, native or reference"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.reproduce import experiments
 from hybrimoe_jax.reproduce.tables import all_tables, places, renewed
 from hybrimoe_jax.simulate import grid
@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("steps", "jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    folder = Path(args.docs).parent
-    if not folder.is_dir():
-        raise UserError(f"--docs {args.docs}: there is no folder {folder}")
+    check_writable(args.docs, "--docs")
+    if not args.tables_only:
+        check_folder_to_be(args.results, "--results")
     traces = {} if args.tables_only else public_traces(args.data)
     text = document(args.docs)
     runs = 0

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.simulate import grid, plots
 from hybrimoe_jax.simulate.cases import cases_of, parts_of, prepared, trace_names
@@ -101,13 +100,10 @@ def main(argv: list[str] | None = None) -> int:
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for the first flag that cannot be."""
     for flag in ("out", "timeline"):
-        path = getattr(args, flag)
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"--{flag} {path}: there is no folder {os.path.dirname(path)}")
-        if path and os.path.isdir(path):
-            raise UserError(f"--{flag} {path}: a folder; a file is needed")
-    if args.plots and os.path.exists(args.plots) and not os.path.isdir(args.plots):
-        raise UserError(f"--plots {args.plots}: a file; a folder is needed")
+        if getattr(args, flag):
+            check_writable(getattr(args, flag), f"--{flag}")
+    if args.plots:
+        check_folder_to_be(args.plots, "--plots")
     check_lookahead(args.lookahead)
     for name in ("prompts", "jobs", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

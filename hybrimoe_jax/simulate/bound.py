@@ -34,10 +34,12 @@ each part is the best of its kind, their sum need not be."""
 BELADY = System("belady", "lru", "device-only")
 """Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
 
+CLAIRVOYANTS = {system.name: system for system in (CLAIRVOYANT, BELADY)}
+
 
 def knows_the_future(name: str) -> System | None:
     """The system called `name` if it is one of these two, whose cache policy, Belady's rule, needs the steps."""
-    return {system.name: system for system in (CLAIRVOYANT, BELADY)}.get(name)
+    return CLAIRVOYANTS.get(name)
 
 
 def clairvoyant_policies(

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
-from hybrimoe_jax.simulate.bound import CLAIRVOYANT, knows_the_future
+from hybrimoe_jax.simulate.bound import CLAIRVOYANT, CLAIRVOYANTS, knows_the_future
 from hybrimoe_jax.simulate.synthetic import KNOBS, PREFIX, synthetic_trace
 from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.importers import open_trace
@@ -96,6 +96,9 @@ def system_of(case: Case, tokens: TokenSteps) -> System:
     known = knows_the_future(case.system)
     if known is not None:
         return known
+    if case.system not in SYSTEMS:
+        known = ", ".join([*SYSTEMS, *CLAIRVOYANTS])
+        raise UserError(f"system {case.system!r} is unknown (known: {known})")
     system = get_system(case.system).override(**dict(case.parts))
     asked = dict(case.parts).get("predictor")
     if system.lookahead and asked is None and not tokens.has_lookahead:

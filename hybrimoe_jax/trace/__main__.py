@@ -9,6 +9,7 @@ import json
 
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
 
 
@@ -34,6 +35,7 @@ def _import(args) -> int:
     out = Path(args.destination)
     if any(Path(source).exists() and out.exists() and out.samefile(source) for source in args.sources):
         raise UserError(f"{out}: it is one of the files to import; give another name for the result")
+    check_writable(out, "the destination")
     traces = [open_trace(source) for source in progress(args.sources, len(args.sources), "reading")]
     trace = join_traces(traces)
     save_trace(trace, out)

@@ -18,7 +18,7 @@ from typing import Any
 
 from hybrimoe_jax.cli import Parser, first_paragraph
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import check_folder_to_be, replacing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,13 +102,27 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    shape = check(args)
     corpus = load_corpus(args)
-    values = evaluate_folder(args, corpus) if args.evaluate is not None else run_training(args, corpus)
+    values = evaluate_folder(args, corpus) if shape is None else run_training(args, corpus, shape)
     from hybrimoe_jax.train import evaluation
 
     print(evaluation.describe(values))
     print(json.dumps(values), flush=True)
     return 0
+
+
+def check(args) -> dict[str, Any] | None:
+    """The shape of the model to train, None where one is evaluated; UserError before any text is fetched or read."""
+    if args.evaluate is not None:
+        if args.evaluate and not Path(args.evaluate).is_dir():
+            raise UserError(f"--evaluate {args.evaluate}: no such folder")
+        return None
+    shape = model_shape(args)
+    if not args.resume and (args.run / "state.npz").exists():
+        raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
+    check_folder_to_be(args.run, "--run")
+    return shape
 
 
 def load_corpus(args):
@@ -134,17 +148,14 @@ def evaluate_folder(args, corpus) -> dict[str, Any]:
     return evaluation.summary(result)
 
 
-def run_training(args, corpus) -> dict[str, Any]:
+def run_training(args, corpus, shape: dict[str, Any]) -> dict[str, Any]:
     """Trains, saving and evaluating every `--save-every` steps; the evaluation of the last state."""
     import numpy as np
 
     from hybrimoe_jax.models.registry import parse_config
     from hybrimoe_jax.train import evaluation, export, loop, tokens
 
-    shape = model_shape(args)
     args.run.mkdir(parents=True, exist_ok=True)
-    if not args.resume and (args.run / "state.npz").exists():
-        raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
     settings = loop.Settings(
         steps=args.steps,
         batch_tokens=args.batch_tokens,

@@ -129,10 +129,13 @@ PREDICTORS: dict[str, type[Predictor]] = {
 RECORDED = "recorded:"
 
 
-def check_predictor(name: str) -> None:
-    """UserError, listing the names, where there is no predictor of that name."""
+def check_predictor(name: str, live: bool = False) -> None:
+    """UserError, listing the names, where there is no predictor of that name; `live`: none that knows the future."""
+    if live and name == "perfect":
+        raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
     if name not in PREDICTORS and not (name.startswith(RECORDED) and len(name) > len(RECORDED)):
-        raise UserError(f"predictor {name!r} is unknown (known: {', '.join(PREDICTORS)}, recorded:TRACE)")
+        known = ", ".join(predictor for predictor in PREDICTORS if not live or predictor != "perfect")
+        raise UserError(f"predictor {name!r} is unknown (known: {known}, recorded:TRACE)")
 
 
 def build_predictor(

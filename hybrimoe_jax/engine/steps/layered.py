@@ -42,6 +42,7 @@ class LayeredForward(Forward):
     Args:
       weights: (MoE layer, expert) -> HostExpert.
       clock: of the statistics and of what lands; `link` and `host` keep this machine's.
+      expert_bytes: what the statistics count a transfer as.
       lookahead: distances whose routers a trace is given.
       verify: called with a MoE layer before its experts are done with (debug), or None.
     """
@@ -55,11 +56,12 @@ class LayeredForward(Forward):
         host: HostExecutor,
         weights,
         clock: Clock,
+        expert_bytes: int,
         lookahead: int,
         verify=None,
     ):
         self.model, self.planner, self.pool, self.link, self.host = model, planner, pool, link, host
-        self.weights, self.clock, self.verify = weights, clock, verify
+        self.weights, self.clock, self.expert_bytes, self.verify = weights, clock, expert_bytes, verify
         self._usual_lookahead = self._lookahead = lookahead
         self.trace = self.timeline = None
         self._zeros: dict[int, jax.Array] = {}
@@ -170,7 +172,7 @@ class LayeredForward(Forward):
                 cpu=tuple(plan.cpu),
                 device=(*plan.device, *fetched, *plan.double_buffered, *awaited),
                 fetched=fetched,
-                bytes_h2d=(run.moved + experts) * self.planner.costs.expert_bytes,
+                bytes_h2d=(run.moved + experts) * self.expert_bytes,
                 seconds=self.clock.now() - run.began,
                 lanes=self.clock.lanes(lanes),
                 prefetch_useful=plan.useful,
