@@ -101,7 +101,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.run
 	touch $@
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet \
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet \
 		--doctree-dir build/docs-trees docs build/docs
 	@echo "build/docs/index.html"
 
