@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ import time
 import pytest
 import tiny
 
-from hybrimoe_jax.engine import assembly, start_cache, warmup
+from hybrimoe_jax import generate
+from hybrimoe_jax.engine import assembly, program_cache, start_cache, warmup
+from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.measurements import MAX_AGE_S, DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.errors import UserError
@@ -34,8 +37,9 @@ def second_process(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def run(variable="default") -> tuple[int, int]:
-        monkeypatch.setenv(start_cache.VARIABLE, variable)
+    monkeypatch.delenv(start_cache.VARIABLE)
+
+    def run() -> tuple[int, int]:
         command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAMS]
         hits, misses = subprocess.check_output(command, text=True).split()
         return int(hits), int(misses)
@@ -51,7 +55,23 @@ def test_programs_are_found_by_the_next_process(second_process, tmp_path):
     entry, *others = store.glob("*/*-cache.*")
     entry.write_bytes(entry.read_bytes()[:-7])
     assert second_process() == (len(others), 1), "a broken entry is compiled again, and nothing is said"
-    assert second_process("off") == (0, 0) and not list(store.glob("run-*"))
+    assert not list(store.glob("run-*")), "the processes' own folders go with them"
+
+
+def test_the_oldest_go_and_what_killed_processes_left(tmp_path):
+    store, node = tmp_path / "store", platform.node()
+    folders = [tmp_path / f"run-{node}-{pid}-x" for pid in (os.getpid(), 2**22 + 9)] + [tmp_path / "run-other-1-x"]
+    for folder in (store, *folders):
+        folder.mkdir()
+    for age in range(4):
+        path = store / f"program{age}-cache.0"
+        path.write_bytes(bytes(10))
+        os.utime(path, (0, time.time() - age))
+    for folder in folders:
+        os.utime(folder, (0, 0))
+    program_cache.make_room(tmp_path, 25)
+    assert {path.name[7] for path in store.iterdir()} == {"0", "1"}
+    assert [folder.exists() for folder in folders] == [True, False, False]
 
 
 def test_the_users_own_cache_of_programs_wins(tmp_path):
@@ -65,6 +85,13 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert start_cache.start_folder("off") is None and start_cache.start_folder("/x") == start_cache.Path("/x")
     monkeypatch.setenv(start_cache.VARIABLE, "")
     assert start_cache.start_folder("default") == start_cache.cache_folder()
+
+
+def test_the_command_keeps_unless_told_not_to():
+    def choice(*flags: str) -> str:
+        return generate.engine_config(generate.parser().parse_args(["--prompt", "x", *flags])).start_cache
+
+    assert choice() == "default" and choice("--start-cache", "off") == "off" == EngineConfig().start_cache
 
 
 def test_a_folder_that_takes_no_files_is_warned_of_once(tmp_path):
@@ -90,8 +117,11 @@ def load(tmp_path, monkeypatch):
 def test_measurements_are_kept_until_a_fact_changes(load, tmp_path, monkeypatch):
     first, count = load()
     assert count == 1
+    (kept,) = tmp_path.glob("measurements/*")
+    os.utime(kept, (0, time.time() - MAX_AGE_S // 2))
     second, count = load(verify=True)
     assert count == 1 and second.costs == first.costs, "kept"
+    assert time.time() - kept.stat().st_mtime > 999, "what is used stays as old as it is"
     assert isinstance(second._forward, FusedForward) == isinstance(first._forward, FusedForward)
     assert second.planner.all_on_cpu == first.planner.all_on_cpu
     prompt = tiny.prompts(first.config, (9,))

@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats`: measured comparisons.
+"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats|start`: measured comparisons.
 
 A table for people, then one JSON line for programs.
 """
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     schedule.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (default 0)")
     _kernel_arguments(commands.add_parser("kernels", help="host expert kernels by format and load against peers"))
     _format_arguments(commands.add_parser("formats", help="size, logits error and perplexity of each weight format"))
+    start = commands.add_parser("start", help="seconds of a process's start by part, with and without what is kept")
+    start.add_argument("--model", metavar="DIR", help="folder of a converted checkpoint (default: the bundled model)")
+    start.add_argument("--rounds", type=int, default=5, metavar="N", help="processes of each kind (default 5)")
     args = top.parse_args(argv)
     run_one = {
         "engine": _engine,
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "schedule": _schedule,
         "kernels": _kernels,
         "formats": _formats,
+        "start": _start,
     }
     return run_one[args.command](args)
 
@@ -61,6 +65,19 @@ def _schedule(args: argparse.Namespace) -> int:
     from hybrimoe_jax.bench import schedule
 
     print(json.dumps(schedule.run(args.instances, args.seed, progress)))
+    return 0
+
+
+def _start(args: argparse.Namespace) -> int:
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+
+    from hybrimoe_jax.bench import start
+
+    record = start.run(args.model, args.rounds, _note)
+    _note("")
+    print(start.table(record) + "\n")
+    print(json.dumps(record))
     return 0
 
 

@@ -5,8 +5,9 @@ They are made in the order in which they depend on each other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -99,6 +100,7 @@ class _HybridAssembly:
         self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)
         self.wake_s = warmup.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
+        self.measuring_s = 0.0
         self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given.costs))
         self.measured = Measurements() if options.measure_again else self.kept.read()
         self.costs = given.costs or self._measured_costs()
@@ -109,7 +111,8 @@ class _HybridAssembly:
         if self.fusible and self._may_fuse(layered.planner):
             layered, fused = self._select(layered)
         layered.fill()
-        self.kept.write(self.measured)
+        if self.measuring_s:
+            self.kept.write(self.measured)
         kernel = self.options.device_kernel
         if self.options.executor != "callback":
             kernel = programs.runs(self.pool.some(1)[0], kernel)
@@ -125,6 +128,7 @@ class _HybridAssembly:
             expert_format=self.expert_format,
             device_kernel=kernel,
             slots=self.slots,
+            measuring_s=self.measuring_s,
             lookahead=self.system.max_distance,
             planner=layered.planner,
             costs=self.costs,
@@ -162,7 +166,8 @@ class _HybridAssembly:
         if costs is None:
             lanes, inline_s = (self.pool, self.link, self.host, self.store.get), INLINE_WAKES * self.wake_s
             distance = self.system.max_distance
-            costs = warmup.measure(self.model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
+            with self._measuring():
+                costs = warmup.measure(self.model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
             self.measured = Measurements(costs)
         return costs
 
@@ -217,8 +222,10 @@ class _HybridAssembly:
         if kept is not None and layered.planner.all_on_cpu:
             fused.threads, fused.max_steps = kept.threads, kept.max_steps
             return layered, fused
-        fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
-        if not select.is_faster(fused, layered, WARMUP_CAPACITY):
+        with self._measuring():
+            fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
+            faster = select.is_faster(fused, layered, WARMUP_CAPACITY)
+        if not faster:
             fused = None
         elif needed is not None and isinstance(self.costs, CostModel):
             # what was seen: leaving the program costs more than it is believed to save
@@ -227,6 +234,13 @@ class _HybridAssembly:
         measured = self.costs if isinstance(self.costs, CostModel) and self.measured.costs else None
         self.measured = Measurements(measured, choice)
         return self._layered(), fused
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        clock = self.host.clock
+        start, compiled = clock.now(), clock.compile_seconds()
+        yield
+        self.measuring_s += clock.now() - start - (clock.compile_seconds() - compiled)
 
     def _verifier(self, planner: Planner) -> Callable[[int], None]:
         def verify(moe_layer: int) -> None:

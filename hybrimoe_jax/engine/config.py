@@ -120,6 +120,8 @@ class EngineConfig:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
             raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
+        if not self.start_cache:
+            raise UserError('start_cache is empty: give a folder, "default" or "off"')
         check_lookahead(self.lookahead)
         for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)

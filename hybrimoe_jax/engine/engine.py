@@ -67,6 +67,11 @@ class Engine:
         return self._parts.costs
 
     @property
+    def measuring_s(self) -> float:
+        """Seconds that measurements took when it was made, without compiling."""
+        return self._parts.measuring_s
+
+    @property
     def clock(self):
         """What its times are read from, a `Clock`."""
         return self._parts.clock

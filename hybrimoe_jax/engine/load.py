@@ -44,7 +44,7 @@ class Model(NamedTuple):
         more = {"tokenizer": self.tokenizer, "eos": self.eos, "frequencies": self.frequencies}
         engine = Engine(self.config, self.dense, self.store, options, **more)
         if self.programs is not None:
-            self.programs.exchange()
+            self.programs.share()
         return engine
 
 

@@ -29,8 +29,8 @@ LOGIT_ROWS = 16
 class Parts:
     """What an engine is made of.
 
-    `slots`: of each MoE layer. `lookahead`: layers at most. The dense executor has no planner, costs, pool, link and
-    host lane.
+    `slots`: of each MoE layer. `measuring_s`: seconds of measurements, without compiling. `lookahead`: layers at most.
+    The dense executor has no planner, costs, pool, link and host lane.
     """
 
     options: EngineConfig
@@ -44,6 +44,7 @@ class Parts:
     expert_format: str
     device_kernel: str
     slots: list[int]
+    measuring_s: float = 0.0
     lookahead: int = 0
     planner: Planner | None = None
     costs: CostModel | MachineCosts | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -24,7 +25,7 @@ from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.machine.identity import digest, machine_facts
 
 STALE = 86400
-"""Seconds after which a folder that a process left behind is removed."""
+"""Seconds after which the folder of a process that has ended, or runs elsewhere, is removed."""
 SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -44,7 +45,8 @@ class ProgramCache:
         self.store = root / digest(machine_facts([library.path()]))
         self.store.mkdir(parents=True, exist_ok=True)
         make_room(root, limit)
-        self.own = Path(tempfile.mkdtemp(prefix="run-", dir=root))
+        self._pid = os.getpid()
+        self.own = Path(tempfile.mkdtemp(prefix=f"run-{platform.node()}-{self._pid}-", dir=root))
         self._known: set[str] = set()
         try:
             _check_links(self.own)
@@ -71,9 +73,15 @@ class ProgramCache:
                     stored[name].unlink()
         self._known = {path.name for path in self.own.glob("*-cache")}
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk keeps nothing
+    def share(self) -> None:
+        """`exchange`, where a full disk is no reason to fail."""
+        with contextlib.suppress(OSError):
             self.exchange()
+
+    def close(self) -> None:
+        if os.getpid() != self._pid:  # a fork's end is not the owner's
+            return
+        self.share()
         shutil.rmtree(self.own, ignore_errors=True)
 
 
@@ -81,7 +89,7 @@ def make_room(root: Path, limit: int) -> None:
     """Removes what killed processes left, and the oldest entries beyond `limit` bytes."""
     with contextlib.suppress(FileNotFoundError):  # another process makes room as well
         for folder in root.glob("run-*"):
-            if time.time() - folder.stat().st_mtime > STALE:
+            if time.time() - folder.stat().st_mtime > STALE and not _is_running(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
         entries = [(path.stat(), path) for path in root.glob("*/*-cache*") if "run-" not in path.parent.name]
         size = sum(stat.st_size for stat, _ in entries)
@@ -90,6 +98,21 @@ def make_room(root: Path, limit: int) -> None:
                 break
             path.unlink(missing_ok=True)
             size -= stat.st_size
+
+
+def _is_running(folder: str) -> bool:
+    """Whether the process of that folder's name is one of this machine that lives."""
+    _, _, owner = folder.partition("-")
+    node, pid, *_ = [*owner.rsplit("-", 2), "", ""]
+    if node != platform.node() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _is_whole(entry: bytes) -> bool:
