@@ -90,18 +90,18 @@ types: venv
 quick: venv
 	$(BIN)/python -m pytest -q tests/test_decide_*.py tests/test_trace_*.py tests/test_packing.py tests/test_rooms.py
 
-# The requirements of the extra alone: the package itself is there.
-DOCS_EXTRA = import tomllib; \
-	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])
+DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 
-# The site, from docs/ and the docstrings: build/docs/index.html. Warnings are errors; every link inside it is checked,
-# and every type in a signature of the reference.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.run
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "$(DOCS_EXTRA)")
-	touch $@
+	@echo "* Sphinx, and what else the site is made with: some 15 seconds"
+	@$(BIN)/python -c '$(DOCS_NEEDS)' | $(PIP) --requirement /dev/stdin
+	@touch $@
 
+# The site, from docs/ and the docstrings. Warnings are errors; every link inside it is checked, and every type in a
+# signature of the reference.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet \
+	@rm -rf build/docs
+	@$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet \
 		--doctree-dir build/docs-trees docs build/docs
 	@echo "build/docs/index.html"
 

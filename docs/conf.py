@@ -56,7 +56,8 @@ default_role = "py:obj"  # a name in backticks links to its entry where there is
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    ("py:class", r"(collections|flax|jax|np|numpy|os|pathlib)\..*|Path"),
+    ("py:class", r"(collections|flax|jax|np|numpy|os|pathlib)\..*"),
+    ("py:class", r"\w+"),  # where a signature names what is imported for type checkers only
     ("py:class", r"hybrimoe_jax\.(decide\.cache\.echo\.Memory|models\.registry\.Config)"),  # not for callers
 ]
 
