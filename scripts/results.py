@@ -162,8 +162,8 @@ def tables(root: Path) -> dict[str, str]:
     records = {**read_records(root / "results"), **read_records(root / MEASURED)}
     made = {"results": results(records)}
     for make in (engine, formats, schedule):
-        if rows := records.get(make.__name__):
-            made[make.__name__] = per_machine(make)(rows)
+        rows = records.get(make.__name__)
+        made[make.__name__] = per_machine(make)(rows) if rows else "No record of it is kept yet.\n"
     return made
 
 
