@@ -8,8 +8,8 @@ experts as large as the named model's.
 
 import sys
 
-import hybrimoe_jax
 from hybrimoe_jax import EngineConfig
+from hybrimoe_jax.engine.load import read_model
 
 MACHINE, SHAPE = "a6000-paper", "qwen2-57b-a14b"
 SYSTEMS = ("hybrimoe", "ktransformers", "adapmoe", "llamacpp", "on-demand", "cpu-only")
@@ -17,13 +17,13 @@ SYSTEMS = ("hybrimoe", "ktransformers", "adapmoe", "llamacpp", "on-demand", "cpu
 
 def main() -> None:
     new_tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    tokens = set()
+    tokens, model = set(), read_model()  # the bundled model; its weights are read once
     print(f"experts of {SHAPE} on {MACHINE}, a quarter of them resident; times computed")
     row = "{:14}{:>9}{:>8}{:>11}{:>9}{:>12}{:>12}"
     print(row.format("system", "hit rate", "by CPU", "by device", "fetched", "prefetched", "ms a token"))
     for system in SYSTEMS:
         options = EngineConfig(system=system, clock="virtual", profile=MACHINE, cost_shape=SHAPE)
-        engine = hybrimoe_jax.load(options=options)
+        engine = model.engine(options)
         result = engine.generate([engine.tokenizer.encode("Enter the King,")], max_new_tokens=new_tokens)
         engine.close()
         tokens.add(tuple(result.token_ids[0]))
