@@ -23,10 +23,10 @@ BUILD_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
 # install EXTRAS VARIABLE: the native kernels are compiled outside pip, which would hide how long that takes and fetch a
 # second jaxlib. For `make demo` alone they are compiled for this processor only, which takes two thirds of the time.
 define install
-	@echo "* jaxlib, and what else the native kernels are built with: some 15 seconds, and 120 MB to fetch"
+	@echo "* jaxlib, and what else the native kernels are built with: some 15 seconds, and 130 MB to fetch"
 	@$(BIN)/python -c '$(BUILD_NEEDS)' | $(PIP) --requirement /dev/stdin
 	@$(2) $(BIN)/python setup.py --quiet build_ext --inplace
-	@echo "* jax, flax and the other packages: some 15 seconds, and 80 MB to fetch"
+	@echo "* jax, flax and the other packages: some 15 seconds, and 85 MB to fetch"
 	@$(2) $(PIP) --no-build-isolation --editable '.[$(1)]'
 endef
 

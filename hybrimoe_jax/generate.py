@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import sys
-import textwrap
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.decide.cache import POLICIES
@@ -18,9 +17,11 @@ from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
 from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
-from hybrimoe_jax.machine.profile import PROFILES
+from hybrimoe_jax.machine.costs import CostModel, is_profile
+from hybrimoe_jax.machine.profile import PROFILES, load_profile
 from hybrimoe_jax.machine.shapes import SHAPES
 
 ENGINE_FLAGS = {
@@ -74,10 +75,6 @@ ENGINE_FLAGS = {
     "verify": dict(action="store_true", help="check every expert's hash as it is read"),
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
 }
-
-
-SCREEN = 80
-"""Columns that the statistics fill at most."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,49 +134,6 @@ def prompt_ids(text: str, args: argparse.Namespace, tokenizer) -> list[int]:
     return tokenizer.encode(text)
 
 
-def stats_text(stats) -> str:
-    """A few lines for a person, that fit a screen."""
-    record = stats.summary()
-    lanes, prefetch, tbt = record["lanes"], record["prefetch"], record["tbt_ms"]
-    lines = [
-        f"system {record['system']}, executor {record['executor']}, cache ratio {record['cache_ratio']:.3g}, host "
-        f"kernel {record['host_kernel'].get('name', 'none')}",
-        times_text(record),
-        f"first token {record['ttft_s']:.3f} s"
-        + (f", then {tbt['median']:.2f} ms a token (p90 {tbt['p90']:.2f})" if tbt else "")
-        + (f"; compiling took {record['compile_s']:.2f} s more" if record["compile_s"] else ""),
-    ]
-    if record["hit_rate"] is not None:
-        lines += [
-            f"hit rate {record['hit_rate']:.1%} ({record['hits']} hits, {record['misses']} misses)",
-            f"experts run: {record['cpu_experts']} cpu, {record['device_experts']} device; "
-            f"{record['demand_fetches']} demand fetches"
-            + (f", {record['layer_streamed']} streamed with their layers" if record["layer_streamed"] else ""),
-            f"prefetches: {prefetch['issued']} issued, {prefetch['useful']} useful, {prefetch['late']} late, "
-            f"{prefetch['wasted']} wasted; {record['bytes_h2d'] / 1e6:.1f} MB to the device",
-            f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= "
-            f"{lanes['link_s']:.3f} s",
-        ]
-    held = "its experts: slots and staging" if record["cost_shape"] else "device memory at most"
-    lines.append(
-        f"{held} {record['peak_device_bytes'] / 2**20:.1f} MiB, host memory {record['host_bytes'] / 2**20:.1f} MiB"
-        + ("" if record["cost_shape"] else f" of {record['expert_format']} experts")
-    )
-    if record["note"]:
-        lines.append(record["note"])
-    return "\n".join(row for line in lines for row in textwrap.wrap(line, SCREEN, subsequent_indent="  "))
-
-
-def times_text(record: dict) -> str:
-    """Which clock the times are of, and whose."""
-    costs = record["costs"]
-    if record["clock"] == "wall":
-        return "times: wall clock, this machine"
-    if record["cost_shape"]:
-        return f"bytes and times of {costs['model']}, {costs['format']}, computed for profile {costs['profile']}"
-    return f"times: virtual clock, computed for profile {costs.get('profile', 'as measured')}"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     options = engine_config(args)
@@ -188,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         saves_profile = options.profile
         options = dataclasses.replace(options, profile=None, measure_again=True)
     prompt = read_prompt(args)
-    check_files(args)
+    check_flags(args, options)
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.engine.load import bundled_model, load
 
@@ -238,18 +192,26 @@ def main(argv: list[str] | None = None) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfig, checkpoint) -> None:
-    """UserError for what the engine would refuse to generate: better said now than when weights are read."""
-    from hybrimoe_jax.engine.request import check_prompts, context_limit
+def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
+    """UserError for what can be refused without a model."""
     from hybrimoe_jax.engine.sampling import Sampling
     from hybrimoe_jax.engine.streaming import StopBuffer
 
+    check_files(args)
     Sampling(args.temperature, args.top_k, args.top_p, options.seed)
     StopBuffer(args.stop)
-    if args.stop and checkpoint.tokenizer is None:
-        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
+    if options.profile is not None:
+        (CostModel.load if is_profile(options.profile) else load_profile)(options.profile)
+
+
+def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfig, checkpoint) -> None:
+    """UserError for what the model cannot do: better said now than when its weights are read."""
+    from hybrimoe_jax.engine.request import check_prompts, context_limit
+
+    if args.stop and checkpoint.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     config = checkpoint.config
     check_prompts([ids], args.max_tokens, config.vocab_size, context_limit(options, config))
 

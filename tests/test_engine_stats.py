@@ -12,8 +12,8 @@ import tiny
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.stats import Lanes, LayerStats, RunStats, StepStats
+from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.generate import stats_text
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 
 TOP_K = 2
