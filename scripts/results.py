@@ -150,11 +150,13 @@ def simulated(records: Sequence[dict], model: str, prompt: int | None) -> list[s
             found.setdefault(row["system"], row)
     shown = {name: seconds(found[name]) for name in ("hybrimoe", "ktransformers", "llamacpp")}
     cells = {name: f"{1 / value:.1f}" if prompt is None else f"{value:.2f}" for name, value in shown.items()}
-    what = "decoding" if prompt is None else f"reading a prompt of {prompt} tokens"
+    first = found["hybrimoe"]
+    what = f"decoding, {MODELS[model]}" if prompt is None else f"a prompt of {prompt} tokens, {MODELS[model]}"
+    what += f" ({first['rows']})" if first["rows"].startswith("prefill, ") else ""
     unit = "tokens a second" if prompt is None else "seconds"
     others = f"`ktransformers` {cells['ktransformers']}, `llamacpp` {cells['llamacpp']}"
-    told = found["hybrimoe"]["versions"].get("commit", "")
-    return [f"{what}, {MODELS[model]}", f"computed: `{PROFILE}`", f"{cells['hybrimoe']} {unit}", others, told]
+    told = first["versions"].get("commit", "")
+    return [what, f"computed: `{PROFILE}`", f"{cells['hybrimoe']} {unit}", others, told]
 
 
 def tables(root: Path) -> dict[str, str]:
