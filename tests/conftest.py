@@ -18,6 +18,7 @@ from pathlib import Path
 import hypothesis
 import program_cache
 import pytest
+import threadpoolctl
 
 MOST_WORKERS = 8
 LOCKS = Path(tempfile.gettempdir(), f"hybrimoe-tests-{os.getuid()}")
@@ -42,7 +43,9 @@ def know_the_start() -> None:
         del os.environ[name]
     sys.dont_write_bytecode = False
     os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", NO_COLOR="1")
-    os.environ.setdefault("NPROC", "1")
+    for name in ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    threadpoolctl.threadpool_limits(1)  # where a plugin has loaded NumPy: idle threads of its BLAS spin
     os.environ["HYBRIMOE_START_CACHE"] = "off"
 
 

@@ -28,7 +28,11 @@ KEYS = {
 TOKENS = 24
 VIRTUAL = ("--prompt", "x", "--clock", "virtual", "--profile", "laptop-8gb")
 # As a user's shell has it: the tests' own division of the cores is not inherited.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("NPROC", "PYTHONPATH")}
+ENVIRONMENT = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONPATH")
+}
 
 
 @pytest.fixture(scope="module")
