@@ -41,7 +41,7 @@ TORCH ?= $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import sys; print
 TEST_EXTRAS := onednn,test,plots$(if $(filter 1,$(TORCH)),$(comma)test-torch)
 
 $(VENV)/.test: $(BUILT) | $(BIN)/python
-	$(if $(filter 1,$(TORCH)),@echo "* torch, to compare with" && $(PIP) 'torch==2.13.0')
+	$(if $(filter 1,$(TORCH)),@echo "* torch to compare with: some 200 MB to fetch" && $(PIP) 'torch==2.13.0')
 	$(call install,$(TEST_EXTRAS))
 	@touch $@ $(VENV)/.run
 
