@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import tiny_checkpoint
@@ -10,6 +11,8 @@ import tiny_checkpoint
 from hybrimoe_jax import demo
 from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import UserError
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,12 @@ def test_what_a_demo_cannot_be_is_said_before_weights_are_read(checkpoint, tmp_p
     for flags, named in ((["--max-tokens", "1"], "at least 2"), (["--model", str(tmp_path)], "manifest.json")):
         with pytest.raises(UserError, match=named):
             demo.main(flags)
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_it_prints(capsys):
+    demo.main([])
+    said = [line for line in capsys.readouterr().out.splitlines() if line and " ms each: " not in line]
+    shown = re.search(r"<!-- demo -->\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1].splitlines()
+    shown = [line for line in shown if line and " ms each: " not in line]
+    assert said[:-1] == shown[:-1] and said[-1].split("-m")[1] == shown[-1].split("-m")[1]

@@ -88,6 +88,25 @@ def test_the_links_at_the_root_say_what_to_import(link):
     assert done.stderr.splitlines()[-1] == f"ImportError: import this package as hybrimoe_jax.{link}"
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("torch", ["0", "1"])
+def test_the_makefile_s_commands_are_whole(torch):
+    command = [
+        "make",
+        "--dry-run",
+        "--always-make",
+        "venv",
+        "demo",
+        "docs",
+        f"TORCH={torch}",
+        f"PYTHON={sys.executable}",
+    ]
+    commands = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert commands.count("--editable") == 2 and ("torch==" in commands) == (torch == "1")
+    done = subprocess.run(["sh", "-n"], input=commands, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 COMPILER = """#!/bin/sh
 # Logs what is compiled and compiles an empty file instead; all else is the real compiler's.
 for last; do :; done
