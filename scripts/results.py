@@ -1,4 +1,4 @@
-"""`python scripts/results.py`: the tables of README.md and docs/results.md, from the records in results/.
+"""`python scripts/results.py`: the tables of README.md and docs/, from the records in results/.
 
 People write the documents. This renews what stands between `<!-- table: NAME -->` and `<!-- end -->` in them.
 A benchmark prints its record as the last line; this keeps it, with the machine, the commit and the versions:
@@ -27,7 +27,7 @@ from hybrimoe_jax.reproduce.tables import markdown, places, renewed, seconds
 from hybrimoe_jax.simulate.records import commit
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/starting.md")
 MEASURED = "results/measured"
 __all__ = ["add", "places", "renewed", "tables"]
 Records = Mapping[str, Sequence[dict]]
@@ -114,6 +114,14 @@ def schedule(record: dict) -> str:
     return markdown(head, rows) + "\n" + markdown(["a decision, us of CPU time", *times], decisions)
 
 
+def start(record: dict) -> str:
+    medians = record["medians"]
+    rows = [[part, *(f"{times[part]:.2f}" for times in medians.values())] for part in next(iter(medians.values()))]
+    rows.append(["**times faster**", "", *(f"{ratio:.1f}" for ratio in record["times_faster"].values())])
+    size = f"{record['model']}: seconds, medians of {len(record['runs']['next'])}"
+    return markdown([size, "nothing kept", "first start", "next start"], rows)
+
+
 def percent(gap: dict) -> str:
     cells = (100 * gap[name] for name in ("mean", "p99", "worst"))
     return " / ".join(f"{cell:.1f}" if 0 < cell < 10 else f"{cell:.0f}" for cell in cells)
@@ -163,7 +171,7 @@ def tables(root: Path) -> dict[str, str]:
     """Every table, by name, that the records suffice for."""
     records = {**read_records(root / "results"), **read_records(root / MEASURED)}
     made = {"results": results(records)}
-    for make in (engine, formats, schedule):
+    for make in (engine, formats, schedule, start):
         rows = records.get(make.__name__)
         made[make.__name__] = per_machine(make)(rows) if rows else "No record of it is kept yet.\n"
     return made
