@@ -11,6 +11,9 @@ Source: Frantar et al., arXiv 2210.17323 (algorithm 1; order and groups are opti
 Shapes: a matrix is [R, K], R outputs by K inputs.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import numpy as np

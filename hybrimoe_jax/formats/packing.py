@@ -3,6 +3,9 @@
 Shapes: a matrix is [R, K], R outputs by K inputs; G values along K share a scale.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import numpy as np

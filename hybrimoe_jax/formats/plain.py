@@ -12,6 +12,9 @@ bfloat16 is the upper half of a float32, so widening is a 16-bit shift and alway
 even.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import threading

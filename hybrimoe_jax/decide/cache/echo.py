@@ -17,6 +17,9 @@ Ours. Related: FineMoE (EuroSys 2026) searches expert maps of earlier iterations
 (Khandelwal et al., ICLR 2020) predict tokens in this way.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math

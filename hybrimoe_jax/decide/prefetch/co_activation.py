@@ -6,6 +6,9 @@ It needs no router and no scores, so it serves traces that have none. N tokens, 
 token, D distances.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -5,6 +5,9 @@ What they are made from, who makes them, and how often they come true.
 N tokens of a step, E experts, k experts per token. Distance d: the layer d MoE layers after the one that looks.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import abc
