@@ -32,7 +32,7 @@ ARITHMETIC = ["kernels", "vectors", "silu", "probes", "lanes"]
 ARITHMETIC += ["plain", "plain_tile", "plain_few", "plain_chunks", "plain_panels"]
 ARITHMETIC += ["packed", "packed_parts", "packed_stream", "packed_block", "attention"]
 HEADERS += [f"{name}.inc" for name in ARITHMETIC]
-HANDLERS = ["ffi.cpp", "ffi_attention.cpp", "ffi_routed.cpp"]
+HANDLERS = ["ffi.cpp", "ffi_attention.cpp", "ffi_pace.cpp", "ffi_routed.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-g0", "-pthread"]
 # gcc 12 takes the undefined operands inside its own AVX-512 headers for a mistake.
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unused-function"]

@@ -146,6 +146,12 @@ class CostModel:
             source=f"{self.source} ({changed})" if changed else self.source,
         )
 
+    def slowed(self, factor: float) -> CostModel:
+        """The same machine with every duration `factor` times as long."""
+        slow = self.scaled(cpu=factor, device=factor, shared=factor, transfer=factor, layer=factor)
+        others = {name: factor * getattr(self, name) for name in ("fetch_host", "look", "handover")}
+        return dataclasses.replace(slow, **others, source=self.source + slower(factor))
+
     def describe(self) -> dict[str, Any]:
         """Plain values, for statistics and records."""
         return dataclasses.asdict(self)
@@ -183,6 +189,11 @@ class CostModel:
             return cls(**raw)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def slower(factor: float) -> str:
+    """What is added to a machine's name where all its durations are `factor` times as long."""
+    return "" if factor == 1 else f", {factor:g} times slower"
 
 
 def is_profile(path: str | Path) -> bool:

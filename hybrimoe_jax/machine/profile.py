@@ -26,7 +26,7 @@ from typing import Any
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import is_object
-from hybrimoe_jax.machine.costs import CostModel, is_profile
+from hybrimoe_jax.machine.costs import CostModel, is_profile, slower
 from hybrimoe_jax.machine.shapes import ModelShape
 
 KIND, VERSION = "hybrimoe-jax machine profile", 1
@@ -66,6 +66,7 @@ class MachineProfile:
     figures: Figures
     sources: Mapping[str, tuple[str, str]]
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    slowdown: float = 1.0
 
     def costs(self, shape: ModelShape, fmt: str) -> MachineCosts:
         """What this machine takes for a model with experts in format `fmt`."""
@@ -76,6 +77,12 @@ class MachineProfile:
         figures = dataclasses.replace(self.figures, **{n: getattr(self.figures, n) * f for n, f in factors.items()})
         said = " ".join(f"{name} x{factor:g}" for name, factor in factors.items())
         return dataclasses.replace(self, name=f"{self.name} ({said})" if said else self.name, figures=figures)
+
+    def slowed(self, factor: float) -> MachineProfile:
+        """The same machine with every duration `factor` times as long."""
+        names = [field.name for field in dataclasses.fields(Figures)]
+        slow = self.changed(**{name: 1 / factor if is_rate(name) else factor for name in names})
+        return dataclasses.replace(slow, name=self.name, slowdown=self.slowdown * factor)
 
 
 class MachineCosts:
@@ -90,7 +97,7 @@ class MachineCosts:
         self.profile, self.shape, self.fmt, self._combine = profile, shape, fmt, profile.combine
         self.expert_bytes = shape.expert_bytes(fmt)
         self.look = f.look_overhead
-        self.source = f"profile {profile.name}, {shape.name}, {fmt}"
+        self.source = f"profile {profile.name}, {shape.name}, {fmt}{slower(profile.slowdown)}"
         self._transfer = tuple(
             f.link_latency + self.expert_bytes / b for b in (f.link_bandwidth, f.link_bandwidth_cpu_busy)
         )
@@ -98,10 +105,16 @@ class MachineCosts:
         self._device: dict[int, float] = {}
         self._layer: dict[tuple[int, int], float] = {}
 
+    def slowed(self, factor: float) -> MachineCosts:
+        """The same model on the same machine with every duration `factor` times as long."""
+        return MachineCosts(self.profile.slowed(factor), self.shape, self.fmt)
+
     def describe(self) -> dict[str, Any]:
         """Plain values, for statistics and records."""
         figures = dataclasses.asdict(self._figures)
-        about = {"profile": self.profile.name, "model": self.shape.name, "format": self.fmt}
+        about: dict[str, Any] = {"profile": self.profile.name, "model": self.shape.name, "format": self.fmt}
+        if self.profile.slowdown != 1:
+            about["slowdown"] = self.profile.slowdown
         return {**about, "expert_bytes": self.expert_bytes, "combine": dict(self._combine), "figures": figures}
 
     def cpu(self, load: int, first: bool = False) -> float:
@@ -164,6 +177,11 @@ class MachineCosts:
         return overhead + (read + work if how == "sum" else max(read, work))
 
 
+def is_rate(figure: str) -> bool:
+    """Whether a figure is so much per second, and not so many seconds."""
+    return figure.endswith(("bandwidth", "flops", "cpu_busy"))
+
+
 def load_profile(name: str | Path) -> MachineProfile:
     """A profile of the package by name, or from a file; UserError naming it and the first thing wrong."""
     path = FOLDER / f"{name}.json" if str(name) in PROFILES else Path(name)
@@ -203,7 +221,7 @@ def _figures(figures: dict[str, Any], name: str | Path) -> tuple[dict[str, float
     for field in names:
         entry: dict[str, Any] = figures[field] if is_object(figures[field]) else {}
         value = entry.get("value")
-        rate = field.endswith(("bandwidth", "flops", "cpu_busy"))
+        rate = is_rate(field)
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))

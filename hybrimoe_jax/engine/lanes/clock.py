@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hybrimoe_jax.decide.plan import LayerPlan
+from hybrimoe_jax.engine.lanes.pacing import NoPacing, Pacing
 from hybrimoe_jax.engine.stats import Lanes
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 
 class Clock(abc.ABC):
-    """The time of a step; seconds throughout."""
+    """The time of a step; seconds throughout. `pacing`: how long the device's programs are made to last."""
 
     name: str
+    pacing: NoPacing = NoPacing()
 
     @abc.abstractmethod
     def now(self) -> float: ...
@@ -88,7 +90,7 @@ class WallClock(Clock):
     def compile_seconds(self) -> float:
         return compile_clock().seconds
 
-    def planning_time(self) -> None:
+    def planning_time(self) -> float | None:
         return None
 
     def begin_step(self, tokens, streamed) -> None:
@@ -117,6 +119,18 @@ class WallClock(Clock):
 
     def attach(self, timeline):
         return timeline
+
+
+class PacedClock(WallClock):
+    """This machine's seconds, on a device that is slowed to a profile. Args: pacing: of its programs."""
+
+    name = "paced"
+
+    def __init__(self, pacing: Pacing):
+        self.pacing = pacing
+
+    def planning_time(self) -> float:
+        return self.now()
 
 
 class VirtualClock(Clock):

@@ -1,0 +1,98 @@
+"""How long each program of a paced device lasts: what a program is handed besides its own operands.
+
+The device is XLA's CPU backend; `host_kernels.native.pace` has its programs last as long as a profile says. `NoPacing`
+is every other device's: programs get None and trace nothing. Importing this module imports no jax.
+
+Shapes: N rows of a program, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+
+    from hybrimoe_jax.machine.costs import CostModel
+    from hybrimoe_jax.machine.profile import MachineCosts
+
+MOST_KEPT = 4096
+
+
+class NoPacing:
+    """Programs take the time they take."""
+
+    def front(self, tokens: int, context: int, looked: bool) -> Any:
+        """Of a layer's attention and router, with the coming layers' routers where they are `looked` at."""
+        return None
+
+    def block(self, tokens: int, rows: int | None = None) -> Any:
+        """Of a program that runs the shared experts and residents that it finds itself; see `block_seconds`.
+
+        `rows`: how many the program has, padding included, so that it is compiled once for all `tokens` below.
+        """
+        return None
+
+    def experts(self, loads: Iterable[int]) -> Any:
+        """Of a program that runs experts of these loads."""
+        return None
+
+    def step(self, tokens: int) -> Any:
+        """Of what a step does outside its MoE layers."""
+        return None
+
+
+class Pacing(NoPacing):
+    """Args: costs: seconds of everything, as they are to last."""
+
+    def __init__(self, costs: CostModel | MachineCosts):
+        self.costs = costs
+        self._kept: dict[Hashable, jax.Array] = {}
+
+    def front(self, tokens: int, context: int, looked: bool) -> jax.Array:
+        """float32 [1]: its seconds."""
+        costs, key = self.costs, ("front", tokens, context, looked)
+        return self._operand(key, lambda: [costs.layer(tokens, context) + (costs.look if looked else 0.0)])
+
+    def block(self, tokens: int, rows: int | None = None) -> jax.Array:
+        """float32 [rows + 1]: seconds of the shared experts, then of an expert by its load from 1 on."""
+        costs, rows = self.costs, max(tokens, rows or 0)
+        loads = range(1, rows + 1)
+        return self._operand(
+            ("block", tokens, rows), lambda: [costs.shared(tokens), *(costs.device(min(n, tokens)) for n in loads)]
+        )
+
+    def experts(self, loads: Iterable[int]) -> jax.Array:
+        """float32 [1]: their seconds together."""
+        key = tuple(sorted(loads))
+        return self._operand(("experts", key), lambda: [sum(map(self.costs.device, key))])
+
+    def step(self, tokens: int) -> jax.Array:
+        """float32 [1]: its seconds."""
+        return self._operand(("step", tokens), lambda: [self.costs.step(tokens)])
+
+    def _operand(self, key: Hashable, seconds) -> jax.Array:
+        """On the device already: an array of the host's would be copied at each call."""
+        found = self._kept.get(key)
+        if found is None:
+            import jax
+
+            if len(self._kept) > MOST_KEPT:
+                self._kept.clear()
+            found = self._kept[key] = jax.device_put(np.array(seconds(), np.float32))
+        return found
+
+
+def block_seconds(pace: jax.Array | None, loads: jax.Array) -> jax.Array | None:
+    """Seconds of the shared experts and of the residents that a program runs, for `pace.end`; None without a pace.
+
+    Args: pace: what `block` gave. loads: int [S], each expert's load; 0 where it is not run.
+    """
+    if pace is None:
+        return None
+    import jax.numpy as jnp
+
+    return pace[0] + jnp.sum(jnp.where(loads > 0, pace[loads], 0.0))

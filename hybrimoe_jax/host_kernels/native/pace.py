@@ -1,0 +1,98 @@
+"""A device's pace on the CPU backend: programs that last as long as they are told.
+
+`begin` notes when a program starts; `end` sleeps until it has lasted its seconds, counted from there or from the end of
+the program before, whichever is later: so programs queue as on a device, and their own work counts. Both give back
+what they are given. Whatever of the program depends on what `begin` gave, and comes before what `end` takes, runs
+between the two.
+
+A sleeping program holds a thread of XLA's pool: with a pool of one, a second program waits for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.native import library
+from hybrimoe_jax.host_kernels.native.ffi import register
+
+BEGIN, END = "hybrimoe_pace_begin", "hybrimoe_pace_end"
+WEIGHT = 1024
+A = TypeVar("A", bound=jax.Array)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the library has the handlers: it was built with XLA's headers, from these sources."""
+    try:
+        register(BEGIN, "pace_ffi_begin")
+        register(END, "pace_ffi_end")
+    except (UserError, AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def begin(x: jax.Array, pace: jax.Array | None) -> jax.Array:
+    """x, with the program's start noted before anything that depends on it. Nothing is traced where `pace` is None."""
+    return x if pace is None else _call(BEGIN, x)
+
+
+def end(y: jax.Array, pace: jax.Array | None, seconds: jax.Array | None = None) -> jax.Array:
+    """y, once the program has lasted `pace[0]` seconds, or `seconds` (a scalar) where they are given.
+
+    Nothing is traced where `pace` is None.
+    """
+    if pace is None:
+        return y
+    lasts = pace[0] if seconds is None else seconds.reshape(())
+    return _call(END, y, _weighty(lasts.astype(jnp.float32)).reshape(1))
+
+
+def _weighty(seconds: jax.Array) -> jax.Array:
+    """The same number of at least 0, with a thousand operations on it.
+
+    XLA's CPU client runs a program of fewer than that on the thread that dispatches it, which would then sleep
+    (jaxlib 0.10); and a custom call counts as none.
+    """
+    steps = seconds + jnp.arange(WEIGHT, dtype=jnp.float32)
+    return jnp.maximum(seconds, -jnp.sum(steps * steps))
+
+
+def _call(name: str, x: jax.Array, *operands: jax.Array) -> jax.Array:
+    if not available():
+        raise UserError(
+            "a paced device needs the native kernels for jitted programs, which this installation lacks (no C++ "
+            "compiler, or an older jaxlib)"
+        )
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ffi.ffi_call(name, result, has_side_effect=True, input_output_aliases={0: 0})(x, *operands)
+
+
+@dataclasses.dataclass
+class Overshoot:
+    """How well programs kept their pace; seconds.
+
+    Attributes:
+      programs: how many slept, late_s: how much too long they did together, latest_s: the longest of these.
+      overrun: how many took longer than they were told, overran_s: how much longer together.
+    """
+
+    programs: int
+    late_s: float
+    latest_s: float
+    overrun: int
+    overran_s: float
+
+
+def overshoot(reset: bool = False) -> Overshoot:
+    """Of all paced programs of this process since it was last reset."""
+    numbers = (ctypes.c_double * 5)()
+    library.library().pace_report(numbers, ctypes.c_int64(reset))
+    programs, late, latest, overrun, overran = numbers
+    return Overshoot(int(programs), late, latest, int(overrun), overran)

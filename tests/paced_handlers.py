@@ -1,0 +1,77 @@
+"""A process of its own for `test_native_pace`: XLA's pool has two threads here. Prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+os.environ.update(NPROC=sys.argv[1], JAX_PLATFORMS="cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrimoe_jax.engine.lanes.pacing import block_seconds
+from hybrimoe_jax.host_kernels.native import pace
+
+MS = 1e-3
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@jax.jit
+def program(x, p):
+    return pace.end(jnp.sin(pace.begin(x, p)), p)
+
+
+@jax.jit
+def working(x, p):
+    """Some tens of milliseconds of work between the two."""
+    y = pace.begin(x, p)
+    return pace.end(jax.lax.fori_loop(0, 200, lambda _, a: jnp.tanh(a @ jnp.full((300, 300), 0.01)), y), p)
+
+
+@jax.jit
+def unused(x, p):
+    pace.end(pace.begin(x, p), p)
+    return jnp.cos(x)
+
+
+@jax.jit
+def block(x, p, loads):
+    return pace.end(pace.begin(x, p) + 1, p, block_seconds(p, loads))
+
+
+def main() -> None:
+    x, p = jnp.ones((1, 32)), jax.device_put(np.array([40 * MS], np.float32))
+    big, long = jnp.ones((300, 300)), jax.device_put(np.array([200 * MS], np.float32))
+    table, loads = jnp.array([5, 10, 30, 1000]) * MS, jnp.array([2, 0, 1, 0, 0])
+    for ready in (program(x, p), working(big, long), unused(x, p), block(x, table, loads), program(x, None)):
+        ready.block_until_ready()
+    pace.overshoot(reset=True)
+    start = time.perf_counter()
+    result = program(x, p)
+    dispatched = time.perf_counter() - start
+    result.block_until_ready()
+    record = {"dispatch": dispatched, "one": time.perf_counter() - start, "same": bool((result == jnp.sin(x)).all())}
+    record["five"] = seconds(lambda: jax.block_until_ready([program(x, p) for _ in range(5)]))
+    record["beside"] = seconds(lambda: (y := program(x, p), time.sleep(40 * MS), y.block_until_ready()))
+    record["work"] = seconds(lambda: working(big, None).block_until_ready())  # compiles
+    record["work"] = seconds(lambda: working(big, None).block_until_ready())
+    record["worked"] = seconds(lambda: working(big, long).block_until_ready())
+    record["unused"] = seconds(lambda: jax.block_until_ready([unused(x, p), program(x, None)]))
+    record["block"] = seconds(lambda: block(x, table, loads).block_until_ready())
+    record["overshoot"] = vars(pace.overshoot(reset=True))
+    record["after_reset"] = pace.overshoot().programs
+    record["unpaced"] = "custom-call" not in jax.jit(program).lower(x, None).as_text().replace("_", "-")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Programs that last as long as they are told, in a process whose XLA pool has two threads; and what they are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
+from hybrimoe_jax.engine.lanes.pacing import NoPacing, Pacing, block_seconds
+from hybrimoe_jax.host_kernels.native import pace
+from hybrimoe_jax.machine.profile import PROFILES, load_profile
+from hybrimoe_jax.machine.shapes import get_shape
+from hybrimoe_jax.machine.virtual import VirtualMachine
+
+PACED = pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
+
+
+@PACED
+@pytest.mark.alone
+def test_programs_last_as_long_as_they_are_told_and_the_host_works_beside():
+    script = str(Path(__file__).with_name("paced_handlers.py"))
+    done = subprocess.run([sys.executable, script, "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["same"] and got["unpaced"]
+    assert got["dispatch"] < 0.020 < 0.039 < got["one"] < 0.060
+    assert 0.199 < got["five"] < 0.230, "programs queue, and neither gaps nor sleeps add up"
+    assert got["beside"] < 0.060, "the host is free while a program sleeps"
+    assert got["worked"] == pytest.approx(max(0.2, got["work"]), abs=0.06), "a program's own work counts"
+    assert got["unused"] > 0.039, "what is paced runs though nobody reads it"
+    assert 0.044 < got["block"] < 0.065, "shared, and the experts that run"
+    assert got["overshoot"]["programs"] >= 9 and got["after_reset"] == 0
+    assert 0 <= got["overshoot"]["late_s"] < 0.02 and got["overshoot"]["overrun"] <= 1
+
+
+def test_what_programs_are_told():
+    costs = tiny.costs(tiny.weights("qwen2_moe")[0]).slowed(1000)
+    pacing = Pacing(costs)
+    told = [pacing.front(3, 9, True), pacing.front(3, 9, False), pacing.experts([4, 1]), pacing.step(3)]
+    wanted = [costs.layer(3, 9) + costs.look, costs.layer(3, 9), costs.device(1) + costs.device(4), costs.step(3)]
+    assert [float(array[0]) for array in told] == pytest.approx(wanted)
+    assert pacing.front(3, 9, True) is told[0], "the same array: nothing is copied to the device again"
+    table = pacing.block(3, rows=4)
+    assert table.shape == pacing.block(4).shape == (5,)
+    assert table.tolist() == pytest.approx([costs.shared(3), *(costs.device(min(n, 3)) for n in (1, 2, 3, 4))])
+    import jax.numpy as jnp
+
+    loads = jnp.array([0, 2, 0, 1])
+    seconds = costs.shared(3) + costs.device(2) + costs.device(1)
+    assert float(block_seconds(table, loads)) == pytest.approx(seconds)
+    assert block_seconds(None, loads) is None
+
+
+def test_only_a_paced_clock_paces():
+    costs = tiny.costs(tiny.weights("qwen2_moe")[0])
+    for clock in (WallClock(), VirtualClock(VirtualMachine(costs))):
+        unpaced = clock.pacing
+        assert type(unpaced) is NoPacing
+        told = unpaced.front(1, 1, True), unpaced.block(1), unpaced.experts([1]), unpaced.step(1)
+        assert told == (None,) * 4
+    clock = PacedClock(Pacing(costs))
+    assert clock.name == "paced" and clock.planning_time() <= clock.now() and float(clock.pacing.step(1)[0]) == 0
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_slowed_machine_takes_so_many_times_as_long_for_everything(name):
+    costs = load_profile(name).costs(get_shape("deepseek-v2-lite"), "int4-g64")
+    slow = costs.slowed(20)
+    assert slow.describe()["slowdown"] == 20 and slow.source.endswith(", 20 times slower")
+    for method, *arguments in (
+        ("cpu", 3, True),
+        ("cpu", 300),
+        ("device", 1),
+        ("device", 500),
+        ("shared", 7),
+        ("transfer",),
+        ("transfer", True),
+        ("layer", 2, 900),
+        ("step", 30),
+    ):
+        assert getattr(slow, method)(*arguments) == pytest.approx(20 * getattr(costs, method)(*arguments)), method
+    assert slow.look == pytest.approx(20 * costs.look)
+
+
+def test_a_slowed_warm_up_too():
+    costs = tiny.costs(tiny.weights("qwen2_moe")[0])
+    slow = costs.slowed(8)
+    assert slow.transfer(True) == pytest.approx(8 * costs.transfer(True)) and slow.source.endswith("8 times slower")
+    assert slow.cpu(2, True) == pytest.approx(8 * costs.cpu(2, True))
+    assert costs.slowed(1) == costs
