@@ -15,7 +15,7 @@ import numpy as np
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
-from hybrimoe_jax.engine import budget, programs, warmup
+from hybrimoe_jax.engine import budget, device_memory, programs, warmup
 from hybrimoe_jax.engine.checks import check_options, device_format, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
@@ -51,8 +51,8 @@ STAGING = 2
 IN_FLIGHT = 2
 """Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
 WARMUP_CAPACITY = 256
-NO_BEARING = ("seed", "profile", "verify", "start_cache", "measure_again")
-"""Options that no measurement depends on; a profile counts by its costs."""
+NO_BEARING = ("seed", "profile", "verify", "start_cache", "measure_again", "vram_budget")
+"""Options that no measurement depends on; a profile counts by its costs, a budget by its slots."""
 POLL_WAKES = 8
 """Results are polled for where a layer takes less than this many wake-ups of a thread; longer waits are better slept
 through, since a polling thread slows the device's on two hyperthreads of one core."""
@@ -61,9 +61,12 @@ through, since a polling thread slows the device's on two hyperthreads of one co
 def assemble(config, dense, store, options: EngineConfig, max_context: int, frequencies) -> Parts:
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
     cores = threads.split_threads(options.threads, options.executor)
+    device_memory.limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     check_options(options, config, store.format)
     device = jax.devices()[0]
+    cores = threads.beside(cores, device.platform)
+    options = dataclasses.replace(options, vram_budget=device_memory.budget_on(device, options))
     model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
     if options.executor == "dense":
         return _dense_parts(model, store, options, device, cores, max_context)

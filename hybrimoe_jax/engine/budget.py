@@ -27,7 +27,9 @@ class Footprint:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{f.name} {readable(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.name != "slots"
+            f"{f.name} {readable(size)}"
+            for f in dataclasses.fields(self)
+            if f.name != "slots" and (size := getattr(self, f.name))
         )
 
 
@@ -41,12 +43,13 @@ def readable(size: int) -> str:
 def slots_within(budget: int, fixed: Footprint, expert_bytes: int, num_experts: int) -> int:
     """Slots in all, at most `num_experts` (of all layers).
 
-    UserError with the breakdown where not even the fixed part fits.
+    UserError with the breakdown where not even the fixed part fits. A fixed part without a workspace is not yet all.
     """
     room = budget - fixed.total
     if room < 0:
+        needed = f"{'' if fixed.workspace else 'at least '}{readable(fixed.total)}"
         raise UserError(
-            f"vram_budget {readable(budget)} is too small: {readable(fixed.total)} are needed before any expert is "
+            f"vram_budget {readable(budget)} is too small: {needed} are needed before any expert is "
             f"cached ({fixed}); raise it, or lower max_context, max_batch or prefill_chunk"
         )
     return min(num_experts, room // expert_bytes)

@@ -6,17 +6,26 @@ import os
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from hybrimoe_jax.checkpoint.reader import Checkpoint
+from hybrimoe_jax.checkpoint.shards import DTYPES
 from hybrimoe_jax.decide.prefetch.predictors import RECORDED
+from hybrimoe_jax.engine.budget import Footprint, slots_within
 from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.device_memory import budget_on
+from hybrimoe_jax.engine.device_model import TABLE, stays_narrow
 from hybrimoe_jax.engine.request import context_limit
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
-from hybrimoe_jax.formats.packing import packed_refusal
+from hybrimoe_jax.formats.packing import Format, MatrixLayout, packed_refusal
+from hybrimoe_jax.formats.plain import F32
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
+from hybrimoe_jax.models.products import native_here
+from hybrimoe_jax.models.registry import build_model
 
 
 class Given(NamedTuple):
@@ -47,6 +56,41 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
     recording = (options.predictor or "").partition(RECORDED)[2]
     if recording and not os.path.exists(recording):
         raise UserError(f"predictor {options.predictor}: there is no such file")
+
+
+def check_budget(options: EngineConfig, checkpoint: Checkpoint) -> None:
+    """UserError where a vram_budget does not even hold the dense weights and the cache."""
+    device = jax.devices()[0]
+    budget = budget_on(device, options, warn=False)
+    if budget is None:
+        return
+    sizes = dense_bytes(checkpoint, device.platform)
+    dtype = F32 if device.platform == "cpu" else DTYPES[_records(checkpoint)[TABLE]["dtype"]]
+    kv = cache_bytes(checkpoint.config, options.max_batch, context_limit(options, checkpoint.config), dtype)
+    slots_within(budget, Footprint(dense=sum(sizes.values()), kv=kv, staging=0, workspace=0), 1, 0)
+
+
+def dense_bytes(checkpoint: Checkpoint, platform: str) -> dict[str, int]:
+    """Bytes that each dense tensor will have on the device (see `DeviceModel`), by the manifest."""
+    sizes = {}
+    for name, record in _records(checkpoint).items():
+        if "format" in record:
+            sizes[name] = MatrixLayout(Format.parse(record["format"]), *record["matrix"]).nbytes
+            continue
+        stored = np.broadcast_to(np.empty((), DTYPES[record["dtype"]]), record["shape"])  # takes no memory
+        narrow = platform != "cpu" or (native_here() and stays_narrow(name, stored))
+        sizes[name] = stored.size * (stored.dtype if narrow else F32).itemsize
+    return sizes
+
+
+def cache_bytes(config, batch: int, capacity: int, dtype: np.dtype) -> int:
+    """Bytes of the KV (or latent) cache of all layers."""
+    shapes = (layer.self_attn.cache_shapes(batch, capacity) for layer in build_model(config).model.layers)
+    return sum(int(np.prod(shape)) * dtype.itemsize for layer in shapes for shape in layer.values())
+
+
+def _records(checkpoint: Checkpoint) -> dict[str, dict]:
+    return {name: record for shard in checkpoint.shards.values() for name, record in shard["dense"].items()}
 
 
 def device_format(stored_format: str, platform: str) -> str:

@@ -18,6 +18,7 @@ EXECUTORS = ("overlapped", "callback", "dense")
 CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
 DEVICE_KERNELS = ("xla", "pallas", "pallas-interpret")
+AUTO = "auto"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -30,7 +31,8 @@ class EngineConfig:
       cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a
         budget is set.
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of
-        cache_ratio.
+        cache_ratio. "auto": what is free on a GPU. jax's allocator keeps to it where the engine is loaded before any
+        other use of jax.
       cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
       cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact",
         "next-layer" or "none"; `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`:
@@ -138,7 +140,8 @@ class EngineConfig:
 
     @property
     def budget_bytes(self) -> int | None:
-        return None if self.vram_budget is None else parse_bytes(self.vram_budget, "vram_budget")
+        """None where there is no budget, and for "auto", which only the device knows."""
+        return None if self.vram_budget in (None, AUTO) else parse_bytes(self.vram_budget, "vram_budget")
 
 
 def parse_bytes(size: int | str, what: str) -> int:

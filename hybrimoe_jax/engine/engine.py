@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.engine import budget
+from hybrimoe_jax.engine import budget, device_memory
 from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Emitted, capacity_for, generate_steps, prefill_chunks
@@ -237,7 +237,7 @@ class Engine:
                 if tries > tries_before
             },
         )
-        measured = parts.device.memory_stats() if parts.device.platform != "cpu" else None
-        if measured and self.options.cost_shape is None:
-            stats.peak_device_bytes = int(measured["peak_bytes_in_use"])
+        measured = device_memory.peak_bytes(parts.device)
+        if measured is not None and self.options.cost_shape is None:
+            stats.peak_device_bytes = measured
         self._last_stats = stats

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.device_memory import limit_allocator
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
 
@@ -51,22 +52,25 @@ class Model(NamedTuple):
 def read_model(checkpoint: str | Path | Checkpoint | None = None, options: EngineConfig | None = None) -> Model:
     """Reads a folder written by `python -m hybrimoe_jax.convert`, or one that is open (the bundled model if None).
 
-    Starts jax, as `load` does. Of the options `threads`, `executor`, `lazy`, `verify` and `start_cache` count.
+    Starts jax, as `load` does. Of the options `threads`, `executor`, `lazy`, `verify` and `start_cache` count, and
+    `vram_budget` with what it must hold.
     """
     options = options or EngineConfig()
     start_cache = usable(options.start_cache)
     threads.split_threads(options.threads, options.executor)
+    limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     programs = keep_programs(start_cache)
     import jax
 
     from hybrimoe_jax.checkpoint.reader import Checkpoint, open_checkpoint
-    from hybrimoe_jax.engine.checks import check_options
+    from hybrimoe_jax.engine.checks import check_budget, check_options
     from hybrimoe_jax.text import eos_ids
 
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint or bundled_model())
     check_options(options, checkpoint.config, checkpoint.format)
+    check_budget(options, checkpoint)
     # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same
     # values).
     dtype = "float32" if jax.default_backend() == "cpu" else None

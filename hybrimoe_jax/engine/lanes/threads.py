@@ -2,7 +2,7 @@
 
 XLA:CPU reads `NPROC` once, when its client is created; afterwards its pool cannot be changed. It gets all cores,
 since prefill is bound by arithmetic; host experts use half of them, or all where the plan gives them the layer
-(docs/log). Importing this module imports no jax.
+(docs/log), and all of them beside a GPU. Importing this module imports no jax.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def split_threads(threads: int | None, executor: str) -> ThreadBudget:
             stacklevel=3,
         )
     return ThreadBudget(total, device, host, matches)
+
+
+def beside(budget: ThreadBudget, platform: str) -> ThreadBudget:
+    """The same beside a device of this platform: on a GPU XLA needs no cores, so the host's experts get all."""
+    return budget if platform == "cpu" else dataclasses.replace(budget, device=0, host=budget.total)
 
 
 def set_async_dispatch(executor: str) -> None:
