@@ -14,7 +14,7 @@ import sys
 import jax
 import tiny
 
-from hybrimoe_jax.engine import assembly, warmup
+from hybrimoe_jax.engine import assembly, probes
 from hybrimoe_jax.engine.lanes import slots, transfer
 from hybrimoe_jax.engine.steps import layered, overlapped
 
@@ -83,7 +83,7 @@ def wrap() -> None:
         (overlapped.OverlappedForward, "read"),
         (layered.programs, "add_device_experts"),
         (layered, "read_routing"),
-        (warmup, "_timed"),
+        (probes, "_timed"),
         (assembly.DeviceModel, "init_cache"),
     ):
         sampled(owner, name)

@@ -52,6 +52,16 @@ def test_a_fast_cpu_gets_everything_and_a_slow_one_does_not():
         assert schedule.uses_all_cores is expected
 
 
+def test_the_device_is_not_called_where_the_cpu_takes_all():
+    """So what calling it takes is no part of that schedule, and is part of any that gives it an expert."""
+    costs = dataclasses.replace(SHARED, alone_expert=6.0, device_expert=1.0, device_token=0.0)
+    rule, problem = with_shared_cores(get_scheduler("paper"), costs), Problem({0: 1}, {0}, costs)
+    assert not rule.schedule(problem).uses_all_cores
+    dear = dataclasses.replace(costs, device_block=100.0)
+    found = rule.schedule(Problem({0: 1}, {0}, dear))
+    assert found.uses_all_cores and found.makespan == pytest.approx(2.0 + 0.5 + 6.5)
+
+
 def test_residents_stay_on_the_device_where_the_rule_keeps_them_there():
     rule = with_shared_cores(get_scheduler("cpu-misses"), SHARED)
     assert not rule.schedule(Problem({0: 8, 1: 8}, {0}, SHARED)).uses_all_cores
@@ -76,9 +86,13 @@ def test_the_planner_uses_it_and_a_profile_keeps_it(tmp_path):
 
 
 def test_the_fit_finds_the_line():
-    points = [(load, 2.0 + 0.5 * load) for load in (1, 16, 64)]
-    samples = Samples(3, cpu=points, device=points, transfer=[(1, 1.0), (3, 3.0)], alone=points)
-    samples.alone_first = [(load, seconds + 0.25) for load, seconds in points]
+    samples = Samples(3)
+    for kind, once in (("cpu", 0.0), ("device", 0.0), ("alone", 0.25)):
+        for load in (1, 16, 64):
+            for experts in (1, 2):
+                samples.add(kind, (load, experts), once + experts * (2.0 + 0.5 * load))
+    samples.add("transfer", (1,), 1.0)
+    samples.add("transfer", (3,), 3.0)
     costs = fit(samples)
     assert (costs.alone_expert, costs.alone_token, costs.alone_first) == pytest.approx((2.0, 0.5, 0.25))
 

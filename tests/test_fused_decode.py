@@ -418,12 +418,13 @@ def test_other_engines_have_no_fused_decode(options):
 
 def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(monkeypatch):
     """That would mean: there is no such program."""
-    from hybrimoe_jax.engine import warmup
+    from hybrimoe_jax.engine import probes
 
-    engine = fused_engine()
-    timed, seconds = warmup._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment
-    monkeypatch.setattr(warmup, "_timed", lambda *args: next(seconds, None) or timed(*args))
-    assert 0 < warmup._handover(engine._parts.model, engine.clock, 256) < 1
+    parts = fused_engine()._parts
+    lanes = probes.EngineLanes(parts.model, parts.pool, parts.link, parts.host, None)
+    timed, seconds = probes._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment
+    monkeypatch.setattr(probes, "_timed", lambda *args: next(seconds, None) or timed(*args))
+    assert 0 < lanes.handover(256) < 1
 
 
 def test_a_machine_with_a_device_of_its_own_has_no_fused_decode():

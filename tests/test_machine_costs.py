@@ -1,5 +1,6 @@
 """The cost model: its formulas, its fit from a warm-up, its file; and that deciding imports no jax."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.sizes import expert_bytes
-from hybrimoe_jax.machine.costs import CostModel
-from hybrimoe_jax.machine.fit import Samples, fit
+from hybrimoe_jax.machine.costs import NEW_IN_5, CostModel
+from hybrimoe_jax.machine.fit import Samples, fit, predicted
 
 MODEL = CostModel(
     cpu_expert=2e-3,
@@ -33,16 +34,18 @@ MODEL = CostModel(
 
 def samples_of(model: CostModel, loads=(1, 2, 8, 64, 256), noise=lambda: 1.0) -> Samples:
     samples = Samples(model.expert_bytes)
-    for load in loads:
-        samples.cpu.append((load, model.cpu(load) * noise()))
-        samples.cpu_first.append((load, model.cpu(load, first=True) * noise()))
-        samples.device.append((load, model.device(load) * noise()))
-        samples.shared.append((load, model.shared(load) * noise()))
-        samples.layer.append((load, model.layer(load) * noise()))
-    for size in (model.expert_bytes // 4, model.expert_bytes):
-        samples.transfer.append((size, model.transfer_latency + size / model.bandwidth))
-        samples.transfer_cpu_busy.append((size, model.transfer_latency + size / model.bandwidth_cpu_busy))
+    places = [("cpu", (load, experts)) for load in loads for experts in (1, 4)]
+    places += [("device", (load, experts)) for load in loads for experts in (0, 1, 4)]
+    places += [("layer", (load, context)) for load in loads for context in (256, 1024)]
+    sizes = (model.expert_bytes // 4, model.expert_bytes)
+    places += [(kind, (size,)) for kind in ("transfer", "transfer_cpu_busy") for size in sizes]
+    for kind, at in places:
+        samples.add(kind, at, predicted(model, kind, at) * noise())
     return samples
+
+
+def without(samples: Samples, kind: str) -> Samples:
+    return dataclasses.replace(samples, points=[point for point in samples.points if point.kind != kind])
 
 
 def test_importing_decide_imports_no_jax():
@@ -70,7 +73,8 @@ def test_costs_by_load_and_regime():
 @given(st.data())
 def test_fit_recovers_the_model_behind_the_samples(data):
     seconds = st.floats(1e-6, 1e-2)
-    names = "cpu_expert cpu_token cpu_first device_expert device_token shared_base shared_token layer_base layer_token"
+    names = "cpu_expert cpu_token cpu_first device_expert device_token device_block shared_base shared_token "
+    names += "layer_base layer_token layer_context"
     values = {name: data.draw(seconds, name) for name in names.split()}
     fast = data.draw(st.floats(1e9, 1e11))
     busy = fast * data.draw(st.floats(0.2, 1.0))
@@ -83,50 +87,69 @@ def test_fit_recovers_the_model_behind_the_samples(data):
         assert found.cpu(load, True) == pytest.approx(truth.cpu(load, True), rel=1e-6)
         assert found.device(load) == pytest.approx(truth.device(load), rel=1e-6)
         assert found.shared(load) == pytest.approx(truth.shared(load), rel=1e-6)
-        assert found.layer(load) == pytest.approx(truth.layer(load), rel=1e-6)
+        assert found.layer(load, 500) == pytest.approx(truth.layer(load, 500), rel=1e-6)
+    assert found.device_block == pytest.approx(truth.device_block, rel=1e-3)
     for cpu_busy in (False, True):
         assert found.transfer(cpu_busy) == pytest.approx(truth.transfer(cpu_busy), rel=1e-6)
 
 
-@given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-6, 1.0)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 8), st.floats(1e-6, 1.0)), min_size=1, max_size=12))
 def test_fit_of_any_noise_is_a_valid_model(points):
-    sizes = [(load * 1000, seconds) for load, seconds in points]
-    model = fit(Samples(10**6, cpu=points, cpu_first=points, device=points, transfer=sizes, transfer_cpu_busy=sizes))
+    samples = Samples(10**6)
+    for load, experts, seconds in points:
+        for kind in ("cpu", "alone", "device", "layer"):
+            samples.add(kind, (load, experts), seconds)
+        for kind in ("transfer", "transfer_cpu_busy"):
+            samples.add(kind, (load * 1000,), seconds)
+    model = fit(samples)
     assert model.transfer(True) >= model.transfer() > 0 and model.cpu(1) >= 0  # and no UserError from the constructor
 
 
 def test_fit_ignores_a_stray_interruption():
     samples = samples_of(MODEL)
-    samples.cpu += [(1, MODEL.cpu(1)), (1, MODEL.cpu(1)), (1, 40 * MODEL.cpu(1))]
+    for seconds in (MODEL.cpu(1, True), MODEL.cpu(1, True), 40 * MODEL.cpu(1)):
+        samples.add("cpu", (1, 1), seconds)
     assert fit(samples).cpu(1) == pytest.approx(MODEL.cpu(1), rel=1e-6)
 
 
 def test_a_falling_measurement_gives_a_constant_not_a_negative_slope():
-    samples = samples_of(MODEL)
-    samples.device = [(1, 4.5e-4), (100, 4.4e-4), (200, 4.3e-4)]
+    samples = without(samples_of(MODEL), "device")
+    for load, seconds in ((1, 4.5e-4), (100, 4.4e-4), (200, 4.3e-4)):
+        samples.add("device", (load, 1), seconds)
+        samples.add("device", (load, 2), 2 * seconds)
     model = fit(samples)
     assert model.device_token == 0 and model.device(1) == pytest.approx(4.4e-4, rel=0.03)
 
 
 def test_without_busy_transfers_both_regimes_are_the_same():
-    samples = samples_of(MODEL)
-    samples.transfer_cpu_busy = []
-    model = fit(samples)
+    model = fit(without(samples_of(MODEL), "transfer_cpu_busy"))
     assert model.transfer(True) == model.transfer()
 
 
 @pytest.mark.parametrize("name", ["cpu", "device", "transfer"])
 def test_fit_names_what_was_not_measured(name):
-    samples = samples_of(MODEL)
-    setattr(samples, name, [])
     with pytest.raises(UserError, match=f"no {name} time"):
-        fit(samples)
+        fit(without(samples_of(MODEL), name))
+
+
+def test_what_calling_the_device_takes_belongs_to_the_block():
+    """Where it were charged to every expert, those that are resident would go to the CPU."""
+    model = fit(samples_of(dataclasses.replace(MODEL, device_block=8e-4)))
+    assert model.device(1) == pytest.approx(MODEL.device(1), rel=1e-6)
+    assert model.shared(1) == pytest.approx(MODEL.shared(1) + 8e-4, rel=1e-6)
+
+
+def test_a_small_load_takes_as_long_as_reading_the_weights():
+    truth = dataclasses.replace(MODEL, cpu_expert=1e-4, cpu_token=1e-4, cpu_floor=9e-4)
+    model = fit(samples_of(truth, (1, 4, 16, 64)))
+    for load in (1, 2, 4, 8, 12, 40):
+        assert model.cpu(load) == pytest.approx(truth.cpu(load), rel=1e-6)
 
 
 def test_fit_refuses_impossible_times():
     samples = samples_of(MODEL)
-    samples.device.append((4, 0.0))
-    with pytest.raises(UserError, match=r"device measured 0\.0 s at 4"):
+    samples.add("device", (4, 1), 0.0)
+    with pytest.raises(UserError, match=r"device measured 0\.0 s at \(4, 1\)"):
         fit(samples)
 
 
@@ -145,10 +168,13 @@ def test_save_and_load_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
 
-def test_records_of_host_kernels_in_an_older_profile_are_ignored(tmp_path):
+@pytest.mark.parametrize("more", [{"version": 3}, {"version": 4, "kernels": [{"key": {"threads": 1}}]}])
+def test_older_profiles_are_still_read(tmp_path, more):
     path = tmp_path / "profile.json"
     MODEL.save(path)
-    older = {**json.loads(path.read_text()), "version": 4, "kernels": [{"key": {"threads": 1}}]}
+    older = {**json.loads(path.read_text()), **more}
+    for name in NEW_IN_5:
+        assert older.pop(name) == 0
     path.write_text(json.dumps(older))
     assert CostModel.load(path) == MODEL
 

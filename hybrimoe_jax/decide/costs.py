@@ -40,7 +40,7 @@ class Costs(Protocol):
         ...
 
     def shared(self, tokens: int) -> float:
-        """The layer's shared experts, which the device always runs first."""
+        """What opens the device lane of a MoE block: calling the device, and the layer's shared experts."""
         ...
 
     def transfer(self, cpu_busy: bool = False) -> float:
@@ -56,9 +56,13 @@ class SharedCoreCosts(Costs, Protocol):
     """Of a machine whose device has no cores of its own.
 
     Attributes:
+      device_block: that part of `shared` which is left out where the device gets no expert.
       alone_first: what the first expert of a run takes more on the CPU with all cores.
       handover: per layer, what leaving the device's program and coming back takes, see `machine.costs.CostModel`.
     """
+
+    @property
+    def device_block(self) -> float: ...
 
     @property
     def alone_first(self) -> float: ...

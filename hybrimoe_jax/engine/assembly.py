@@ -15,7 +15,7 @@ import numpy as np
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
-from hybrimoe_jax.engine import budget, device_memory, programs, warmup
+from hybrimoe_jax.engine import budget, device_memory, probes, programs, warmup
 from hybrimoe_jax.engine.checks import check_options, device_format, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
@@ -101,7 +101,7 @@ class _HybridAssembly:
         threads.limit_blas(1)
         kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
         self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)
-        self.wake_s = warmup.wake_latency(self.host, config.hidden_size)
+        self.wake_s = probes.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
         self.measuring_s = 0.0
         self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given.costs))
@@ -167,10 +167,10 @@ class _HybridAssembly:
         """What is kept, or what the warm-up measures."""
         costs = self.measured.costs
         if costs is None:
-            lanes, inline_s = (self.pool, self.link, self.host, self.store.get), INLINE_WAKES * self.wake_s
-            distance = self.system.max_distance
+            lanes = probes.EngineLanes(self.model, self.pool, self.link, self.host, self.store.get)
+            inline_s, distance = INLINE_WAKES * self.wake_s, self.system.max_distance
             with self._measuring():
-                costs = warmup.measure(self.model, *lanes, WARMUP_CAPACITY, inline_s, distance, self.fusible)
+                costs = warmup.measure(lanes, inline_s, distance, self.fusible)
             self.measured = Measurements(costs)
         return costs
 

@@ -21,7 +21,7 @@ from hybrimoe_jax.files import is_object, replacing
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.identity import digest
 
-VERSION = 1
+VERSION = 2
 MAX_AGE_S = 7 * 86400
 MOST_FILES = 256
 

@@ -2,9 +2,10 @@
 
 The shape is the paper's (HybriMoE, arXiv 2504.05897, section 4.2): CPU time is linear in the load, and the first expert
 of a run is slower than the following ones; device time hardly depends on the load; a transfer takes as long for every
-expert. Two things are refined because measurements ask for it: a transfer is latency + bytes / bandwidth, so that it
-carries over to other expert sizes, and the bandwidth is lower while the CPU reads the same memory (published: 62 and 57
-GB/s alone, 38 and 37 together).
+expert. Four things are refined because measurements ask for it. A transfer is latency + bytes / bandwidth, so that it
+carries over to other expert sizes. The bandwidth is lower while the CPU reads the same memory (published: 62 and 57
+GB/s alone, 38 and 37 together). What calling the device takes belongs to a MoE block and not to each of its experts.
+And an expert takes no less than reading its weights does, however small its load.
 
 Units: seconds, bytes, bytes per second; loads in tokens. There is no default coefficient anywhere: they are measured or
 read from a file.
@@ -16,14 +17,19 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import is_object, replacing
 
-PROFILE_VERSION = 3
-"""4 had `kernels` besides, measurements of host kernels that nothing uses any more; it is still read."""
+PROFILE_VERSION = 5
+OLDER_VERSIONS = (3, 4)
+"""Still read. They lack `NEW_IN_5`; 4 had `kernels` besides, measurements that nothing uses any more."""
+NEW_IN_5 = ("device_block", "device_floor", "cpu_floor", "alone_floor", "layer_context")
+ORIGIN, POINTS = "origin", "points"
+"""What a file may hold besides: what was measured where (`machine.origin`), and the measurements themselves."""
 _KIND = "hybrimoe-jax cost model"
 
 
@@ -31,14 +37,16 @@ _KIND = "hybrimoe-jax cost model"
 class CostModel:
     """Seconds for everything a layer can do. UserError where a coefficient is negative or not a number.
 
-    `cpu_expert + cpu_token * load` for an expert on the CPU, `cpu_first` more for the first one of a run; likewise for
-    the device, the shared experts, and the rest of a layer (attention, norms, router). `bandwidth` and
-    `bandwidth_cpu_busy` are the link's, in bytes per second. `fetch_host` is how long issuing a demand fetch keeps the
-    CPU lane from computing (0 where other threads compute), and `look` what predicting the coming layers costs in each
-    layer. `alone_*` are the CPU's figures where it has the device's cores too, on a machine whose device has none of
-    its own (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program and
-    come back to it so that the host can decide, or as much as it must be by what both ways took
-    (`engine/fused/select.py`); 0: a step cannot be one program.
+    `cpu_expert + cpu_token * load` for an expert on the CPU, no less than `cpu_floor`, and `cpu_first` more for the
+    first one of a run; likewise for the device. `device_block` is what running experts on the device takes beside them,
+    once in a MoE block. The shared experts and the rest of a layer (attention, norms, router) are linear in the tokens;
+    `layer_context` more for each token and place of its cache that it attends to. `bandwidth` and `bandwidth_cpu_busy`
+    are the link's, in bytes per second. `fetch_host` is how long issuing a demand fetch keeps the CPU lane from
+    computing (0 where other threads compute), and `look` what predicting the coming layers costs in each layer.
+    `alone_*` are the CPU's figures where it has the device's cores too, on a machine whose device has none of its own
+    (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program and come
+    back to it so that the host can decide, or as much as it must be by what both ways took (`engine/fused/select.py`);
+    0: a step cannot be one program.
     """
 
     cpu_expert: float
@@ -61,6 +69,11 @@ class CostModel:
     alone_token: float = 0.0
     alone_first: float = 0.0
     handover: float = 0.0
+    device_block: float = 0.0
+    device_floor: float = 0.0
+    cpu_floor: float = 0.0
+    alone_floor: float = 0.0
+    layer_context: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -85,25 +98,25 @@ class CostModel:
 
     def cpu(self, load: int, first: bool = False) -> float:
         """One expert on the CPU; `first` where nothing ran on it yet in this step."""
-        seconds = self.cpu_expert + self.cpu_token * load
+        seconds = max(self.cpu_floor, self.cpu_expert + self.cpu_token * load)
         return seconds + self.cpu_first if first else seconds
 
     @property
     def shares_cores(self) -> bool:
         """Whether the device works on the CPU's cores, so that the CPU may get them all."""
-        return self.alone_expert > 0 or self.alone_token > 0
+        return self.alone_expert > 0 or self.alone_token > 0 or self.alone_floor > 0
 
     def alone(self, load: int) -> float:
         """One expert on the CPU with the device's cores too."""
-        return self.alone_expert + self.alone_token * load
+        return max(self.alone_floor, self.alone_expert + self.alone_token * load)
 
     def device(self, load: int) -> float:
         """One resident expert on the device."""
-        return self.device_expert + self.device_token * load
+        return max(self.device_floor, self.device_expert + self.device_token * load)
 
     def shared(self, tokens: int) -> float:
-        """The layer's shared experts, which the device always runs first; 0 where a model has none."""
-        return self.shared_base + self.shared_token * tokens
+        """What opens the device lane of a MoE block: calling the device, and the shared experts if there are any."""
+        return self.device_block + self.shared_base + self.shared_token * tokens
 
     def transfer(self, cpu_busy: bool = False) -> float:
         """One expert over the link; `cpu_busy` where the CPU computes at the same time."""
@@ -114,11 +127,11 @@ class CostModel:
         return 0.0
 
     def layer(self, tokens: int, context: int = 0) -> float:
-        """Everything between two MoE blocks: attention, norms and router.
+        """Everything between two MoE blocks, with `context` places of each token's cache to attend to.
 
-        A warm-up does not tell how it grows with the context.
+        That is attention, norms and router. A warm-up at load does not tell how it grows with the context.
         """
-        return self.layer_base + self.layer_token * tokens
+        return self.layer_base + (self.layer_token + self.layer_context * context) * tokens
 
     def scaled(
         self, *, cpu: float = 1.0, device: float = 1.0, shared: float = 1.0, transfer: float = 1.0, layer: float = 1.0
@@ -131,15 +144,20 @@ class CostModel:
             cpu_expert=self.cpu_expert * cpu,
             cpu_token=self.cpu_token * cpu,
             cpu_first=self.cpu_first * cpu,
+            cpu_floor=self.cpu_floor * cpu,
+            alone_floor=self.alone_floor * cpu,
             alone_expert=self.alone_expert * cpu,
             alone_token=self.alone_token * cpu,
             alone_first=self.alone_first * cpu,
             device_expert=self.device_expert * device,
             device_token=self.device_token * device,
+            device_block=self.device_block * device,
+            device_floor=self.device_floor * device,
             shared_base=self.shared_base * shared,
             shared_token=self.shared_token * shared,
             layer_base=self.layer_base * layer,
             layer_token=self.layer_token * layer,
+            layer_context=self.layer_context * layer,
             transfer_latency=self.transfer_latency * transfer,
             bandwidth=self.bandwidth / transfer,
             bandwidth_cpu_busy=self.bandwidth_cpu_busy / transfer,
@@ -156,31 +174,27 @@ class CostModel:
         """Plain values, for statistics and records."""
         return dataclasses.asdict(self)
 
-    def save(self, path: str | Path) -> None:
-        """Writes a profile as JSON, whole or not at all."""
+    def save(self, path: str | Path, more: Mapping[str, Any] | None = None) -> None:
+        """Writes a profile as JSON, whole or not at all. `more`: what else it holds, under `ORIGIN` and `POINTS`."""
         about = {"kind": _KIND, "version": PROFILE_VERSION}
         with replacing(path) as file:
-            file.write(json.dumps({**about, **dataclasses.asdict(self)}, indent=2) + "\n")
+            file.write(json.dumps({**about, **dataclasses.asdict(self), **(more or {})}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
         """The cost model of a file that `save` wrote; UserError naming the file and the first thing wrong in it."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
-        if not is_object(raw) or raw.pop("kind", None) != _KIND:
-            raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
+        raw = _read(path)
         version = raw.pop("version", None)
-        if version not in (PROFILE_VERSION, 4):
+        if version not in (PROFILE_VERSION, *OLDER_VERSIONS):
+            older = " and ".join(map(str, OLDER_VERSIONS))
             raise UserError(
-                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION} and 4)"
+                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION}, {older})"
             )
-        if version == 4:
-            raw.pop("kernels", None)
+        for name in ("kernels",) if version == 4 else (ORIGIN, POINTS):
+            raw.pop(name, None)
         names = {field.name for field in dataclasses.fields(cls)}
+        if version != PROFILE_VERSION:
+            names.difference_update(NEW_IN_5)
         missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
@@ -194,6 +208,24 @@ class CostModel:
 def slower(factor: float) -> str:
     """What is added to a machine's name where all its durations are `factor` times as long."""
     return "" if factor == 1 else f", {factor:g} times slower"
+
+
+def read_more(path: str | Path) -> dict[str, Any]:
+    """What a profile that `save` wrote holds under `ORIGIN` and `POINTS`. UserError for a file that is none."""
+    raw = _read(path)
+    return {name: raw[name] for name in (ORIGIN, POINTS) if name in raw}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
+    if not is_object(raw) or raw.pop("kind", None) != _KIND:
+        raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
+    return raw
 
 
 def is_profile(path: str | Path) -> bool:

@@ -1,4 +1,9 @@
-"""Fitting the cost model to a warm-up: non-negative lines through medians, errors weighed by the measured time.
+"""Fitting the cost model to measurements: non-negative least squares, errors weighed by the measured time.
+
+Each lane is linear in what was asked of it: k experts of load n on the CPU take `first + k (expert + token n)`; a MoE
+block with k of them on the device `block + k (expert + token n)` behind its shared experts; a layer's front at n tokens
+and c places of context `base + token n + context n c`. Where that fits badly, an expert is given a floor besides: up
+to some load it takes as long as reading its weights.
 
 Units: seconds, bytes; loads in tokens.
 """
@@ -6,120 +11,206 @@ Units: seconds, bytes; loads in tokens.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
 
-Points = Sequence[tuple[float, float]]
-_Loads = list[tuple[int, float]]
+KINDS = {
+    "cpu": ("load", "experts"),
+    "alone": ("load", "experts"),
+    "device": ("tokens", "experts"),
+    "layer": ("tokens", "context"),
+    "transfer": ("bytes",),
+    "transfer_cpu_busy": ("bytes",),
+}
+"""What is measured, and by what. `cpu`: experts of one load, one behind the other; `alone`: with the device's cores
+too, where it has none of its own. `device`: a MoE block there, 0 experts: its shared ones alone. `layer`: its front."""
+BADLY, BETTER = 0.03, 0.6
+"""A floor is tried where a lane's relative error is above the first, and kept where it falls to this share of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One measurement. `at`: the numbers that `KINDS` names; `low`, `high`: quartiles of its `repeats`."""
+
+    kind: str
+    at: tuple[int, ...]
+    seconds: float
+    low: float = 0.0
+    high: float = 0.0
+    repeats: int = 1
+
+    @property
+    def spread(self) -> float:
+        """Of the repeats: how far the quartiles lie apart, as a share of the median."""
+        return (self.high - self.low) / self.seconds
 
 
 @dataclasses.dataclass
 class Samples:
-    """What a warm-up measured: (load, seconds) points per kind of work, and (bytes, seconds) for transfers.
+    """What was measured. Points may repeat: their median counts.
 
-    `cpu` are experts that followed another one, `cpu_first` those that opened a run; `shared` and `layer` are by tokens
-    in the step. `alone` are experts on the CPU with the device's cores too, (load, seconds), and `alone_first` those
-    that opened a run. `transfer_cpu_busy` are transfers beside a computing CPU. `fetch_host`, `look` and `handover` are
-    seconds, see `CostModel`. Points may repeat: the median of each load is what is fitted.
+    `fetch_host`, `look` and `handover` are seconds, see `CostModel`.
     """
 
     expert_bytes: int
-    cpu: _Loads = dataclasses.field(default_factory=_Loads)
-    cpu_first: _Loads = dataclasses.field(default_factory=_Loads)
-    alone: _Loads = dataclasses.field(default_factory=_Loads)
-    alone_first: _Loads = dataclasses.field(default_factory=_Loads)
-    device: _Loads = dataclasses.field(default_factory=_Loads)
-    shared: _Loads = dataclasses.field(default_factory=_Loads)
-    layer: _Loads = dataclasses.field(default_factory=_Loads)
-    transfer: _Loads = dataclasses.field(default_factory=_Loads)
-    transfer_cpu_busy: _Loads = dataclasses.field(default_factory=_Loads)
+    points: list[Point] = dataclasses.field(default_factory=list[Point])
     fetch_host: float = 0.0
     look: float = 0.0
     handover: float = 0.0
 
+    def add(self, kind: str, at: Sequence[int], seconds: float) -> None:
+        """One measurement without repeats."""
+        self.points.append(Point(kind, tuple(at), seconds, seconds, seconds))
+
+    def medians(self, kind: str) -> list[tuple[tuple[int, ...], float]]:
+        """(at, seconds) of each place, in order. UserError for a time or a place that cannot be."""
+        found: dict[tuple[int, ...], list[float]] = {}
+        for point in self.points:
+            if point.kind != kind:
+                continue
+            if not (math.isfinite(point.seconds) and point.seconds > 0 and point.at[0] > 0 and min(point.at) >= 0):
+                raise UserError(f"warm-up: {kind} measured {point.seconds!r} s at {point.at}; it must be above 0")
+            found.setdefault(point.at, []).append(point.seconds)
+        return [(at, statistics.median(times)) for at, times in sorted(found.items())]
+
 
 def fit(samples: Samples, source: str = "warm-up") -> CostModel:
-    """The non-negative least-squares cost model of a warm-up; UserError where a measurement is missing or unusable.
+    """The cost model of measurements; UserError where one is missing or unusable.
 
     Errors are weighed relative to the measured time: a decode step at load 1 matters as much as a prefill at load 500,
-    and so does its error in per cent. Within each load the median counts, so that a stray interruption does not.
+    and so does its error in per cent.
     """
-    for name in ("cpu", "device", "transfer"):
-        if not getattr(samples, name):
-            raise UserError(f"warm-up: no {name} time was measured, so no cost model can be fitted")
-    cpu_expert, cpu_token = _line("cpu", samples.cpu)
-    alone_expert, alone_token = _line("alone", samples.alone)
-    device_expert, device_token = _line("device", samples.device)
-    shared_base, shared_token = _line("shared", samples.shared)
-    layer_base, layer_token = _line("layer", samples.layer)
-    latency, per_byte = _line("transfer", samples.transfer)
-    if per_byte <= 0:  # noise hid the slope: charge the whole time to the bytes
-        size, seconds = _medians("transfer", samples.transfer)[-1]
-        latency, per_byte = 0.0, seconds / size
-    busy = [(size, seconds - latency) for size, seconds in _medians("transfer_cpu_busy", samples.transfer_cpu_busy)]
-    slopes = [max(seconds, 0.0) / size for size, seconds in busy]
+    measured = {kind: samples.medians(kind) for kind in KINDS}
+    for kind in ("cpu", "device", "transfer"):
+        if not any(len(at) < 2 or at[1] for at, _ in measured[kind]):
+            raise UserError(f"warm-up: no {kind} time was measured, so no cost model can be fitted")
+    cpu, alone = (_experts(measured[kind]) for kind in ("cpu", "alone"))
+    device = _experts(measured["device"], shared=any(not experts for (_, experts), _ in measured["device"]))
+    layer, _ = _solve(measured["layer"], _FRONT)
+    latency, per_byte, busy = _link(measured["transfer"], measured["transfer_cpu_busy"])
     return CostModel(
-        cpu_expert=cpu_expert,
-        cpu_token=cpu_token,
-        cpu_first=_first("cpu_first", samples.cpu_first, cpu_expert, cpu_token),
-        device_expert=device_expert,
-        device_token=device_token,
-        shared_base=shared_base,
-        shared_token=shared_token,
-        layer_base=layer_base,
-        layer_token=layer_token,
+        cpu_expert=cpu["expert"],
+        cpu_token=cpu["token"],
+        cpu_floor=cpu["floor"],
+        cpu_first=cpu["once"],
+        alone_expert=alone["expert"],
+        alone_token=alone["token"],
+        alone_floor=alone["floor"],
+        alone_first=alone["once"],
+        device_expert=device["expert"],
+        device_token=device["token"],
+        device_floor=device["floor"],
+        device_block=device["once"],
+        shared_base=device["shared"],
+        shared_token=device["shared_token"],
+        layer_base=layer["base"],
+        layer_token=layer["token"],
+        layer_context=layer["context"],
         transfer_latency=latency,
         bandwidth=1.0 / per_byte,
-        bandwidth_cpu_busy=1.0 / (max(per_byte, statistics.median(slopes)) if slopes else per_byte),
+        bandwidth_cpu_busy=1.0 / busy,
         expert_bytes=samples.expert_bytes,
         source=source,
         fetch_host=samples.fetch_host,
         look=samples.look,
-        alone_expert=alone_expert,
-        alone_token=alone_token,
-        alone_first=_first("alone_first", samples.alone_first, alone_expert, alone_token),
         handover=samples.handover,
     )
 
 
-def _first(name: str, points: Points, base: float, per_token: float) -> float:
-    """How much longer the first expert of a run takes than the line says."""
-    extra = [seconds - (base + per_token * load) for load, seconds in _medians(name, points)]
-    return max(0.0, statistics.median(extra)) if extra else 0.0
+def predicted(costs: CostModel, kind: str, at: Sequence[int]) -> float:
+    """Seconds that the cost model gives for a measurement of `KINDS`."""
+    if kind == "cpu":
+        return costs.cpu(at[0], True) + (at[1] - 1) * costs.cpu(at[0])
+    if kind == "alone":
+        return costs.alone_first + at[1] * costs.alone(at[0])
+    if kind == "device":
+        return costs.shared(at[0]) + (at[1] * costs.device(at[0]) if at[1] else -costs.device_block)
+    if kind == "layer":
+        return costs.layer(*at)
+    bandwidth = costs.bandwidth if kind == "transfer" else costs.bandwidth_cpu_busy
+    return costs.transfer_latency + at[0] / bandwidth
 
 
-def _medians(name: str, points: Points) -> list[tuple[float, float]]:
-    """One point per load: its median time. UserError for a time or a load that cannot be."""
-    by_load: dict[float, list[float]] = {}
-    for load, seconds in points:
-        if not (math.isfinite(seconds) and seconds > 0 and load > 0):
-            raise UserError(f"warm-up: {name} measured {seconds!r} s at {load!r}; both must be above 0")
-        by_load.setdefault(load, []).append(seconds)
-    return [(load, statistics.median(times)) for load, times in sorted(by_load.items())]
+_Medians = Sequence[tuple[tuple[int, ...], float]]
+_Columns = dict[str, Callable[[int, int], float]]
+"""By name: how often a coefficient counts at a place (its second number is 0 if it has but one)."""
 
 
-def _line(name: str, points: Points) -> tuple[float, float]:
-    """(a, b), neither negative, that minimise the relative squared error of a + b x; (0, 0) without points."""
-    points = _medians(name, points)
+_FRONT: _Columns = {"base": lambda n, c: 1.0, "token": lambda n, c: n, "context": lambda n, c: n * c}
+_LINE: _Columns = {"once": lambda n, k: k > 0, "expert": lambda n, k: k, "token": lambda n, k: k * n}
+_SHARED: _Columns = {"shared": lambda n, k: 1.0, "shared_token": lambda n, k: n}
+_LINK: _Columns = {"byte": lambda size, _: size, "latency": lambda size, _: 1.0}
+
+
+def _bent(last: int) -> _Columns:
+    """A floor up to load `last`, a line behind it."""
+    return {
+        "once": lambda n, k: k > 0,
+        "floor": lambda n, k: k * (n <= last),
+        "expert": lambda n, k: k * (n > last),
+        "token": lambda n, k: k * n * (n > last),
+    }
+
+
+def _experts(points: _Medians, shared: bool = False) -> dict[str, float]:
+    """Coefficients of a lane that runs experts: once, expert, token, floor, shared, shared_token."""
+    more: _Columns = _SHARED if shared else {}
+    found, error = _solve(points, _LINE | more)
+    loads = sorted({at[0] for at, _ in points if at[1]})
+    for last in loads[:-2] if error > BADLY else ():
+        tried, left = _solve(points, _bent(last) | more)
+        meets = tried["expert"] + tried["token"] * last <= tried["floor"] * (1 + BADLY)
+        if meets and left < BETTER * error:
+            found, error = tried, left
+    return {name: found.get(name, 0.0) for name in ("once", "expert", "token", "floor", "shared", "shared_token")}
+
+
+def _link(alone: _Medians, busy: _Medians) -> tuple[float, float, float]:
+    """(latency, seconds a byte, seconds a byte beside a computing CPU)."""
+    found, _ = _solve(alone, _LINK)
+    latency, per_byte = found["latency"], found["byte"]
+    if per_byte <= 0:  # noise hid the slope: charge the whole time to the bytes
+        (size, *_), seconds = alone[-1]
+        latency, per_byte = 0.0, seconds / size
+    slopes = [max(seconds - latency, 0.0) / at[0] for at, seconds in busy]
+    return latency, per_byte, max(per_byte, statistics.median(slopes)) if slopes else per_byte
+
+
+def _solve(points: _Medians, columns: _Columns) -> tuple[dict[str, float], float]:
+    """Coefficients, none negative, of the least relative squared error, and the root of its mean.
+
+    A column that the points cannot tell from those before it gets 0; so does all where there are no points.
+    """
+    found = dict.fromkeys(columns, 0.0)
     if not points:
-        return 0.0, 0.0
-    if len(points) == 1:  # nothing tells the slope: bytes scale, a single load does not
-        (x, y) = points[0]
-        return (0.0, y / x) if name == "transfer" else (y, 0.0)
-    # In terms of r = 1/y and q = x/y the model is a r + b q = 1.
-    r = [1 / y for _, y in points]
-    q = [x / y for x, y in points]
-    rr, qq, rq = (math.fsum(u * v for u, v in zip(*pair)) for pair in ((r, r), (q, q), (r, q)))
-    sr, sq = math.fsum(r), math.fsum(q)
-    determinant = rr * qq - rq * rq
-    if determinant > 0:
-        a, b = (sr * qq - sq * rq) / determinant, (sq * rr - sr * rq) / determinant
-        if a >= 0 and b >= 0:
-            return a, b
-    # The minimum lies on the border: the better of a constant and a line through the origin.
-    flat, steep = (sr / rr, 0.0), (0.0, sq / qq)
-    return min(flat, steep, key=lambda line: math.fsum((line[0] * u + line[1] * v - 1) ** 2 for u, v in zip(r, q)))
+        return found, 0.0
+    rows = [[column(*(*at, 0)[:2]) / seconds for column in columns.values()] for at, seconds in points]
+    table = np.array(rows, np.float64)
+    scale = np.linalg.norm(table, axis=0)
+    table = table / np.where(scale, scale, 1.0)
+    kept: list[int] = []
+    for i in range(len(columns)):
+        if scale[i] and int(np.linalg.matrix_rank(table[:, [*kept, i]], 1e-9)) > len(kept):
+            kept.append(i)
+    names, least = list(columns), math.inf
+    for count in range(1, len(kept) + 1):
+        for chosen in map(list, itertools.combinations(kept, count)):
+            values, error = _least_squares(table[:, chosen])
+            if min(values) >= 0 and error < least:
+                least = error
+                found = dict.fromkeys(columns, 0.0) | {names[i]: v / float(scale[i]) for i, v in zip(chosen, values)}
+    return found, math.sqrt(least / len(points))
+
+
+def _least_squares(table: NDArray[np.float64]) -> tuple[list[float], float]:
+    """The coefficients that bring each row's sum nearest to 1, and the squared error."""
+    values = np.linalg.lstsq(table, np.ones(len(table)), rcond=None)[0]
+    return [float(value) for value in values], float(np.square(table @ values - 1.0).sum())

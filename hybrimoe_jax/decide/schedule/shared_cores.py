@@ -49,9 +49,9 @@ class SharedCoresScheduler(Scheduler):
         return problem.allow_cpu and (not found.device or (self.steals and problem.allow_steal))
 
     def all_on_cpu(self, problem: Problem) -> Schedule:
-        """Every expert on the CPU with all cores, behind the shared ones."""
+        """Every expert on the CPU with all cores, behind the shared ones; the device is not called for any expert."""
         loads, costs = problem.loads, cast(SharedCoreCosts, problem.costs)
-        shared = costs.shared(problem.tokens)
+        shared = costs.shared(problem.tokens) - costs.device_block
         finish = shared + costs.alone_first + sum([costs.alone(load) for load in loads.values()])
         order = tuple(sorted(loads, key=lambda expert: (loads[expert], expert)))
         return Schedule(order, (), (), (), finish, finish, shared, problem.link_start, uses_all_cores=True)
@@ -60,6 +60,8 @@ class SharedCoresScheduler(Scheduler):
         """Seconds of the rule's schedule on a machine whose lanes share cores."""
         costs = cast(SharedCoreCosts, problem.costs)
         both = found.device_seconds + (costs.alone_first if found.cpu else 0.0)
+        if not found.device:
+            both -= costs.device_block
         both += sum([costs.alone(problem.loads[expert]) for expert in found.cpu])
         return max(found.makespan, both)
 
