@@ -16,7 +16,7 @@ from hybrimoe_jax.decide.cache import POLICIES
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
-from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, KERNELS, EngineConfig
+from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, HOST_MEMORY, KERNELS, EngineConfig
 from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
@@ -50,6 +50,9 @@ ENGINE_FLAGS = {
     "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
     "device_kernel": dict(
         choices=DEVICE_KERNELS, help="what computes quantised experts on the device (default xla); pallas wants a GPU"
+    ),
+    "host_memory": dict(
+        choices=HOST_MEMORY, help="of experts, for copies to a GPU (default auto: registered with it, mapped)"
     ),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),

@@ -33,7 +33,7 @@ def chosen(field: str):
 
 FIELDS = ("system", "cache", "cache_scope", "scheduler", "prefetch", "predictor", "executor", "host_kernel", "clock")
 TAKERS = {
-    **{field: chosen(field) for field in (*FIELDS, "device_kernel")},
+    **{field: chosen(field) for field in (*FIELDS, "device_kernel", "host_memory")},
     "cost shape": shape,
     "cost shape's format": lambda name: parse_cost_shape(f"bundled:{name}"),
     "profile": load_profile,

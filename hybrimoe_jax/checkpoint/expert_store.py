@@ -2,7 +2,8 @@
 
 `ExpertStore` is where every expert comes from: host kernels compute from its arrays and transfers read them. Experts
 are read on first use (one read each) or all at once; once read they stay. Arrays are C-contiguous, 64-byte aligned and
-read-only, since kernels and transfers hold them while others read.
+read-only, since kernels and transfers hold them while others read. They lie in few large blocks of memory, one a layer
+where all experts are read at once, so that a device's client can be told of them (`engine.lanes.host_memory`).
 
 Shapes: E experts, D model width, F expert width; an expert is gate_up [2F, D] (gate rows first) and down [D, F], or the
 bytes of a quantised one (`formats.layout`), which are held as they are stored.
@@ -18,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
-from hybrimoe_jax.formats.plain import F32, Arena, ExpertWeights, aligned_copy, to_f32
+from hybrimoe_jax.formats.plain import BLOCK, F32, Arena, ExpertWeights, aligned_bytes, aligned_copy, to_f32
 
 
 class ExpertStore:
@@ -31,6 +32,8 @@ class ExpertStore:
       dtype: what the arrays handed out hold; the source's own type, or float32; uint8 with `layout`.
       keep: False hands out a fresh read each time (for a walk over a model larger than memory).
       layout: of quantised experts; None for plain ones.
+
+    Attributes: `arena`, where they lie; None where they are not kept, or lie where `place` puts them.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class ExpertStore:
         self.dtype, self._read, self._keep, self.layout = np.dtype(dtype), read, keep, layout
         self._cells: list[list[HostExpert | None]] = [[None] * self.num_experts for _ in range(self.num_layers)]
         self._locks = [threading.Lock() for _ in range(16)]
-        self._arena = Arena() if keep else None
+        self.arena = Arena() if keep else None
+        self._place: Callable[[HostExpert], HostExpert] | None = None
 
     @classmethod
     def from_arrays(
@@ -127,24 +131,48 @@ class ExpertStore:
                 cell = self._cells[moe_layer][expert] = self._load(moe_layer, expert)
             return cell
 
+    def place(self, where: Callable[[HostExpert], HostExpert]) -> None:
+        """From now on every expert, read already or later, is what `where` makes of it: the same arrays elsewhere.
+
+        Call it before anything holds the arrays, or both places stay. Nothing has changed where `where` raises.
+        ValueError where experts are not kept.
+        """
+        if not self._keep:
+            raise ValueError("experts that are not kept lie nowhere")
+        moved = [[cell if cell is None else where(cell) for cell in layer] for layer in self._cells]
+        self._cells, self.arena, self._place = moved, None, where
+
+    @property
+    def placed_by(self) -> object | None:
+        """The object that has `place`d the experts, if one has."""
+        return getattr(self._place, "__self__", None)
+
     def _load(self, moe_layer: int, expert: int) -> HostExpert:
+        weights = self._read_aligned(moe_layer, expert)
+        return weights if self._place is None else self._place(weights)
+
+    def _read_aligned(self, moe_layer: int, expert: int) -> HostExpert:
         source = self._read(moe_layer, expert)
         if isinstance(source, PackedExpert):
             source = source.data
         if not isinstance(source, ExpertWeights):
             if self.layout is not None:
-                data = aligned_copy(source, arena=self._arena)
+                data = aligned_copy(source, arena=self.arena)
                 data.flags.writeable = False
                 return PackedExpert(data, self.layout)
             gate_up = source[:2].reshape(2 * self.hidden, self.width)
             source = ExpertWeights(gate_up, source[2].reshape(self.width, self.hidden))
-        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype, self._arena) for matrix in source))
+        weights = ExpertWeights(*(aligned_copy(matrix, self.dtype, self.arena) for matrix in source))
         for matrix in weights:
             matrix.flags.writeable = False
         return weights
 
     def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
         """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk."""
+        if self.arena is not None:
+            parts = (2, 1) if self.layout is None else (3,)  # of three matrices of one size, or all of it
+            expert = sum(aligned_bytes(part * self.expert_bytes // 3) for part in parts)
+            self.arena.block_bytes = max(BLOCK, self.num_experts * expert)
         every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
         for moe_layer, expert in every if progress is None else progress(every, len(every), "loading experts"):
             self.get(moe_layer, expert)

@@ -25,8 +25,9 @@ from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
+from hybrimoe_jax.engine.lanes.host_memory import open_host_memory, parts_of
 from hybrimoe_jax.engine.lanes.slots import SlotPool
-from hybrimoe_jax.engine.lanes.transfer import Link, parts_of
+from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
 from hybrimoe_jax.engine.start_cache import start_folder
@@ -97,7 +98,8 @@ class _HybridAssembly:
         self.fixed, self.slots = self._memory(max_context)
         pooled, wall = system.scope == "pooled", WallClock()
         self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
-        self.link = Link(device, wall)
+        found = getattr(given.costs, "host_memory", None)
+        self.link = Link(device, wall, open_host_memory(options.host_memory, found, store, device))
         threads.limit_blas(1)
         kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
         self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)

@@ -19,6 +19,7 @@ CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
 DEVICE_KERNELS = ("xla", "pallas", "pallas-interpret")
 AUTO = "auto"
+HOST_MEMORY = ("auto", "plain", "mapped", "pinned")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -45,6 +46,9 @@ class EngineConfig:
       device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a
         kernel of our own that wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly.
         On the CPU backend "xla" leaves them to the native kernels.
+      host_memory: of the experts on the host, for copies to the device: "plain", "mapped" (registered with the device),
+        "pinned" (in its own kind of host memory), or "auto": what the profile found the fastest, else mapped on a GPU.
+        A device that refuses gives one warning, and memory stays plain.
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
@@ -79,6 +83,7 @@ class EngineConfig:
     executor: str = "overlapped"
     host_kernel: str = "auto"
     device_kernel: str = "xla"
+    host_memory: str = "auto"
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
@@ -97,6 +102,7 @@ class EngineConfig:
         _one_of("executor", self.executor, EXECUTORS)
         _one_of("host_kernel", self.host_kernel, KERNELS)
         _one_of("device_kernel", self.device_kernel, DEVICE_KERNELS)
+        _one_of("host_memory", self.host_memory, HOST_MEMORY)
         _one_of("clock", self.clock, CLOCKS)
         if self.device_kernel != "xla" and self.executor == "dense":
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")

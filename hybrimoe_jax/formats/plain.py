@@ -18,7 +18,7 @@ even.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import ml_dtypes
@@ -55,6 +55,11 @@ class ExpertWeights(NamedTuple):
         return self.gate_up.nbytes + self.down.nbytes
 
 
+def aligned_bytes(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndarray:
     """Uninitialised C-contiguous array whose first byte lies on a 64-byte boundary."""
     dtype = np.dtype(dtype)
@@ -67,24 +72,44 @@ def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndar
 class Arena:
     """Hands out aligned arrays side by side from blocks of memory on huge pages.
 
-    The system may have none (NumPy asks Linux for them). A block is freed with the last of its arrays, so this is for
-    arrays that stay. Safe from any thread.
+    The system may have none (NumPy asks Linux for them). Blocks stay as long as the arena and their arrays, so this is
+    for arrays that stay. Safe from any thread.
+
+    Attributes: `blocks`: uint8 arrays, in the order in which they were made; `block_bytes`: of the next one, at least.
     """
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._block, self._used = np.empty(0, np.uint8), 0
+        self._used, self.block_bytes = 0, BLOCK
+        self.blocks: list[np.ndarray] = []
+        self._watchers: list[Callable[[np.ndarray], None]] = []
+
+    def watch(self, note: Callable[[np.ndarray], None]) -> None:
+        """Calls `note` with each block that there is now, and with each later one before it is used."""
+        with self._lock:
+            for block in self.blocks:
+                note(block)
+            self._watchers.append(note)
+
+    def unwatch(self, note: Callable[[np.ndarray], None]) -> None:
+        with self._lock:
+            self._watchers.remove(note)
 
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike = F32) -> np.ndarray:
         """As `aligned_empty`."""
         dtype = np.dtype(dtype)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         with self._lock:
-            if self._used + nbytes > self._block.size:
-                raw = np.empty(max(BLOCK, nbytes) + HUGE_PAGE, np.uint8)
-                self._block, self._used = raw[-raw.ctypes.data % HUGE_PAGE :], 0
-            start, self._used = self._used, self._used + -(-nbytes // ALIGNMENT) * ALIGNMENT
-            return self._block[start : start + nbytes].view(dtype).reshape(shape)
+            if not self.blocks or self._used + nbytes > self.blocks[-1].size:
+                size = max(self.block_bytes, nbytes)
+                raw = np.empty(size + HUGE_PAGE, np.uint8)
+                start = -raw.ctypes.data % HUGE_PAGE
+                self.blocks.append(raw[start : start + size])
+                self._used = 0
+                for note in self._watchers:
+                    note(self.blocks[-1])
+            start, self._used = self._used, self._used + aligned_bytes(nbytes)
+            return self.blocks[-1][start : start + nbytes].view(dtype).reshape(shape)
 
 
 def aligned_copy(array: np.ndarray, dtype: DTypeLike | None = None, arena: Arena | None = None) -> np.ndarray:

@@ -16,11 +16,13 @@ import threading
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.host_memory import HostMemory
 from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.engine.programs import Device
-from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
+from hybrimoe_jax.formats.packing import HostExpert
 from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
 
@@ -45,16 +47,14 @@ class Transfer:
         return self.landed - self.began
 
 
-def parts_of(weights: HostExpert):
-    """An expert's arrays in the form that a slot has: (gate_up, down), or a PackedExpert."""
-    return weights if isinstance(weights, PackedExpert) else tuple(weights)
-
-
 class Link:
-    """Transfers from host memory to `device`. One worker thread, first come first served."""
+    """Transfers from host memory to `device`. One worker thread, first come first served.
 
-    def __init__(self, device: Device, clock: WallClock):
-        self.device, self.clock = device, clock
+    `memory`: of the experts that it is given; it is closed with the link. Plain memory if None.
+    """
+
+    def __init__(self, device: Device, clock: WallClock, memory: HostMemory | None = None):
+        self.device, self.clock, self.memory = device, clock, memory or HostMemory(device)
         self._copies = device.platform == "cpu"
         self._in_flight: dict[tuple[int, int], Transfer] = {}
         self._streamed: dict[int, dict[int, Transfer]] = {}  # by layer and expert
@@ -65,7 +65,7 @@ class Link:
 
         On the CPU backend they may alias `weights`, which is read-only; writing them into a slot is the copy.
         """
-        return jax.device_put(parts_of(weights), self.device)
+        return jax.device_put(self.memory.source(weights), self.memory.target)
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
@@ -128,6 +128,7 @@ class Link:
 
     def close(self) -> None:
         self._worker.stop()
+        self.memory.close()
 
     def _take(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.layer, transfer.expert]
@@ -138,11 +139,16 @@ class Link:
     def _serve(self, transfer: Transfer) -> None:
         transfer.began = self.clock.now()
         try:
-            parts = parts_of(transfer.weights)
+            parts = self.memory.source(transfer.weights)
             if self._copies:
-                parts = jax.tree.map(aligned_copy, parts)
-            transfer.staged = jax.block_until_ready(jax.device_put(parts, self.device))
+                parts = jax.tree.map(_own_copy, parts)
+            transfer.staged = jax.block_until_ready(jax.device_put(parts, self.memory.target))
         except BaseException as error:  # handed to the thread that commits, which raises it
             transfer.error = error
         transfer.landed = self.clock.now()
         transfer.done.set()
+
+
+def _own_copy(part):
+    """Memory that the array on the CPU backend may have as its own. One in `pinned_host` memory is copied anyway."""
+    return aligned_copy(part) if isinstance(part, np.ndarray) else part
