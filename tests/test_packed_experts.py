@@ -114,6 +114,15 @@ def test_with_rounded_activations_they_agree_but_for_a_step_at_a_boundary(name):
     assert (np.abs(have - want) <= bound).all()
 
 
+@pytest.mark.parametrize("name", [PLAIN[1], PLAIN[2], PLAIN[5], ROUNDED[2]])
+def test_the_form_for_few_rows_on_a_gpu_gives_the_same(name, monkeypatch):
+    one, x = expert(name, 100, 41), inputs(8, 100)
+    want = np.asarray(forward(on_device(one), x))
+    monkeypatch.setattr(packed, "_multiplied", packed._summed)
+    have = np.asarray(jax.jit(packed.packed_forward)(on_device(one), x))
+    assert np.abs(have - want).max() <= TOLERANCE * np.abs(want).max()
+
+
 @pytest.mark.parametrize("name", ["int4-g32", "int8-g32-a8"])
 def test_the_rule_does_not_depend_on_the_load(name):
     """A token's result is the same alone and among others, up to the order of sums."""

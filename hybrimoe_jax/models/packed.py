@@ -2,7 +2,8 @@
 
 `PackedMatrix` and `PackedExpert` (`formats.packing`) are registered as pytrees here. Their bytes are the leaf and their
 layout is static, so a program is compiled per layout and a slot is one array. Only one matrix at a time exists in
-float32.
+float32, and on a GPU none for few rows: there a product is a sum for each row (`_summed`), which XLA fuses with the
+unpacking. A dot would write the float32 matrix to memory first.
 
 Host and device mean the same by an expert: the dequantised weights and, with `-a8`, the rounded activations are bit for
 bit those of the NumPy reference (`host_kernels.reference`). Sums differ by float32 rounding, and so may the
@@ -31,6 +32,9 @@ from hybrimoe_jax.formats.packing import (
 )
 from hybrimoe_jax.models.precision import einsum
 
+FEW_ROWS = 8
+"""Up to that many rows a GPU unpacks while it multiplies; with more, writing the matrix once costs less."""
+
 jax.tree_util.register_dataclass(PackedMatrix, data_fields=["data"], meta_fields=["layout"])
 jax.tree_util.register_dataclass(PackedExpert, data_fields=["data"], meta_fields=["layout"])
 
@@ -43,8 +47,10 @@ def dequantise(matrix: PackedMatrix) -> jax.Array:
     panels, steps = layout.panels, layout.depth // STEP
     raw = matrix.data[: layout.codes_nbytes]
     if layout.format.bits == 4:
-        pairs = raw.reshape(panels, steps // 2, PANEL, STEP)
-        codes = jnp.stack([pairs & 15, pairs >> 4], axis=2).reshape(panels, steps, PANEL, STEP)
+        # Shifts along an axis, not a stack of two halves: a GPU's fusions would write a stack to memory.
+        halves = jnp.arange(0, 8, 4, dtype=jnp.uint8)[:, None, None]
+        pairs = raw.reshape(panels, steps // 2, 1, PANEL, STEP)
+        codes = (pairs >> halves & 15).reshape(panels, steps, PANEL, STEP)
     else:
         codes = jax.lax.bitcast_convert_type(raw, jnp.int8).reshape(panels, steps, PANEL, STEP)
     weights = codes.astype(jnp.float32)
@@ -88,7 +94,19 @@ def rounded_activations(x: jax.Array, format: Format) -> jax.Array:
 def matmul(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
     """x [N, K] (as `rounded_activations` gives it) times the matrix [R, K] -> [N, R]."""
     chex.assert_shape(x, (None, matrix.layout.columns))
+    if x.shape[0] > FEW_ROWS:
+        return _multiplied(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cuda=_summed, default=_multiplied)
+
+
+def _multiplied(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
     return einsum("nk,rk->nr", x, dequantise(matrix))
+
+
+def _summed(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
+    """The same without a dot: XLA makes one fusion of the unpacking and the sums of all rows."""
+    weights = dequantise(matrix)
+    return jnp.stack([jnp.sum(weights * row, axis=1) for row in x])
 
 
 def packed_forward(expert: PackedExpert, x: jax.Array) -> jax.Array:
