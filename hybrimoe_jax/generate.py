@@ -21,6 +21,7 @@ from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.machine.costs import CostModel, is_profile
+from hybrimoe_jax.machine.paced import example
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
 from hybrimoe_jax.machine.shapes import SHAPES
 
@@ -63,10 +64,15 @@ ENGINE_FLAGS = {
         help=f"costs: a file (read if it exists, else measured and written) or a machine: {', '.join(PROFILES)}",
     ),
     "clock": dict(choices=CLOCKS, help="virtual: times are those of the profile's machine, computed (default wall)"),
+    "device": dict(
+        metavar="DEVICE",
+        help="paced:PROFILE[:SLOWDOWN]: this machine slowed, in real time, until its device, its transfers and its "
+        f"host experts take what the profile says, times the slowdown, as in {example()} (default auto: jax's device)",
+    ),
     "cost_shape": dict(
         metavar="NAME[:FORMAT]",
-        help="virtual clock: times and bytes are those of a full-size model, e.g. deepseek-v2-lite:int4-g64; one of "
-        f"{', '.join(SHAPES)} (format int4-g64 if none is given)",
+        help="virtual clock, paced device: times and bytes are those of a full-size model, e.g. "
+        f"deepseek-v2-lite:int4-g64; one of {', '.join(SHAPES)} (format int4-g64 if none is given)",
     ),
     "start_cache": dict(
         metavar="DIR",

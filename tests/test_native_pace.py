@@ -31,11 +31,11 @@ def test_programs_last_as_long_as_they_are_told_and_the_host_works_beside():
     assert got["dispatch"] < 0.020 < 0.039 < got["one"] < 0.060
     assert 0.199 < got["five"] < 0.230, "programs queue, and neither gaps nor sleeps add up"
     assert got["beside"] < 0.060, "the host is free while a program sleeps"
-    assert got["worked"] == pytest.approx(max(0.2, got["work"]), abs=0.06), "a program's own work counts"
+    assert 0.399 < got["worked"] < 0.4 + max(0.03, 0.5 * got["work"]), "a program's own work counts"
     assert got["unused"] > 0.039, "what is paced runs though nobody reads it"
     assert 0.044 < got["block"] < 0.065, "shared, and the experts that run"
-    assert got["overshoot"]["programs"] >= 9 and got["after_reset"] == 0
-    assert 0 <= got["overshoot"]["late_s"] < 0.02 and got["overshoot"]["overrun"] <= 1
+    assert got["overshoot"]["count"] >= 9 and got["after_reset"] == 0
+    assert 0 <= got["overshoot"]["sum_s"] < 0.02 and got["overshoot"]["overrun"] <= 1
 
 
 def test_what_programs_are_told():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -23,9 +24,12 @@ from hybrimoe_jax.engine.fused import select
 from hybrimoe_jax.engine.fused.decode import FusedDecode
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.lanes import threads
-from hybrimoe_jax.engine.lanes.clock import VirtualClock, WallClock
+from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.host_memory import open_host_memory, parts_of
+from hybrimoe_jax.engine.lanes.host_pace import HostPace
+from hybrimoe_jax.engine.lanes.paced_link import PacedLink
+from hybrimoe_jax.engine.lanes.pacing import Pacing
 from hybrimoe_jax.engine.lanes.slots import SlotPool
 from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
@@ -61,7 +65,7 @@ through, since a polling thread slows the device's on two hyperthreads of one co
 
 def assemble(config, dense, store, options: EngineConfig, max_context: int, frequencies) -> Parts:
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
-    cores = threads.split_threads(options.threads, options.executor)
+    cores = threads.split_threads(options.threads, options.executor, options.paced is not None)
     device_memory.limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     check_options(options, config, store.format)
@@ -96,13 +100,14 @@ class _HybridAssembly:
         given = given_costs(options, config, self.expert_format)
         self.expert_bytes = given.shape.expert_bytes(given.format)
         self.fixed, self.slots = self._memory(max_context)
-        pooled, wall = system.scope == "pooled", WallClock()
+        pooled, wall = system.scope == "pooled", self._wall(given.costs)
         self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
         found = getattr(given.costs, "host_memory", None)
-        self.link = Link(device, wall, open_host_memory(options.host_memory, found, store, device))
+        memory = open_host_memory(options.host_memory, found, store, device)
+        self.link = PacedLink(device, wall, memory) if isinstance(wall, PacedClock) else Link(device, wall, memory)
         threads.limit_blas(1)
         kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
-        self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall)
+        self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall, pace=wall.host)
         self.wake_s = probes.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
         self.measuring_s = 0.0
@@ -110,6 +115,12 @@ class _HybridAssembly:
         self.measured = Measurements() if options.measure_again else self.kept.read()
         self.costs = given.costs or self._measured_costs()
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
+
+    def _wall(self, given: CostModel | MachineCosts | None) -> WallClock:
+        """This machine's clock, or that of its device slowed to the given costs."""
+        if self.options.paced is None or given is None:
+            return WallClock()
+        return PacedClock(Pacing(given), HostPace(given, time.perf_counter))
 
     def parts(self) -> Parts:
         layered, fused = self._layered(), None

@@ -21,6 +21,7 @@ from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.formats.packing import Format, MatrixLayout, packed_refusal
 from hybrimoe_jax.formats.plain import F32
 from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.host_kernels.native import pace
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
@@ -46,6 +47,8 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
         if options.vram_budget is not None:
             raise UserError("the dense executor keeps every expert on the device: it takes no vram_budget")
         return
+    if options.paced is not None:
+        check_paced(options.device)
     device = jax.devices()[0]
     on_device = device_format(stored_format, device.platform)
     check_device_kernel(options.device_kernel, device.platform, on_device)
@@ -103,7 +106,9 @@ def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
     shape, fmt = shape_of(config, config.model_type), expert_format
     if options.cost_shape is not None:
         shape, fmt = parse_cost_shape(options.cost_shape)
-    costs, size = options.profile, shape.expert_bytes(fmt)
+    costs, size, paced = options.profile, shape.expert_bytes(fmt), options.paced
+    if paced is not None:
+        return Given(shape, fmt, load_costs(paced.profile, shape, fmt).slowed(paced.slowdown))
     if costs is None:
         return Given(shape, fmt, None)
     if not isinstance(costs, CostModel):
@@ -114,6 +119,17 @@ def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
             f"{size}; measure it again with that model"
         )
     return Given(shape, fmt, costs)
+
+
+def check_paced(device: str) -> None:
+    """UserError where this process cannot have a paced device."""
+    if jax.default_backend() != "cpu":
+        raise UserError(f"device {device} is XLA's CPU backend, slowed: start with JAX_PLATFORMS=cpu")
+    if not pace.available():
+        raise UserError(
+            f"device {device} needs the native kernels for jitted programs, which this installation lacks (no C++ "
+            "compiler, or an older jaxlib)"
+        )
 
 
 def check_device_kernel(kernel: str, platform: str, expert_format: str) -> None:

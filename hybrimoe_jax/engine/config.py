@@ -12,6 +12,7 @@ from typing import Any
 from hybrimoe_jax.decide.prefetch.predictors import check_predictor
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.paced import PacedDevice, check_device, parse_device
 from hybrimoe_jax.machine.shapes import parse_cost_shape
 
 EXECUTORS = ("overlapped", "callback", "dense")
@@ -58,9 +59,12 @@ class EngineConfig:
         machine profile (`machine.profile`) by name or file.
       clock: "wall", or "virtual": times are those of the profile's machine and not of this one; the answers are the
         same.
+      device: "auto", jax's own, or "paced:PROFILE[:SLOWDOWN]": XLA's CPU backend, slowed until its programs, its
+        transfers and the host's experts take as long as on the profile's machine, times the slowdown
+        (`machine.paced`). The clock is the wall; the answers are the same.
       cost_shape: "NAME[:FORMAT]", a full-size model (`machine.shapes`) and its experts' format ("int4-g64" if none is
-        given): the virtual clock takes that model's costs, layer for layer and expert for expert, and the statistics
-        count its bytes. The model that runs, its layers and its tokens stay as they are.
+        given): the virtual clock, or the paced device, takes that model's costs, layer for layer and expert for
+        expert, and the statistics count its bytes. The model that runs, its layers and its tokens stay as they are.
       start_cache: where compiled programs and measurements are kept for the next start: "off", a folder, or "default",
         the platform's cache folder (or what HYBRIMOE_START_CACHE says). Anything but "off" has jax keep programs for
         the whole process. The command's default is "default".
@@ -91,6 +95,7 @@ class EngineConfig:
     seed: int = 0
     profile: Any = None
     clock: str = "wall"
+    device: str = "auto"
     cost_shape: str | None = None
     start_cache: str = "off"
     measure_again: bool = False
@@ -108,6 +113,8 @@ class EngineConfig:
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
+        if check_device(self.device) is not None:
+            self._check_paced()
         if self.cost_shape is not None:
             self._check_cost_shape(self.cost_shape)
         if self.prefetch is not None:
@@ -137,9 +144,27 @@ class EngineConfig:
                 raise UserError(f"{name} {value} must be at least 1")
         self.budget_bytes  # noqa: B018 - a malformed size is refused here, not at load
 
+    @property
+    def paced(self) -> PacedDevice | None:
+        """The paced device; None where the device is jax's own."""
+        return parse_device(self.device)
+
+    def _check_paced(self) -> None:
+        if self.executor != "overlapped":
+            raise UserError(
+                f"device {self.device} wants the overlapped executor, whose work is done side by side; not "
+                f"{self.executor}"
+            )
+        if self.clock == "virtual":
+            raise UserError(
+                f"device {self.device} is watched by the wall clock: leave out the device, or clock virtual"
+            )
+        if self.profile is not None:
+            raise UserError(f"device {self.device} names the profile to plan with: leave out the other one")
+
     def _check_cost_shape(self, cost_shape: str) -> None:
-        if self.clock != "virtual":
-            raise UserError("cost_shape needs the virtual clock: on the wall clock things take the time they take")
+        if self.clock != "virtual" and self.paced is None:
+            raise UserError("cost_shape needs the virtual clock or a paced device: else things take the time they take")
         if self.vram_budget is not None:
             raise UserError("cost_shape takes no vram_budget, which is for the model that runs: give cache_ratio")
         parse_cost_shape(cost_shape)

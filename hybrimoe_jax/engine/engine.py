@@ -206,6 +206,7 @@ class Engine:
     def _start(self, batch: int, capacity: int) -> RunStats:
         parts = self._parts
         stats = parts.new_stats()
+        parts.clock.overshoot(reset=True)
         self._counters, self._predicted = parts.counters(), parts.predicted()
         footprint, stats.host_bytes = parts.footprint, self.store.nbytes
         if self.options.cost_shape is not None and parts.costs is not None:
@@ -222,6 +223,7 @@ class Engine:
     def _finish(self, stats: RunStats) -> None:
         self._forward.synchronize()
         parts = self._parts
+        stats.overshoot = parts.clock.overshoot()
         before, after = self._counters, parts.counters()
         stats.prefetch = PrefetchStats(
             *(

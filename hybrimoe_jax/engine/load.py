@@ -57,7 +57,7 @@ def read_model(checkpoint: str | Path | Checkpoint | None = None, options: Engin
     """
     options = options or EngineConfig()
     start_cache = usable(options.start_cache)
-    threads.split_threads(options.threads, options.executor)
+    threads.split_threads(options.threads, options.executor, options.paced is not None)
     limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     programs = keep_programs(start_cache)

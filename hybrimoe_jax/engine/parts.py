@@ -53,14 +53,16 @@ class Parts:
     host: HostExecutor | None = None
 
     def new_stats(self) -> RunStats:
-        experts = self.model.config.num_experts * len(self.model.moe_layers)
+        paced, experts = self.options.paced, self.model.config.num_experts * len(self.model.moe_layers)
         return RunStats(
             system=self.system.name,
             executor=self.options.executor,
             cache_ratio=sum(self.slots) / experts if experts else 0.0,
             clock=self.options.clock,
             cost_shape=self.options.cost_shape,
-            device=self.device.platform,
+            device=self.device.platform if paced is None else "paced",
+            profile=None if paced is None else paced.profile,
+            slowdown=None if paced is None else paced.slowdown,
             host_kernel=self.host.kernel.describe() if self.host else {},
             device_kernel=self.device_kernel,
             cores=dataclasses.asdict(self.cores),

@@ -30,9 +30,10 @@ class EngineTimeline:
 
     def __init__(self, engine):
         self._clock = engine.clock
-        self._timeline = Timeline(
-            clock=engine.clock.name, system=engine.options.system, executor=engine.options.executor
-        )
+        about = {"clock": engine.clock.name, "system": engine.options.system, "executor": engine.options.executor}
+        if engine.options.paced is not None:
+            about |= {"clock": "wall", "device": "paced", **engine.options.paced._asdict()}
+        self._timeline = Timeline(**about)
         self._ends: dict[str, float] = {}
         self._worker = Worker(self._serve, "timeline")
 

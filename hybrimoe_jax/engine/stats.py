@@ -120,7 +120,11 @@ class RunStats:
       expert_format: the weight format of routed experts on the device.
       cost_shape: the model whose times and bytes these are, if not the one that ran; its device bytes are those of
         slots and staging alone.
-      device: the device's platform.
+      device: the device's platform, or "paced": this machine slowed to `profile`, with every duration `slowdown` times
+        as long.
+      overshoot: of a paced device, by lane, how much later than they should its programs, transfers and host experts
+        ended: `count` of them, `sum_s` seconds together, `most_s` at most; of its programs also `overrun`, how many
+        took longer than they should, and `overran_s`, how much together.
       steps: a record of each step.
       prefetch: what became of prefetches.
       peak_device_bytes: dense weights, cache, staging, workspace and slots; on a GPU what its allocator reports.
@@ -140,6 +144,9 @@ class RunStats:
     expert_format: str = ""
     cost_shape: str | None = None
     device: str = ""
+    profile: str | None = None
+    slowdown: float | None = None
+    overshoot: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     steps: list[StepStats] = dataclasses.field(default_factory=list)
     prefetch: PrefetchStats = dataclasses.field(default_factory=PrefetchStats)
     peak_device_bytes: int = 0
@@ -227,6 +234,9 @@ class RunStats:
             "clock": self.clock,
             "cost_shape": self.cost_shape,
             "device": self.device,
+            "profile": self.profile,
+            "slowdown": self.slowdown,
+            "overshoot": self.overshoot,
             "costs": self.costs,
             "new_tokens": self.new_tokens,
             "peak_device_bytes": self.peak_device_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from hybrimoe_jax.engine.stats import RunStats
+from hybrimoe_jax.machine.paced import PacedDevice
 
 SCREEN = 80
 """Columns that the lines fill at most."""
@@ -45,6 +46,10 @@ def stats_text(stats: RunStats) -> str:
 def times_text(record: dict) -> str:
     """Which clock the times are of, and whose."""
     costs = record["costs"]
+    if record["device"] == "paced":
+        about = PacedDevice(record["profile"], record["slowdown"]).describe()
+        whose = f"; bytes and times of {costs['model']}, {costs['format']}" if record["cost_shape"] else ""
+        return f"times: wall clock, {about}{whose}; not measured on that machine"
     if record["clock"] == "wall":
         return "times: wall clock, this machine"
     if record["cost_shape"]:

@@ -75,6 +75,8 @@ class CostModel:
     alone_floor: float = 0.0
     layer_context: float = 0.0
 
+    copies_wait = False
+
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if name == "source":

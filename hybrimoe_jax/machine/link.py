@@ -57,6 +57,11 @@ class LinkLane:
         self.busy += end - start
         return job.key, start if job.began is None else job.began, end
 
+    def next_end(self) -> float:
+        """When the first transfer of the queue ends if the CPU stops when it should."""
+        job = self._queue[0]
+        return self._end(max(self._at, job.issued), job.left)
+
     def advance(self, until: float) -> list[tuple[Key, float, float]]:
         """Moves on to `until`; the transfers that end by then as (key, begin, end)."""
         done: list[tuple[Key, float, float]] = []

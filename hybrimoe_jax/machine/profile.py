@@ -12,7 +12,8 @@ tokens:
   transfer       latency + b / bandwidth, with the second bandwidth while the CPU computes
 
 How a lane combines (`combine` in the file): "max", overhead and the larger of reading and computing; "sum", all three;
-"hidden", the largest of the three, where launching a kernel takes longer than running it.
+"hidden", the largest of the three, where launching a kernel takes longer than running it. `copies_wait` (in the file,
+true or false): whether a transfer waits for the device's work that was queued before it.
 """
 
 from __future__ import annotations
@@ -59,13 +60,21 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class MachineProfile:
-    """A named machine. `sources` maps every figure to (kind, where it comes from); `combine` maps lanes to how."""
+    """A named machine.
+
+    Attributes:
+      sources: (kind, where it comes from) of every figure.
+      combine: how a lane combines, where that is not "max".
+      copies_wait: whether a transfer waits for the device's work that was queued before it. A paced device does so.
+      slowdown: how many times as long everything takes as on the machine itself.
+    """
 
     name: str
     about: str
     figures: Figures
     sources: Mapping[str, tuple[str, str]]
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    copies_wait: bool = False
     slowdown: float = 1.0
 
     def costs(self, shape: ModelShape, fmt: str) -> MachineCosts:
@@ -95,7 +104,7 @@ class MachineCosts:
     def __init__(self, profile: MachineProfile, shape: ModelShape, fmt: str):
         f = self._figures = profile.figures
         self.profile, self.shape, self.fmt, self._combine = profile, shape, fmt, profile.combine
-        self.expert_bytes = shape.expert_bytes(fmt)
+        self.expert_bytes, self.copies_wait = shape.expert_bytes(fmt), profile.copies_wait
         self.look = f.look_overhead
         self.source = f"profile {profile.name}, {shape.name}, {fmt}{slower(profile.slowdown)}"
         self._transfer = tuple(
@@ -207,8 +216,10 @@ def load_profile(name: str | Path) -> MachineProfile:
     for lane, how in combine.items():
         if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
             raise UserError(f"profile {name}: combine.{lane} is {how!r}; cpu and device may be max, sum or hidden")
-    about = str(raw.get("about", ""))
-    return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine)
+    about, waits = str(raw.get("about", "")), raw.get("copies_wait", False)
+    if not isinstance(waits, bool):
+        raise UserError(f"profile {name}: copies_wait must be true or false, not {repr(waits)[:40]}")
+    return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine, waits)
 
 
 def _figures(figures: dict[str, Any], name: str | Path) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:

@@ -27,9 +27,10 @@ def can_fuse(options: EngineConfig, device: Device, host: HostExecutor) -> bool:
 
     It can where the "device" is the CPU, and the native kernel computes single tokens.
     """
-    plain = options.executor == "overlapped" and options.clock == "wall" and not (options.debug or options.lazy)
+    plain = options.executor == "overlapped" and options.clock == "wall" and options.paced is None
     return (
         plain
+        and not (options.debug or options.lazy)
         and device.platform == "cpu"
         and ffi.available()
         and host.kernel.native_handle(host.handle(0, 0)) is not None

@@ -8,13 +8,15 @@ ended. Every time that is shown names its clock.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hybrimoe_jax.decide.plan import LayerPlan
-from hybrimoe_jax.engine.lanes.pacing import NoPacing, Pacing
+from hybrimoe_jax.engine.lanes.host_pace import HostPace
+from hybrimoe_jax.engine.lanes.pacing import Lateness, NoPacing, Pacing
 from hybrimoe_jax.engine.stats import Lanes
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class Clock(abc.ABC):
     def drain(self) -> None:
         """Whatever was under way is forgotten."""
 
+    def overshoot(self, reset: bool = False) -> dict[str, dict[str, float]]:
+        """How well each lane of a paced device kept its pace since the last reset; empty for every other device."""
+        return {}
+
     @abc.abstractmethod
     def attach(self, timeline):
         """Takes a timeline if it notes events itself.
@@ -80,9 +86,10 @@ class Clock(abc.ABC):
 
 
 class WallClock(Clock):
-    """Monotonic seconds of this machine."""
+    """Monotonic seconds of this machine. `host`: how long host experts last, on a paced device."""
 
     name = "wall"
+    host: HostPace | None = None
 
     def now(self) -> float:
         return time.perf_counter()
@@ -122,15 +129,31 @@ class WallClock(Clock):
 
 
 class PacedClock(WallClock):
-    """This machine's seconds, on a device that is slowed to a profile. Args: pacing: of its programs."""
+    """This machine's seconds, on a device that is slowed to a profile.
+
+    Args: pacing: of its programs. host: of host experts, if there are any.
+    Attributes: costs: seconds of everything. link: how well transfers keep their pace.
+    """
 
     name = "paced"
 
-    def __init__(self, pacing: Pacing):
-        self.pacing = pacing
+    def __init__(self, pacing: Pacing, host: HostPace | None = None):
+        self.pacing, self.costs, self.host, self.link = pacing, pacing.costs, host, Lateness()
 
     def planning_time(self) -> float:
         return self.now()
+
+    def overshoot(self, reset: bool = False) -> dict[str, dict[str, float]]:
+        from hybrimoe_jax.host_kernels.native import pace
+
+        lanes = {"device": pace.overshoot(reset), "link": self.link}
+        if self.host is not None:
+            lanes["cpu"] = self.host.late
+        seen = {lane: dataclasses.asdict(late) for lane, late in lanes.items()}
+        if reset:
+            for late in (self.link, *([self.host.late] if self.host else [])):
+                late.reset()
+        return seen
 
 
 class VirtualClock(Clock):

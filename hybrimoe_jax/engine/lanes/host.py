@@ -14,6 +14,7 @@ import threading
 import numpy as np
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
+from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 
@@ -34,11 +35,15 @@ class HostWork:
 
 @dataclasses.dataclass
 class Part:
-    """One worker's share: its partial sum and when each expert ran, (expert, start, end) on the clock."""
+    """One worker's share: its partial sum and when each expert ran, (expert, start, end) on the clock.
+
+    `until`: a paced share ends then, and its spans are given.
+    """
 
     work: HostWork
     out: np.ndarray
     threads: int = 1
+    until: float | None = None
     spans: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     error: BaseException | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -53,10 +58,20 @@ class HostExecutor:
       workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is
         `wide`.
       detailed: time every expert on its own (for the timeline) instead of every share.
+      pace: how long experts last; None: as long as they take.
     """
 
-    def __init__(self, kernel: HostKernel, weights, workers: int, usual_workers: int, clock: WallClock, detailed=False):
-        self.kernel, self.clock, self.detailed = kernel, clock, detailed
+    def __init__(
+        self,
+        kernel: HostKernel,
+        weights,
+        workers: int,
+        usual_workers: int,
+        clock: WallClock,
+        detailed=False,
+        pace: HostPace | None = None,
+    ):
+        self.kernel, self.clock, self.detailed, self.pace = kernel, clock, detailed, pace
         self.usual_workers = max(1, usual_workers)
         self._weights = weights
         self._handles: dict[tuple[int, int], object] = {}
@@ -70,12 +85,20 @@ class HostExecutor:
         return found
 
     def submit(self, work: HostWork, inline: bool = False, wide: bool = False) -> Pending:
-        """Starts the work (or, inline, leaves it for `Pending.result`); `wide`: on all workers."""
+        """Starts the work (or, inline, leaves it for `Pending.result`); `wide`: on all workers.
+
+        Paced work is never inline: it would hold up the device.
+        """
         threads = len(self._workers) if wide else self.usual_workers
-        if inline:
+        if inline and self.pace is None:
             return Pending(self, [Part(work, np.zeros_like(work.x), threads)], inline=True)
         shares = [work] if self.kernel.teams else self._shares(work, threads)
         parts = [Part(share, np.zeros_like(work.x), threads) for share in shares]
+        if self.pace is not None and work.experts:
+            spans = self.pace.start(work.experts, [len(rows) for rows in work.tokens], wide)
+            parts[0].spans = spans
+            for part in parts:
+                part.until = spans[-1][-1]
         for part, worker in zip(parts, self._workers, strict=False):
             worker.put(part)
         return Pending(self, parts)
@@ -83,6 +106,10 @@ class HostExecutor:
     def compute(self, part: Part) -> None:
         work, now = part.work, self.clock.now
         handles = [self.handle(work.layer, expert) for expert in work.experts]
+        if self.pace is not None and part.until is not None:
+            run_experts(self.kernel, handles, work.x, work.tokens, work.weights, part.out, part.threads)
+            self.pace.wait(part.until)
+            return
         if not self.detailed:
             start = now()
             run_experts(self.kernel, handles, work.x, work.tokens, work.weights, part.out, part.threads)

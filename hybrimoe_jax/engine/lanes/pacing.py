@@ -8,6 +8,8 @@ Shapes: N rows of a program, S slots.
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,30 @@ if TYPE_CHECKING:
     from hybrimoe_jax.machine.profile import MachineCosts
 
 MOST_KEPT = 4096
+
+
+@dataclasses.dataclass
+class Lateness:
+    """How much later than they should things of one lane ended: how many, and seconds together and at most."""
+
+    count: int = 0
+    sum_s: float = 0.0
+    most_s: float = 0.0
+
+    def reset(self) -> None:
+        self.count, self.sum_s, self.most_s = 0, 0.0, 0.0
+
+    def note(self, seconds: float) -> None:
+        self.count += 1
+        self.sum_s += seconds
+        self.most_s = max(self.most_s, seconds)
+
+
+def sleep_until(until: float) -> float:
+    """Returns at `until` on `time.perf_counter`, or at once; how many seconds later it is."""
+    while (left := until - time.perf_counter()) > 0:
+        time.sleep(left)
+    return -left
 
 
 class NoPacing:

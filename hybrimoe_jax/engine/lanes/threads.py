@@ -35,22 +35,28 @@ def jax_started() -> bool:
     return bool(bridge is not None and getattr(bridge, "_backends", None))
 
 
-def split_threads(threads: int | None, executor: str) -> ThreadBudget:
+def split_threads(threads: int | None, executor: str, paced: bool = False) -> ThreadBudget:
     """Sizes both sides and, where jax has not started yet, makes XLA's pool obey.
 
     The host's experts get half of the cores beside the device's work. XLA gets all of them where programs and host
     experts take turns (prefill is bound by arithmetic: 1.2 times faster so), half under the callback executor, which
-    is never without both.
+    is never without both. A `paced` device's programs sleep in XLA's pool, which therefore has two threads at least.
 
-    Raises nothing; warns once if `threads` was asked for too late.
+    Warns once if `threads` was asked for too late. UserError where a paced device comes after jax started with a
+    smaller pool.
     """
     total = threads or available_cores()
-    device = max(1, total // 2) if executor == "callback" else total
+    device = max(1, total // 2) if executor == "callback" else max(2, total) if paced else total
     host = max(1, total - total // 2)
     current = os.environ.get("NPROC")
     if not jax_started():
         os.environ["NPROC"] = str(device)
         return ThreadBudget(total, device, host, True)
+    if paced and int(current or available_cores()) < 2:
+        raise UserError(
+            "a paced device needs two threads of XLA's pool, and jax has started with one; load its engine before any "
+            "other use of jax, or set NPROC=2"
+        )
     matches = current == str(device)
     if threads is not None and not matches:
         warnings.warn(

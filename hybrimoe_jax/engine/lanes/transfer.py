@@ -35,6 +35,7 @@ class Transfer:
     expert: int
     issued: float
     weights: HostExpert
+    after: jax.Array | None = None
     staged: DeviceExpert = dataclasses.field(init=False)
     began: float = 0.0
     landed: float = 0.0
@@ -66,6 +67,19 @@ class Link:
         On the CPU backend they may alias `weights`, which is read-only; writing them into a slot is the copy.
         """
         return jax.device_put(self.memory.source(weights), self.memory.target)
+
+    def fetch(self, layer: int, expert: int, weights: HostExpert, after: jax.Array | None = None) -> Transfer:
+        """The same as a transfer whose arrays `arrived` gives. All of a layer's are issued before any is asked for.
+
+        `after`: a small result, never donated, of the device's latest program. Only a link that says so waits for it.
+        """
+        transfer = Transfer(layer, expert, self.clock.now(), weights, after)
+        transfer.staged = self.put(weights)
+        return transfer
+
+    def arrived(self, transfer: Transfer) -> DeviceExpert:
+        """A demand fetch's arrays, which may still be on their way."""
+        return transfer.staged
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
@@ -139,14 +153,17 @@ class Link:
     def _serve(self, transfer: Transfer) -> None:
         transfer.began = self.clock.now()
         try:
-            parts = self.memory.source(transfer.weights)
-            if self._copies:
-                parts = jax.tree.map(_own_copy, parts)
-            transfer.staged = jax.block_until_ready(jax.device_put(parts, self.memory.target))
+            self._copy(transfer)
         except BaseException as error:  # handed to the thread that commits, which raises it
             transfer.error = error
         transfer.landed = self.clock.now()
         transfer.done.set()
+
+    def _copy(self, transfer: Transfer) -> None:
+        parts = self.memory.source(transfer.weights)
+        if self._copies:
+            parts = jax.tree.map(_own_copy, parts)
+        transfer.staged = jax.block_until_ready(jax.device_put(parts, self.memory.target))
 
 
 def _own_copy(part):

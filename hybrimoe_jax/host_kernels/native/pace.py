@@ -79,13 +79,13 @@ class Overshoot:
     """How well programs kept their pace; seconds.
 
     Attributes:
-      programs: how many slept, late_s: how much too long they did together, latest_s: the longest of these.
+      count: how many slept, sum_s: how much too long they did together, most_s: the longest of these.
       overrun: how many took longer than they were told, overran_s: how much longer together.
     """
 
-    programs: int
-    late_s: float
-    latest_s: float
+    count: int
+    sum_s: float
+    most_s: float
     overrun: int
     overran_s: float
 
