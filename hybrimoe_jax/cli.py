@@ -1,6 +1,7 @@
 """What every command shares: errors as one line, exit codes, a progress bar.
 
-Exit codes: 0 done, 2 bad input (argparse's own code too), 130 interrupted, 141 the reader of a pipe went away.
+Exit codes: 0 done, 1 the device failed, 2 bad input (argparse's own code too), 130 interrupted, 141 the reader of a
+pipe went away.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import DeviceError, UserError
 
 T = TypeVar("T")
 
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -33,6 +34,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         code = fail(str(error))
+    except DeviceError as error:
+        fail(str(error))
+        code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -47,9 +51,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             code = fail(f"cannot write the output: {error.strerror}")
         else:
             raise
-    if code == INTERRUPTED:
-        # At once: threads of XLA may still run a program, and the interpreter's end
-        # would take from under them what they read.
+    if code in (FAILED, INTERRUPTED):
+        # At once: threads of XLA may still run a program, or wait for one for ever. The interpreter's end would take
+        # from under them what they read.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         sys.stderr.flush()

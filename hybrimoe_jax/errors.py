@@ -1,4 +1,4 @@
-"""The one exception for bad input: commands turn it into one line on stderr and exit code 2."""
+"""What commands turn into one line on stderr: bad input (exit code 2), and a device that does not do its part (1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong, where, and what to do."""
+
+
+class DeviceError(RuntimeError):
+    """The device did not do what it was given. The step has ended; the engine can try the next one."""
 
 
 @contextlib.contextmanager

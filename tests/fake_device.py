@@ -116,3 +116,33 @@ class Recorder:
         if isinstance(leaf, jax.Array):
             return str(leaf.sharding.memory_kind)
         return "mapped" if self.client is not None and self.client.holds(leaf) else "plain"
+
+
+class Fault:
+    """Breaks copies of experts of an engine: the `call`-th one that a thread makes, "link" or "MainThread".
+
+    `how`: "raises", or "hangs" until `release`d. `met`: whether the copy was asked for. `copies`: that the thread made.
+    """
+
+    def __init__(self, monkeypatch, engine, thread: str, how: str, call: int = 1):
+        self._sizes, self._call, self._thread, self._how = sizes_of(engine.store.get(0, 0)), call, thread, how
+        self._released, self._put, self._patch = threading.Event(), jax.device_put, monkeypatch
+        self.met, self.copies = False, 0
+        monkeypatch.setattr(jax, "device_put", self._device_put)
+
+    def mend(self) -> None:
+        """Copies work again; what hangs goes on hanging."""
+        self._patch.setattr(jax, "device_put", self._put)
+
+    def release(self) -> None:
+        self._released.set()
+
+    def _device_put(self, parts, target=None, **kwargs):
+        if sizes_of(parts) == self._sizes and threading.current_thread().name == self._thread:
+            self.copies += 1
+            if self.copies == self._call:
+                self.met = True
+                if self._how == "raises":
+                    raise RuntimeError("INTERNAL: the copy failed")
+                self._released.wait()
+        return self._put(parts, target, **kwargs)

@@ -42,19 +42,27 @@ def test_a_full_output_is_one_line(body):
     assert done.stderr == f"error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
 
 
-def test_an_interrupted_command_does_not_wait_for_its_threads():
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        ("KeyboardInterrupt", 128 + signal.SIGINT, "interrupted\n"),
+        ("DeviceError('the device may hang')", 1, "error: the device may hang\n"),
+    ],
+)
+def test_a_command_that_is_broken_off_does_not_wait_for_its_threads(raised, code, line):
     """Those of a library that still computes: the interpreter's own end would join this one, and can take from
     under others what they read."""
     done = ended(
-        """
+        f"""
         import threading, time
+        from hybrimoe_jax.errors import DeviceError
         threading.Thread(target=time.sleep, args=(600,)).start()
         print("so far")
-        raise KeyboardInterrupt
+        raise {raised}
         """,
         stdout=subprocess.PIPE,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "so far\n", "interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "so far\n", line)
 
 
 def test_what_a_benchmark_process_refuses_is_the_benchmarks_error(tmp_path, capfd):

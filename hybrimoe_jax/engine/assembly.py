@@ -31,7 +31,7 @@ from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.paced_link import PacedLink
 from hybrimoe_jax.engine.lanes.pacing import Pacing
 from hybrimoe_jax.engine.lanes.slots import SlotPool
-from hybrimoe_jax.engine.lanes.transfer import Link
+from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
 from hybrimoe_jax.engine.start_cache import start_folder
@@ -114,6 +114,7 @@ class _HybridAssembly:
         self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given.costs))
         self.measured = Measurements() if options.measure_again else self.kept.read()
         self.costs = given.costs or self._measured_costs()
+        self.link.patience_s = PATIENCE * self.costs.transfer(True)
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 
     def _wall(self, given: CostModel | MachineCosts | None) -> WallClock:

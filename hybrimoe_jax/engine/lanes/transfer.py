@@ -22,9 +22,15 @@ from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host_memory import HostMemory
 from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.engine.programs import Device
+from hybrimoe_jax.errors import DeviceError
 from hybrimoe_jax.formats.packing import HostExpert
 from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
+
+PATIENCE = 50_000
+"""A transfer that takes so many times what the costs say hangs. Seconds for a large expert, and no less than what a
+busy machine keeps a thread waiting for a small one."""
+SLICES = 50
 
 
 @dataclasses.dataclass
@@ -52,13 +58,21 @@ class Link:
     """Transfers from host memory to `device`. One worker thread, first come first served.
 
     `memory`: of the experts that it is given; it is closed with the link. Plain memory if None.
+
+    Attributes: `patience_s`: how long a transfer may take before the link gives it up, with all that is under way, and
+    goes on with a new thread; None: as long as it takes.
     """
+
+    patience_s: float | None = None
 
     def __init__(self, device: Device, clock: WallClock, memory: HostMemory | None = None):
         self.device, self.clock, self.memory = device, clock, memory or HostMemory(device)
         self._copies = device.platform == "cpu"
         self._in_flight: dict[tuple[int, int], Transfer] = {}
         self._streamed: dict[int, dict[int, Transfer]] = {}  # by layer and expert
+        self._gave_up = False
+        self._oldest: Transfer | None = None
+        self._seen_s = self._looked = 0.0
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
@@ -100,8 +114,9 @@ class Link:
 
         The buffer's place is free once the arrays are dropped.
         """
-        transfer = self._streamed[layer].pop(expert)
-        transfer.done.wait()
+        transfer = self._streamed[layer][expert]
+        self._join(transfer)
+        del self._streamed[layer][expert]
         if transfer.error is not None:
             raise transfer.error
         return transfer
@@ -120,7 +135,11 @@ class Link:
         return bool(self._in_flight or self._streamed)
 
     def landed(self) -> list[Transfer]:
-        """Takes out the transfers that have landed since the last call, oldest first."""
+        """Takes out the prefetches that have landed since the last call, oldest first.
+
+        DeviceError where one has been on its way for too long, though nobody waits for it: others stand behind it.
+        """
+        self._look_after()
         ready = [t for t in self._in_flight.values() if t.done.is_set()]
         for transfer in ready:
             self._take(transfer)
@@ -129,20 +148,57 @@ class Link:
     def wait(self, layer: int, expert: int) -> Transfer:
         """Waits for one prefetch and takes it out."""
         transfer = self._in_flight[layer, expert]
-        transfer.done.wait()
+        self._join(transfer)
         return self._take(transfer)
 
     def drain(self) -> None:
         """Waits for everything under way and forgets it."""
         for transfers in (self._in_flight, *self._streamed.values()):
             for transfer in transfers.values():
-                transfer.done.wait()
+                self._join(transfer)
         self._in_flight.clear()
         self._streamed.clear()
 
     def close(self) -> None:
+        self.drain()
         self._worker.stop()
-        self.memory.close()
+        if not self._gave_up:  # else a copy may still read it
+            self.memory.close()
+
+    def _join(self, transfer: Transfer) -> None:
+        """Waits until a transfer has ended, well or not.
+
+        The time is waited for in slices, so that a process that was stopped meanwhile, or had no core, counts as having
+        waited for one of them.
+        """
+        if self.patience_s is None:
+            transfer.done.wait()
+        elif not any(transfer.done.wait(self.patience_s / SLICES) for _ in range(SLICES)):
+            self._give_up(transfer)
+
+    def _look_after(self) -> None:
+        """Gives up the oldest prefetch once it has been seen under way for too long, in slices as of `_join`."""
+        oldest, now = next(iter(self._in_flight.values()), None), self.clock.now()
+        if oldest is not self._oldest:
+            self._oldest, self._seen_s = oldest, 0.0
+        elif oldest is not None and self.patience_s is not None and not oldest.done.is_set():
+            self._seen_s += min(now - self._looked, self.patience_s / SLICES)
+            if self._seen_s >= self.patience_s:
+                self._give_up(oldest)
+        self._looked = now
+
+    def _give_up(self, stuck: Transfer) -> None:
+        error = DeviceError(
+            f"expert {stuck.expert} of MoE layer {stuck.layer} has not reached the device in {self.patience_s:.3g} s, "
+            f"{PATIENCE:,} times what a transfer takes: the device may hang"
+        )
+        self._gave_up = True
+        self._worker.abandon()
+        self._worker = Worker(self._serve, "link")
+        for transfer in (stuck, *self._in_flight.values(), *(t for of in self._streamed.values() for t in of.values())):
+            if not transfer.done.is_set():
+                transfer.error = error
+                transfer.done.set()
 
     def _take(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.layer, transfer.expert]

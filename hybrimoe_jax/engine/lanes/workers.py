@@ -6,6 +6,7 @@ unwound through C++ frames, which aborts the process. Imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -28,6 +29,14 @@ class Worker:
     def stop(self) -> None:
         """Returns when the tasks put before have been served. Calling it again does nothing."""
         self._stop()
+
+    def abandon(self) -> None:
+        """For a thread that does not come back: what waits behind its task is dropped, and nobody waits for it."""
+        self._stop.detach()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()
+        self._tasks.put(None)
 
 
 def _loop(tasks: queue.SimpleQueue, serve: Callable[[Any], None]) -> None:
