@@ -146,3 +146,28 @@ def measure_pallas(sizes, repeats) -> dict[str, float]:
         difference = np.abs(outputs["pallas"] - outputs["xla"]).max() / np.abs(outputs["xla"]).max()
         found[f"{label}: largest difference, over the output's (1e-6)"] = 1e6 * float(max(difference, 1e-9))
     return found
+
+
+def measure_precision(sizes, repeats) -> dict[str, float]:
+    """A prompt's product [512, 2048] x [2048, 2816] by each way that a GPU has: time, and worst error."""
+    import jax
+    import jax.numpy as jnp
+
+    rows, inner, columns = (512, 2048, 2816) if max(sizes) > 4 else (16, 128, 64)
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    presets = jax.lax.DotAlgorithmPreset
+    ways = {"HIGHEST": jax.lax.Precision.HIGHEST, "DEFAULT": jax.lax.Precision.DEFAULT}
+    ways |= {p: getattr(presets, p) for p in ("BF16_BF16_F32_X3", "BF16_BF16_F32_X6", "TF32_TF32_F32_X3")}
+    found, a, b = {}, jnp.asarray(x), jnp.asarray(w)
+    for name, way in ways.items():
+        run = jax.jit(lambda x, w, way=way: jax.lax.dot(x, w, precision=way, preferred_element_type=jnp.float32))
+        try:
+            error = np.abs(np.asarray(run(a, b)) - exact).max() / np.abs(exact).max()
+        except Exception as refused:  # a chip without the instruction
+            print(f"{name}: {type(refused).__name__}: {str(refused)[:120]}")
+            continue
+        found[f"{name}: one product (us)"] = 1e6 * timed(lambda run=run: run(a, b).block_until_ready(), repeats)
+        found[f"{name}: error (1e-6)"] = 1e6 * float(max(error, 1e-12))
+    return found

@@ -1,9 +1,9 @@
 """`python scripts/gpu_facts.py`: what the engine's design rests on, measured on the device that jax finds.
 
-Eight parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
+Nine parts, each a question that the design answers by assumption until it is measured (docs/gpu.md lists them):
 
   read-back  how long the host waits for a layer's expert ids
-  transfer   device_put from plain, aligned and pinned host memory, alone and beside compute, and whether they overlap
+  transfer   device_put from plain, registered and pinned host memory, alone and beside compute, in both orders
   callback   the round trip of an empty pure_callback
   slots      writing and reading experts kept in buffers of their own, or in one stacked buffer
   dispatch   what a layer costs when its programs do nothing
@@ -12,9 +12,10 @@ Eight parts, each a question that the design answers by assumption until it is m
              dequantised matrix first
   pallas     the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth,
              largest difference
+  precision  a prefill's product in float32 and by split products: time, and error against float64
 
-Needs jax, numpy and this package. On the CPU backend sizes are small and an aligned device_put aliases host memory, so
-there the figures only show that the script works. A table for people, then ONE JSON line. Exit code 1 if any part
+Needs jax, numpy and this package. On the CPU backend sizes are small, and the figures only show that the script
+works. A table for people, then ONE JSON line. Exit code 1 if any part
 failed.
 """
 
@@ -25,9 +26,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gpu_experts
 import gpu_link
+from gpu_report import report
 
 CALLBACK_TIMEOUT_S = 120
 
@@ -50,6 +53,7 @@ PARTS = {
     "threads": gpu_link.measure_threads,
     "packed": gpu_experts.measure_packed,
     "pallas": gpu_experts.measure_pallas,
+    "precision": gpu_experts.measure_precision,
 }
 
 
@@ -57,6 +61,7 @@ def main() -> int:
     top = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     top.add_argument("--part", choices=PARTS, action="append", help="only this part (repeatable)")
     top.add_argument("--small", action="store_true", help="small sizes and few repeats (always so on the CPU backend)")
+    top.add_argument("--json", type=Path, help="a file that is brought up to date after every part")
     args = top.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
@@ -68,6 +73,7 @@ def main() -> int:
     sizes, repeats = ((0.25, 1, 4), 5) if small else ((4, 17, 88), 30)
     print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, wall clock, medians of {repeats}")
     facts, failed = {}, {}
+    about = {"device": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     for name in args.part or PARTS:
         try:
             apart = name == "callback" and args.part != ["callback"]
@@ -76,11 +82,12 @@ def main() -> int:
             failed[name] = f"{type(error).__name__}: {error}"
             print(f"\n{name}: FAILED: {failed[name]}")
             continue
-        print(f"\n{name}")
+        report(args.json, facts, about)
+        print(f"\n{name}", flush=True)
         for what, value in facts[name].items():
             print(f"  {what:56}{value:12.2f}")
-    record = {"benchmark": "gpu_facts", "device": device.device_kind, "platform": device.platform, "clock": "wall"}
-    print(json.dumps({**record, "jax": jax.__version__, "small": small, "facts": facts, "failed": failed}))
+    record = {"benchmark": "gpu_facts", **about, "clock": "wall"}
+    print(json.dumps({**record, "small": small, "facts": facts, "failed": failed}))
     return 1 if failed else 0
 
 

@@ -44,6 +44,7 @@ def test_every_part_measures_something_on_the_cpu_backend():
         "threads",
         "packed",
         "pallas",
+        "precision",
     }
     for part, facts in record["facts"].items():
         assert part in table
@@ -53,7 +54,8 @@ def test_every_part_measures_something_on_the_cpu_backend():
     assert max(value for name, value in pallas.items() if "difference" in name) < 10
     assert {name.split(", ")[2].split(":")[0] for name in pallas if "(us)" in name} == {"xla", "pallas"}
     assert record["facts"]["slots"]["written in place (1 yes, 0 no)"] == 1
-    assert any("aliases" in name for name in record["facts"]["transfer"])  # as the CPU backend does with aligned arrays
+    orders = {name.split(", ", 1)[1].split(":")[0] for name in record["facts"]["transfer"] if "overlap" in name}
+    assert orders == {"put, compute", "compute, put"}
 
 
 def test_a_failing_part_is_named_and_the_next_one_still_runs(gpu_facts, monkeypatch, capsys):
@@ -75,30 +77,3 @@ def test_host_arrays_are_aligned_or_not_as_asked(gpu_facts):
         array = gpu_facts.gpu_link.host_array(0.25, aligned)
         assert (array.ctypes.data % 64 == 0) == aligned
         assert array.nbytes == pytest.approx(0.25e6, rel=0.02)
-
-
-def test_the_checks_go_on_after_a_failed_part_and_say_so(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/sh\ncase "$*" in *gpu_facts*) echo broken; exit 3 ;; '
-        '*benchmark*|*bench*) echo \'{"benchmark": "engine"}\' ;; esac\n'
-    )
-    python.chmod(0o755)
-    out = tmp_path / "out"
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_checks.sh"), "environment", "facts", "bench"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-        env={**os.environ, "OUT": str(out), "PYTHON": str(python)},
-    )
-    assert done.returncode == 1
-    summary = (out / "summary.txt").read_text().splitlines()
-    assert [line.split(" in ")[0] for line in summary] == [
-        "environment: passed",
-        "facts: FAILED (exit 3)",
-        "bench: passed",
-    ]
-    assert json.loads((out / "bench.json").read_text()) == {"benchmark": "engine"}
-    assert "broken" in (out / "facts.txt").read_text()
