@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: venv demo check test test-slow test-nightly test-engine coverage lint types quick docs bench clean
+.PHONY: venv demo check test test-slow test-nightly test-engine test-gpu-aot coverage lint types quick docs bench clean
 
 # The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
 BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
@@ -71,6 +71,22 @@ test-nightly: venv
 # What shows whether another version of Python or jax serves.
 test-engine: venv
 	$(PYTEST) tests/test_engine*.py tests/test_models_*.py
+
+# The programs of published models, compiled for an H100 on a machine without one; docs/gpu.md gets the table. The
+# compiler's wheels (230 MB to fetch) lie in an environment of their own: beside them jax looks for a GPU at every start.
+GPU_AOT := build/gpu-aot/env
+GPU_AOT_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu-aot"], sep="\n")
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(GPU_AOT)/.made: $(VENV)/.test
+	@rm -rf $(GPU_AOT) && $(BIN)/python -m venv $(GPU_AOT)
+	@$(BIN)/python -c '$(PACKAGES)' > "$$($(GPU_AOT)/bin/python -c '$(PACKAGES)')/venv.pth"
+	@$(BIN)/python -c '$(GPU_AOT_NEEDS)' | $(GPU_AOT)/bin/python -m pip install -qq --no-compile \
+		--disable-pip-version-check --requirement /dev/stdin && touch $@ || echo "skipped: no wheels of the extra gpu-aot"
+
+test-gpu-aot: venv $(GPU_AOT)/.made
+	@test ! -e $(GPU_AOT)/.made || HYBRIMOE_GPU_AOT=1 PYTHONPATH=$(CURDIR) $(GPU_AOT)/bin/python -m pytest -n auto tests/gpu_aot
+	@test ! -e $(GPU_AOT)/.made || PYTHONPATH=$(CURDIR) $(GPU_AOT)/bin/python tests/gpu_aot/table.py docs/gpu.md
 
 # The package's lines that `make test` runs, in the commands that tests start as well; fewer than pyproject.toml says fail.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Iterator
 
 import chex
@@ -40,6 +39,7 @@ from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels.native import ffi
 from hybrimoe_jax.models import packed
 from hybrimoe_jax.models.precision import einsum
+from hybrimoe_jax.models.target import backend
 
 PLAIN_ROWS = range(2, 129)
 LARGE = 1 << 19
@@ -49,10 +49,9 @@ Weight = jax.Array | PackedMatrix | ffi.AddressedMatrix
 _native = contextvars.ContextVar("native kernels in what is being traced", default=False)
 
 
-@functools.cache
 def native_here() -> bool:
-    """Whether programs of this process can call the native kernels."""
-    return jax.default_backend() == "cpu" and ffi.available()
+    """Whether the programs that are traced can call the native kernels."""
+    return backend() == "cpu" and ffi.available()
 
 
 @contextlib.contextmanager

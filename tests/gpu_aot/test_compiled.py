@@ -1,0 +1,61 @@
+"""What a step's programs are once they are compiled for an H100: upper bounds, for all families at published sizes.
+
+Bounds, not values: another version of XLA fuses a little differently. The values stand in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import measure
+import pytest
+import topology
+from published import PUBLISHED
+
+if (reason := topology.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from step_programs import STEPS, step_programs
+
+MB = 1e6
+CASES = [(model, step) for model in PUBLISHED for step in STEPS]
+NAMES = [f"{model}-{step}".replace(" ", "-") for model, step in CASES]
+
+BOUNDS = {
+    "decode 1": {
+        "embed": (1, 0.1),
+        "front": (32, 36),
+        "dense layer": (32, 6),
+        "shared experts": (6, 0.2),
+        "4 experts int4-g64": (36, 34),
+        "4 experts bf16": (12, 1),
+        "last logits": (4, 0.2),
+    },
+    "decode 8": {
+        "embed": (1, 0.1),
+        "front": (54, 75),
+        "dense layer": (54, 95),
+        "shared experts": (6, 1.2),
+        "4 experts int4-g64": (45, 250),
+        "4 experts bf16": (15, 6),
+        "last logits": (4, 0.3),
+    },
+    "prefill 512": {
+        "embed": (1, 0.1),
+        "front": (30, 560),
+        "dense layer": (30, 460),
+        "shared experts": (6, 40),
+        "an expert int4-g64": (15, 280),
+        "an expert bf16": (8, 50),
+        "last logits": (4, 0.2),
+    },
+}
+"""Most kernels and most temporary megabytes of a program, by step and part."""
+
+
+@pytest.mark.parametrize(("model", "step"), CASES, ids=NAMES)
+def test_a_step_s_programs_compile_within_bounds(model, step):
+    measured = [measure.measure(program) for program in step_programs(model, step)]
+    measure.save(model, step, measured)
+    for program in measured:
+        kernels, megabytes = BOUNDS[str(step)][program.part]
+        assert program.kernels <= kernels, program
+        assert program.temporary <= megabytes * MB, program
