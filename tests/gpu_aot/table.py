@@ -2,7 +2,7 @@
 
 usage: python tests/gpu_aot/table.py [--all] [FILE]
 
-FILE: a page with the two marks, `<!-- compiled -->` and `<!-- end of compiled -->`; the table goes between them.
+FILE: a page with the two marks, `<!-- table: compiled -->` and `<!-- end -->`; the table goes between them.
 Without one it is printed. --all: every program on a line of its own, with the largest float array that a kernel writes.
 """
 
@@ -17,7 +17,7 @@ from measure import Measured
 from published import PUBLISHED
 from step_programs import STEPS
 
-BEGIN, END = "<!-- compiled -->", "<!-- end of compiled -->"
+BEGIN, END = "<!-- table: compiled -->", "<!-- end -->"
 # How a program's part ends; experts are named by their format: four of them, in a prompt one.
 COLUMNS = ("front", "dense layer", "shared experts", "int4-g64", "bf16", "last logits")
 
@@ -63,7 +63,7 @@ def main() -> None:
         print("\n".join(lines))
         return
     before, rest = options.page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
+    after = rest.split(END, 1)[1]
     options.page.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after)
 
 
