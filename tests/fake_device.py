@@ -47,8 +47,8 @@ class FakeClient:
 class Event:
     """`kind`: "copy" of an expert by the `thread` ("link" is the link's own), or "call" of a program of that `name`.
 
-    A copy's `sizes` are the bytes of its arrays, `memory` the kinds that they lie in. `end` is set once a copy of the
-    link's thread has landed.
+    A copy's `sizes` are the bytes of its arrays, `memory` the kinds that they lie in, `ahead` how many copies of the
+    link's thread were under way when it was asked for.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Event:
     thread: str
     sizes: tuple[int, ...] = ()
     memory: tuple[str, ...] = ()
-    ended: bool = False
+    ahead: int = 0
 
 
 def sizes_of(parts) -> tuple[int, ...]:
@@ -70,6 +70,7 @@ class Recorder:
         self.events: list[Event] = []
         self.client, self._patch = client, monkeypatch
         self._sizes: tuple[int, ...] | None = None
+        self._moving = 0
         self._put = jax.device_put
         monkeypatch.setattr(jax, "device_put", self._device_put)
         if client is not None:
@@ -82,7 +83,7 @@ class Recorder:
     def watch(self, engine) -> None:
         """From now on."""
         self._sizes = sizes_of(engine.store.get(0, 0))
-        for layer in engine._parts.model.layers:
+        for layer in engine._parts.model.layers if hasattr(engine, "_parts") else ():
             fields = layer.programs._asdict().items()
             noted = {name: program and self._noted(name, program) for name, program in fields}
             self._patch.setattr(layer, "programs", layer.programs._replace(**noted))
@@ -104,13 +105,15 @@ class Recorder:
         if self._sizes is None or to_host or sizes_of(parts) != self._sizes:
             return self._put(parts, target, **kwargs)
         thread = threading.current_thread().name
-        event = Event("copy", "expert", thread, self._sizes, tuple(map(self._memory, jax.tree.leaves(parts))))
-        self.events.append(event)
-        result = self._put(parts, target, **kwargs)
-        if thread == "link":
-            jax.block_until_ready(result)
-        event.ended = thread == "link"
-        return result
+        memory = tuple(map(self._memory, jax.tree.leaves(parts)))
+        self.events.append(Event("copy", "expert", thread, self._sizes, memory, self._moving))
+        if thread != "link":
+            return self._put(parts, target, **kwargs)
+        self._moving += 1
+        try:
+            return jax.block_until_ready(self._put(parts, target, **kwargs))
+        finally:
+            self._moving -= 1
 
     def _memory(self, leaf) -> str:
         if isinstance(leaf, jax.Array):

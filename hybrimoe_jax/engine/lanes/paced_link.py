@@ -39,7 +39,7 @@ class PacedLink(Link):
 
     def arrived(self, transfer: Transfer) -> DeviceExpert:
         """The arrays of a demand fetch, once it has landed."""
-        transfer.done.wait()
+        self._join(transfer)
         if transfer.error is not None:
             raise transfer.error
         return transfer.staged
@@ -51,9 +51,24 @@ class PacedLink(Link):
             issued = self.clock.now()
         with self._changed:
             self._lane.send(("", transfer.layer, transfer.expert), issued)
-        super()._copy(transfer)
+        try:
+            super()._copy(transfer)
+        except BaseException:
+            self._clear()
+            raise
+        if transfer.done.is_set():  # given up meanwhile: another thread has the lane
+            return
         transfer.began, end = self._hold()
         self._late.note(max(0.0, self.clock.now() - end))
+
+    def _give_up(self, stuck: Transfer) -> None:
+        super()._give_up(stuck)
+        self._clear()
+
+    def _clear(self) -> None:
+        with self._changed:
+            self._lane.clear()
+            self._ended.clear()
 
     def _hold(self) -> tuple[float, float]:
         """Waits for the end of the one transfer in the lane: when it began and ended."""

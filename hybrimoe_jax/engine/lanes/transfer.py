@@ -71,7 +71,7 @@ class Link:
         self._in_flight: dict[tuple[int, int], Transfer] = {}
         self._streamed: dict[int, dict[int, Transfer]] = {}  # by layer and expert
         self._gave_up = False
-        self._oldest: Transfer | None = None
+        self._oldest: tuple[int, int, float] | None = None
         self._seen_s = self._looked = 0.0
         self._worker = Worker(self._serve, "link")
 
@@ -179,8 +179,9 @@ class Link:
     def _look_after(self) -> None:
         """Gives up the oldest prefetch once it has been seen under way for too long, in slices as of `_join`."""
         oldest, now = next(iter(self._in_flight.values()), None), self.clock.now()
-        if oldest is not self._oldest:
-            self._oldest, self._seen_s = oldest, 0.0
+        which = None if oldest is None else (oldest.layer, oldest.expert, oldest.issued)
+        if which != self._oldest:
+            self._oldest, self._seen_s = which, 0.0
         elif oldest is not None and self.patience_s is not None and not oldest.done.is_set():
             self._seen_s += min(now - self._looked, self.patience_s / SLICES)
             if self._seen_s >= self.patience_s:
