@@ -19,6 +19,10 @@ from hybrimoe_jax.host_kernels.native import pace
 MS = 1e-3
 
 
+def told(*seconds: float) -> np.ndarray:
+    return pace.dispatched(np.array(seconds, np.float32))
+
+
 def seconds(run) -> float:
     start = time.perf_counter()
     run()
@@ -49,24 +53,28 @@ def block(x, p, loads):
 
 
 def main() -> None:
-    x, p = jnp.ones((1, 32)), jax.device_put(np.array([40 * MS], np.float32))
-    big, long = jnp.ones((200, 200)), jax.device_put(np.array([400 * MS], np.float32))
-    table, loads = jnp.array([5, 10, 30, 1000]) * MS, jnp.array([2, 0, 1, 0, 0])
-    for ready in (program(x, p), working(big, long), unused(x, p), block(x, table, loads), program(x, None)):
+    x = jnp.ones((1, 32))
+
+    def paced():
+        return program(x, told(40 * MS))
+
+    big, loads = jnp.ones((200, 200)), jnp.array([2, 0, 1, 0, 0])
+    table = 5 * MS, 10 * MS, 30 * MS, 1.0
+    for ready in (paced(), working(big, told(0)), unused(x, told(0)), block(x, told(*table), loads), program(x, None)):
         ready.block_until_ready()
     pace.overshoot(reset=True)
     start = time.perf_counter()
-    result = program(x, p)
+    result = paced()
     dispatched = time.perf_counter() - start
     result.block_until_ready()
     record = {"dispatch": dispatched, "one": time.perf_counter() - start, "same": bool((result == jnp.sin(x)).all())}
-    record["five"] = seconds(lambda: jax.block_until_ready([program(x, p) for _ in range(5)]))
-    record["beside"] = seconds(lambda: (y := program(x, p), time.sleep(40 * MS), y.block_until_ready()))
+    record["five"] = seconds(lambda: jax.block_until_ready([paced() for _ in range(5)]))
+    record["beside"] = seconds(lambda: (y := paced(), time.sleep(40 * MS), y.block_until_ready()))
     record["work"] = seconds(lambda: working(big, None).block_until_ready())  # compiles
     record["work"] = seconds(lambda: working(big, None).block_until_ready())
-    record["worked"] = seconds(lambda: working(big, long).block_until_ready())
-    record["unused"] = seconds(lambda: jax.block_until_ready([unused(x, p), program(x, None)]))
-    record["block"] = seconds(lambda: block(x, table, loads).block_until_ready())
+    record["worked"] = seconds(lambda: working(big, told(400 * MS)).block_until_ready())
+    record["unused"] = seconds(lambda: jax.block_until_ready([unused(x, told(40 * MS)), program(x, None)]))
+    record["block"] = seconds(lambda: block(x, told(*table), loads).block_until_ready())
     record["overshoot"] = vars(pace.overshoot(reset=True))
     record["after_reset"] = pace.overshoot().count
     record["unpaced"] = "custom-call" not in jax.jit(program).lower(x, None).as_text().replace("_", "-")

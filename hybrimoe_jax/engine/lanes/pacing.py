@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,44 +72,46 @@ class NoPacing:
 
 
 class Pacing(NoPacing):
-    """Args: costs: seconds of everything, as they are to last."""
+    """Each operand is of one call, made as it is asked for: see `host_kernels.native.pace`.
+
+    Args: costs: seconds of everything, as they are to last.
+    """
 
     def __init__(self, costs: CostModel | MachineCosts):
         self.costs = costs
-        self._kept: dict[Hashable, jax.Array] = {}
+        self._kept: dict[Hashable, np.ndarray] = {}
 
-    def front(self, tokens: int, context: int, looked: bool) -> jax.Array:
-        """float32 [1]: its seconds."""
+    def front(self, tokens: int, context: int, looked: bool) -> np.ndarray:
+        """float32 [2 + 1]: its seconds."""
         costs, key = self.costs, ("front", tokens, context, looked)
         return self._operand(key, lambda: [costs.layer(tokens, context) + (costs.look if looked else 0.0)])
 
-    def block(self, tokens: int, rows: int | None = None) -> jax.Array:
-        """float32 [rows + 1]: seconds of the shared experts, then of an expert by its load from 1 on."""
+    def block(self, tokens: int, rows: int | None = None) -> np.ndarray:
+        """float32 [2 + 1 + rows]: seconds of the shared experts, then of an expert by its load from 1 on."""
         costs, rows = self.costs, max(tokens, rows or 0)
         loads = range(1, rows + 1)
         return self._operand(
             ("block", tokens, rows), lambda: [costs.shared(tokens), *(costs.device(min(n, tokens)) for n in loads)]
         )
 
-    def experts(self, loads: Iterable[int]) -> jax.Array:
-        """float32 [1]: their seconds together."""
+    def experts(self, loads: Iterable[int]) -> np.ndarray:
+        """float32 [2 + 1]: their seconds together."""
         key = tuple(sorted(loads))
         return self._operand(("experts", key), lambda: [sum(map(self.costs.device, key))])
 
-    def step(self, tokens: int) -> jax.Array:
-        """float32 [1]: its seconds."""
+    def step(self, tokens: int) -> np.ndarray:
+        """float32 [2 + 1]: its seconds."""
         return self._operand(("step", tokens), lambda: [self.costs.step(tokens)])
 
-    def _operand(self, key: Hashable, seconds) -> jax.Array:
-        """On the device already: an array of the host's would be copied at each call."""
+    def _operand(self, key: Hashable, seconds: Callable[[], list[float]]) -> np.ndarray:
+        from hybrimoe_jax.host_kernels.native.pace import dispatched
+
         found = self._kept.get(key)
         if found is None:
-            import jax
-
             if len(self._kept) > MOST_KEPT:
                 self._kept.clear()
-            found = self._kept[key] = jax.device_put(np.array(seconds(), np.float32))
-        return found
+            found = self._kept[key] = np.array(seconds(), np.float32)
+        return dispatched(found)
 
 
 def block_seconds(pace: jax.Array | None, loads: jax.Array) -> jax.Array | None:
@@ -121,4 +123,6 @@ def block_seconds(pace: jax.Array | None, loads: jax.Array) -> jax.Array | None:
         return None
     import jax.numpy as jnp
 
-    return pace[0] + jnp.sum(jnp.where(loads > 0, pace[loads], 0.0))
+    from hybrimoe_jax.host_kernels.native.pace import ABOUT
+
+    return pace[ABOUT] + jnp.sum(jnp.where(loads > 0, pace[ABOUT + loads], 0.0))

@@ -34,14 +34,20 @@ void pass_on(const ffi::AnyBuffer& from, ffi::Result<ffi::AnyBuffer>& to) {
     if (to->untyped_data() != from.untyped_data()) std::memcpy(to->untyped_data(), from.untyped_data(), from.size_bytes());
 }
 
-ffi::Error begin(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
+// pace [2 or more]: the first two words are when the program was dispatched, a double of seconds. What waited in the
+// device's queue begins when the device is free, however late this thread was woken; all else begins now.
+ffi::Error begin(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> pace, ffi::Result<ffi::AnyBuffer> out) {
     pass_on(x, out);
+    if (pace.element_count() < 2) return ffi::Error::InvalidArgument("pace: when it was dispatched is missing");
+    double seconds;
+    std::memcpy(&seconds, pace.typed_data(), sizeof seconds);
     const std::lock_guard<std::mutex> held(device.lock);
     device.begun = now();
+    if (Instant(Seconds(seconds)) <= device.free) device.begun = std::min(device.begun, device.free);
     return ffi::Error::Success();
 }
 
-// seconds [1]: how long the program lasts, from its begin or from the end of the one before.
+// seconds [1]: how long the program lasts.
 ffi::Error end(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> seconds, ffi::Result<ffi::AnyBuffer> out) {
     pass_on(x, out);
     const double asked = *seconds.typed_data();
@@ -58,6 +64,7 @@ ffi::Error end(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> seconds, ffi::Result<ffi:
     while (woken < until) woken = now();
     const std::lock_guard<std::mutex> held(device.lock);
     if (worked > until) {
+        device.free = std::max(device.free, worked);
         device.overrun += 1;
         device.overran += (worked - until).count();
     } else {
@@ -83,7 +90,11 @@ extern "C" EXPORTED void pace_report(double* report, int64_t reset) {
 extern "C" EXPORTED XLA_FFI_Error* pace_ffi_begin(XLA_FFI_CallFrame* frame);
 extern "C" EXPORTED XLA_FFI_Error* pace_ffi_end(XLA_FFI_CallFrame* frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(pace_ffi_begin, begin, ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pace_ffi_begin, begin,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(pace_ffi_end, end,
                               ffi::Ffi::Bind()

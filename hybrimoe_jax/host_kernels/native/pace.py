@@ -1,9 +1,12 @@
 """A device's pace on the CPU backend: programs that last as long as they are told.
 
-`begin` notes when a program starts; `end` sleeps until it has lasted its seconds, counted from there or from the end of
-the program before, whichever is later: so programs queue as on a device, and their own work counts. Both give back
-what they are given. Whatever of the program depends on what `begin` gave, and comes before what `end` takes, runs
-between the two.
+`begin` notes when a program starts; `end` sleeps until it has lasted its seconds. Programs queue as on a device: one
+that was dispatched while the device was busy starts when the device is free, and not when a thread was woken for it. A
+program's own work counts. Both give back what they are given. Whatever of the program depends on what `begin` gave, and
+comes before what `end` takes, runs between the two.
+
+A pace is float32 [2 + n], a new array for each call (`dispatched`): when the call was made, as the two words of a
+double, then seconds.
 
 A sleeping program holds a thread of XLA's pool: with a pool of one, a second program waits for it.
 """
@@ -13,10 +16,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from typing import TypeVar
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import library
@@ -24,7 +28,8 @@ from hybrimoe_jax.host_kernels.native.ffi import register
 
 BEGIN, END = "hybrimoe_pace_begin", "hybrimoe_pace_end"
 WEIGHT = 1024
-A = TypeVar("A", bound=jax.Array)
+ABOUT = 2
+"""Words of a pace before its seconds."""
 
 
 @functools.cache
@@ -38,19 +43,27 @@ def available() -> bool:
     return True
 
 
+def dispatched(seconds: np.ndarray) -> np.ndarray:
+    """The pace of a program that is called now. `seconds`: float32 [n], which it may last."""
+    pace = np.empty(ABOUT + len(seconds), np.float32)
+    pace[:ABOUT].view(np.float64)[0] = time.perf_counter()
+    pace[ABOUT:] = seconds
+    return pace
+
+
 def begin(x: jax.Array, pace: jax.Array | None) -> jax.Array:
     """x, with the program's start noted before anything that depends on it. Nothing is traced where `pace` is None."""
-    return x if pace is None else _call(BEGIN, x)
+    return x if pace is None else _call(BEGIN, x, pace)
 
 
 def end(y: jax.Array, pace: jax.Array | None, seconds: jax.Array | None = None) -> jax.Array:
-    """y, once the program has lasted `pace[0]` seconds, or `seconds` (a scalar) where they are given.
+    """y, once the program has lasted the first of the pace's seconds, or `seconds` (a scalar) where they are given.
 
     Nothing is traced where `pace` is None.
     """
     if pace is None:
         return y
-    lasts = pace[0] if seconds is None else seconds.reshape(())
+    lasts = pace[ABOUT] if seconds is None else seconds.reshape(())
     return _call(END, y, _weighty(lasts.astype(jnp.float32)).reshape(1))
 
 
