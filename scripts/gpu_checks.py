@@ -64,7 +64,7 @@ PARTS = {
         Part("environment", 40, ("scripts/gpu_environment.py", "--json", "{json}"), ()),
         Part("cells", 90, ("scripts/gpu_cells.py", "--json", "{json}")),
         Part("memory", 60, ("scripts/gpu_memory.py", "--json", "{json}")),
-        Part("tests", 240, ("-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider",
+        Part("tests", 240, ("-m", "pytest", "-q", "-n4", "--tb=short", "-W", "default", "-p", "no:cacheprovider",
                             *(f"tests/test_{name}.py" for name in TESTS)), ("--collect-only",)),
     ),
 }  # fmt: skip
@@ -105,7 +105,9 @@ class Call:
             log.write(f"\n=== {part.name}: {' '.join(command)}\n")
             log.flush()
             start = log.tell()
-            said = wait(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True), left)
+            grows = {} if part.name == "memory" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # beside others
+            options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, **grows}, "start_new_session": True}
+            said = wait(subprocess.Popen(command, stdout=log, stderr=log, **options), left)
             if file.exists():
                 found = json.loads(file.read_text(encoding="utf-8"))
                 self.record |= found.get("about", {})

@@ -124,3 +124,12 @@ def test_the_parts_fit_their_call(script):
         for part in parts:
             for word in part.command:
                 assert not re.match(r"(scripts|tests)/", word) or (ROOT / word).exists(), word
+
+
+def test_the_first_cells_see_every_format(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cells = script("gpu_cells")
+    order = cells.cells_of("mixtral")
+    first = order[: cells.AT_ONCE * len(cells.FORMATS)]
+    assert len(set(order)) == len(order) and {cell.format for cell in first} == set(cells.FORMATS)
+    assert len({cell.system for cell in first}) > 5 and len({cell.ratio for cell in first}) == 4
