@@ -42,6 +42,7 @@ class Worker:
 def _loop(tasks: queue.SimpleQueue, serve: Callable[[Any], None]) -> None:
     while (task := tasks.get()) is not None:
         serve(task)
+        task = None  # else what it holds, an expert on the device perhaps, would stay until the next one comes
 
 
 def _finish(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
