@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "a text by the bundled model, and three systems beside each other",
     "generate": "text from a prompt",
     "convert": "a checkpoint into the form that is run, or back",
+    "calibrate": "what this machine takes, and what that means",
     "simulate": "recorded routing on the machine of a profile",
     "trace": "routing traces: import, info, check",
     "bench": "measured comparisons",

@@ -28,6 +28,7 @@ QUIET = (
     "hybrimoe_jax.engine.load",
     "hybrimoe_jax.engine.streaming",
     "hybrimoe_jax.generate",
+    "hybrimoe_jax.calibrate",
     "hybrimoe_jax.demo",
 )
 

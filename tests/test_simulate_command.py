@@ -226,7 +226,7 @@ def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
 
 def test_without_matplotlib_plots_say_what_to_install(trace, monkeypatch):
     from hybrimoe_jax.errors import UserError
-    from hybrimoe_jax.simulate import plots
+    from hybrimoe_jax.machine import plots
 
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="install the extra"):

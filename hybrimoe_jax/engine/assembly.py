@@ -147,6 +147,8 @@ class _HybridAssembly:
             slots=self.slots,
             measuring_s=self.measuring_s,
             lookahead=self.system.max_distance,
+            wake_s=self.wake_s,
+            fusible=self.fusible,
             planner=layered.planner,
             costs=self.costs,
             pool=self.pool,

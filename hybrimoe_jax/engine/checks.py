@@ -15,6 +15,7 @@ from hybrimoe_jax.engine.budget import Footprint, slots_within
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_memory import budget_on
 from hybrimoe_jax.engine.device_model import TABLE, stays_narrow
+from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.engine.request import context_limit
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
@@ -23,6 +24,7 @@ from hybrimoe_jax.formats.plain import F32
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import pace
 from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.origin import this_machine
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
 from hybrimoe_jax.models.products import native_here
@@ -101,6 +103,13 @@ def device_format(stored_format: str, platform: str) -> str:
     return "f32" if platform == "cpu" and not is_format(stored_format) else stored_format
 
 
+def device_name(device: Device, options: EngineConfig) -> str:
+    """What a profile calls it: "cpu" for the CPU backend, else its kind, or which machine's pace it keeps."""
+    if options.paced is not None:
+        return options.device
+    return "cpu" if device.platform == "cpu" else device.device_kind
+
+
 def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
     """What the options say of costs. The model is the one that runs, or the `cost_shape`."""
     shape, fmt = shape_of(config, config.model_type), expert_format
@@ -112,7 +121,8 @@ def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
     if costs is None:
         return Given(shape, fmt, None)
     if not isinstance(costs, CostModel):
-        costs = load_costs(costs, shape, fmt)
+        here = this_machine(device_name(jax.devices()[0], options)) if options.clock == "wall" else None
+        costs = load_costs(costs, shape, fmt, here)
     if costs.expert_bytes != size:
         raise UserError(
             f"profile {costs.source}: measured with experts of {costs.expert_bytes} bytes, those of {shape.name} have "

@@ -12,6 +12,7 @@ import numpy as np
 
 from hybrimoe_jax.engine import budget, device_memory
 from hybrimoe_jax.engine.assembly import assemble
+from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Emitted, capacity_for, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
@@ -20,7 +21,9 @@ from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.costs import ORIGIN, CostModel
+from hybrimoe_jax.machine.origin import Origin
+from hybrimoe_jax.machine.shapes import shape_of
 
 Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
 
@@ -94,7 +97,12 @@ class Engine:
             raise UserError(
                 f"these costs come from {self.costs.source} and were not measured: there is nothing to save"
             )
-        self.costs.save(path)
+        more = {}
+        if self.options.profile is None:
+            shape = shape_of(self.config, self.config.model_type)
+            origin = Origin.here(device_name(self._parts.device, self.options), shape, self._parts.expert_format)
+            more = {ORIGIN: origin.describe()}
+        self.costs.save(path, more)
 
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders to the steps that follow (None detaches).

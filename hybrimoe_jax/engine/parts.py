@@ -30,6 +30,7 @@ class Parts:
     """What an engine is made of.
 
     `slots`: of each MoE layer. `measuring_s`: seconds of measurements, without compiling. `lookahead`: layers at most.
+    `wake_s`: what waking a host thread takes. `fusible`: whether a decode step could be one program.
     The dense executor has no planner, costs, pool, link and host lane.
     """
 
@@ -46,6 +47,8 @@ class Parts:
     slots: list[int]
     measuring_s: float = 0.0
     lookahead: int = 0
+    wake_s: float = 0.0
+    fusible: bool = False
     planner: Planner | None = None
     costs: CostModel | MachineCosts | None = None
     pool: SlotPool | None = None

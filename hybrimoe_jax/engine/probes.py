@@ -20,6 +20,7 @@ import numpy as np
 from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceModel
+from hybrimoe_jax.engine.lanes.clock import PacedClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
 from hybrimoe_jax.engine.lanes.slots import SlotPool, write_slot
 from hybrimoe_jax.engine.lanes.transfer import Link
@@ -38,14 +39,18 @@ class EngineLanes:
     """Args: model, pool, link, host: the engine's; weights: (MoE layer, expert) -> HostExpert.
 
     Attributes: `now`: seconds of this machine; `shares_cores`: whether the device works on the CPU's cores;
-    `has_shared`: whether layers have shared experts; `part_bytes`: of what is moved besides whole experts.
+    `has_shared`: whether layers have shared experts; `expert_bytes`: of what the link's times are of; `moves_parts`:
+    whether less than an expert takes less time (a paced link has one time for all).
     """
 
     def __init__(self, model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights):
         self.model, self.pool, self.link, self.host, self.weights = model, pool, link, host, weights
         self.clock, self.now = host.clock, host.clock.now
         self.expert_bytes, self.width = pool.expert_bytes, model.config.hidden_size
-        self.shares_cores = link.device.platform == "cpu"
+        self.shares_cores, self.moves_parts = link.device.platform == "cpu", True
+        if isinstance(self.clock, PacedClock):
+            costs = self.clock.costs
+            self.expert_bytes, self.shares_cores, self.moves_parts = costs.expert_bytes, costs.shares_cores, False
         self.layer = model.moe_layers[0]
         self.has_shared = self.layer.programs.shared is not None
         count = max(4, ROTATION_BYTES // pool.expert_bytes)
@@ -64,7 +69,7 @@ class EngineLanes:
             self.host.kernel.pack(self.host.handle(layer, expert))
 
     def cpu(self, load: int, experts: int, wide: bool = False, host: HostExecutor | None = None) -> Run:
-        """Experts of one layer on the CPU; `wide`: on all workers. `host`: other workers than the engine's.
+        """Experts of one layer on the CPU; `wide`: on all workers. `host`: others than the engine's.
 
         Every other token of x if several.
         """
@@ -79,6 +84,11 @@ class EngineLanes:
             host.submit(HostWork(layer, list(chosen), x, rows, mix), inline=not wide, wide=wide).result()
 
         return run
+
+    def cpu_by_threads(self, load: int, threads: int) -> Run:
+        """Four experts of one layer on so many threads, which end when nothing refers to the run any more."""
+        host = HostExecutor(self.host.kernel, self.weights, threads, threads, self.clock, pace=self.host.pace)
+        return self.cpu(load, 4, wide=True, host=host)
 
     def device(self, tokens: int, experts: int) -> Run:
         """A MoE block on the device: the shared experts, and so many others that all tokens are routed to."""
@@ -104,9 +114,7 @@ class EngineLanes:
         """A demand fetch: so many bytes to the device and into a slot; a whole expert goes the way of a step's."""
         if size == self.expert_bytes:
             return lambda: jax.block_until_ready(self.issue_fetch())
-        down = size // 3
-        data = ExpertWeights(np.ones(size - down, np.uint8), np.ones(down, np.uint8))
-        slot = jax.device_put((jnp.zeros(size - down, jnp.uint8), jnp.zeros(down, jnp.uint8)), self.link.device)
+        data, slot = self._part(size)
 
         def part() -> None:
             nonlocal slot
@@ -114,15 +122,39 @@ class EngineLanes:
 
         return part
 
-    def prefetch(self) -> None:
-        """A prefetch of one expert, from its issue until it is in a slot: staged by the link's thread."""
-        layer, expert = next(self._wanted)
-        self.link.prefetch(layer, expert, self.weights(layer, expert))
-        jax.block_until_ready(self.pool.stream(self.link.wait(layer, expert).staged))
+    def prefetch(self, size: int) -> Run:
+        """The same as a prefetch, from its issue until it is in a slot: staged by the link's thread."""
+        if size != self.expert_bytes:
+            return self._prefetch_part(size)
+
+        def run() -> None:
+            layer, expert = next(self._wanted)
+            self.link.prefetch(layer, expert, self.weights(layer, expert))
+            jax.block_until_ready(self.pool.stream(self.link.wait(layer, expert).staged))
+
+        return run
+
+    def _prefetch_part(self, size: int) -> Run:
+        data, slot = self._part(size)
+
+        def run() -> None:
+            nonlocal slot
+            self.link.prefetch(0, 0, data)
+            slot = jax.block_until_ready(write_slot(slot, self.link.wait(0, 0).staged))
+
+        return run
+
+    def _part(self, size: int):
+        """So many bytes in host memory, and a slot for them."""
+        down = size // 3
+        slot = (jnp.zeros(size - down, jnp.uint8), jnp.zeros(down, jnp.uint8))
+        data = ExpertWeights(np.ones(size - down, np.uint8), np.ones(down, np.uint8))
+        return data, jax.device_put(slot, self.link.device)
 
     def issue_fetch(self):
         """Starts a demand fetch of one expert; the slot's arrays."""
-        return self.pool.stream(self.link.put(self.weights(*next(self._wanted))))
+        layer, expert = next(self._wanted)
+        return self.pool.stream(self.link.arrived(self.link.fetch(layer, expert, self.weights(layer, expert))))
 
     def fetch_host(self) -> float:
         """Seconds until the calls that start a demand fetch return."""

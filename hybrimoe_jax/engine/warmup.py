@@ -23,6 +23,7 @@ class Lanes(Protocol):
     expert_bytes: int
     shares_cores: bool
     has_shared: bool
+    moves_parts: bool
     now: Callable[[], float]
 
     @property
@@ -34,7 +35,7 @@ class Lanes(Protocol):
     def dispatch(self, tokens: int, experts: int) -> float: ...
     def layer_front(self, tokens: int, context: int) -> Run: ...
     def transfer(self, size: int) -> Run: ...
-    def prefetch(self) -> None: ...
+    def prefetch(self, size: int) -> Run: ...
     def beside_cpu(self) -> AbstractContextManager[None]: ...
     def beside_link(self) -> AbstractContextManager[None]: ...
     def fetch_host(self) -> float: ...
@@ -50,7 +51,8 @@ class Plan:
       cpu, alone: (load, experts) on the CPU with its usual workers, and with the device's cores too.
       device: (tokens, experts) of blocks; without experts only where layers have shared ones.
       layer: (tokens, context) of fronts.
-      shares: of an expert's bytes, moved besides a whole one; None: its down matrix.
+      shares: of an expert's bytes, moved besides a whole one; None: its down matrix, and beside a computing CPU nothing
+        else.
       repeats: at least and at most; `point_s`: no more once they took so long together.
       dear_s: where one run takes longer, more tokens or experts of its kind are left out.
     """
@@ -65,17 +67,18 @@ class Plan:
     dear_s: float = float("inf")
 
 
-def _grid(loads: tuple[int, ...], experts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def grid(loads: tuple[int, ...], experts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Every load with every count of experts."""
     return tuple((load, count) for load in loads for count in experts)
 
 
 _LOADS = (1, 16, 64)
 CONTEXT = 256
 AT_LOAD = Plan(
-    cpu=_grid(_LOADS, (1, 4)),
-    alone=_grid(_LOADS, (2, 8)),
-    device=_grid(_LOADS, (0, 1, 4)),
-    layer=_grid((1, 16), (CONTEXT,)),
+    cpu=grid(_LOADS, (1, 4)),
+    alone=grid(_LOADS, (2, 8)),
+    device=grid(_LOADS, (0, 1, 4)),
+    layer=grid((1, 16), (CONTEXT,)),
 )
 
 
@@ -96,7 +99,7 @@ def measure(lanes: Lanes, inline_s: float, distances: int, fusible: bool = False
 def sample(lanes: Lanes, samples: Samples, plan: Plan, inline_s: float, distances: int, fusible: bool) -> Iterator[str]:
     """Takes the plan's points, see `measure`; yields the kind of work before each."""
     lanes.prepare()
-    taker = _Taker(lanes, samples, plan)
+    taker = Taker(lanes, samples, plan)
     yield from taker.take("cpu", plan.cpu, lanes.cpu)
     if lanes.shares_cores:
         yield from taker.take("alone", plan.alone, lambda load, experts: lanes.cpu(load, experts, wide=True))
@@ -107,10 +110,11 @@ def sample(lanes: Lanes, samples: Samples, plan: Plan, inline_s: float, distance
     yield from taker.take("device", blocks, lanes.device, lanes.dispatch if inline else None)
     yield from taker.take("layer", plan.layer, lanes.layer_front)
     whole = lanes.expert_bytes
-    sizes = [lanes.part_bytes] if plan.shares is None else [max(1, int(share * whole)) for share in plan.shares]
-    yield from taker.take("transfer", [(size,) for size in (*sizes, whole)], lanes.transfer)
+    parts = [(max(3, int(share * whole)),) for share in plan.shares or () if lanes.moves_parts]
+    least = [(lanes.part_bytes,)] if plan.shares is None else []
+    yield from taker.take("transfer", [*least, *parts, (whole,)], lanes.transfer)
     with lanes.beside_cpu():
-        yield from taker.take("transfer_cpu_busy", [(whole,)], lambda size: lanes.prefetch)
+        yield from taker.take("transfer_cpu_busy", [*parts, (whole,)], lanes.prefetch)
     yield "look"
     samples.look = distances * lanes.look()
     if inline:
@@ -119,8 +123,8 @@ def sample(lanes: Lanes, samples: Samples, plan: Plan, inline_s: float, distance
         samples.handover = lanes.handover(CONTEXT)
 
 
-class _Taker:
-    """Times points of one plan."""
+class Taker:
+    """Times points of one plan, into `samples`."""
 
     def __init__(self, lanes: Lanes, samples: Samples, plan: Plan):
         self.lanes, self.samples, self.plan = lanes, samples, plan

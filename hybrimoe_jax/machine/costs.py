@@ -27,7 +27,10 @@ from hybrimoe_jax.files import is_object, replacing
 PROFILE_VERSION = 5
 OLDER_VERSIONS = (3, 4)
 """Still read. They lack `NEW_IN_5`; 4 had `kernels` besides, measurements that nothing uses any more."""
-NEW_IN_5 = ("device_block", "device_floor", "cpu_floor", "alone_floor", "layer_context")
+NEW_IN_5 = (
+    *("device_block", "device_floor", "shared_floor", "cpu_floor", "alone_floor"),
+    *("layer_floor", "layer_place", "layer_context"),
+)
 ORIGIN, POINTS = "origin", "points"
 """What a file may hold besides: what was measured where (`machine.origin`), and the measurements themselves."""
 _KIND = "hybrimoe-jax cost model"
@@ -39,10 +42,11 @@ class CostModel:
 
     `cpu_expert + cpu_token * load` for an expert on the CPU, no less than `cpu_floor`, and `cpu_first` more for the
     first one of a run; likewise for the device. `device_block` is what running experts on the device takes beside them,
-    once in a MoE block. The shared experts and the rest of a layer (attention, norms, router) are linear in the tokens;
-    `layer_context` more for each token and place of its cache that it attends to. `bandwidth` and `bandwidth_cpu_busy`
-    are the link's, in bytes per second. `fetch_host` is how long issuing a demand fetch keeps the CPU lane from
-    computing (0 where other threads compute), and `look` what predicting the coming layers costs in each layer.
+    once in a MoE block. The shared experts are linear in the tokens, with a floor. So is the rest of a layer
+    (attention, norms, router), with `layer_context` for each token and place of its cache that it attends to; it takes
+    no less than reading, `layer_floor` and `layer_place` for each place. `bandwidth` and `bandwidth_cpu_busy` are the
+    link's, in bytes per second. `fetch_host` is how long issuing a demand fetch keeps the CPU lane from computing (0
+    where other threads compute), and `look` what predicting the coming layers costs in each layer.
     `alone_*` are the CPU's figures where it has the device's cores too, on a machine whose device has none of its own
     (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program and come
     back to it so that the host can decide, or as much as it must be by what both ways took (`engine/fused/select.py`);
@@ -71,8 +75,11 @@ class CostModel:
     handover: float = 0.0
     device_block: float = 0.0
     device_floor: float = 0.0
+    shared_floor: float = 0.0
     cpu_floor: float = 0.0
     alone_floor: float = 0.0
+    layer_floor: float = 0.0
+    layer_place: float = 0.0
     layer_context: float = 0.0
 
     copies_wait = False
@@ -118,7 +125,7 @@ class CostModel:
 
     def shared(self, tokens: int) -> float:
         """What opens the device lane of a MoE block: calling the device, and the shared experts if there are any."""
-        return self.device_block + self.shared_base + self.shared_token * tokens
+        return self.device_block + max(self.shared_floor, self.shared_base + self.shared_token * tokens)
 
     def transfer(self, cpu_busy: bool = False) -> float:
         """One expert over the link; `cpu_busy` where the CPU computes at the same time."""
@@ -133,7 +140,8 @@ class CostModel:
 
         That is attention, norms and router. A warm-up at load does not tell how it grows with the context.
         """
-        return self.layer_base + (self.layer_token + self.layer_context * context) * tokens
+        computing = self.layer_base + (self.layer_token + self.layer_context * context) * tokens
+        return max(computing, self.layer_floor + self.layer_place * context)
 
     def scaled(
         self, *, cpu: float = 1.0, device: float = 1.0, shared: float = 1.0, transfer: float = 1.0, layer: float = 1.0
@@ -157,9 +165,12 @@ class CostModel:
             device_floor=self.device_floor * device,
             shared_base=self.shared_base * shared,
             shared_token=self.shared_token * shared,
+            shared_floor=self.shared_floor * shared,
             layer_base=self.layer_base * layer,
             layer_token=self.layer_token * layer,
             layer_context=self.layer_context * layer,
+            layer_floor=self.layer_floor * layer,
+            layer_place=self.layer_place * layer,
             transfer_latency=self.transfer_latency * transfer,
             bandwidth=self.bandwidth / transfer,
             bandwidth_cpu_busy=self.bandwidth_cpu_busy / transfer,

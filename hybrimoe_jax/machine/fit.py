@@ -2,8 +2,8 @@
 
 Each lane is linear in what was asked of it: k experts of load n on the CPU take `first + k (expert + token n)`; a MoE
 block with k of them on the device `block + k (expert + token n)` behind its shared experts; a layer's front at n tokens
-and c places of context `base + token n + context n c`. Where that fits badly, an expert is given a floor besides: up
-to some load it takes as long as reading its weights.
+and c places of context `base + token n + context n c`. Where that fits badly, a floor is fitted besides: up to some
+load an expert takes as long as reading its weights, and a front as reading its own and the cache, `floor + place c`.
 
 Units: seconds, bytes; loads in tokens.
 """
@@ -33,7 +33,7 @@ KINDS = {
 """What is measured, and by what. `cpu`: experts of one load, one behind the other; `alone`: with the device's cores
 too, where it has none of its own. `device`: a MoE block there, 0 experts: its shared ones alone. `layer`: its front."""
 BADLY, BETTER = 0.03, 0.6
-"""A floor is tried where a lane's relative error is above the first, and kept where it falls to this share of it."""
+"""A floor is tried where a lane's relative error is above the first, and kept where each brings it to this share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
             raise UserError(f"warm-up: no {kind} time was measured, so no cost model can be fitted")
     cpu, alone = (_experts(measured[kind]) for kind in ("cpu", "alone"))
     device = _experts(measured["device"], shared=any(not experts for (_, experts), _ in measured["device"]))
-    layer, _ = _solve(measured["layer"], _FRONT)
+    layer = _front(measured["layer"])
     latency, per_byte, busy = _link(measured["transfer"], measured["transfer_cpu_busy"])
     return CostModel(
         cpu_expert=cpu["expert"],
@@ -111,9 +111,12 @@ def fit(samples: Samples, source: str = "warm-up") -> CostModel:
         device_block=device["once"],
         shared_base=device["shared"],
         shared_token=device["shared_token"],
+        shared_floor=device["shared_floor"],
         layer_base=layer["base"],
         layer_token=layer["token"],
         layer_context=layer["context"],
+        layer_floor=layer["floor"],
+        layer_place=layer["place"],
         transfer_latency=latency,
         bandwidth=1.0 / per_byte,
         bandwidth_cpu_busy=1.0 / busy,
@@ -144,33 +147,67 @@ _Columns = dict[str, Callable[[int, int], float]]
 """By name: how often a coefficient counts at a place (its second number is 0 if it has but one)."""
 
 
-_FRONT: _Columns = {"base": lambda n, c: 1.0, "token": lambda n, c: n, "context": lambda n, c: n * c}
-_LINE: _Columns = {"once": lambda n, k: k > 0, "expert": lambda n, k: k, "token": lambda n, k: k * n}
-_SHARED: _Columns = {"shared": lambda n, k: 1.0, "shared_token": lambda n, k: n}
+_COMPUTING: _Columns = {"base": lambda n, c: 1.0, "token": lambda n, c: n, "context": lambda n, c: n * c}
+_READING: _Columns = {"floor": lambda n, c: 1.0, "place": lambda n, c: c}
 _LINK: _Columns = {"byte": lambda size, _: size, "latency": lambda size, _: 1.0}
+_NAMES = ("once", "expert", "token", "floor", "shared", "shared_token", "shared_floor")
 
 
-def _bent(last: int) -> _Columns:
-    """A floor up to load `last`, a line behind it."""
-    return {
+def _lane(last: int, shared: int | None) -> _Columns:
+    """A floor up to load `last`, a line behind it; and so for shared experts up to `shared` tokens if there are any."""
+    columns: _Columns = {
         "once": lambda n, k: k > 0,
         "floor": lambda n, k: k * (n <= last),
         "expert": lambda n, k: k * (n > last),
         "token": lambda n, k: k * n * (n > last),
     }
+    if shared is not None:
+        columns |= {
+            "shared_floor": lambda n, k: n <= shared,
+            "shared": lambda n, k: n > shared,
+            "shared_token": lambda n, k: n * (n > shared),
+        }
+    return columns
 
 
 def _experts(points: _Medians, shared: bool = False) -> dict[str, float]:
-    """Coefficients of a lane that runs experts: once, expert, token, floor, shared, shared_token."""
-    more: _Columns = _SHARED if shared else {}
-    found, error = _solve(points, _LINE | more)
-    loads = sorted({at[0] for at, _ in points if at[1]})
-    for last in loads[:-2] if error > BADLY else ():
-        tried, left = _solve(points, _bent(last) | more)
-        meets = tried["expert"] + tried["token"] * last <= tried["floor"] * (1 + BADLY)
-        if meets and left < BETTER * error:
-            found, error = tried, left
-    return {name: found.get(name, 0.0) for name in ("once", "expert", "token", "floor", "shared", "shared_token")}
+    """Coefficients of a lane that runs experts, `_NAMES`."""
+    plain, error = _solve(points, _lane(0, 0 if shared else None))
+    best, score = plain, error
+    loads = [0, *sorted({at[0] for at, _ in points})[:-2]] if error > BADLY else [0]
+    for last, bend in itertools.product(loads, loads if shared else [0]):
+        found, error = _solve(points, _lane(last, bend if shared else None))
+        lines = (found["expert"], found["token"], last, found["floor"])
+        others = (found["shared"], found["shared_token"], bend, found["shared_floor"]) if shared else (0.0, 0.0, 0, 0.0)
+        error *= (1 / BETTER) ** ((last > 0) + (bend > 0))
+        if error < score and all(a + b * n <= floor * (1 + BADLY) for a, b, n, floor in (lines, others) if n):
+            best, score = found, error
+    return {name: best.get(name, 0.0) for name in _NAMES}
+
+
+def _front(points: _Medians) -> dict[str, float]:
+    """base, token, context; floor, place: of the larger of computing and reading."""
+    none = dict.fromkeys((*_COMPUTING, *_READING), 0.0)
+    best, score = _solve(points, _COMPUTING)
+    if score <= BADLY:
+        return none | best
+    for last in sorted({at[0] for at, _ in points})[:-1]:
+        reads = {at for at, _ in points if at[0] <= last}
+        found = none
+        for _ in range(4):  # whichever is the larger
+            reading, _ = _solve([point for point in points if point[0] in reads], _READING)
+            computing, _ = _solve([point for point in points if point[0] not in reads], _COMPUTING)
+            found = none | reading | computing
+            reads = {at for at, _ in points if _value(found, _READING, at) >= _value(found, _COMPUTING, at)}
+        times = [(max(_value(found, _READING, at), _value(found, _COMPUTING, at)), seconds) for at, seconds in points]
+        error = math.sqrt(sum((model / seconds - 1) ** 2 for model, seconds in times) / len(times)) / BETTER
+        if error < score:
+            best, score = found, error
+    return none | best
+
+
+def _value(found: dict[str, float], columns: _Columns, at: tuple[int, ...]) -> float:
+    return sum(found[name] * column(at[0], at[1]) for name, column in columns.items())
 
 
 def _link(alone: _Medians, busy: _Medians) -> tuple[float, float, float]:
@@ -201,7 +238,9 @@ def _solve(points: _Medians, columns: _Columns) -> tuple[dict[str, float], float
         if scale[i] and int(np.linalg.matrix_rank(table[:, [*kept, i]], 1e-9)) > len(kept):
             kept.append(i)
     names, least = list(columns), math.inf
-    for count in range(1, len(kept) + 1):
+    for count in range(len(kept), 0, -1):
+        if count == len(kept) - 1 and least < math.inf:
+            break  # all of them together are the best if none is negative
         for chosen in map(list, itertools.combinations(kept, count)):
             values, error = _least_squares(table[:, chosen])
             if min(values) >= 0 and error < least:

@@ -28,6 +28,7 @@ from typing import Any
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import is_object
 from hybrimoe_jax.machine.costs import CostModel, is_profile, slower
+from hybrimoe_jax.machine.origin import Machine, Origin
 from hybrimoe_jax.machine.shapes import ModelShape
 
 KIND, VERSION = "hybrimoe-jax machine profile", 1
@@ -249,10 +250,11 @@ def _figures(figures: dict[str, Any], name: str | Path) -> tuple[dict[str, float
     return values, sources
 
 
-def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | CostModel:
-    """Costs of a model by a profile: one of this package, a file of the same kind, or a warm-up that `generate` saved.
+def load_costs(name: str | Path, shape: ModelShape, fmt: str, here: Machine | None = None) -> MachineCosts | CostModel:
+    """Costs of a model by a profile: one of this package, a file of the same kind, or what was measured and saved.
 
-    A warm-up is bound to the size of an expert; UserError where that is not the model's in this format.
+    What was measured is bound to its model: UserError where an expert's size, its format or a layer is another. `here`:
+    plans are to be made for this machine, so a profile of another one is refused too, see `machine.origin`.
     """
     if str(name) not in PROFILES and is_profile(name):
         costs = CostModel.load(name)
@@ -262,5 +264,10 @@ def load_costs(name: str | Path, shape: ModelShape, fmt: str) -> MachineCosts | 
                 f"{shape.expert_bytes(fmt)} in {fmt}; measure it with this model or name a machine "
                 f"({', '.join(PROFILES)})"
             )
+        origin = Origin.read(name)
+        if origin is not None:
+            origin.check_model(name, shape, fmt)
+            if here is not None:
+                origin.check_machine(name, here)
         return costs
     return load_profile(name).costs(shape, fmt)

@@ -8,39 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.machine.plots import COLOURS, LANE_COLOURS, STYLE, WIDTH
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
 from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.timeline import Timeline
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
-WIDTH = 3.4
-STYLE: dict[Any, Any] = {
-    "font.size": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-}
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
 POLICIES = ("lru", "lfu", "mrs", "echo")
 GANTT_STEPS, GANTT_LAYERS, PROMPT = 6, 4, 128
 DISTANCES = 6
-
-
-def check() -> None:
-    """UserError where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise UserError("--plots needs matplotlib: install the extra [plots]")
 
 
 def write_all(records: Sequence[dict], cases: Sequence[Case], folder: str | Path) -> list[Path]:

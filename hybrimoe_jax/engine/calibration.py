@@ -1,0 +1,93 @@
+"""The paper's warm-up, whole: every kind of work by everything it depends on, on an engine's own lanes.
+
+`engine.warmup` takes the few points that a load can wait for, with the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from hybrimoe_jax.engine.checks import device_name, given_costs
+from hybrimoe_jax.engine.probes import EngineLanes
+from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES
+from hybrimoe_jax.engine.warmup import CONTEXT, Plan, Taker, grid, sample
+from hybrimoe_jax.machine.calibration import Calibration
+from hybrimoe_jax.machine.fit import Samples, fit
+from hybrimoe_jax.machine.origin import Origin
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.engine import Engine
+    from hybrimoe_jax.engine.parts import Parts
+    from hybrimoe_jax.trace.file import Trace
+
+LOADS = (1, 2, 4, 8, 16, 64, 128)
+WHOLE = Plan(
+    cpu=grid(LOADS, (1, 2, 4, 8)),
+    alone=grid(LOADS, (1, 2, 8)),
+    device=grid((1, 4, 16, 64, 128), (0, 1, 2, 4, 8)),
+    layer=(*grid((1, 4, 16, 64, 128), (CONTEXT,)), *grid((1, 64), (1024, 4096)), (128, 1024)),
+    shares=(1 / 16, 1 / 4, 1 / 2),
+    repeats=(5, 25),
+    point_s=0.08,
+    dear_s=0.4,
+)
+BY_THREADS = (1, 16)
+"""Loads at which an expert is timed by threads."""
+STEPS = 32
+PROMPTS = ("Shall I compare thee to a summer's day?", "The time has come to speak of many things:")
+"""Of `record_routing`."""
+
+Show = Callable[[Iterable[str], int, str], Iterable[str]]
+
+
+def calibrate(engine: Engine, show: Show = lambda kinds, total, label: kinds, plan: Plan = WHOLE) -> Calibration:
+    """Measures an engine that has just been loaded; under a minute where an expert takes milliseconds.
+
+    Args: show: is handed what the measurements come from, how many they are at most and a label; a progress bar.
+    """
+    parts = engine._parts
+    assert parts.pool is not None and parts.link is not None and parts.host is not None, "the dense executor has none"
+    lanes = EngineLanes(parts.model, parts.pool, parts.link, parts.host, engine.store.get)
+    samples, most = Samples(lanes.expert_bytes), engine.max_context
+    places = tuple((tokens, context) for tokens, context in plan.layer if max(tokens, context) <= most)
+    plan = Plan(**{**vars(plan), "layer": places or ((1, most),)})
+    every = _points(lanes, samples, plan, parts)
+    total = sum(map(len, (plan.cpu, plan.alone, plan.device, plan.layer))) + 2 * len(plan.shares or ()) + 12
+    for _ in show(every, total, "measuring"):
+        pass
+    given = given_costs(engine.options, engine.config, parts.expert_format)
+    origin = Origin.here(device_name(parts.device, engine.options), given.shape, given.format)
+    costs = fit(samples, source=f"calibrated on {origin.machine}")
+    return Calibration(costs, origin, tuple(samples.points))
+
+
+def record_routing(engine: Engine, tokens: int = STEPS) -> Trace:
+    """What the model itself chooses while it writes on from two prompts, so many tokens each."""
+    from hybrimoe_jax.engine.recording import EngineTrace
+
+    most = max(1, engine.max_context - tokens - 1)
+    if engine.tokenizer is not None:
+        prompts = [engine.tokenizer.encode(text)[:most] for text in PROMPTS]
+    else:
+        prompts = [list(range(start, start + min(most, 16))) for start in (0, engine.config.vocab_size // 2)]
+    trace = EngineTrace(engine)
+    engine.record(trace)
+    try:
+        engine.generate(prompts, max_new_tokens=tokens + 1, temperature=0.8)
+    finally:
+        engine.record(None)
+    return trace.recorder.trace()
+
+
+def _points(lanes: EngineLanes, samples: Samples, plan: Plan, parts: Parts) -> Iterator[str]:
+    """What a warm-up takes, and what no figure of the cost model comes from."""
+    yield from sample(lanes, samples, plan, INLINE_WAKES * parts.wake_s, parts.lookahead, parts.fusible)
+    taker, most = Taker(lanes, samples, plan), parts.cores.total
+    threads = [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+    yield from taker.take("threads", [(load, count) for load in BY_THREADS for count in threads], lanes.cpu_by_threads)
+    beside = grid((1, 16), (4,))
+    yield from taker.take("cpu_alone", beside, lanes.cpu)
+    with lanes.beside_link():
+        yield from taker.take("cpu_link_busy", beside, lanes.cpu)
+    yield from taker.take("again", plan.cpu[:1], lanes.cpu)

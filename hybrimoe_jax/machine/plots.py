@@ -1,0 +1,106 @@
+"""The paper's characterisation of CPU and device, drawn for the machine that was measured; and how pictures look here.
+
+Needs matplotlib (the extra `plots`). Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths fit
+a column of 3.4 inches.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import replacing
+from hybrimoe_jax.machine.calibration import Calibration
+from hybrimoe_jax.machine.fit import predicted
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
+WIDTH = 3.4
+STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
+LANES = {"cpu": "CPU", "alone": "CPU, all cores", "device": "device"}
+
+
+def check(flag: str) -> None:
+    """UserError where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise UserError(f"{flag} needs matplotlib: install the extra [plots]")
+
+
+def draw(found: Calibration, path: str | Path) -> None:
+    """Time by number of experts at one load, by load for one expert, and of a transfer by size. Dots are measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    plt: Any = importlib.import_module("matplotlib.pyplot")  # its stubs are incomplete
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 2.2), layout="constrained")
+        _by_experts(axes[0], found)
+        _by_load(axes[1], found)
+        _by_size(axes[2], found)
+        machine, model = found.origin.machine, found.origin.model
+        figure.suptitle(f"{machine}; {model.name}, {found.origin.format}", fontsize=6)
+        with replacing(path, "wb") as file:
+            figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
+        plt.close(figure)
+
+
+def _by_experts(axes: Any, found: Calibration, load: int = 1) -> None:
+    """The paper's figure: experts of a fixed load, one behind the other."""
+    for place, (kind, name) in enumerate(LANES.items()):
+        points = [point for point in found.of(kind) if point.at[0] == load and point.at[1]]
+        if points:
+            counts = range(1, max(point.at[1] for point in points) + 1)
+            _series(axes, name, place, [(p.at[1], p) for p in points])
+            axes.plot(
+                counts, [1e3 * predicted(found.costs, kind, (load, n)) for n in counts], lw=0.8, color=_colour(place)
+            )
+    axes.set_xlabel("experts of one token each")
+    axes.set_ylabel("time [ms]")
+    axes.legend(fontsize=6)
+
+
+def _by_load(axes: Any, found: Calibration) -> None:
+    """The paper's figure: one expert by the tokens routed to it."""
+    for place, (kind, name) in enumerate(LANES.items()):
+        points = [point for point in found.of(kind) if point.at[1] == 1]
+        if points:
+            loads = [point.at[0] for point in points]
+            _series(axes, name, place, [(p.at[0], p) for p in points])
+            axes.plot(loads, [1e3 * predicted(found.costs, kind, (n, 1)) for n in loads], lw=0.8, color=_colour(place))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("load of one expert [tokens]")
+
+
+def _by_size(axes: Any, found: Calibration) -> None:
+    names = {"transfer": "alone", "transfer_cpu_busy": "beside the CPU"}
+    for place, (kind, name) in enumerate(names.items()):
+        points = found.of(kind)
+        sizes = sorted(point.at[0] for point in points)
+        _series(axes, name, place + 3, [(p.at[0] / 1e6, p) for p in points])
+        line = [1e3 * predicted(found.costs, kind, (size,)) for size in sizes]
+        axes.plot([size / 1e6 for size in sizes], line, lw=0.8, color=_colour(place + 3))
+    axes.set_xlabel("transfer [MB]")
+    axes.legend(fontsize=6)
+
+
+def _series(axes: Any, name: str, place: int, points: list[tuple[float, Any]]) -> None:
+    """Medians with their quartiles."""
+    middle = [1e3 * p.seconds for _, p in points]
+    errors = [[1e3 * (p.seconds - p.low) for _, p in points], [1e3 * (p.high - p.seconds) for _, p in points]]
+    style = {"fmt": "osv^D"[place], "ms": 3, "lw": 0.6, "color": _colour(place)}
+    axes.errorbar([x for x, _ in points], middle, yerr=errors, label=name, **style)
+
+
+def _colour(place: int) -> str:
+    return COLOURS[(1, 5, 0, 2, 3)[place]]
