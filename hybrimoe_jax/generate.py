@@ -50,7 +50,7 @@ ENGINE_FLAGS = {
     "executor": dict(choices=EXECUTORS, help="how plans are carried out (default overlapped)"),
     "host_kernel": dict(choices=KERNELS, help="CPU expert kernel (default auto)"),
     "device_kernel": dict(
-        choices=DEVICE_KERNELS, help="what computes quantised experts on the device (default xla); pallas wants a GPU"
+        choices=DEVICE_KERNELS, help="what computes quantised experts on the device (default auto); cuda wants a GPU"
     ),
     "host_memory": dict(
         choices=HOST_MEMORY, help="of experts, for copies to a GPU (default auto: registered with it, mapped)"

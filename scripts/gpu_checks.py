@@ -57,7 +57,7 @@ PARTS = {
     "first": (
         Part("environment", 40, ("scripts/gpu_environment.py", "--json", "{json}"), ()),
         facts(60, "transfers", "transfer", "read-back", "dispatch"),
-        facts(70, "kernels", "slots", "pallas", "precision", "packed", "threads", "callback"),
+        facts(70, "kernels", "slots", "cuda", "precision", "packed", "threads", "callback"),
         Part("model", 300, ("scripts/gpu_model.py", "--json", "{json}", "--trace", "{out}/profile.xplane.pb.gz")),
     ),
     "second": (

@@ -96,10 +96,10 @@ def two_threads(facts: Facts):
 
 
 def packed(facts: Facts):
-    kernels = facts["pallas"]
+    kernels = facts["cuda"]
     found = {name: value for name, value in kernels.items() if name.startswith("int4")}
     faster = all(
-        kernels[f"int4-g64, load {n}, pallas: one expert (us)"] < kernels[f"int4-g64, load {n}, xla: one expert (us)"]
+        kernels[f"int4-g64, load {n}, cuda: one expert (us)"] < kernels[f"int4-g64, load {n}, xla: one expert (us)"]
         for n in (1, 8)
     )
     exact = all(value < 1000 for name, value in found.items() if "difference" in name)

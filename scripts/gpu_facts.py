@@ -10,7 +10,7 @@ Nine parts, each a question that the design answers by assumption until it is me
   threads    device_put from a second thread while the first writes donated slots
   packed     a quantised expert at load 1: does its program read the packed bytes and little else, or write a
              dequantised matrix first
-  pallas     the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth,
+  cuda       the same experts with our own kernel and as XLA computes them: times, share of the memory's bandwidth,
              largest difference
   precision  a prefill's product in float32 and by split products: time, and error against float64
 
@@ -52,7 +52,7 @@ PARTS = {
     "dispatch": gpu_link.measure_dispatch,
     "threads": gpu_link.measure_threads,
     "packed": gpu_experts.measure_packed,
-    "pallas": gpu_experts.measure_pallas,
+    "cuda": gpu_experts.measure_cuda,
     "precision": gpu_experts.measure_precision,
 }
 

@@ -191,7 +191,7 @@ def one_layer(platform: str = "cpu", clock: str = "wall", count: int = 1, **laye
         step.layers.append(LayerStats(0, {0: 1}, 0, 1, **parts))
     costs = {"model": "deepseek-v2-lite", "format": "int4z-g128-s32", "profile": "a6000-engineered"}
     system, kernel = "ktransformers", {"name": "native, AVX-512 with VNNI, int8 activations"}
-    fixed = {"executor": "overlapped", "cache_ratio": 0.125, "device_kernel": "pallas-interpret", "cores": {}}
+    fixed = {"executor": "overlapped", "cache_ratio": 0.125, "device_kernel": "xla", "cores": {}}
     return RunStats(
         system, clock=clock, host_kernel=kernel, costs=costs, slots=[1], steps=steps, device=platform, **fixed
     )

@@ -277,7 +277,7 @@ def one_line(done) -> bool:
         (("--prompt", "x", "--top-p", "0"), "top_p 0"),
         (("--prompt", "x", "--seed", "-1"), "seed -1"),
         (("--prompt", "x", "--max-tokens", "0"), "--max-tokens 0"),
-        (("--prompt", "x", "--device-kernel", "pallas"), "computes quantised experts"),
+        (("--prompt", "x", "--device-kernel", "cuda"), "computes quantised experts"),
         (("--prompt", "x", "--executor", "dense", "--vram-budget", "1GiB"), "no vram_budget"),
         (("--prompt", ""), "empty"),
         (("--prompt-ids", "1,x"), "'1,x'"),

@@ -43,16 +43,16 @@ def test_every_part_measures_something_on_the_cpu_backend():
         "dispatch",
         "threads",
         "packed",
-        "pallas",
+        "cuda",
         "precision",
     }
     for part, facts in record["facts"].items():
         assert part in table
         for name, value in facts.items():
             assert value >= 0 if "overlap" in name else value > 0, (part, name)
-    pallas = record["facts"]["pallas"]
-    assert max(value for name, value in pallas.items() if "difference" in name) < 10
-    assert {name.split(", ")[2].split(":")[0] for name in pallas if "(us)" in name} == {"xla", "pallas"}
+    cuda = record["facts"]["cuda"]
+    assert max(value for name, value in cuda.items() if "difference" in name) < 10
+    assert {name.split(", ")[2].split(":")[0] for name in cuda if "(us)" in name} == {"xla", "cuda"}
     assert record["facts"]["slots"]["written in place (1 yes, 0 no)"] == 1
     orders = {name.split(", ", 1)[1].split(":")[0] for name in record["facts"]["transfer"] if "overlap" in name}
     assert orders == {"put, compute", "compute, put"}

@@ -3,6 +3,7 @@ and that the PTX in the package is this source's."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 
@@ -10,12 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from cuda_emulation import KERNELS, Emulation, build, needs_compiler
 
+from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.checks import device_kernel
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import GROUPS
 from hybrimoe_jax.formats.packing import Format, PackedExpert, pack_expert
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 from hybrimoe_jax.models import packed_cuda
+from hybrimoe_jax.models.moe import add_experts, expert_forward
 
 FORMATS = [
     f"{kind}-g{group}{scale}" for kind in ("int8", "int4", "int4z") for group in GROUPS for scale in ("", "-s32")
@@ -125,6 +131,87 @@ def test_where_no_expert_is_here_the_sum_is_left_as_it_was(emulated):
     have = packed_cuda.routed(acc, acc, slots, jnp.ones((2, 3)), pool)
     np.testing.assert_array_equal(have, acc)
     assert not emulated.times_read.any()
+
+
+@needs_compiler
+def test_one_expert_in_a_buffer_of_its_own_skips_rows_of_weight_zero(emulated):
+    _, ones = pool_of("int4-g64", 64, 32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64), np.float32))
+    mix = jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    have = add_experts(jnp.zeros_like(x), x, mix, ones[0], ones[1], kernel="cuda")
+    want = np.asarray(mix[0])[:, None] * ReferenceKernel().expert(ones[0], np.asarray(x))
+    assert np.abs(have - want).max() <= TOLERANCE * np.abs(want).max()
+    assert not np.asarray(have)[1].any()
+    assert emulated.loads[16] * 16 >= 64 * 32 * 3 // 2
+    alone = expert_forward(ones[0], x, "cuda")
+    assert np.abs(alone[0] - want[0]).max() <= TOLERANCE * np.abs(want).max()
+
+
+@needs_compiler
+def test_an_engine_says_the_same_with_it(emulated, monkeypatch):
+    """Inside jit the emulation is called back; the engine is told that there is a GPU that takes the kernels."""
+
+    def call(kernels, name, grid, threads, out, *operands):
+        run = functools.partial(emulated, kernels, name, grid, threads, out)
+        return jax.pure_callback(lambda *arrays: np.asarray(run(*map(np.asarray, arrays))), out, *operands)
+
+    prompts = tiny.prompts(tiny.weights("qwen2_moe")[0], (9,), seed=3)
+    runs = {}
+    for kernel in ("xla", "cuda"):
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_cuda, "_call", call)
+            patched.setattr(packed_cuda, "refusal", lambda: None)
+            engine = tiny.engine(format="int4-g32", device_kernel=kernel, cache_ratio=0.5, executor="callback")
+            runs[kernel] = engine.generate(prompts, max_new_tokens=4)
+            engine.close()
+    assert runs["cuda"].token_ids == runs["xla"].token_ids
+    assert runs["cuda"].stats.summary()["device_kernel"] == "cuda" and emulated.launched
+
+
+def test_auto_is_xla_without_a_gpu_and_with_one_that_refuses(monkeypatch):
+    assert device_kernel("auto", "int4-g64") == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(packed_cuda, "refusal", lambda: None)
+    assert device_kernel("auto", "int4-g64") == "cuda" and device_kernel("auto", "bf16") == "xla"
+    monkeypatch.setattr(packed_cuda, "refusal", lambda: "JaxRuntimeError: no such instruction")
+    with pytest.warns(UserWarning, match="no such instruction. XLA computes quantised experts"):
+        assert device_kernel("auto", "int4-g64") == "xla"
+    with pytest.raises(
+        UserError, match=r"device kernel 'cuda' cannot run: JaxRuntimeError: no such instruction; use xla"
+    ):
+        device_kernel("cuda", "int4-g64")
+
+
+def test_the_warm_up_times_the_kernel_that_will_run(monkeypatch):
+    timed = []
+
+    def note(acc, x, experts, rows, weights, kernel="xla"):
+        timed.append(kernel)
+        return acc
+
+    monkeypatch.setattr(programs, "add_device_experts", note)
+    monkeypatch.setattr(packed_cuda, "refusal", lambda: None)
+    tiny.engine(format="int4-g64", device_kernel="cuda", profile=None).close()
+    assert timed and set(timed) == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_kernel": "cuda"}, "computes quantised experts, and these are f32; use xla"),
+        ({"device_kernel": "cuda", "executor": "dense", "format": "int4-g32"}, "dense executor is the reference"),
+        ({"device_kernel": "triton"}, "device_kernel 'triton' is unknown; choose one of auto, xla, cuda"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        tiny.engine(**options)
+
+
+@pytest.mark.skipif(not tiny.on_cpu(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused():
+    with pytest.raises(UserError, match="device kernel 'cuda' cannot run: it needs a GPU, and jax finds none; use xla"):
+        tiny.engine(format="int4-g32", device_kernel="cuda")
 
 
 @needs_compiler

@@ -228,7 +228,6 @@ def test_a_random_checkpoint_generates_the_same_in_every_executor(tmp_path):
         ("dense", "xla"),
         ("overlapped", "xla"),
         ("callback", "xla"),
-        ("callback", "pallas-interpret"),
     ):
         flags = [
             "--executor",
@@ -272,8 +271,8 @@ def test_formats_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
         "generate", *given, "--host-kernel", "onednn"
     )
     if tiny.on_cpu():
-        assert "device kernel 'pallas' needs a GPU, and jax finds none; use xla" in refused(
-            "generate", *given, "--device-kernel", "pallas"
+        assert "device kernel 'cuda' cannot run: it needs a GPU, and jax finds none; use xla" in refused(
+            "generate", *given, "--device-kernel", "cuda"
         )
     assert "holds int4-g64" in refused("convert", "--export-hf", path, tmp_path / "no", "--format", "int8-g64")
     manifest = json.loads((path / "manifest.json").read_text())

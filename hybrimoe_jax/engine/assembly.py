@@ -17,7 +17,7 @@ from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.engine import budget, device_memory, probes, programs, warmup
-from hybrimoe_jax.engine.checks import check_options, device_format, given_costs
+from hybrimoe_jax.engine.checks import check_options, device_format, device_kernel, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
@@ -94,8 +94,9 @@ class _HybridAssembly:
         self.model, self.store, self.options, self.system = model, store, options, system
         self.recording = load_recording(system.recording)
         self.cores, self.frequencies, self.device, config = cores, frequencies, device, model.config
-        model.own_norm, model.device_kernel = system.predictor == "router-input", options.device_kernel
         self.expert_format = device_format(store.format, device.platform)
+        model.own_norm = system.predictor == "router-input"
+        model.device_kernel = device_kernel(options.device_kernel, self.expert_format)
         dtype = np.dtype(np.float32) if self.expert_format == "f32" else store.dtype
         given = given_costs(options, config, self.expert_format)
         self.expert_bytes = given.shape.expert_bytes(given.format)
@@ -130,7 +131,7 @@ class _HybridAssembly:
         layered.fill()
         if self.measuring_s:
             self.kept.write(self.measured)
-        kernel = self.options.device_kernel
+        kernel = self.model.device_kernel
         if self.options.executor != "callback":
             kernel = programs.runs(self.pool.some(1)[0], kernel)
         return Parts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from hybrimoe_jax.checkpoint.reader import Checkpoint
 from hybrimoe_jax.checkpoint.shards import DTYPES
 from hybrimoe_jax.decide.prefetch.predictors import RECORDED
 from hybrimoe_jax.engine.budget import Footprint, slots_within
-from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.config import AUTO, EngineConfig
 from hybrimoe_jax.engine.device_memory import budget_on
 from hybrimoe_jax.engine.device_model import TABLE, stays_narrow
 from hybrimoe_jax.engine.programs import Device
@@ -27,6 +28,7 @@ from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.origin import this_machine
 from hybrimoe_jax.machine.profile import MachineCosts, load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
+from hybrimoe_jax.models import packed_cuda
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
 
@@ -53,7 +55,7 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
         check_paced(options.device)
     device = jax.devices()[0]
     on_device = device_format(stored_format, device.platform)
-    check_device_kernel(options.device_kernel, device.platform, on_device)
+    device_kernel(options.device_kernel, on_device)
     if options.host_kernel == "onednn" and is_format(stored_format):
         raise packed_refusal(stored_format, options.host_kernel)
     get_kernel(options.host_kernel)
@@ -142,17 +144,19 @@ def check_paced(device: str) -> None:
         )
 
 
-def check_device_kernel(kernel: str, platform: str, expert_format: str) -> None:
-    """UserError where `kernel` cannot compute experts of this format on the device."""
-    if kernel == "xla":
-        return
+def device_kernel(kernel: str, expert_format: str) -> str:
+    """`kernel`, an `EngineConfig.device_kernel`, with "auto" decided: "xla" or "cuda".
+
+    UserError where it cannot compute experts of this format on the device.
+    """
+    if kernel == "xla" or (kernel == AUTO and (not is_format(expert_format) or jax.default_backend() != "gpu")):
+        return "xla"
     if not is_format(expert_format):
         raise UserError(f"device kernel {kernel!r} computes quantised experts, and these are {expert_format}; use xla")
-    from hybrimoe_jax.models import packed_triton
-
-    if not packed_triton.available():
-        raise UserError(
-            f"device kernel {kernel!r} needs the Triton backend of Pallas, which jax {jax.__version__} has not; use xla"
-        )
-    if kernel == "pallas" and platform == "cpu":
-        raise UserError("device kernel 'pallas' needs a GPU, and jax finds none; use xla")
+    refused = packed_cuda.refusal()
+    if refused is None:
+        return "cuda"
+    if kernel == AUTO:
+        warnings.warn(f"device kernel 'cuda' is left out: {refused}. XLA computes quantised experts", stacklevel=2)
+        return "xla"
+    raise UserError(f"device kernel {kernel!r} cannot run: {refused}; use xla")

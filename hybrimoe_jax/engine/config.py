@@ -18,7 +18,7 @@ from hybrimoe_jax.machine.shapes import parse_cost_shape
 EXECUTORS = ("overlapped", "callback", "dense")
 CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
-DEVICE_KERNELS = ("xla", "pallas", "pallas-interpret")
+DEVICE_KERNELS = ("auto", "xla", "cuda")
 AUTO = "auto"
 HOST_MEMORY = ("auto", "plain", "mapped", "pinned")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -44,9 +44,9 @@ class EngineConfig:
         None: as the system has it (freetoken does).
       executor: "overlapped" (fast), "callback" (one jitted call a layer with `jax.pure_callback`), "dense" (oracle).
       host_kernel: "reference" (numpy), "onednn", "native", or "auto" (the best of them that is installed).
-      device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "xla", or "pallas", a
-        kernel of our own that wants a GPU (`models.packed_triton`); "pallas-interpret" emulates it anywhere, slowly.
-        On the CPU backend "xla" leaves them to the native kernels.
+      device_kernel: what computes quantised experts on the device for up to 8 tokens at once: "cuda", kernels of our
+        own for an NVIDIA GPU (`models.packed_cuda`); "xla"; or "auto": cuda on a GPU that computes a small expert with
+        it as XLA does. On the CPU backend "xla" leaves them to the native kernels.
       host_memory: of the experts on the host, for copies to the device: "plain", "mapped" (registered with the device),
         "pinned" (in its own kind of host memory), or "auto": what the profile found the fastest, else mapped on a GPU.
         A device that refuses gives one warning, and memory stays plain.
@@ -86,7 +86,7 @@ class EngineConfig:
     stream_prefill: bool | None = None
     executor: str = "overlapped"
     host_kernel: str = "auto"
-    device_kernel: str = "xla"
+    device_kernel: str = "auto"
     host_memory: str = "auto"
     threads: int | None = None
     max_context: int | None = None
@@ -109,7 +109,7 @@ class EngineConfig:
         _one_of("device_kernel", self.device_kernel, DEVICE_KERNELS)
         _one_of("host_memory", self.host_memory, HOST_MEMORY)
         _one_of("clock", self.clock, CLOCKS)
-        if self.device_kernel != "xla" and self.executor == "dense":
+        if self.device_kernel == "cuda" and self.executor == "dense":
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")

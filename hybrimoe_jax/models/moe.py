@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.host_kernels.native import ffi
+from hybrimoe_jax.models import packed_cuda
 from hybrimoe_jax.models.layers import Linear
 from hybrimoe_jax.models.packed import PackedExpert, packed_forward
 from hybrimoe_jax.models.precision import einsum
@@ -80,15 +81,12 @@ DeviceExpert = tuple[jax.Array, jax.Array] | PackedExpert
 def expert_forward(expert: DeviceExpert, x: jax.Array, kernel: str = "xla") -> jax.Array:
     """One expert, plain or quantised: x [N, D] -> [N, D].
 
-    `kernel`: an `EngineConfig.device_kernel`, for quantised ones and few tokens.
+    `kernel`: "xla", or "cuda" for quantised ones and few tokens on a GPU (`models.packed_cuda`).
     """
     chex.assert_rank(x, 2)
     if isinstance(expert, PackedExpert):
-        if kernel != "xla":
-            from hybrimoe_jax.models import packed_triton  # Pallas takes 50 ms to import, and few runs want it
-
-            if x.shape[0] <= packed_triton.MOST_ROWS:
-                return packed_triton.triton_forward(expert, x, interpret=kernel == "pallas-interpret")
+        if kernel == "cuda" and packed_cuda.fits(x.shape[0]):
+            return packed_cuda.add_expert(jnp.zeros_like(x), x, jnp.ones_like(x[:, 0]), expert)
         return packed_forward(expert, x)
     gate_up, down = expert
     chex.assert_shape(gate_up, (2 * down.shape[1], x.shape[1]))
@@ -129,6 +127,9 @@ def add_experts_reference(
     acc: jax.Array, x: jax.Array, weights: jax.Array, *experts: DeviceExpert, kernel: str = "xla"
 ) -> jax.Array:
     for column, expert in zip(weights, experts, strict=True):
+        if kernel == "cuda" and isinstance(expert, PackedExpert) and packed_cuda.fits(x.shape[0]):
+            acc = packed_cuda.add_expert(acc, x, column, expert)
+            continue
         acc = acc + column[:, None] * expert_forward(expert, x, kernel)
     return acc
 

@@ -13,15 +13,15 @@ Shapes: N rows, k experts a row, S slots, D model width, F expert width.
 from __future__ import annotations
 
 import functools
-from importlib import resources
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.formats.packing import PANEL, STEP, MatrixLayout, PackedExpert
-from hybrimoe_jax.models.packed import rounded_activations
+from hybrimoe_jax.formats.layout import PANEL, STEP, ExpertLayout, Format, MatrixLayout, PackedExpert
+from hybrimoe_jax.models.packed import packed_forward, rounded_activations
 
 MOST_ROWS = 8
 MOST_PAIRS = 128
@@ -30,9 +30,15 @@ GATE_UP_THREADS, DOWN_THREADS = 256, 512
 TARGET = "__gpu$xla.gpu.ptx"
 
 
-def fits(rows: int, top: int) -> bool:
+def fits(rows: int, top: int = 1) -> bool:
     """Whether a call with that many rows and experts a row is for these kernels."""
     return rows <= MOST_ROWS and rows * top <= MOST_PAIRS
+
+
+def add_expert(acc: jax.Array, x: jax.Array, weights: jax.Array, expert: PackedExpert) -> jax.Array:
+    """acc [N, D] plus one expert, in a buffer of its own, of the rows of x whose weight [N] is not 0."""
+    slots = jnp.where(weights == 0, -1, 0)[:, None]
+    return routed(acc, x, slots, weights[:, None], PackedExpert(expert.data[None], expert.layout))
 
 
 def routed(acc: jax.Array, x: jax.Array, slots: jax.Array, weights: jax.Array, pool: PackedExpert) -> jax.Array:
@@ -92,6 +98,25 @@ def _call(kernels: str, name: str, grid: tuple[int, int], threads: int, out: jax
 
 
 @functools.cache
+def refusal() -> str | None:
+    """Why this process's GPU can't be given the kernels, None where it can: they are tried on a small pool."""
+    if jax.default_backend() != "gpu":
+        return "it needs a GPU, and jax finds none"
+    layout, rng = ExpertLayout(Format.parse("int4-g32"), 64, 32), np.random.default_rng(0)
+    pool = rng.integers(0, 40, (2, layout.nbytes), np.uint8)  # scales are finite
+    acc, x = rng.standard_normal((2, 1, layout.width), np.float32)
+    slots, weights = np.array([[1, -1]]), np.ones((1, 2), np.float32)
+    try:
+        have = np.asarray(jax.jit(routed)(acc, x, slots, weights, PackedExpert(pool, layout)))
+    except Exception as error:  # whatever XLA or the driver says
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    want = acc + np.asarray(packed_forward(PackedExpert(jnp.asarray(pool[1]), layout), x))
+    if not np.abs(have - want).max() <= 1e-4 * np.abs(want).max():
+        return "its result differs from XLA's"
+    return None
+
+
+@functools.cache
 def ptx(kernels: str) -> str:
     """The PTX of both kernels: `int4-1` is that for int4 codes and one row."""
-    return resources.files("hybrimoe_jax.models").joinpath("cuda", f"{kernels}.ptx").read_text()
+    return Path(__file__).parent.joinpath("cuda", f"{kernels}.ptx").read_text()
