@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from fake_device import Fault
@@ -82,6 +84,42 @@ def test_a_copy_that_hangs_ends_one_step(broken):
     assert run(engine) == want, "while the first thread still hangs"
     fault.release()
     assert run(engine) == want, "and after it came back"
+
+
+def slow_copy(seconds: float):
+    """A program that gives back its argument after about so long."""
+
+    @jax.jit
+    def slowly(arrays, rounds):
+        one = jnp.ones((64, 64)) / 64
+        waited = jax.lax.fori_loop(0, rounds, lambda _, x: x @ one, one)[0, 0]
+        return jax.tree.map(lambda array: jnp.where(jnp.isnan(waited), 0, array).astype(array.dtype), arrays)
+
+    jax.block_until_ready(slowly(jnp.ones(4), 1))
+    start = time.monotonic()
+    jax.block_until_ready(slowly(jnp.ones(4), 10_000))
+    rounds = int(10_000 * seconds / (time.monotonic() - start))
+    return lambda arrays: slowly(arrays, rounds)
+
+
+def test_a_demand_fetch_that_hangs_on_the_device_ends_one_step(monkeypatch):
+    engine = tiny.engine(system="on-demand", cache_ratio=0.5)
+    want, link = run(engine), engine._parts.link
+    put, slowly, calls = link.put, slow_copy(2.0), 0
+
+    def slow_put(weights):
+        nonlocal calls
+        calls += 1
+        return slowly(put(weights)) if calls == 3 else put(weights)
+
+    monkeypatch.setattr(link, "put", slow_put)
+    link.patience_s = 0.3
+    with pytest.raises(DeviceError, match=r"a demand fetch has not reached the device in 0\.3 s"):
+        run(engine)
+    monkeypatch.setattr(link, "put", put)
+    link.patience_s = 60.0
+    assert run(engine) == want
+    engine.close()
 
 
 @pytest.mark.parametrize("system", ["on-demand", "adapmoe"])

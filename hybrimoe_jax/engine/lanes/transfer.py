@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -94,6 +95,23 @@ class Link:
     def arrived(self, transfer: Transfer) -> DeviceExpert:
         """A demand fetch's arrays, which may still be on their way."""
         return transfer.staged
+
+    def settle(self, array: jax.Array) -> None:
+        """Waits for an array that a demand fetch was written to. DeviceError where that takes longer than it may.
+
+        jax cannot wait for a limited time, so this looks at it again and again, after pauses of a tenth of the wait.
+        """
+        if self.patience_s is None:
+            jax.block_until_ready(array)
+            return
+        pause, waited = self.patience_s / PATIENCE, 0.0
+        while not (array.is_deleted() or array.is_ready()):  # pyright: ignore[reportAttributeAccessIssue]  # as of read
+            if waited >= self.patience_s:
+                self._gave_up = True
+                raise DeviceError(f"a demand fetch has not reached the device{self._limit()}")
+            time.sleep(pause)
+            waited += pause
+            pause = min(0.1 * waited + pause, self.patience_s / SLICES)
 
     def prefetch(self, layer: int, expert: int, weights: HostExpert) -> None:
         transfer = Transfer(layer, expert, self.clock.now(), weights)
@@ -190,8 +208,7 @@ class Link:
 
     def _give_up(self, stuck: Transfer) -> None:
         error = DeviceError(
-            f"expert {stuck.expert} of MoE layer {stuck.layer} has not reached the device in {self.patience_s:.3g} s, "
-            f"{PATIENCE:,} times what a transfer takes: the device may hang"
+            f"expert {stuck.expert} of MoE layer {stuck.layer} has not reached the device{self._limit()}"
         )
         self._gave_up = True
         self._worker.abandon()
@@ -200,6 +217,9 @@ class Link:
             if not transfer.done.is_set():
                 transfer.error = error
                 transfer.done.set()
+
+    def _limit(self) -> str:
+        return f" in {self.patience_s:.3g} s, {PATIENCE:,} times what a transfer takes: the device may hang"
 
     def _take(self, transfer: Transfer) -> Transfer:
         del self._in_flight[transfer.layer, transfer.expert]
