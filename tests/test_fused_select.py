@@ -1,4 +1,4 @@
-"""Both ways of decoding are timed at load, whatever the costs say."""
+"""Both ways of decoding are timed at load, whatever the costs say, and looked at again while steps run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from test_fused_decode import all_on_cpu_costs
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import warmup
+from hybrimoe_jax.engine.fused.choice import LONGEST_PAUSE, PAUSE, TRIAL, WINDOW, WayChoice
 from hybrimoe_jax.engine.fused.decode import FusedDecode
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.host_kernels.native import ffi
@@ -64,3 +65,57 @@ def test_a_given_profile_is_believed():
     config = tiny.weights("qwen2_moe")[0]
     engine = tiny.engine(host_kernel="native", profile=misled(config), cache_ratio=0.5)
     assert not isinstance(engine._forward, FusedForward) and engine.costs == misled(config)
+
+
+def test_a_way_that_has_become_slow_is_left_and_taken_again_later(monkeypatch):
+    """Tokens are the same whatever happens, and statistics say what did."""
+    config = tiny.weights("qwen2_moe")[0]
+    engine = tiny.engine(host_kernel="native", profile=all_on_cpu_costs(config))
+    forward, prompt = engine._forward, tiny.prompts(config, (9,))
+    dense = tiny.engine(executor="dense").generate(prompt, max_new_tokens=100).token_ids
+    slow = {"fused": 0.06, "layered": 0.0}
+    take, layer_by_layer = forward.fused._take, forward.layered.forward
+    monkeypatch.setattr(forward.fused, "_take", lambda *args: time.sleep(slow["fused"]) or take(*args))
+    monkeypatch.setattr(
+        forward.layered, "forward", lambda *args: time.sleep(slow["layered"]) or delayed(layer_by_layer(*args), slow)
+    )
+    forward.choice = WayChoice(True, 1e-3, 5e-3)
+    first = engine.generate(prompt, max_new_tokens=100)
+    assert first.token_ids == dense and not forward.choice.fused
+    (switch,) = first.stats.summary()["switches"]
+    assert not switch["to_fused"] and switch["layered_s"] < 0.9 * switch["fused_s"]
+    assert WINDOW <= first.stats.summary()["fused_steps"] < 60 and first.stats.note is not None
+    slow.update(fused=0.0, layered=0.2)
+    again = engine.generate(prompt, max_new_tokens=100)
+    (switch,) = again.stats.summary()["switches"]
+    assert again.token_ids == dense and switch["to_fused"] and forward.choice.fused
+    quiet = engine.generate(prompt, max_new_tokens=10)
+    assert quiet.stats.summary()["switches"] == [] and quiet.stats.summary()["fused_steps"] == 9
+
+
+def delayed(result, slow):
+    """A step's record as it would be had the step itself been slow."""
+    result[2].seconds += slow["layered"]
+    return result
+
+
+def took(choice: WayChoice, fused_s: float, layered_s: float, steps: int) -> list[bool]:
+    ways = []
+    for _ in range(steps):
+        ways.append(choice.fused)
+        choice.note(fused_s if choice.fused else layered_s)
+    return ways
+
+
+def test_a_trial_that_changes_nothing_is_repeated_ever_more_rarely():
+    choice = WayChoice(True, 1.0, 1.1)  # the other way was timed in a good moment: by now it takes 5.0
+    ways = took(choice, 2.0, 5.0, 1000)
+    assert choice.fused and ways.count(False) == TRIAL, "what the trial saw is what counts from then on"
+    assert all(took(choice, 1.0, 9.0, 1000))
+    tries = took(choice, 20.0, 19.0, 20 * PAUSE).count(False) // TRIAL
+    assert 1 <= tries <= 5 and choice._pause <= LONGEST_PAUSE
+
+
+def test_a_slow_spell_of_a_few_steps_changes_nothing():
+    choice = WayChoice(True, 1.0, 2.0)
+    assert all(took(choice, 1.0, 2.0, WINDOW) + took(choice, 50.0, 2.0, 5) + took(choice, 1.0, 2.0, WINDOW - 5))

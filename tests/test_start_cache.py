@@ -138,14 +138,14 @@ def test_measurements_are_kept_until_a_fact_changes(load, tmp_path, monkeypatch)
 
 def test_old_and_impossible_measurements_are_none(tmp_path):
     kept = KeptMeasurements(tmp_path, ["facts"])
-    kept.write(Measurements(decode=DecodeChoice(2, 8)))
-    assert kept.read().decode == DecodeChoice(2, 8)
+    kept.write(Measurements(decode=DecodeChoice(True, 2, 8, 1e-3, 2e-3)))
+    assert kept.read().decode == DecodeChoice(True, 2, 8, 1e-3, 2e-3)
     (path,) = tmp_path.glob("measurements/*")
     path.write_text(path.read_text().replace('"max_steps": 8', '"max_steps": 8000'))
     assert kept.read() == Measurements()
-    kept.write(Measurements(decode=DecodeChoice(0, 1)))
+    kept.write(Measurements(decode=DecodeChoice(False, 1, 1, 2e-3, 1e-3)))
     os.utime(path, (0, time.time() - MAX_AGE_S - 9))
     assert kept.read() == Measurements()
     with pytest.raises(UserError):
-        DecodeChoice(-1, 1)
+        DecodeChoice(True, 0, 1, 1e-3, 2e-3)
     KeptMeasurements(path, ["facts"]).write(Measurements())  # no folder: nothing is kept, and nothing is raised

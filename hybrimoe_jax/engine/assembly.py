@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,7 +22,7 @@ from hybrimoe_jax.engine.checks import check_options, device_format, device_kern
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
-from hybrimoe_jax.engine.fused.decode import FusedDecode
+from hybrimoe_jax.engine.fused.choice import WayChoice
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
@@ -125,9 +126,10 @@ class _HybridAssembly:
         return PacedClock(Pacing(given), HostPace(given, time.perf_counter))
 
     def parts(self) -> Parts:
-        layered, fused = self._layered(), None
+        layered = forward = self._layered()
         if self.fusible and self._may_fuse(layered.planner):
-            layered, fused = self._select(layered)
+            forward = self._select(layered)
+            layered = forward.layered if isinstance(forward, FusedForward) else forward
         layered.fill()
         if self.measuring_s:
             self.kept.write(self.measured)
@@ -139,7 +141,7 @@ class _HybridAssembly:
             system=self.system,
             device=self.device,
             model=self.model,
-            forward=layered if fused is None else FusedForward(fused, layered),
+            forward=forward,
             clock=self.clock,
             footprint=dataclasses.replace(self.fixed, slots=self.expert_bytes * sum(self.slots)),
             cores=self.cores,
@@ -233,27 +235,29 @@ class _HybridAssembly:
         """
         return planner.all_on_cpu or (self.options.profile is None and planner.handover_for_all_on_cpu is not None)
 
-    def _select(self, layered: LayeredForward) -> tuple[LayeredForward, FusedDecode | None]:
-        """-> the executor of layers, with a planner that starts anew, and fused decode where that was the faster."""
-        kept = self.measured.decode
-        if kept is not None and kept.threads == 0:
-            return layered, None
-        fused, needed = select.fused_decode(layered), layered.planner.handover_for_all_on_cpu
-        if kept is not None and layered.planner.all_on_cpu:
+    def _select(self, layered: LayeredForward) -> LayeredForward | FusedForward:
+        """The executor, with a planner that starts anew: fused decode where it was the faster or may turn out so."""
+        kept, planner = self.measured.decode, layered.planner
+        if kept is not None and not kept.fused and not planner.all_on_cpu:
+            return layered
+        fused = select.fused_decode(layered)
+        if kept is not None and planner.all_on_cpu:
             fused.threads, fused.max_steps = kept.threads, kept.max_steps
-            return layered, fused
+            return FusedForward(fused, layered, WayChoice(kept.fused, kept.fused_s, kept.layered_s))
         with self._measuring():
             fused.calibrate(self.clock, WARMUP_CAPACITY, self.cores.total)
-            faster = select.is_faster(fused, layered, WARMUP_CAPACITY)
-        if not faster:
-            fused = None
-        elif needed is not None and isinstance(self.costs, CostModel):
+            times = select.time_ways(fused, layered, WARMUP_CAPACITY)
+        faster, needed = select.is_faster(times), planner.handover_for_all_on_cpu
+        if faster and needed is not None and isinstance(self.costs, CostModel):
             # what was seen: leaving the program costs more than it is believed to save
             self.costs = dataclasses.replace(self.costs, handover=max(self.costs.handover, needed))
-        choice = DecodeChoice(fused.threads, fused.max_steps) if fused else DecodeChoice(0, 1)
+        medians = statistics.median(times.fused), statistics.median(times.layered)
         measured = self.costs if isinstance(self.costs, CostModel) and self.measured.costs else None
-        self.measured = Measurements(measured, choice)
-        return self._layered(), fused
+        self.measured = Measurements(measured, DecodeChoice(faster, fused.threads, fused.max_steps, *medians))
+        layered = self._layered()
+        if not layered.planner.all_on_cpu:
+            return layered
+        return FusedForward(fused, layered, WayChoice(faster, *medians))
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:

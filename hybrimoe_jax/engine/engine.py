@@ -216,6 +216,7 @@ class Engine:
         stats = parts.new_stats()
         parts.clock.overshoot(reset=True)
         self._counters, self._predicted = parts.counters(), parts.predicted()
+        self._switches = len(self._forward.switches)
         footprint, stats.host_bytes = parts.footprint, self.store.nbytes
         if self.options.cost_shape is not None and parts.costs is not None:
             stats.host_bytes = self.store.num_layers * self.store.num_experts * parts.costs.expert_bytes
@@ -232,6 +233,7 @@ class Engine:
         self._forward.synchronize()
         parts = self._parts
         stats.overshoot = parts.clock.overshoot()
+        stats.switches = [switch._asdict() for switch in self._forward.switches[self._switches :]]
         before, after = self._counters, parts.counters()
         stats.prefetch = PrefetchStats(
             *(

@@ -21,21 +21,28 @@ from hybrimoe_jax.files import is_object, replacing
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.identity import digest
 
-VERSION = 2
+VERSION = 3
 MAX_AGE_S = 7 * 86400
 MOST_FILES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeChoice:
-    """How decode steps of one sequence run; `threads` 0: layer by layer, else as one program (`FusedDecode`)."""
+    """How decode steps of one sequence begin to run: `fused`, as one program with so many threads and steps a call.
 
+    `fused_s`, `layered_s`: the median of a step as one program and layer by layer.
+    """
+
+    fused: bool
     threads: int
     max_steps: int
+    fused_s: float
+    layered_s: float
 
     def __post_init__(self) -> None:
         whole = all(type(value) is int for value in (self.threads, self.max_steps))
-        if not (whole and 0 <= self.threads < 1 << 16 and 1 <= self.max_steps <= MAX_STEPS_PER_CALL):
+        whole = whole and type(self.fused) is bool and self.fused_s > 0 and self.layered_s > 0
+        if not (whole and 1 <= self.threads < 1 << 16 and 1 <= self.max_steps <= MAX_STEPS_PER_CALL):
             raise UserError(f"not a choice of decoding: {self}")
 
 

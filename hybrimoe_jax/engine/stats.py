@@ -69,6 +69,7 @@ class StepStats:
       tokens: real ones, without padding.
       seconds: its time, compilation included.
       compile_s: of that, tracing and compiling.
+      fused: whether it ran as one program.
       layers: one record a MoE layer. Those of a fused decode step whose next token is drawn are filled in when the next
         step runs, or the run ends.
     """
@@ -78,6 +79,7 @@ class StepStats:
     seconds: float
     compile_s: float
     layers: list[LayerStats]
+    fused: bool = False
 
     def total(self, name: str) -> float:
         return sum(getattr(layer, name) for layer in self.layers)
@@ -130,6 +132,8 @@ class RunStats:
       peak_device_bytes: dense weights, cache, staging, workspace and slots; on a GPU what its allocator reports.
       host_bytes: all routed experts in host memory.
       new_tokens: made in this call.
+      switches: changes between decoding as one program and layer by layer, since steps had become slow: `to_fused`, and
+        the seconds of a step that each way took, `fused_s` and `layered_s`.
     """
 
     system: str
@@ -152,6 +156,7 @@ class RunStats:
     peak_device_bytes: int = 0
     host_bytes: int = 0
     new_tokens: int = 0
+    switches: list[dict] = dataclasses.field(default_factory=list)
 
     def _phase(self, phase: str) -> list[StepStats]:
         return [step for step in self.steps if step.phase == phase]
@@ -239,6 +244,8 @@ class RunStats:
             "overshoot": self.overshoot,
             "costs": self.costs,
             "new_tokens": self.new_tokens,
+            "fused_steps": sum(step.fused for step in self.steps),
+            "switches": self.switches,
             "peak_device_bytes": self.peak_device_bytes,
             "host_bytes": self.host_bytes,
             "note": self.note,

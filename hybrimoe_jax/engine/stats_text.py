@@ -38,6 +38,11 @@ def stats_text(stats: RunStats) -> str:
         f"{held} {record['peak_device_bytes'] / 2**20:.1f} MiB, host memory {record['host_bytes'] / 2**20:.1f} MiB"
         + ("" if record["cost_shape"] else f" of {record['expert_format']} experts")
     )
+    for switch in record["switches"]:
+        fused = f"as one program ({1e3 * switch['fused_s']:.2f} ms a token)"
+        layered = f"layer by layer ({1e3 * switch['layered_s']:.2f} ms a token)"
+        ways = (fused, layered) if switch["to_fused"] else (layered, fused)
+        lines.append(f"decoding changed its way: {ways[0]} was faster than {ways[1]}")
     if record["note"]:
         lines.append(record["note"])
     return "\n".join(row for line in lines for row in textwrap.wrap(line, SCREEN, subsequent_indent="  "))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,9 @@ from hybrimoe_jax.engine.stats import Lanes, StepStats
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.fused.choice import Switch
 
 SMALLEST_SPAN = 256
 
@@ -100,8 +105,13 @@ class Pass:
 class Forward(abc.ABC):
     """A way to compute logits.
 
-    `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record.
+    `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record. `switches`: changes of
+    the way in which decode steps run, so far.
     """
+
+    @property
+    def switches(self) -> Sequence[Switch]:
+        return ()
 
     @abc.abstractmethod
     def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]: ...

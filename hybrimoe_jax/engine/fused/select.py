@@ -1,4 +1,6 @@
-"""Whether decode steps run fused: both ways are timed at load, and the faster one is taken.
+"""Whether decode steps run fused: whole steps of both ways are timed at load, and the faster one is taken.
+
+It is looked at again while steps run (`choice`).
 
 The costs have no say in it. They come from short measurements, one kind of work after another; on a noisy machine they
 may say that residents or prefetches are worth leaving the program for where they are not (seen in one start of some
@@ -6,6 +8,8 @@ ten beside a busy process; its steps took two to three times as long).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,8 +48,15 @@ def fused_decode(layered: LayeredForward) -> FusedDecode:
     return FusedDecode(layered.model, [[address for _, address in layer] for layer in records], records[0][0][0])
 
 
-def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> bool:
-    """Runs decode steps both ways, in turns, and compares the fastest of each.
+class WayTimes(NamedTuple):
+    """Seconds of whole decode steps both ways, without the first of each, which compiles."""
+
+    fused: list[float]
+    layered: list[float]
+
+
+def time_ways(fused: FusedDecode, layered: LayeredForward, capacity: int) -> WayTimes:
+    """Runs decode steps both ways, in turns.
 
     What `layered`'s planner and slots hold afterwards is of no use: fill the slots anew, and give the engine another
     planner.
@@ -54,7 +65,7 @@ def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> boo
     layered.fill()
     caches = layered.model.init_cache(1, capacity)
     position = np.full((1, 1), capacity // 2, np.int32)
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times = WayTimes([], [])
     for repeat in range(2 * (MOST_REPEATS + 1)):  # other tokens, so that other experts are wanted
         step = StepInput(np.full((1, 1), repeat // 2, np.int32), position, capacity, "decode", np.zeros(1, np.int64))
         start = clock.now()
@@ -62,12 +73,18 @@ def is_faster(fused: FusedDecode, layered: LayeredForward, capacity: int) -> boo
             _, caches, _ = layered.forward(step, caches)
         else:
             _, caches, _ = fused.logits(step, caches)
-        times[repeat % 2 == 0].append(clock.now() - start)
-        if len(times[False]) > REPEATS and sum(times[True][1:]) + sum(times[False][1:]) > ENOUGH_S:
+        if repeat > 1:
+            times[repeat % 2].append(clock.now() - start)
+        if len(times.layered) >= REPEATS and sum(times.fused) + sum(times.layered) > ENOUGH_S:
             break
     layered.link.drain()
     fused.synchronize()
-    return min(times[True][1:]) < min(times[False][1:])  # the first of each compiles
+    return times
+
+
+def is_faster(times: WayTimes) -> bool:
+    """Whether the program is: by the fastest step of each, which other processes have slowed least."""
+    return min(times.fused) < min(times.layered)
 
 
 def _record(host: HostExecutor, layer: int, expert: int) -> tuple[int, int]:
