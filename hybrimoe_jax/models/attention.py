@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrimoe_jax.host_kernels.native import attention as native
+from hybrimoe_jax.models import one_token
 from hybrimoe_jax.models.layers import Linear, RMSNorm, apply_fused, rotate_half
+from hybrimoe_jax.models.one_token import NEG_INF
 from hybrimoe_jax.models.precision import einsum
 from hybrimoe_jax.models.products import calls_native
 from hybrimoe_jax.models.rope import Rope
 
-NEG_INF = -1e30
 BLOCK = 128
 """Queries and keys of one piece of `blocked_attention`: on XLA's CPU backend blocks of 32 to 256 differ by a tenth."""
 
@@ -36,6 +37,8 @@ def cache_write(cache: jax.Array, new: jax.Array, positions: jax.Array, axis: in
     batch, tokens = positions.shape
     capacity = cache.shape[axis]
     chex.assert_shape(new, (*cache.shape[:axis], tokens, *cache.shape[axis + 1 :]))
+    if one_token.in_place(tokens) and batch > 1:
+        return one_token.write(cache, new, positions, axis)
     if tokens > capacity:  # what is past the capacity can only be padding
         new, positions = jax.lax.slice_in_dim(new, 0, capacity, axis=axis), positions[:, :capacity]
         tokens = capacity
@@ -152,9 +155,12 @@ class Attention(nnx.Module):
             name: cache_write(cache[name], part.transpose(0, 2, 1, 3), positions, axis=2)
             for name, part in (("k", k), ("v", v))
         }
-        span = span or cache["k"].shape[2]
-        keys, values = cache["k"][:, :, :span], cache["v"][:, :, :span]
-        out = attend(q, keys, values, positions, self.window, self.head_dim**-0.5)
+        span, scale = span or cache["k"].shape[2], self.head_dim**-0.5
+        if one_token.in_place(tokens):
+            out = one_token.grouped(q, cache["k"], cache["v"], visible(positions, span, self.window), scale)
+        else:
+            keys, values = cache["k"][:, :, :span], cache["v"][:, :, :span]
+            out = attend(q, keys, values, positions, self.window, scale)
         return self.o_proj(out.reshape(batch, tokens, self.heads * self.head_dim)), cache
 
 

@@ -32,9 +32,14 @@ class Instruction:
     rest: str
 
     @functools.cached_property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Element type and shape of each result."""
+        return [(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in _SHAPE.findall(self.type)]
+
+    @property
     def arrays(self) -> list[tuple[str, int]]:
         """Element type and number of elements of each result."""
-        return [(kind, math.prod(map(int, filter(None, dims.split(","))))) for kind, dims in _SHAPE.findall(self.type)]
+        return [(kind, math.prod(shape)) for kind, shape in self.shapes]
 
     @property
     def target(self) -> str:
@@ -86,10 +91,13 @@ class Module:
     def kernels(self) -> list[Instruction]:
         return [i for i in self.scheduled() if i.opcode in LAUNCHING]
 
+    def written(self) -> list[Instruction]:
+        """Kernels whose results are arrays of their own: all but updates in place."""
+        return [i for i in self.kernels if not self.updates_in_place(i)]
+
     def float_bytes(self) -> int:
         """Of the largest float array that a kernel writes, but for updates in place."""
-        kernels = [i for i in self.kernels if not self.updates_in_place(i)]
-        return max((n * WIDTHS[kind] for i in kernels for kind, n in i.arrays if kind in FLOATS), default=0)
+        return max((n * WIDTHS[kind] for i in self.written() for kind, n in i.arrays if kind in FLOATS), default=0)
 
     def updates_in_place(self, kernel: Instruction) -> bool:
         """Whether all that it gives is an array that it was given, with a part of it written."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
 
-from hlo import Instruction, Module
+from hlo import FLOATS, Instruction, Module
 from step_programs import Program
 
 RESULTS = Path(__file__).parents[2] / "build/gpu-aot/steps"
@@ -20,7 +21,8 @@ class Measured:
 
     Attributes:
       kernels: launches of one call. temporary, arguments, outputs: bytes, without what is donated.
-      largest: bytes of the largest float array that a kernel writes.
+      largest: bytes of the largest float array that a kernel writes. copies: kernels that write what attention reads
+        of the cache once more.
       products: how many products of each arithmetic there are, see `arithmetic`.
     """
 
@@ -30,6 +32,7 @@ class Measured:
     arguments: int
     outputs: int
     largest: int
+    copies: int
     products: dict[str, int]
 
 
@@ -43,7 +46,16 @@ def measure(program: Program) -> Measured:
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         module.float_bytes(),
+        sum(copies(kernel, program) for kernel in module.written()),
         dict(Counter(filter(None, (arithmetic(i, module) for i in module.kernels)))),
+    )
+
+
+def copies(kernel: Instruction, program: Program) -> bool:
+    """Whether a kernel writes an array of the size of what attention reads, with its places."""
+    return any(
+        kind in FLOATS and program.context in shape and math.prod(shape) in program.read
+        for kind, shape in kernel.shapes
     )
 
 

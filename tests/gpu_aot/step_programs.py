@@ -7,6 +7,7 @@ eight sequences, or a chunk of a prompt.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,11 @@ STEPS = (Shape(1, 1), Shape(8, 1), Shape(1, 512))
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`part` is what it does in a step. `arguments` are positional, `options` named."""
+    """`part` is what it does in a step. `arguments` are positional, `options` named.
+
+    `read`: numbers of values of each part of the cache that attention reads at `context` places: what must not be
+    copied.
+    """
 
     model: str
     step: Shape
@@ -58,6 +63,8 @@ class Program:
     jitted: Any
     arguments: tuple
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    read: tuple[int, ...] = ()
+    context: int = CONTEXT
 
     def compile(self):
         """-> `jax.stages.Compiled`, for the H100."""
@@ -92,13 +99,16 @@ def _layer(model: str, config: ModelConfig, layer, step: Shape, context: int) ->
     stream = (struct((step.batch, step.tokens, width)), part, part)
     shapes = layer.self_attn.cache_shapes(step.batch, CONTEXT)
     cache = {name: struct(shape, DTYPE) for name, shape in shapes.items()}
+    read = tuple(math.prod(context if n == max(shape) else n for n in shape) for shape in shapes.values())
     places = struct((step.batch, step.tokens), "int32")
     if not layer.is_moe:
-        yield Program(model, step, "dense layer", made.dense, (parameters, *stream, cache, places, context))
+        arguments = (parameters, *stream, cache, places, context)
+        yield Program(model, step, "dense layer", made.dense, arguments, read=read, context=context)
         return
     router = (parameters["post_attention_layernorm.weight"], parameters[f"{layer.mlp_name}.gate.weight"])
     ahead = (router,) * (LOOKAHEAD if step.tokens == 1 else 0)
-    yield Program(model, step, "front", made.front, (parameters, ahead, *stream, cache, places, context))
+    arguments = (parameters, ahead, *stream, cache, places, context)
+    yield Program(model, step, "front", made.front, arguments, read=read, context=context)
     if made.shared is not None:
         yield Program(model, step, "shared experts", made.shared, (parameters, part))
 

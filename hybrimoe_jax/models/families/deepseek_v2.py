@@ -26,11 +26,13 @@ from flax import nnx
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import PANEL, PackedMatrix
 from hybrimoe_jax.host_kernels.native import attention as native
-from hybrimoe_jax.models.attention import NEG_INF, cache_write, visible
+from hybrimoe_jax.models import one_token
+from hybrimoe_jax.models.attention import cache_write, visible
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM, assemble
 from hybrimoe_jax.models.layers import Linear, RMSNorm, SwiGLU, apply_fused, rotate_pairs
 from hybrimoe_jax.models.moe import MoEBlock
+from hybrimoe_jax.models.one_token import NEG_INF
 from hybrimoe_jax.models.packed import dequantise
 from hybrimoe_jax.models.precision import einsum
 from hybrimoe_jax.models.products import calls_native, product
@@ -187,31 +189,33 @@ class LatentAttention(nnx.Module):
         absorb = self.absorbs(tokens, span) if absorb is None else absorb
         attend = absorbed_attention if absorb else expanded_attention
         mask = visible(positions, span, None)
-        seen = {name: part[:, :span] for name, part in cache.items()}
-        out = attend(q, q_rope, seen, up, mask, self.scale)
+        out = attend(q, q_rope, cache, up, mask, self.scale)
         return self.o_proj(out.reshape(batch, tokens, self.heads * self.value)), cache
 
 
 def absorbed_attention(
     q: jax.Array, q_rope: jax.Array, cache: dict, up: jax.Array | PackedMatrix, mask: jax.Array, scale: float
 ) -> jax.Array:
-    """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r], mask [B, T, S] -> [B, T, H, v].
+    """q [B, T, H, n], q_rope [B, T, H, R], up [H * (n + v), r], mask [B, T, P] -> [B, T, H, v].
 
-    A head's key rows come first in `up`.
+    The first P places of the cache are read. A head's key rows come first in `up`.
 
     Both products take all of `up`, with zeros for the value rows, or values dropped: XLA:CPU copies a slice of it at 2
     GB/s (measured on DeepSeek-V2-Lite, one token: 2 ms for each of 54 slices, four fifths of a token's time).
     """
     _check_latent(q, q_rope, cache, mask)
-    latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
     nope, heads = q.shape[-1], q.shape[2]
     up = dequantise(up) if isinstance(up, PackedMatrix) else up.astype(jnp.float32)
-    up = up.reshape(heads, -1, latent.shape[-1])
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, up.shape[1] - nope)))
-    logits = einsum("bthr,bsr->bhts", einsum("bthm,hmr->bthr", q, up), latent)
-    logits = (logits + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
-    probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)
-    return einsum("bthr,hmr->bthm", einsum("bhts,bsr->bthr", probs, latent), up)[..., nope:]
+    up = up.reshape(heads, -1, cache["latent"].shape[-1])
+    q = einsum("bthm,hmr->bthr", jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, up.shape[1] - nope))), up)
+    if one_token.in_place(q.shape[1]):
+        found = one_token.latent(q, q_rope, cache["latent"], cache["rope"], mask, scale)
+    else:
+        latent, rope = (cache[name][:, : mask.shape[2]].astype(jnp.float32) for name in ("latent", "rope"))
+        logits = (einsum("bthr,bsr->bhts", q, latent) + einsum("bthr,bsr->bhts", q_rope, rope)) * scale
+        probs = jax.nn.softmax(jnp.where(mask[:, None], logits, NEG_INF), axis=-1)
+        found = einsum("bhts,bsr->bthr", probs, latent)
+    return einsum("bthr,hmr->bthm", found, up)[..., nope:]
 
 
 def expanded_attention(
@@ -219,7 +223,7 @@ def expanded_attention(
 ) -> jax.Array:
     """The same answer with keys and values of every head expanded from the latents."""
     _check_latent(q, q_rope, cache, mask)
-    latent, rope = cache["latent"].astype(jnp.float32), cache["rope"].astype(jnp.float32)
+    latent, rope = (cache[name][:, : mask.shape[2]].astype(jnp.float32) for name in ("latent", "rope"))
     nope, heads = q.shape[-1], q.shape[2]
     both = product(latent, up).reshape(*latent.shape[:2], heads, -1)
     keys, values = both[..., :nope], both[..., nope:]
@@ -232,7 +236,7 @@ def _check_latent(q: jax.Array, q_rope: jax.Array, cache: dict, mask: jax.Array)
     batch, tokens, heads, _ = q.shape
     chex.assert_shape(mask, (batch, tokens, None))
     chex.assert_shape(q_rope, (batch, tokens, heads, cache["rope"].shape[-1]))
-    chex.assert_shape((cache["latent"], cache["rope"]), (batch, mask.shape[2], None))
+    chex.assert_shape((cache["latent"], cache["rope"]), (batch, None, None))
 
 
 class DeepseekV2Block(MoEBlock):
