@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "drift": found.drift,
         "misfit": found.misfit,
         "slower_beside_link": found.slower_beside_link,
+        "memory": found.memory,
         "warnings": found.warnings(),
         "decode_as_one_program": fused,
         **meaning,

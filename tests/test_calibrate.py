@@ -243,6 +243,24 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     tiny.engine(profile=out).close()
 
 
+def test_the_fastest_host_memory_is_named_and_what_is_refused_left_out(monkeypatch):
+    import jax
+    from fake_device import FakeClient
+
+    from hybrimoe_jax.engine import memory_kinds
+
+    device, client, ticks = jax.devices()[0], FakeClient(), iter(range(10**6))
+    monkeypatch.setattr(memory_kinds, "client_of", lambda device: client)
+    found = memory_kinds.seconds_by_memory(device, 4096, lambda: float(next(ticks)))
+    assert {"plain", "mapped"} <= found.keys() and len(client.mapped) == 4 and not client.ranges
+    client.refuse = 6
+    assert "mapped" not in memory_kinds.seconds_by_memory(device, 4096, lambda: float(next(ticks)))
+    assert not client.ranges, "given back"
+    assert (
+        memory_kinds.fastest({"plain": 2.0, "mapped": 1.0}) == "mapped" and memory_kinds.fastest({"plain": 1.0}) is None
+    )
+
+
 def test_points_are_as_the_cost_model_reads_them():
     for point in taken(FakeLanes(TRUTH)).points:
         assert predicted(TRUTH, point.kind, point.at) == pytest.approx(point.seconds, rel=1e-9)

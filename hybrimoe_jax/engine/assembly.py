@@ -104,7 +104,8 @@ class _HybridAssembly:
         self.fixed, self.slots = self._memory(max_context)
         pooled, wall = system.scope == "pooled", self._wall(given.costs)
         self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
-        found = getattr(given.costs, "host_memory", None)
+        here = options.clock == "wall" and options.paced is None
+        found = given.costs.host_memory if here and isinstance(given.costs, CostModel) else None
         memory = open_host_memory(options.host_memory, found, store, device)
         self.link = PacedLink(device, wall, memory) if isinstance(wall, PacedClock) else Link(device, wall, memory)
         threads.limit_blas(1)

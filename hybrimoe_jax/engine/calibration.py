@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from hybrimoe_jax.engine import memory_kinds
 from hybrimoe_jax.engine.checks import device_name, given_costs
 from hybrimoe_jax.engine.probes import EngineLanes
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES
@@ -59,7 +61,11 @@ def calibrate(engine: Engine, show: Show = lambda kinds, total, label: kinds, pl
     given = given_costs(engine.options, engine.config, parts.expert_format)
     origin = Origin.here(device_name(parts.device, engine.options), given.shape, given.format)
     costs = fit(samples, source=f"calibrated on {origin.machine}")
-    return Calibration(costs, origin, tuple(samples.points))
+    if parts.device.platform == "cpu":
+        return Calibration(costs, origin, tuple(samples.points))
+    memory = memory_kinds.seconds_by_memory(parts.device, lanes.expert_bytes, lanes.now)
+    costs = dataclasses.replace(costs, host_memory=memory_kinds.fastest(memory) or "")
+    return Calibration(costs, origin, tuple(samples.points), memory)
 
 
 def record_routing(engine: Engine, tokens: int = STEPS) -> Trace:

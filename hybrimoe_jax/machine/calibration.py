@@ -28,11 +28,15 @@ FAR = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """`points` are the measurements, in the order in which they were taken."""
+    """`points` are the measurements, in the order in which they were taken.
+
+    `memory`: seconds of an expert's copy to a GPU by the kind of host memory that it comes from.
+    """
 
     costs: CostModel
     origin: Origin
     points: tuple[Point, ...]
+    memory: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     def residual(self, point: Point) -> float | None:
         """By what share of the measurement the cost model is above it; None for what it does not tell."""

@@ -60,10 +60,13 @@ def _context(found: Calibration) -> list[str]:
 def _link(found: Calibration) -> list[str]:
     costs = found.costs
     alone, busy = (1e6 * costs.transfer(beside) for beside in (False, True))
+    kinds = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in found.memory.items())
+    memory = [f"an expert's copy by host memory: {kinds}"] if kinds else []
     return [
+        *memory,
         f"link: {1e6 * costs.transfer_latency:.1f} us and {costs.bandwidth / 1e9:.3g} GB/s, beside host experts "
         f"{costs.bandwidth_cpu_busy / 1e9:.3g} GB/s; an expert takes {alone:.0f} us alone, {busy:.0f} us beside host "
-        f"experts, which take {found.slower_beside_link:.2f} times as long beside transfers"
+        f"experts, which take {found.slower_beside_link:.2f} times as long beside transfers",
     ]
 
 

@@ -29,8 +29,9 @@ OLDER_VERSIONS = (3, 4)
 """Still read. They lack `NEW_IN_5`; 4 had `kernels` besides, measurements that nothing uses any more."""
 NEW_IN_5 = (
     *("device_block", "device_floor", "shared_floor", "cpu_floor", "alone_floor"),
-    *("layer_floor", "layer_place", "layer_context"),
+    *("layer_floor", "layer_place", "layer_context", "host_memory"),
 )
+_TEXTS = ("source", "host_memory")
 ORIGIN, POINTS = "origin", "points"
 """What a file may hold besides: what was measured where (`machine.origin`), and the measurements themselves."""
 _KIND = "hybrimoe-jax cost model"
@@ -50,7 +51,8 @@ class CostModel:
     `alone_*` are the CPU's figures where it has the device's cores too, on a machine whose device has none of its own
     (all 0: it has). `handover` is what it takes per layer, on such a machine, to leave the device's program and come
     back to it so that the host can decide, or as much as it must be by what both ways took (`engine/fused/select.py`);
-    0: a step cannot be one program.
+    0: a step cannot be one program. `host_memory`: the kind that experts cross the link from soonest, an
+    `EngineConfig.host_memory`; "": that was not measured.
     """
 
     cpu_expert: float
@@ -84,11 +86,13 @@ class CostModel:
 
     copies_wait = False
 
+    host_memory: str = ""
+
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if name == "source":
+            if name in _TEXTS:
                 if not isinstance(value, str):
-                    raise UserError(f"cost model: source must be a text, not {value!r}")
+                    raise UserError(f"cost model: {name} must be a text, not {value!r}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
                 raise UserError(f"cost model: {name} must be a finite number of at least 0, not {repr(value)[:40]}")
         for name in ("bandwidth", "bandwidth_cpu_busy"):
