@@ -16,7 +16,15 @@ from hybrimoe_jax.decide.cache import POLICIES
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
-from hybrimoe_jax.engine.config import CLOCKS, DEVICE_KERNELS, EXECUTORS, HOST_MEMORY, KERNELS, EngineConfig
+from hybrimoe_jax.engine.config import (
+    CLOCKS,
+    DEVICE_KERNELS,
+    EXECUTORS,
+    HOST_MEMORY,
+    KERNELS,
+    SLOTS,
+    EngineConfig,
+)
 from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
@@ -54,6 +62,9 @@ ENGINE_FLAGS = {
     ),
     "host_memory": dict(
         choices=HOST_MEMORY, help="of experts, for copies to a GPU (default auto: registered with it, mapped)"
+    ),
+    "slots": dict(
+        choices=SLOTS, help="how slots lie in device memory (default: separate on the CPU backend, stacked elsewhere)"
     ),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),

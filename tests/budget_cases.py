@@ -79,7 +79,7 @@ def wrap() -> None:
         (transfer.Link, "streamed"),
         (layered.LayeredForward, "land"),
         (layered.LayeredForward, "prefetch"),
-        (overlapped.OverlappedForward, "dispatch_shared"),
+        (overlapped.OverlappedForward, "dispatch_block"),
         (overlapped.OverlappedForward, "read"),
         (layered.programs, "add_device_experts"),
         (layered, "read_routing"),

@@ -49,6 +49,8 @@ BUNDLED_TEXTS = {
 
 
 class Cell(NamedTuple):
+    """`executor`: one of the engine's, or "stacked": the overlapped one with stacked slots."""
+
     model: str
     system: str
     executor: str
@@ -79,14 +81,16 @@ def matrix(models) -> list[Cell]:
     """Every cell of the given models in float32."""
     kernels = ("reference", "onednn", "native", "auto")
     systems, executors, ratios = (*SYSTEMS, *RULES), ("overlapped", "callback"), (0.0, 0.25, 0.5, 1.0)
-    return [Cell(*v) for v in itertools.product(models, systems, executors, ratios, kernels, TINY_LENGTHS, ("f32",))]
+    axes = itertools.product(models, systems, executors, ratios, kernels, TINY_LENGTHS, ("f32",))
+    stacked = itertools.product(models, systems, ("stacked",), ratios, ("reference",), TINY_LENGTHS, ("f32",))
+    return [Cell(*values) for values in (*axes, *stacked)]
 
 
 def quantised_matrix(models) -> list[Cell]:
     """The same over quantised formats. How experts are placed does not depend on their bytes, so two systems stand
     for the ways there are of computing one (on the host; resident, fetched or streamed), and oneDNN computes plain
     experts only."""
-    systems, executors = ("hybrimoe", "on-demand"), ("overlapped", "callback")
+    systems, executors = ("hybrimoe", "on-demand"), ("overlapped", "callback", "stacked")
     axes = (models, systems, executors, (0.0, 0.5), ("reference", "native"), TINY_LENGTHS, FORMATS)
     return [Cell(*values) for values in itertools.product(*axes)]
 
@@ -172,7 +176,8 @@ def run_cell(cell: Cell) -> dict:
         system=system,
         scheduler=rule if rule and rule != "pooled" else None,
         cache_scope="pooled" if rule == "pooled" else None,
-        executor=cell.executor,
+        executor="overlapped" if cell.executor == "stacked" else cell.executor,
+        slots="stacked" if cell.executor == "stacked" else "auto",
         cache_ratio=cell.ratio,
         host_kernel=cell.kernel,
         **_format(cell.format),

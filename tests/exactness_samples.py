@@ -57,6 +57,7 @@ def few() -> list[Cell]:
     """At least one cell of every system, model, ratio, kernel, batch and format.
 
     The callback executor takes longer: two models, one format, and what another cell's reference serves as well.
+    Stacked slots: every system, on one model.
     """
     overlapped = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "overlapped" and cell.model != BUNDLED]
     chosen = _round(overlapped, values)
@@ -67,6 +68,12 @@ def few() -> list[Cell]:
     chosen += _round([c for c in callback if (c.model, c.batch, c.format) == (first, "ragged", "f32")], values)
     chosen.append(next(c for c in callback if c.model == first and c.format == FORMATS[-1]))
     chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (last, "one", "f32", 0.5)))
+    stacked = [cell for cell in MATRIX if cell.executor == "stacked" and cell.model == first and cell.ratio]
+    chosen += _round(stacked, values)
+    stacked = [cell for cell in QUANTISED if cell.executor == "stacked" and cell.model == last]
+    chosen.append(
+        next(cell for cell in stacked if (cell.batch, cell.ratio, cell.format) == ("ragged", 0.5, FORMATS[3]))
+    )
     return [*chosen, Cell(BUNDLED, "hybrimoe", "overlapped", 0.25, "auto", "one")]
 
 

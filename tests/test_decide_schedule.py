@@ -171,6 +171,18 @@ def test_every_expert_once_and_the_times_are_true(rule, problem):
     assert s.makespan == pytest.approx(max(cpu, device))
 
 
+@pytest.mark.parametrize("rule", SCHEDULERS)
+@given(problem=problems(), shared=st.floats(0.0, 3.0), device=st.floats(0.0, 0.5))
+def test_residents_that_a_rule_promises_to_keep_are_never_the_cpus(rule, problem, shared, device):
+    """Short device times, so that the promise of a rule that steals is often given."""
+    problem.loads, problem.tokens = dict.fromkeys(problem.loads, 1), 1
+    problem.costs = dataclasses.replace(problem.costs, shared_base=shared, device_expert=device, device_token=0.0)
+    problem.allow_cpu = problem.allow_fetch = True
+    scheduler = get_scheduler(rule)
+    if scheduler.keeps_residents(problem.costs, 1, len(problem.loads)):
+        assert not problem.resident.intersection(scheduler.schedule(problem).cpu)
+
+
 def best_makespan(problem: Problem, transfer: float) -> float:
     """The optimum by brute force where all loads are equal: only how many go where matters."""
     load = next(iter(problem.loads.values()))

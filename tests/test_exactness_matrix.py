@@ -13,13 +13,13 @@ SLOW = set(random.Random(0).sample(REST, len(REST) // 5))
 """All of them take hours."""
 
 
-def cells(executor: str):
+def cells(*executors: str):
     marked = [pytest.param(cell, marks=pytest.mark.slow if cell in SLOW else pytest.mark.nightly) for cell in REST]
-    marked = [cell for cell in marked if cell.values[0].executor == executor]
+    marked = [cell for cell in marked if cell.values[0].executor in executors]
     return pytest.mark.parametrize("cell", marked, ids=lambda c: c.label)
 
 
-overlapped, callback = cells("overlapped"), cells("callback")
+overlapped, callback = cells("overlapped", "stacked"), cells("callback")
 
 
 @pytest.fixture(scope="module")

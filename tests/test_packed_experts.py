@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
-from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.slots import SeparateSlots
 from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import (
@@ -169,7 +169,7 @@ def link():
 
 def test_a_slot_is_one_buffer_and_keeps_its_memory(link):
     layout = expert("int4-g64", 96, 72).layout
-    pool = SlotPool([2], 96, 72, staging=2, layout=layout)
+    pool = SeparateSlots([2], 96, 72, staging=2, layout=layout)
     assert pool.expert_bytes == layout.nbytes and pool.nbytes == 4 * layout.nbytes
     ones = [expert("int4-g64", 96, 72, seed) for seed in range(6)]
     slot = pool.write(0, 0, link.put(ones[0]), None)

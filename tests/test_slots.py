@@ -1,4 +1,4 @@
-"""The slot pool: experts are written in place, nothing is copied but the expert, and misuse is an error, not a
+"""Both slot pools: experts are written in place, nothing is copied but the expert, and misuse is an error, not a
 wrong answer."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
-from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.slots import SeparateSlots
+from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.formats.plain import ExpertWeights, aligned_copy
 
@@ -32,68 +33,97 @@ def link():
     link.close()
 
 
-def pointers(slot) -> tuple[int, ...]:
-    return tuple(part.unsafe_buffer_pointer() for part in slot)
+def stacked(*args, **kwargs) -> StackedSlots:
+    return StackedSlots(*args, num_experts=64, **kwargs)
 
 
-def holds(slot, weights: ExpertWeights) -> bool:
-    return all(np.array_equal(np.array(have), want) for have, want in zip(slot, weights, strict=True))
+@pytest.fixture(params=(SeparateSlots, stacked), ids=("separate", "stacked"))
+def make(request):
+    return request.param
 
 
-def test_a_slot_keeps_its_memory_however_often_it_is_written(link):
-    pool = SlotPool([2], D, F)
-    where = pointers(pool.write(0, 0, link.put(expert(0)), None))
-    other = pointers(pool.write(0, 1, link.put(expert(1)), None))
+def memory(pool, place) -> tuple[int, ...]:
+    """The addresses of a slot's parts."""
+    if isinstance(pool, StackedSlots):
+        return tuple(part.unsafe_buffer_pointer() + int(place) * part[0].nbytes for part in pool.pool)
+    return tuple(part.unsafe_buffer_pointer() for part in place)
+
+
+def holds(pool, place, weights: ExpertWeights) -> bool:
+    return all(np.array_equal(np.array(have), want) for have, want in zip(pool.arrays(place), weights, strict=True))
+
+
+def test_a_slot_keeps_its_memory_however_often_it_is_written(link, make):
+    pool = make([2], D, F)
+    where = memory(pool, pool.write(0, 0, link.put(expert(0)), None))
+    other = memory(pool, pool.write(0, 1, link.put(expert(1)), None))
     assert not set(where) & set(other)
     for number in range(2, 40):
         slot = pool.write(0, number, link.put(expert(number)), number - 2)
-        assert pointers(slot) == (other if number % 2 else where)
-        assert holds(slot, expert(number)) and pool.residents(0) == {number - 1, number}
-    assert holds(pool.get(0, 38), expert(38)), "the other slot was touched"
+        assert memory(pool, slot) == (other if number % 2 else where)
+        assert holds(pool, slot, expert(number)) and pool.residents(0) == {number - 1, number}
+    assert holds(pool, pool.get(0, 38), expert(38)), "the other slot was touched"
 
 
-def test_pooled_slots_pass_from_layer_to_layer(link):
-    pool = SlotPool([1, 0, 1], D, F, pooled=True)
+def test_pooled_slots_pass_from_layer_to_layer(link, make):
+    pool = make([1, 0, 1], D, F, pooled=True)
     assert pool.nbytes == (2 + 2) * BYTES
-    first = pointers(pool.write(1, 4, link.put(expert(4)), None))
+    first = memory(pool, pool.write(1, 4, link.put(expert(4)), None))
     pool.write(1, 5, link.put(expert(5)), None)
     assert pool.residents(1) == {4, 5} and not pool.residents(0)
-    assert pointers(pool.write(2, 4, link.put(expert(6)), (1, 4))) == first, "another layer's expert of the same number"
+    other = pool.write(2, 4, link.put(expert(6)), (1, 4))
+    assert memory(pool, other) == first, "another layer's expert of the same number"
     assert pool.residents(1) == {5} and pool.residents(2) == {4}
-    assert holds(pool.get(2, 4), expert(6)) and holds(pool.get(1, 5), expert(5))
+    assert holds(pool, pool.get(2, 4), expert(6)) and holds(pool, pool.get(1, 5), expert(5))
     pool.clear()
     assert not any(pool.residents(layer) for layer in range(3))
 
 
-def test_the_buffer_given_up_cannot_be_used_any_more(link):
-    pool = SlotPool([1], D, F)
-    before = pool.write(0, 0, link.put(expert(0)), None)
+def test_the_buffer_given_up_cannot_be_used_any_more(link, make):
+    pool = make([1], D, F)
+    before = pool.buffers(pool.write(0, 0, link.put(expert(0)), None))
     pool.write(0, 1, link.put(expert(1)), 0)
     assert all(part.is_deleted() for part in before)
 
 
-def test_staging_slots_come_round_in_turn_and_leave_the_others_alone(link):
-    pool = SlotPool([1], D, F, staging=2)
+def test_a_table_on_the_device_says_who_is_where(link):
+    pool = stacked([1, 2], D, F)
+    assert np.all(np.array(pool.table) == -1)
+    pool.write(0, 5, link.put(expert(5)), None)
+    pool.write(1, 7, link.put(expert(7)), None)
+    pool.stream(link.put(expert(9)))
+    pool.write(0, 6, link.put(expert(6)), 5)
+    pool.write(1, 5, link.put(expert(5)), None)
+    table = np.array(pool.table)
+    for layer, residents in enumerate(({6}, {5, 7})):
+        assert set(np.flatnonzero(table[layer] >= 0)) == residents == pool.residents(layer)
+        for number in residents:
+            assert table[layer, number] == pool.get(layer, number)
+
+
+def test_staging_slots_come_round_in_turn_and_leave_the_others_alone(link, make):
+    pool = make([1], D, F, staging=2)
     kept = pool.write(0, 7, link.put(expert(7)), None)
     first, second = pool.stream(link.put(expert(0))), pool.stream(link.put(expert(1)))
-    assert holds(first, expert(0)) and holds(second, expert(1)), "one must be readable while the other is filled"
-    where = pointers(first), pointers(second)
+    readable = holds(pool, first, expert(0)), holds(pool, second, expert(1))
+    assert all(readable), "one must be readable while the other is filled"
+    where = memory(pool, first), memory(pool, second)
     for number in range(2, 8):
-        assert pointers(pool.stream(link.put(expert(number)))) == where[number % 2]
-    assert holds(kept, expert(7)) and pool.residents(0) == {7}
+        assert memory(pool, pool.stream(link.put(expert(number)))) == where[number % 2]
+    assert holds(pool, kept, expert(7)) and pool.residents(0) == {7}
 
 
-def test_a_pool_without_slots_still_streams(link):
-    pool = SlotPool([0, 0], D, F)
-    assert holds(pool.stream(link.put(expert(3))), expert(3))
+def test_a_pool_without_slots_still_streams(link, make):
+    pool = make([0, 0], D, F)
+    assert holds(pool, pool.stream(link.put(expert(3))), expert(3))
     assert pool.residents(0) == frozenset()
     assert pool.nbytes == 2 * pool.expert_bytes == 2 * BYTES
 
 
-def test_a_reader_of_the_old_expert_sees_the_old_expert(link):
+def test_a_reader_of_the_old_expert_sees_the_old_expert(link, make):
     """The write waits for readers dispatched before it: a slow computation on the slot is not torn by the next
     expert."""
-    pool = SlotPool([1], D, F)
+    pool = make([1], D, F)
     slot = pool.write(0, 0, link.put(expert(0)), None)
 
     @jax.jit
@@ -101,45 +131,45 @@ def test_a_reader_of_the_old_expert_sees_the_old_expert(link):
         return jax.lax.fori_loop(0, 300, lambda i, total: total + jax.numpy.sum(gate_up * (i + 1.0)), 0.0)
 
     expected = float(slow_sum(jax.numpy.asarray(expert(0).gate_up)))
-    reading = slow_sum(slot[0])
+    reading = slow_sum(pool.arrays(slot)[0])
     for number in range(1, 5):
         pool.write(0, number, link.put(expert(number)), number - 1)
     assert float(reading) == expected
 
 
 @pytest.mark.alone
-def test_writing_costs_the_same_in_a_large_pool():
+def test_writing_costs_the_same_in_a_large_pool(make):
     """An expert of 3 MB into 2 slots and into 64: copying the pool would take 32 times as long."""
     link = Link(jax.devices()[0], WallClock())
     weights = expert(0, 512, 512)
     medians = []
     for slots in (2, 64):
-        pool = SlotPool([slots], 512, 512)
+        pool = make([slots], 512, 512)
         pool.write(0, 0, link.put(weights), None)
         times = []
         for number in range(1, 16):
             start = time.perf_counter()
-            jax.block_until_ready(pool.write(0, number, link.put(weights), number - 1))
+            jax.block_until_ready(pool.buffers(pool.write(0, number, link.put(weights), number - 1)))
             times.append(time.perf_counter() - start)
         medians.append(statistics.median(times))
     link.close()
     assert medians[1] < 5 * medians[0]
 
 
-def test_a_fetch_is_a_real_copy(link):
+def test_a_fetch_is_a_real_copy(link, make):
     """On the CPU backend an aligned `device_put` aliases its source: neither a slot nor a staged prefetch may."""
-    pool = SlotPool([2], D, F)
+    pool = make([2], D, F)
     demanded, prefetched, streamed = expert(0), expert(1), expert(2)
     slot = pool.write(0, 0, link.put(demanded), None)
     link.prefetch(0, 1, prefetched)
     staged = link.wait(0, 1).staged
     stream = pool.stream(link.put(streamed))
-    jax.block_until_ready((slot, staged, stream))
+    jax.block_until_ready((pool.buffers(slot), staged, pool.buffers(stream)))
     for weights in (demanded, prefetched, streamed):
         for part in weights:
             part[...] = np.nan
-    assert holds(slot, expert(0)) and holds(staged, expert(1)) and holds(stream, expert(2))
-    assert holds(pool.write(0, 1, staged, None), expert(1))
+    assert holds(pool, slot, expert(0)) and holds(pool, stream, expert(2))
+    assert holds(pool, pool.write(0, 1, staged, None), expert(1))
 
 
 def test_prefetches_land_in_order_and_once(link):
@@ -164,11 +194,11 @@ def test_a_prefetch_that_failed_is_raised_where_it_is_taken(link):
     with pytest.raises(OSError, match="gone"):
         link.wait(0, 0)
     link.prefetch(0, 1, expert(1))
-    assert holds(link.wait(0, 1).staged, expert(1)), "the link must survive an error"
+    assert all(map(np.array_equal, link.wait(0, 1).staged, expert(1))), "the link must survive an error"
 
 
-def test_misuse_is_an_error(link):
-    pool = SlotPool([1], D, F)
+def test_misuse_is_an_error(link, make):
+    pool = make([1], D, F)
     pool.write(0, 0, link.put(expert(0)), None)
     with pytest.raises(RuntimeError, match="expert 0 of MoE layer 0 is already resident"):
         pool.write(0, 0, link.put(expert(0)), None)
@@ -178,11 +208,11 @@ def test_misuse_is_an_error(link):
         pool.write(0, 1, link.put(expert(1)), 5)
     with pytest.raises((IndexError, RuntimeError)):
         pool.write(0, 1, link.put(expert(1)), None)
-    assert pool.residents(0) == {0} and holds(pool.get(0, 0), expert(0))
+    assert pool.residents(0) == {0} and holds(pool, pool.get(0, 0), expert(0))
 
 
-def test_verify_names_the_slot_that_is_wrong(link):
-    pool = SlotPool([2, 2], D, F)
+def test_verify_names_the_slot_that_is_wrong(link, make):
+    pool = make([2, 2], D, F)
     for layer in range(2):
         for number in range(2):
             pool.write(layer, number, link.put(expert(10 * layer + number)), None)

@@ -102,6 +102,11 @@ class Planner:
         """Experts of `layer` in its slots now."""
         return frozenset(self._residency.resident[layer])
 
+    def keeps_residents(self, tokens: int) -> bool:
+        """Whether every plan of a step of so many tokens leaves all residents to the device, see `Scheduler`."""
+        activated = min(self.num_experts, tokens * self.top_k)
+        return not self.costs.shares_cores and self.scheduler.keeps_residents(self.costs, tokens, activated)
+
     def streams(self, phase: str) -> bool:
         """Whether a step of this phase, "prefill" or "decode", is streamed layer by layer, see `layer_stream`."""
         return self._layer_stream is not None and phase == "prefill"

@@ -31,7 +31,8 @@ from hybrimoe_jax.engine.lanes.host_memory import open_host_memory, parts_of
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.paced_link import PacedLink
 from hybrimoe_jax.engine.lanes.pacing import Pacing
-from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool
+from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
@@ -103,7 +104,8 @@ class _HybridAssembly:
         self.expert_bytes = given.shape.expert_bytes(given.format)
         self.fixed, self.slots = self._memory(max_context)
         pooled, wall = system.scope == "pooled", self._wall(given.costs)
-        self.pool = SlotPool(self.slots, config.hidden_size, config.moe_width, dtype, STAGING, store.layout, pooled)
+        self.pool = self._pool(dtype, pooled)
+        model.sends_input = self.pool.finds_residents
         here = options.clock == "wall" and options.paced is None
         found = given.costs.host_memory if here and isinstance(given.costs, CostModel) else None
         memory = open_host_memory(options.host_memory, found, store, device)
@@ -126,6 +128,17 @@ class _HybridAssembly:
             return WallClock()
         return PacedClock(Pacing(given), HostPace(given, time.perf_counter))
 
+    def _pool(self, dtype, pooled: bool) -> SlotPool:
+        """Slots as the device wants them."""
+        options, config, kind = self.options, self.model.config, self.options.slots
+        if kind == "auto":
+            gpu = self.device.platform != "cpu" or options.paced is not None
+            kind = "stacked" if gpu and options.executor != "callback" else "separate"
+        lies = (self.slots, config.hidden_size, config.moe_width, dtype, STAGING, self.store.layout, pooled)
+        if kind == "separate":
+            return SeparateSlots(*lies, kernel=self.model.device_kernel)
+        return StackedSlots(*lies, kernel=self.model.device_kernel, num_experts=config.num_experts)
+
     def parts(self) -> Parts:
         layered = forward = self._layered()
         if self.fusible and self._may_fuse(layered.planner):
@@ -136,7 +149,7 @@ class _HybridAssembly:
             self.kept.write(self.measured)
         kernel = self.model.device_kernel
         if self.options.executor != "callback":
-            kernel = programs.runs(self.pool.some(1)[0], kernel)
+            kernel = programs.runs(self.pool.arrays(self.pool.some(1)[0]), kernel)
         return Parts(
             options=self.options,
             system=self.system,

@@ -21,6 +21,15 @@ KERNELS = ("auto", "reference", "onednn", "native")
 DEVICE_KERNELS = ("auto", "xla", "cuda")
 AUTO = "auto"
 HOST_MEMORY = ("auto", "plain", "mapped", "pinned")
+SLOTS = ("auto", "separate", "stacked")
+CHOICES = {
+    "executor": EXECUTORS,
+    "host_kernel": KERNELS,
+    "device_kernel": DEVICE_KERNELS,
+    "host_memory": HOST_MEMORY,
+    "slots": SLOTS,
+    "clock": CLOCKS,
+}
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -50,6 +59,9 @@ class EngineConfig:
       host_memory: of the experts on the host, for copies to the device: "plain", "mapped" (registered with the device),
         "pinned" (in its own kind of host memory), or "auto": what the profile found the fastest, else mapped on a GPU.
         A device that refuses gives one warning, and memory stays plain.
+      slots: how slots lie in device memory: "separate", a buffer each, "stacked", one buffer in which programs find the
+        residents by themselves, or "auto": separate on the CPU backend, stacked elsewhere. The callback executor takes
+        separate ones.
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
@@ -88,6 +100,7 @@ class EngineConfig:
     host_kernel: str = "auto"
     device_kernel: str = "auto"
     host_memory: str = "auto"
+    slots: str = "auto"
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1
@@ -104,17 +117,16 @@ class EngineConfig:
     debug: bool = False
 
     def __post_init__(self):
-        _one_of("executor", self.executor, EXECUTORS)
-        _one_of("host_kernel", self.host_kernel, KERNELS)
-        _one_of("device_kernel", self.device_kernel, DEVICE_KERNELS)
-        _one_of("host_memory", self.host_memory, HOST_MEMORY)
-        _one_of("clock", self.clock, CLOCKS)
+        for name, choices in CHOICES.items():
+            _one_of(name, getattr(self, name), choices)
         if self.device_kernel == "cuda" and self.executor == "dense":
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
             raise UserError("the virtual clock needs a profile, whose machine it is, and an executor other than dense")
         if check_device(self.device) is not None:
             self._check_paced()
+        if self.slots == "stacked" and self.executor == "callback":
+            raise UserError("the callback executor hands experts over one by one: it takes no stacked slots")
         if self.cost_shape is not None:
             self._check_cost_shape(self.cost_shape)
         if self.prefetch is not None:
@@ -131,13 +143,16 @@ class EngineConfig:
             scope=self.cache_scope,
             stream_prefill=self.stream_prefill,
         )
+        self._check_sizes()
+        if not self.start_cache:
+            raise UserError('start_cache is empty: give a folder, "default" or "off"')
+        check_lookahead(self.lookahead)
+
+    def _check_sizes(self) -> None:
         if self.cache_ratio is not None and self.vram_budget is not None:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
             raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
-        if not self.start_cache:
-            raise UserError('start_cache is empty: give a folder, "default" or "off"')
-        check_lookahead(self.lookahead)
         for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:

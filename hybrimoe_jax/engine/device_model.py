@@ -46,10 +46,10 @@ class DeviceModel:
     On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s
     measured); but with `native` the large matrices stay bfloat16 (`stays_narrow`).
     `own_norm`: routers of later layers read this layer's router input, instead of its residual stream through their
-    own norms. `device_kernel`: "xla" or "cuda".
+    own norms. `device_kernel`: "xla" or "cuda". `sends_input`: a layer's routing is read together with its input.
     """
 
-    own_norm = False
+    own_norm = sends_input = False
     device_kernel = "xla"
 
     def __init__(self, config, dense: Mapping[str, Any], device: Device, native: bool = False):

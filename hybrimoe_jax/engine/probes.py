@@ -217,21 +217,26 @@ class EngineLanes:
 
     def _block(self, tokens: int, experts: int, shared: bool) -> Callable[[], Any]:
         """-> a function that dispatches a block, its `shared` experts too, and returns its result."""
-        model, program = self.model, self.layer.programs.shared if shared else None
-        x = jax.device_put(jnp.ones((tokens, self.width), jnp.float32), model.device)
+        program, pacing = self.layer.programs.shared if shared else None, self.clock.pacing
+        x = jax.device_put(jnp.ones((tokens, self.width), jnp.float32), self.model.device)
+        routed = programs.Routed(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32))
         rows = dict.fromkeys(range(experts), np.arange(tokens))
         mix = dict.fromkeys(range(experts), np.ones(tokens, np.float32))
 
         def start():
-            acc = x if program is None else program(self.layer.params, x)
+            acc = x if program is None else program(self.layer.params, x, pacing.block(tokens))
             slots = [(expert, next(self._slots)) for expert in range(experts)]
-            return programs.add_device_experts(acc, x, slots, rows, mix, model.device_kernel)
+            return self.pool.add(acc, routed, slots, rows, mix, pacing)
 
         return start
 
     def _front(self, tokens: int, context: int) -> Callable[[], jax.Array]:
         """-> a function that dispatches a front and returns the packed routing."""
-        layer, capacity = self.layer, programs.bucket(context, 256)
+        layer, capacity, pace = (
+            self.layer,
+            programs.bucket(context, 256),
+            self.clock.pacing.front(tokens, context, False),
+        )
         positions = np.arange(max(0, context - tokens), max(tokens, context), dtype=np.int32)[None]
         span = StepInput(np.zeros_like(positions), positions, capacity, "decode", None).span
         positions = jax.device_put(positions, self.model.device)
@@ -243,7 +248,8 @@ class EngineLanes:
 
         def start() -> jax.Array:
             nonlocal cache
-            *_, cache, packed = layer.programs.front(layer.params, (), h, nothing, nothing, cache, positions, span)
+            parts = (h, nothing, nothing, cache, positions, span, self.model.sends_input, pace)
+            *_, cache, packed = layer.programs.front(layer.params, (), *parts)
             return packed
 
         return start

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.host_kernels.native.pace import begin, end
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.moe import add_experts, expert_forward, native_for
 from hybrimoe_jax.models.parameters import merge
@@ -31,7 +32,9 @@ number (1.1 to 3.8 times faster than a call an expert, prompts of 64 to 512 toke
 _PROGRAMS: list = []
 
 
-def _program(function, **options):
+def program(function, **options):
+    """`function` jitted, as a part of an engine's step."""
+
     @functools.wraps(function)
     def traced(*args, **kwargs):
         with on_native_kernels():
@@ -42,16 +45,25 @@ def _program(function, **options):
     return jitted
 
 
+class Routed(NamedTuple):
+    """A MoE layer's input on the device: x [N, D], and who computes it: ids [N, k] int32, weights [N, k]."""
+
+    x: jax.Array
+    ids: jax.Array
+    weights: jax.Array
+
+
 class LayerPrograms(NamedTuple):
     """The jitted pieces of one kind of layer.
 
-    front(params, lookahead, h, acc, host, cache, positions, span) -> (h, x, cache, packed) for a MoE layer, with
-      packed [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so one
-      read-back);
-    shared(params, x) -> [N, D]; None where the family has no shared experts;
+    front(params, lookahead, h, acc, host, cache, positions, span, whole, pace) -> (h, routed, cache, packed) for a MoE
+      layer, with packed [N, 2k + E * (1 + distances)]: ids, weights, scores, then each distance's scores (one array, so
+      one read-back); where `whole` (static), [N, D + ...], x first;
+    shared(params, x, pace) -> [N, D]; None where the family has no shared experts;
     dense(params, h, acc, host, cache, positions, span) -> (h, cache) for a layer without experts.
 
-    `span` (static) bounds the cache that attention reads: a power of two past the last position.
+    `span` (static) bounds the cache that attention reads: a power of two past the last position. `pace`: how long the
+    program must last, see `lanes.pacing`; None: as long as it takes.
     """
 
     front: Callable
@@ -73,20 +85,21 @@ def router_scores(h: jax.Array, norm: jax.Array, gate: jax.Array, eps: float) ->
 def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
     """Programs of every layer whose static part equals `graphdef`."""
 
-    def front(params, lookahead, h, acc, host, cache, positions, span):
+    def front(params, lookahead, h, acc, host, cache, positions, span, whole=False, pace=None):
         with jax.named_scope("route"):
             layer = merge(graphdef, params)
-            h, cache = layer.attend(_join(h, acc, host), cache, positions, span)
+            h, cache = layer.attend(begin(_join(h, acc, host), pace), cache, positions, span)
             x = layer.ffn_input(h)
             routing = layer.ffn.route(x)
             eps = layer.post_attention_layernorm.eps
             ahead = [router_scores(h, norm, gate, eps) for norm, gate in lookahead]
             packed = [routing.ids.astype(jnp.float32), routing.weights, routing.scores, *ahead]
-            return h, x, cache, jnp.concatenate(packed, axis=-1)
+            packed = jnp.concatenate([x, *packed] if whole else packed, axis=-1)
+            return h, Routed(x, routing.ids, routing.weights), cache, end(packed, pace)
 
-    def shared(params, x):
+    def shared(params, x, pace=None):
         with jax.named_scope("shared"):
-            return merge(graphdef, params).ffn.shared(x)
+            return end(merge(graphdef, params).ffn.shared(begin(x, pace)), pace)
 
     def dense(params, h, acc, host, cache, positions, span):
         with jax.named_scope("dense_layer"):
@@ -95,14 +108,15 @@ def layer_programs(graphdef, has_shared: bool) -> LayerPrograms:
             return h + layer.ffn(layer.ffn_input(h)).reshape(h.shape), cache
 
     return LayerPrograms(
-        _program(front, donate_argnums=5, static_argnums=7),
-        _program(shared) if has_shared else None,
-        _program(dense, donate_argnums=4, static_argnums=6),
+        program(front, donate_argnums=5, static_argnums=(7, 8)),
+        program(shared) if has_shared else None,
+        program(dense, donate_argnums=4, static_argnums=6),
     )
 
 
-def _embed(table, ids):
-    return table[ids].astype(jnp.float32)
+def _embed(table, ids, pace=None):
+    """[B, T, D]. `pace`: of all that a step does outside its MoE layers."""
+    return end(begin(table[ids].astype(jnp.float32), pace), pace)
 
 
 def _last_logits(norm, head, h, acc, host, last, eps):
@@ -127,11 +141,11 @@ def _gathered_rows(acc, x, rows, weights, slot, kernel="xla"):
         return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows], kernel))
 
 
-embed = _program(_embed)
-last_logits = _program(_last_logits, static_argnames="eps")
-all_logits = _program(_all_logits, static_argnames="eps")
-dense_rows = _program(_dense_rows, static_argnames="kernel")
-gathered_rows = _program(_gathered_rows, static_argnames="kernel")
+embed = program(_embed)
+last_logits = program(_last_logits, static_argnames="eps")
+all_logits = program(_all_logits, static_argnames="eps")
+dense_rows = program(_dense_rows, static_argnames="kernel")
+gathered_rows = program(_gathered_rows, static_argnames="kernel")
 
 
 def bucket(n: int, smallest: int = 1) -> int:
@@ -169,10 +183,15 @@ def add_device_experts(acc, x, experts, rows_of, weights_of, kernel="xla"):
             acc = dense_rows(acc, x, weights, *slots, kernel=kernel)
         return acc
     for expert, slot in experts:
-        load = len(rows_of[expert])
-        size = min(bucket(load, 8), rows_in_call)
-        rows = np.zeros(size, np.int32)
-        weights = np.zeros(size, np.float32)
-        rows[:load], weights[:load] = rows_of[expert], weights_of[expert]
+        rows, weights = padded_rows(rows_of[expert], weights_of[expert], rows_in_call)
         acc = gathered_rows(acc, x, rows, weights, slot, kernel=kernel)
     return acc
+
+
+def padded_rows(rows: np.ndarray, weights: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """An expert's rows and their weights, filled up to a power of two, or to `most`, with row 0 at weight 0."""
+    load = len(rows)
+    size = min(bucket(load, 8), most)
+    filled, mix = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    filled[:load], mix[:load] = rows, weights
+    return filled, mix

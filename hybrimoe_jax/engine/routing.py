@@ -22,6 +22,7 @@ class HostRouting:
       ids, row_weights, row_scores: [N, k], [N, k], [N, E] as routed, padding rows included.
       ahead: per lookahead distance, router probabilities [N, E] of that later layer on this layer's state.
       valid: row numbers that hold real tokens.
+      x: [N, D], the layer's input, where it was read with the rest.
     """
 
     loads: dict[int, int]
@@ -33,6 +34,7 @@ class HostRouting:
     row_scores: np.ndarray
     ahead: list[np.ndarray]
     valid: np.ndarray
+    x: np.ndarray | None = None
 
     def shown(self) -> RouterOutlook:
         """What a predictor may learn from: the real tokens' rows."""
@@ -42,8 +44,14 @@ class HostRouting:
         return RouterOutlook(self.ids[rows], self.row_scores[rows], [ahead[rows] for ahead in self.ahead])
 
 
-def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray) -> HostRouting:
-    """Unpacks what a layer's front program returned (float32 [N, 2k + E * (1 + distances)])."""
+def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.ndarray, width: int = 0) -> HostRouting:
+    """Unpacks what a layer's front program returned: float32 [N, width + 2k + E * (1 + distances)].
+
+    `width`: D where the layer's input comes first, else 0.
+    """
+    x = None
+    if width:
+        x, packed = np.ascontiguousarray(packed[:, :width]), packed[:, width:]
     ids = packed[:, :top_k].astype(np.int64)
     weights = packed[:, top_k : 2 * top_k]
     start = 2 * top_k
@@ -61,6 +69,7 @@ def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.nda
             scores,
             ahead,
             valid,
+            x,
         )
     whole = len(valid) == len(packed)
     flat = (ids if whole else ids[valid]).ravel()
@@ -76,4 +85,4 @@ def read_routing(packed: np.ndarray, top_k: int, num_experts: int, valid: np.nda
             loads[expert] = load
             begin += load
     mean = scores.mean(axis=0) if whole else scores[valid].sum(axis=0) / max(1, len(valid))
-    return HostRouting(loads, rows, mixes, mean, ids, weights, scores, ahead, valid)
+    return HostRouting(loads, rows, mixes, mean, ids, weights, scores, ahead, valid, x)

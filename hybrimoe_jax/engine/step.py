@@ -75,6 +75,7 @@ class Pass:
       tokens: real ones, without padding. routers: how many coming layers' routers the planner wants.
       moved: experts that landed for the layer under way. streamed: experts that started with their whole layer since it
         began.
+      early: residents are dispatched before the routing is read.
       moe_layer: the one under way. lanes: of the latest one.
     """
 
@@ -92,6 +93,7 @@ class Pass:
     started: float
     compiled: float
     streamed: int = 0
+    early: bool = False
     moe_layer: int = -1
     began: float = 0.0
     moved: int = 0

@@ -110,6 +110,16 @@ class Scheduler(ABC):
         """
         return float("inf") if problem.allow_fetch and self.uses_link else 0.0
 
+    def keeps_residents(self, costs: Costs, tokens: int, activated: int) -> bool:
+        """Whether every schedule of such a step leaves all residents to the device, whatever the routing.
+
+        `activated`: experts in it. For a rule that steals it is proven for one token, whose loads are equal, where the
+        device is done with all of them no later than the CPU with the first that it might take.
+        """
+        if not self.steals:
+            return True
+        return tokens == 1 and costs.shared(1) + activated * costs.device(1) <= costs.cpu(1, True)
+
     def transfer_seconds(self, problem: Problem) -> float:
         """What rules decide by: the slower transfer wherever the CPU may be computing meanwhile."""
         return problem.costs.transfer(self.uses_cpu and problem.allow_cpu)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.engine.fused.arguments import restore
-from hybrimoe_jax.engine.programs import _program
+from hybrimoe_jax.engine.programs import program
 from hybrimoe_jax.host_kernels.native.routed import routed
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.parameters import merge
@@ -151,4 +151,4 @@ def decode_program(layers: tuple, specs: tuple, eps: float, isa: int):
         made, token, given, logits, packed, caches = jax.lax.while_loop(goes_on, add, state)
         return logits, packed, jnp.concatenate([jnp.stack([token, made]), given]), caches
 
-    return _program(run, donate_argnums=4, static_argnums=7)
+    return program(run, donate_argnums=4, static_argnums=7)

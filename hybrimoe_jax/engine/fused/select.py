@@ -34,6 +34,7 @@ def can_fuse(options: EngineConfig, device: Device, host: HostExecutor) -> bool:
     plain = options.executor == "overlapped" and options.clock == "wall" and options.paced is None
     return (
         plain
+        and options.slots != "stacked"
         and not (options.debug or options.lazy)
         and device.platform == "cpu"
         and ffi.available()

@@ -29,6 +29,8 @@ class Clock(abc.ABC):
 
     name: str
     pacing: NoPacing = NoPacing()
+    real = True
+    """Whether work takes its time while it is done; else its time is worked out once it is planned."""
 
     @abc.abstractmethod
     def now(self) -> float: ...
@@ -160,6 +162,7 @@ class VirtualClock(Clock):
     """Args: machine: keeps the time, and says what lands when."""
 
     name = "virtual"
+    real = False
 
     def __init__(self, machine: VirtualMachine):
         self.machine = machine

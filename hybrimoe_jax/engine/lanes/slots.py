@@ -1,31 +1,35 @@
-"""The device side of the cache: one donated buffer per slot, written in place.
+"""The device side of the cache: slots that experts are written into in place, and what computes the experts in them.
 
-Each holds one expert (two buffers for a plain one).
+`SlotPool` knows which slot holds whom; how slots lie in memory is its two kinds' business. `SeparateSlots`, here: one
+donated buffer a slot (two for a plain expert), passed to programs as arguments. Measured on XLA:CPU: experts kept so
+run 3-10 times faster than experts indexed out of one stacked buffer, because nothing copies weights. `stacked`: all
+slots in one buffer, found on the device through a table, as a GPU wants it.
 
-Measured on XLA:CPU: experts kept as separate arrays and passed as arguments run 3-10 times faster than experts indexed
-out of one stacked buffer, because nothing copies weights. Only the thread that owns the pool may call it.
+Only the thread that owns the pool may call it.
 """
 
 from __future__ import annotations
+
+import abc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.decide.plan import Victim
+from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.lanes.pacing import NoPacing
 from hybrimoe_jax.formats.packing import ExpertLayout, HostExpert, PackedExpert
 from hybrimoe_jax.models.moe import DeviceExpert
 
-
-def _overwrite(slot: DeviceExpert, new: DeviceExpert) -> DeviceExpert:
-    return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, (0,) * old.ndim), slot, new)
-
-
-write_slot = jax.jit(_overwrite, donate_argnums=0)
-"""(slot, expert) -> slot, in place: the returned buffers are the donated ones, so a fetch allocates nothing."""
+Place = Any
+"""Where an expert lies, to be handed back to `add`: its arrays, or its slot's number. Valid until that is written."""
+Experts = list[tuple[int, Place]]
+NO_PACING = NoPacing()
 
 
-class SlotPool:
+class SlotPool(abc.ABC):
     """Slots of every MoE layer, plus a few staging slots that no layer owns.
 
     Args:
@@ -35,7 +39,11 @@ class SlotPool:
       staging: slots through which experts are streamed that find no place (at least two, so that one fills while one
         is read).
       pooled: all layers share the sum of the slots; a victim is then (layer, expert).
+      kernel: what computes them, an `EngineConfig.device_kernel`.
     """
+
+    finds_residents = False
+    """Whether a program can tell on the device which of the chosen experts are in slots: see `block`."""
 
     def __init__(
         self,
@@ -46,69 +54,59 @@ class SlotPool:
         staging: int = 2,
         layout: ExpertLayout | None = None,
         pooled: bool = False,
+        kernel: str = "xla",
     ):
         self._shapes, self._count = ((2 * width, hidden), (hidden, width)), max(2, staging)
         self._layers, self._slots = len(slots), [sum(slots)] if pooled else list(slots)
         self._pooled = pooled
-        self.dtype, self.layout = dtype, layout
+        self.dtype, self.layout, self.kernel = dtype, layout, kernel
+        self.expert_bytes = layout.nbytes if layout is not None else 3 * hidden * width * np.dtype(dtype).itemsize
         self.clear()
-        self.expert_bytes = sum(a.nbytes for a in jax.tree.leaves(self._staging[0]))
 
     def clear(self) -> None:
-        """Starts anew with empty buffers."""
-        self._buffers: list[list[DeviceExpert]] = []  # the old ones go before new ones are made
-        self._staging: list[DeviceExpert] = []
-        self._buffers = [[self._empty() for _ in range(n)] for n in self._slots]
-        self._staging = [self._empty() for _ in range(self._count)]
+        """Starts anew with empty slots."""
+        self._empty_slots()
         self._next_staging = 0
         self._where: list[dict[int, int]] = [{} for _ in range(self._layers)]
-        self._free: list[list[int]] = [list(range(n))[::-1] for n in self._slots]
-
-    def _empty(self) -> DeviceExpert:
-        if self.layout is not None:
-            return PackedExpert(jnp.zeros(self.layout.nbytes, jnp.uint8), self.layout)
-        gate_up, down = (jnp.zeros(shape, self.dtype) for shape in self._shapes)
-        return gate_up, down
+        starts = np.cumsum([0, *self._slots]).tolist()
+        self._free: list[list[int]] = [list(range(at, at + n))[::-1] for at, n in zip(starts, self._slots)]
 
     @property
     def nbytes(self) -> int:
-        return self.expert_bytes * (len(self._staging) + sum(len(layer) for layer in self._buffers))
+        return self.expert_bytes * (self._count + sum(self._slots))
 
     def residents(self, layer: int) -> frozenset[int]:
         return frozenset(self._where[layer])
 
-    def get(self, layer: int, expert: int) -> DeviceExpert:
-        return self._of(self._buffers, layer)[self._where[layer][expert]]
+    def get(self, layer: int, expert: int) -> Place:
+        return self._place(self._where[layer][expert])
 
-    def _of(self, groups: list[list], layer: int) -> list:
-        """The layer's own list, or the one that all layers share."""
-        return groups[0 if self._pooled else layer]
-
-    def some(self, count: int) -> list[DeviceExpert]:
-        """Up to `count` different slots, staging ones included, whatever they hold (to time device experts on)."""
-        return [slot for layer in [self._staging, *self._buffers] for slot in layer][:count]
-
-    def write(self, layer: int, expert: int, new: DeviceExpert, victim: Victim | None) -> DeviceExpert:
-        """Puts `new` into the victim's slot (a free one if None) and returns the slot's arrays."""
+    def write(self, layer: int, expert: int, new: DeviceExpert, victim: Victim | None) -> Place:
+        """Puts `new` into the victim's slot (a free one if None)."""
         where = self._where[layer]
         if expert in where:
             raise RuntimeError(f"expert {expert} of MoE layer {layer} is already resident")
-        buffers = self._of(self._buffers, layer)
+        gone = None
         if victim is None:
-            index = self._of(self._free, layer).pop()
+            index = self._free[0 if self._pooled else layer].pop()
         else:
-            owner, left = victim if isinstance(victim, tuple) else (layer, victim)
-            index = self._where[owner].pop(left)
-        buffers[index] = write_slot(buffers[index], new)
+            gone = victim if isinstance(victim, tuple) else (layer, victim)
+            index = self._where[gone[0]].pop(gone[1])
+        self._overwrite(index, new, (layer, expert), gone)
         where[expert] = index
-        return buffers[index]
+        return self._place(index)
 
-    def stream(self, new: DeviceExpert) -> DeviceExpert:
+    def stream(self, new: DeviceExpert) -> Place:
         """Puts `new` into the next staging slot; it lives until that slot comes round again."""
-        index = self._next_staging
-        self._next_staging = (index + 1) % len(self._staging)
-        self._staging[index] = write_slot(self._staging[index], new)
-        return self._staging[index]
+        index = sum(self._slots) + self._next_staging
+        self._next_staging = (self._next_staging + 1) % self._count
+        self._overwrite(index, new, None, None)
+        return self._place(index)
+
+    def some(self, count: int) -> list[Place]:
+        """Up to `count` different slots, staging ones included, whatever they hold (to time device experts on)."""
+        total = sum(self._slots)
+        return [self._place(i) for i in [*range(total, total + self._count), *range(total)][:count]]
 
     def verify(self, layer: int, expected) -> None:
         """Debug: every resident slot of the layer must equal `expected(expert)`.
@@ -117,6 +115,84 @@ class SlotPool:
         """
         for expert in self._where[layer]:
             want: HostExpert = expected(expert)
-            for have, reference in zip(jax.tree.leaves(self.get(layer, expert)), jax.tree.leaves(want), strict=True):
-                if not np.array_equal(np.array(have, copy=True), np.asarray(reference, dtype=have.dtype)):
+            have = jax.tree.leaves(self.arrays(self.get(layer, expert)))
+            for array, reference in zip(have, jax.tree.leaves(want), strict=True):
+                if not np.array_equal(np.array(array, copy=True), np.asarray(reference, dtype=array.dtype)):
                     raise RuntimeError(f"slot of MoE layer {layer} does not hold expert {expert}")
+
+    @abc.abstractmethod
+    def arrays(self, place: Place) -> DeviceExpert:
+        """The expert that lies there."""
+
+    @abc.abstractmethod
+    def buffers(self, place: Place) -> list[jax.Array]:
+        """What is ready once that slot is written."""
+
+    def block(self, layer, routed: programs.Routed, left_out: list[int], pace=None) -> jax.Array:
+        """A MoE layer's shared experts, and those of each token that are in slots, in one program: [N, D].
+
+        Only where it `finds_residents`. Args: layer: a `DeviceLayer`. left_out: residents that somebody else computes.
+        pace: `pacing.block`.
+        """
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def add(
+        self, acc: jax.Array, routed: programs.Routed, experts: Experts, rows, weights, pacing: NoPacing = NO_PACING
+    ) -> jax.Array:
+        """`acc` [N, D] plus experts of the routed x [N, D], asynchronously.
+
+        Args: experts: (id, place). rows, weights: per id, the rows [load] routed to it and their weights [load], numpy.
+        """
+
+    @abc.abstractmethod
+    def _empty_slots(self) -> None: ...
+
+    @abc.abstractmethod
+    def _place(self, index: int) -> Place: ...
+
+    @abc.abstractmethod
+    def _overwrite(
+        self, index: int, new: DeviceExpert, enters: tuple[int, int] | None, leaves: tuple[int, int] | None
+    ) -> None:
+        """Writes slot `index`; (layer, expert) of who is resident in it from now on, and of who was."""
+
+
+def empty_expert(shapes, dtype, layout: ExpertLayout | None, *stack: int) -> DeviceExpert:
+    """Zeros for one expert, or for as many as `stack` says behind one another."""
+    if layout is not None:
+        return PackedExpert(jnp.zeros((*stack, layout.nbytes), jnp.uint8), layout)
+    gate_up, down = (jnp.zeros((*stack, *shape), dtype) for shape in shapes)
+    return gate_up, down
+
+
+def _overwrite(slot: DeviceExpert, new: DeviceExpert) -> DeviceExpert:
+    return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, (0,) * old.ndim), slot, new)
+
+
+write_slot = jax.jit(_overwrite, donate_argnums=0)
+"""(slot, expert) -> slot, in place: the returned buffers are the donated ones, so a fetch allocates nothing."""
+
+
+class SeparateSlots(SlotPool):
+    """A buffer a slot; a place is the slot's arrays."""
+
+    def arrays(self, place):
+        return place
+
+    def buffers(self, place):
+        return jax.tree.leaves(place)
+
+    def add(self, acc, routed, experts, rows, weights, pacing=NO_PACING):
+        return programs.add_device_experts(acc, routed.x, experts, rows, weights, self.kernel)
+
+    def _empty_slots(self) -> None:
+        self._buffers: list[DeviceExpert] = []  # the old ones go before new ones are made
+        total = sum(self._slots) + self._count
+        self._buffers = [empty_expert(self._shapes, self.dtype, self.layout) for _ in range(total)]
+
+    def _place(self, index):
+        return self._buffers[index]
+
+    def _overwrite(self, index, new, enters, leaves) -> None:
+        self._buffers[index] = write_slot(self._buffers[index], new)

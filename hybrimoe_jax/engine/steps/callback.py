@@ -14,7 +14,7 @@ import numpy as np
 from hybrimoe_jax.decide.plan import Fetch, LayerPlan
 from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.host import HostExecutor
-from hybrimoe_jax.engine.programs import _program, bucket
+from hybrimoe_jax.engine.programs import bucket, program
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
 from hybrimoe_jax.engine.steps.layered import LayeredForward
@@ -30,7 +30,7 @@ def moe_program(graphdef, kernel: str = "xla"):
     def moe(params, acc, x, slot_weights, slots, host):
         return HybridMoE(merge(graphdef, params).ffn, kernel)(acc, x, slot_weights, slots, host)
 
-    return _program(moe)
+    return program(moe)
 
 
 class HostExperts:
@@ -62,8 +62,8 @@ class CallbackForward(LayeredForward):
         self._experts = HostExperts(self.host)
         self._handle = np.int32(register_host(self._experts))
 
-    def carry_out(self, run, lanes, layer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
-        now, moe_layer = self.link.clock.now, run.moe_layer
+    def carry_out(self, run, lanes, layer, routed, block, routing: HostRouting, plan: LayerPlan) -> None:
+        now, moe_layer, x = self.link.clock.now, run.moe_layer, routed.x
         started = now()
         kept, acc = self._bring_in(moe_layer, layer, x, routing, plan, lanes)
         if self.verify is not None:
@@ -107,7 +107,7 @@ class CallbackForward(LayeredForward):
     def _fetch(self, moe_layer: int, fetch: Fetch):
         """A demand fetch that has landed."""
         issued = self.link.clock.now()
-        slot = jax.block_until_ready(self.fetch(moe_layer, fetch))
+        slot = jax.block_until_ready(self.fetched(moe_layer, fetch, self.start_fetch(moe_layer, fetch)))
         if self.timeline is not None:
             self.timeline.transfer("fetch", moe_layer, fetch.expert, issued, self.link.clock.now())
         return slot

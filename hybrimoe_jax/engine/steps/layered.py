@@ -26,11 +26,13 @@ from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
-from hybrimoe_jax.engine.lanes.slots import SlotPool
-from hybrimoe_jax.engine.lanes.transfer import Link
+from hybrimoe_jax.engine.lanes.slots import Place, SlotPool
+from hybrimoe_jax.engine.lanes.transfer import Link, Transfer
+from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.engine.routing import HostRouting, read_routing
 from hybrimoe_jax.engine.stats import Lanes, LayerStats, StepStats
 from hybrimoe_jax.engine.step import Forward, Pass, StepInput
+from hybrimoe_jax.models.moe import DeviceExpert
 
 TRACE_LOOKAHEAD = 6
 """Distances that a trace records whatever the system looks ahead, so that it can replay every system."""
@@ -90,38 +92,42 @@ class LayeredForward(Forward):
                 self._dense_layer(run, index, layer)
                 continue
             run.moe_layer = layer.moe_layer
-            x, shared, routing = self.front(run, index, layer)
-            self.land(run)
+            if run.early:  # the block finds its experts by itself: from here to the plan nothing may come or go
+                self.land(run)
+            routed, block, routing = self.front(run, index, layer)
+            if not run.early:
+                self.land(run)
             plan = self.plan(run, routing)
             run.lanes = Lanes()
-            self.carry_out(run, run.lanes, layer, x, shared, routing, plan)
+            self.carry_out(run, run.lanes, layer, routed, block, routing, plan)
             self.record(run, run.lanes, routing, plan)
         return self._finish(run)
 
     # the verbs
 
-    def front(self, run: Pass, index: int, layer: DeviceLayer) -> tuple[jax.Array, jax.Array | None, HostRouting]:
-        """-> the MoE's input [N, D] on the device, the shared experts' part if there are any, the routing.
-
-        The first two are still to be computed.
-        """
-        config, run.began = self.model.config, self.clock.now()
-        distance = self._lookahead if self.trace is not None else run.routers
-        run.h, x, run.caches[index], packed = layer.programs.front(
+    def front(self, run: Pass, index: int, layer: DeviceLayer) -> tuple[Routed, jax.Array | None, HostRouting]:
+        """-> what is routed, and what of the block needs no plan, both still to be computed; and the routing."""
+        model, config, run.began = self.model, self.model.config, self.clock.now()
+        distance, whole = self._lookahead if self.trace is not None else run.routers, model.sends_input
+        run.h, routed, run.caches[index], packed = layer.programs.front(
             layer.params,
-            self.model.lookahead_routers(run.moe_layer, distance),
+            model.lookahead_routers(run.moe_layer, distance),
             run.h,
             run.device_part,
             run.host_part,
             run.caches[index],
             run.positions,
             run.span,
+            whole,
+            self.clock.pacing.front(run.tokens, run.context, run.routers > 0),
         )
-        shared = self.dispatch_shared(layer, x)
-        packed = self.read(packed, run.lanes)
-        routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid)
+        if whole:
+            packed.copy_to_host_async()
+        block = self.dispatch_block(run, layer, routed)
+        packed, width = self.read(packed, run.lanes), config.hidden_size if whole else 0
+        routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid, width)
         self.clock.front(run.moe_layer, run.tokens, run.context, run.routers > 0)
-        return x, shared, routing
+        return routed, block, routing
 
     def land(self, run: Pass) -> None:
         """Writes prefetches that have landed into their slots."""
@@ -149,7 +155,7 @@ class LayeredForward(Forward):
 
     @abc.abstractmethod
     def carry_out(
-        self, run: Pass, lanes: Lanes, layer: DeviceLayer, x, shared, routing: HostRouting, plan: LayerPlan
+        self, run: Pass, lanes: Lanes, layer: DeviceLayer, routed: Routed, block, routing: HostRouting, plan: LayerPlan
     ) -> None:
         """Sets the run's `device_part` and `host_part` [N, D], and what the `lanes` took.
 
@@ -200,7 +206,7 @@ class LayeredForward(Forward):
             context=step.context,
             routers=planner.routers_wanted(len(valid)),
             positions=jax.device_put(step.positions, model.device),  # once, not at every layer's call
-            h=programs.embed(model.table, step.ids),
+            h=programs.embed(model.table, step.ids, clock.pacing.step(len(valid))),
             device_part=nothing,
             host_part=nothing,
             caches=list(caches),
@@ -208,6 +214,7 @@ class LayeredForward(Forward):
             started=started,
             compiled=compiled,
             streamed=len(first),
+            early=self.early(len(valid), step.ids.size),
         )
 
     def _dense_layer(self, run: Pass, index: int, layer: DeviceLayer) -> None:
@@ -230,9 +237,13 @@ class LayeredForward(Forward):
 
     # what executors carry plans out with
 
-    def dispatch_shared(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
-        """Dispatches what needs no plan (the shared experts) before the routing is read."""
+    def dispatch_block(self, run: Pass, layer: DeviceLayer, routed: Routed) -> jax.Array | None:
+        """Dispatches what needs no plan before the routing is read: shared experts, and residents if `early`."""
         return None
+
+    def early(self, tokens: int, rows: int) -> bool:
+        """Whether residents are dispatched before the routing is read, in a step of so many tokens and rows."""
+        return False
 
     def read(self, result: jax.Array, lanes: Lanes | None) -> np.ndarray:
         """Waits for the next program's result, already dispatched; `lanes` are those of the layer before it, if any."""
@@ -244,11 +255,15 @@ class LayeredForward(Forward):
             self._zeros[rows] = jax.device_put(jnp.zeros((rows, width), jnp.float32), self.model.device)
         return self._zeros[rows]
 
-    def fetch(self, moe_layer: int, fetch: Fetch):
-        """A planned demand fetch: the expert's arrays in its slot, or in a staging slot when it is only streamed."""
-        return self._place(moe_layer, fetch, self.link.put(self.weights(moe_layer, fetch.expert)))
+    def start_fetch(self, moe_layer: int, fetch: Fetch, after: jax.Array | None = None) -> Transfer:
+        """Starts a planned demand fetch, behind `after` where copies wait for compute."""
+        return self.link.fetch(moe_layer, fetch.expert, self.weights(moe_layer, fetch.expert), after)
 
-    def wait_for(self, moe_layer: int, fetch: Fetch):
+    def fetched(self, moe_layer: int, fetch: Fetch, transfer: Transfer) -> Place:
+        """The expert in its slot, or in a staging slot when it is only streamed."""
+        return self._place(moe_layer, fetch, self.link.arrived(transfer))
+
+    def wait_for(self, moe_layer: int, fetch: Fetch) -> Place:
         """The same for an expert that a prefetch is already moving: waits until it has landed."""
         now = self.link.clock.now
         began = now()
@@ -259,7 +274,7 @@ class LayeredForward(Forward):
         self._note(transfer)
         return self._place(moe_layer, fetch, transfer.staged)
 
-    def double_buffered(self, moe_layer: int, expert: int, lanes: Lanes):
+    def double_buffered(self, moe_layer: int, expert: int, lanes: Lanes) -> DeviceExpert:
         """The arrays of an expert of the layer's buffer: waits until it has landed.
 
         The link's seconds are counted here.
@@ -282,7 +297,7 @@ class LayeredForward(Forward):
         if experts:
             self.link.stream(moe_layer, {expert: self.weights(moe_layer, expert) for expert in experts})
 
-    def _place(self, moe_layer: int, fetch: Fetch, staged):
+    def _place(self, moe_layer: int, fetch: Fetch, staged) -> Place:
         if fetch.stream:
             return self.pool.stream(staged)
         return self.pool.write(moe_layer, fetch.expert, staged, fetch.victim)

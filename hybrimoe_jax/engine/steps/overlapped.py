@@ -3,9 +3,10 @@
 Fetches land beside both.
 
 Measured: a host callback inside one executable blocks all of it, while separate dispatches overlap (82 + 123 ms alone,
-145 ms together). So a layer is: shared experts and resident experts dispatched, host experts started, demand fetches
-issued and their experts dispatched behind them, prefetches issued into idle link time, and only then the host's part
-collected.
+145 ms together). So a layer is: shared experts dispatched, and the residents with them where the costs prove that every
+plan gives them to the device; then, once the routing is read, demand fetches issued, other residents dispatched, host
+experts started, the fetched experts dispatched behind their transfers, prefetches issued into idle link time, and only
+then the host's part collected.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.host import HostWork, Pending
+from hybrimoe_jax.engine.lanes.slots import Experts, Place
+from hybrimoe_jax.engine.lanes.transfer import Transfer
+from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 
+AHEAD = 2
+"""Demand fetches under way at once: one moves while the next waits behind it."""
 INLINE_WAKES = 4
 """Host experts shorter than this many wake-ups of a thread are not handed to one."""
 
@@ -46,26 +52,30 @@ class OverlappedForward(LayeredForward):
         """Of the layer before: when its device work began and its result, when its fetches began and the last of
         them."""
 
-    def dispatch_shared(self, layer: DeviceLayer, x: jax.Array) -> jax.Array | None:
-        self._dispatched, self._working_from = self._wall.now(), self._working()
-        if layer.programs.shared is None:
-            return None
-        return layer.programs.shared(layer.params, x)
+    def early(self, tokens: int, rows: int) -> bool:
+        found = self.pool.finds_residents and rows <= programs.DENSE_ROWS
+        return found and self.clock.real and self.planner.keeps_residents(tokens)
 
-    def carry_out(self, run, lanes, layer, x, shared, routing: HostRouting, plan: LayerPlan) -> None:
-        moe_layer = run.moe_layer
-        acc = self.zeros(x.shape[0]) if shared is None else shared
-        if self.timeline is not None and shared is not None:
-            self.timeline.watch("device", "shared", self._dispatched, acc, layer=moe_layer)
-        acc = self._add_residents(acc, x, plan, routing, moe_layer)
-        pending = self._start_host(x, plan, routing, moe_layer)
+    def dispatch_block(self, run, layer: DeviceLayer, routed: Routed) -> jax.Array | None:
+        self._dispatched, self._working_from = self._wall.now(), self._working()
+        if run.early:
+            return self._block(run, layer, routed, [])
+        if layer.programs.shared is None or self._in_one_program(routed):
+            return None
+        return layer.programs.shared(layer.params, routed.x, self.clock.pacing.block(run.tokens, len(routed.x)))
+
+    def carry_out(self, run, lanes, layer, routed: Routed, block, routing: HostRouting, plan: LayerPlan) -> None:
+        moe_layer, transfers = run.moe_layer, {}
+        for fetch in plan.fetch[:AHEAD]:  # before the compute that would be queued in front of them
+            transfers[fetch.expert] = self.start_fetch(moe_layer, fetch, block)
+        acc = self._residents(run, layer, routed, block, routing, plan)
+        pending = self._start_host(routed, plan, routing, moe_layer)
         link_start = self._working()
-        acc, fetched = self._add_fetched(acc, x, plan, routing, moe_layer)
-        acc = self._add_landing(acc, x, plan, routing, moe_layer, lanes)
+        acc, fetched = self._add_arrivals(acc, routed, plan, routing, moe_layer, lanes, transfers)
         if self.verify is not None:
             self.verify(moe_layer)
         self.prefetch(moe_layer, routing)
-        run.host_part = self._collect_host(pending, x.shape[0], routing, moe_layer, lanes)
+        run.host_part = self._collect_host(pending, len(routed.x), routing, moe_layer, lanes)
         run.device_part = acc
         self._unfinished = (self._working_from, acc, link_start, fetched)
 
@@ -96,42 +106,88 @@ class OverlappedForward(LayeredForward):
         """A clock that stands still while something compiles; lane times are read on it."""
         return self._wall.now() - self._wall.compile_seconds()
 
-    def _add_residents(self, acc, x, plan: LayerPlan, routing: HostRouting, moe_layer: int):
-        slots = [(expert, self.pool.get(moe_layer, expert)) for expert in plan.device]
+    def _in_one_program(self, routed: Routed) -> bool:
+        """Whether shared experts and residents are one program."""
+        return self.pool.finds_residents and len(routed.x) <= programs.DENSE_ROWS
+
+    def _block(self, run, layer: DeviceLayer, routed: Routed, left_out: list[int]) -> jax.Array:
+        return self.pool.block(layer, routed, left_out, self.clock.pacing.block(run.tokens, len(routed.x)))
+
+    def _residents(self, run, layer, routed: Routed, block, routing: HostRouting, plan: LayerPlan) -> jax.Array:
+        """The shared experts and the residents that the plan gives to the device."""
+        if not run.early and self._in_one_program(routed):
+            block = self._block(run, layer, routed, [expert for expert in plan.hits if expert not in plan.device])
+        moe_layer, acc = run.moe_layer, self.zeros(len(routed.x)) if block is None else block
+        if self.timeline is not None and block is not None:
+            name = "shared and residents" if self._in_one_program(routed) else "shared"
+            self.timeline.watch("device", name, self._dispatched, acc, layer=moe_layer)
+        if self._in_one_program(routed):
+            return acc
+        experts = [(expert, self.pool.get(moe_layer, expert)) for expert in plan.device]
         if self.timeline is None:
-            return self._add(acc, x, slots, routing, moe_layer)
-        for slot in slots:  # one call each, so that each expert has its own event
-            acc = self._add(acc, x, [slot], routing, moe_layer)
+            return self._add(acc, routed, experts, routing, moe_layer)
+        for one in experts:  # one call each, so that each expert has its own event
+            acc = self._add(acc, routed, [one], routing, moe_layer)
         return acc
 
-    def _start_host(self, x, plan: LayerPlan, routing: HostRouting, moe_layer: int) -> Pending | None:
+    def _start_host(self, routed, plan: LayerPlan, routing: HostRouting, moe_layer: int) -> Pending | None:
         if not plan.cpu:
             return None
         inline = plan.schedule.cpu_seconds < self.inline_s * len(plan.cpu)
         rows, weights = ([of[e] for e in plan.cpu] for of in (routing.rows, routing.weights))
-        work = HostWork(moe_layer, list(plan.cpu), np.asarray(x), rows, weights)
+        x = np.asarray(routed.x) if routing.x is None else routing.x
+        work = HostWork(moe_layer, list(plan.cpu), x, rows, weights)
         return self.host.submit(work, inline, wide=plan.schedule.uses_all_cores)
 
-    def _add_fetched(self, acc, x, plan: LayerPlan, routing: HostRouting, moe_layer: int):
-        """-> acc with the demand fetches' experts, and the last fetch's arrays if there is one."""
-        fetched = None
-        for fetch in plan.fetch:
-            issued = self._wall.now()
-            slot = self.fetch(moe_layer, fetch)
-            fetched = jax.tree.leaves(slot)
-            if self.timeline is not None:
-                name = f"fetch {moe_layer}.{fetch.expert}"
-                self.timeline.watch("link", name, issued, slot, layer=moe_layer, expert=fetch.expert)
-            acc = self._add(acc, x, [(fetch.expert, slot)], routing, moe_layer)
-        return acc, fetched
+    def _add_arrivals(self, acc, routed, plan: LayerPlan, routing, moe_layer: int, lanes: Lanes, transfers: dict):
+        """Adds the experts that cross the link, in the order of the device's queue, each once it is there.
 
-    def _add_landing(self, acc, x, plan: LayerPlan, routing: HostRouting, moe_layer: int, lanes: Lanes):
-        """Adds the experts that are on their way already, each once it is there."""
-        for expert in plan.double_buffered:
-            slot = self.double_buffered(moe_layer, expert, lanes)
-            acc = self._add(acc, x, [(expert, slot)], routing, moe_layer)
-        for fetch in plan.awaited:
-            acc = self._add(acc, x, [(fetch.expert, self.wait_for(moe_layer, fetch))], routing, moe_layer)
+        -> acc, and the arrays of the last demand fetch if they may be on their way still.
+
+        `transfers`: the demand fetches that have been started, by expert. A few are always under way, so that the link
+        does not wait for this thread, and no more, since each takes an expert's room.
+        """
+        on_link, arrays, awaited = iter(plan.fetch[len(transfers) :]), None, {f.expert: f for f in plan.awaited}
+        fetches = {fetch.expert: fetch for fetch in plan.fetch}
+        for expert in plan.schedule.device:
+            if expert in fetches:
+                while expert not in transfers:
+                    later = next(on_link)
+                    transfers[later.expert] = self.start_fetch(moe_layer, later, acc)
+                transfer = transfers.pop(expert)
+                place = self.fetched(moe_layer, fetches[expert], transfer)
+                arrays = self._note_fetch(transfer, place, lanes) or arrays
+                if (later := next(on_link, None)) is not None:
+                    transfers[later.expert] = self.start_fetch(moe_layer, later, acc)
+            elif expert in awaited:
+                place = self.wait_for(moe_layer, awaited[expert])
+            elif expert in plan.double_buffered:
+                acc = self._add_staged(acc, routed, expert, routing, moe_layer, lanes)
+                continue
+            else:
+                continue  # a resident
+            acc = self._add(acc, routed, [(expert, place)], routing, moe_layer)
+        return acc, arrays
+
+    def _note_fetch(self, transfer: Transfer, place: Place, lanes: Lanes) -> list[jax.Array]:
+        """Where the link knows how long the transfer took, that is noted; else -> what to watch."""
+        layer, expert = transfer.layer, transfer.expert
+        if transfer.landed:
+            lanes.link += transfer.seconds
+            self._note(transfer, "fetch")
+            return []
+        arrays = self.pool.buffers(place)
+        if self.timeline is not None:
+            name = f"fetch {layer}.{expert}"
+            self.timeline.watch("link", name, transfer.issued, arrays, layer=layer, expert=expert)
+        return arrays
+
+    def _add_staged(self, acc, routed, expert: int, routing, moe_layer: int, lanes: Lanes):
+        """An expert of the layer's buffer, which is in no slot."""
+        staged, dispatched = self.double_buffered(moe_layer, expert, lanes), self._wall.now()
+        of, kernel = (routing.rows, routing.weights), self.model.device_kernel
+        acc = programs.add_device_experts(acc, routed.x, [(expert, staged)], *of, kernel)
+        self._watch_expert(dispatched, acc, expert, routing, moe_layer)
         return acc
 
     def _collect_host(self, pending: Pending | None, rows: int, routing: HostRouting, moe_layer: int, lanes: Lanes):
@@ -145,13 +201,15 @@ class OverlappedForward(LayeredForward):
                     self.timeline.expert("cpu", moe_layer, expert, start, end, load=routing.loads[expert])
         return part
 
-    def _add(self, acc, x, slots, routing: HostRouting, moe_layer: int):
-        if not slots:
+    def _add(self, acc, routed, experts: Experts, routing: HostRouting, moe_layer: int):
+        if not experts:
             return acc
-        started, kernel = self._wall.now(), self.model.device_kernel
-        acc = programs.add_device_experts(acc, x, slots, routing.rows, routing.weights, kernel)
-        if self.timeline is not None:
-            expert = slots[0][0]
-            about = {"layer": moe_layer, "expert": expert, "load": routing.loads[expert]}
-            self.timeline.watch("device", f"expert {moe_layer}.{expert}", started, acc, **about)
+        dispatched = self._wall.now()
+        acc = self.pool.add(acc, routed, experts, routing.rows, routing.weights, self.clock.pacing)
+        self._watch_expert(dispatched, acc, experts[0][0], routing, moe_layer)
         return acc
+
+    def _watch_expert(self, dispatched: float, acc, expert: int, routing: HostRouting, moe_layer: int) -> None:
+        if self.timeline is not None:
+            about = {"layer": moe_layer, "expert": expert, "load": routing.loads[expert]}
+            self.timeline.watch("device", f"expert {moe_layer}.{expert}", dispatched, acc, **about)
