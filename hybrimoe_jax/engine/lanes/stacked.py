@@ -64,7 +64,7 @@ class StackedSlots(SlotPool):
         return acc
 
     def _empty_slots(self) -> None:
-        self.__dict__.pop("pool", None)  # the old ones go before new ones are made
+        vars(self).pop("pool", None)  # the old ones go before new ones are made
         self.pool: DeviceExpert = empty_expert(self._shapes, self.dtype, self.layout, sum(self._slots) + self._count)
         self.table = jnp.full((self._layers, self._num_experts), NOWHERE, jnp.int32)
 
