@@ -117,8 +117,9 @@ def _experts(model: str, config: ModelConfig, step: Shape) -> Iterator[Program]:
     part = struct((step.rows, config.hidden_size))
     few = step.rows <= programs.DENSE_ROWS
     for name in FORMATS:
-        slot = expert(config, name)
+        slot, options = expert(config, name), {}
         if few:
+            options = {"kernel": "cuda"} if isinstance(slot, PackedExpert) else {}
             jitted, arguments = programs.dense_rows, (struct((SLOTS, step.rows)), *[slot] * SLOTS)
             label = f"{SLOTS} experts {name}"
         else:
@@ -126,7 +127,7 @@ def _experts(model: str, config: ModelConfig, step: Shape) -> Iterator[Program]:
             load = min(load, step.rows)
             jitted, arguments = programs.gathered_rows, (struct((load,), "int32"), struct((load,)), slot)
             label = f"an expert {name}"
-        yield Program(model, step, label, jitted, (part, part, *arguments))
+        yield Program(model, step, label, jitted, (part, part, *arguments), options)
 
 
 def expert(config: ModelConfig, name: str):
