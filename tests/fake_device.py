@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from hybrimoe_jax.engine import programs
-from hybrimoe_jax.engine.lanes import host_memory, slots
+from hybrimoe_jax.engine.lanes import host_memory, slots, stacked
 
 JITTED = type(jax.jit(lambda: None))
 
@@ -75,10 +75,12 @@ class Recorder:
         monkeypatch.setattr(jax, "device_put", self._device_put)
         if client is not None:
             monkeypatch.setattr(host_memory, "client_of", lambda device: client)
-        for module in (programs, slots):
+        for module in (programs, slots, stacked):
             for name, value in vars(module).items():
                 if isinstance(value, JITTED):
                     monkeypatch.setattr(module, name, self._noted(name, value))
+        block_program = stacked.block_program
+        monkeypatch.setattr(stacked, "block_program", lambda *key: self._noted("block", block_program(*key)))
 
     def watch(self, engine) -> None:
         """From now on."""

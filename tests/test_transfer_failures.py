@@ -11,10 +11,12 @@ import pytest
 import tiny
 from fake_device import Fault
 
-from hybrimoe_jax.engine.lanes import slots
+from hybrimoe_jax.engine.lanes import slots as separate
+from hybrimoe_jax.engine.lanes import stacked
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE
 from hybrimoe_jax.errors import DeviceError
 
+WRITES = {"separate": "write_slot", "stacked": "write_stacked"}
 # what crosses the link, the phase in which it does, the system, the thread that copies
 ROUTES = [
     ("prefetch", "prefill", "adapmoe", "link"),
@@ -102,8 +104,9 @@ def slow_copy(seconds: float):
     return lambda arrays: slowly(arrays, rounds)
 
 
-def test_a_demand_fetch_that_hangs_on_the_device_ends_one_step(monkeypatch):
-    engine = tiny.engine(system="on-demand", cache_ratio=0.5)
+@pytest.mark.parametrize("slots", ["separate", "stacked"])
+def test_a_demand_fetch_that_hangs_on_the_device_ends_one_step(slots, monkeypatch):
+    engine = tiny.engine(system="on-demand", cache_ratio=0.5, slots=slots)
     want, link = run(engine), engine._parts.link
     put, slowly, calls = link.put, slow_copy(2.0), 0
 
@@ -122,20 +125,21 @@ def test_a_demand_fetch_that_hangs_on_the_device_ends_one_step(monkeypatch):
     engine.close()
 
 
+@pytest.mark.parametrize(("slots", "owner"), [("separate", separate), ("stacked", stacked)])
 @pytest.mark.parametrize("system", ["on-demand", "adapmoe"])
-def test_a_slot_that_cannot_be_written_ends_one_step(system, monkeypatch):
-    engine = tiny.engine(system=system, cache_ratio=0.5, debug=True)
-    want, write, left = run(engine), slots.write_slot, 9
+def test_a_slot_that_cannot_be_written_ends_one_step(system, slots, owner, monkeypatch):
+    engine, name = tiny.engine(system=system, slots=slots, cache_ratio=0.5, debug=True), WRITES[slots]
+    want, write, left = run(engine), getattr(owner, name), 9
 
     def broken_write(*args):
         nonlocal left
         left -= 1
         if left == 0:
-            raise RuntimeError("RESOURCE_EXHAUSTED: no room")
+            raise RuntimeError("INTERNAL: the write failed")
         return write(*args)
 
-    monkeypatch.setattr(slots, "write_slot", broken_write)
-    with pytest.raises(RuntimeError, match="no room"):
+    monkeypatch.setattr(owner, name, broken_write)
+    with pytest.raises(RuntimeError, match="the write failed"):
         run(engine)
     assert run(engine) == want
     engine.close()

@@ -63,6 +63,30 @@ def test_no_demand_fetch_of_a_run_has_more_than_one_prefetch_ahead(system, monke
     assert max(ahead["MainThread"]) <= 1 and len(ahead["MainThread"]) > 4
 
 
+@pytest.mark.parametrize(("slots", "write"), [("separate", "write_slot"), ("stacked", "write_stacked")])
+def test_copies_are_started_before_the_compute_that_would_be_queued_in_front_of_them(slots, write, monkeypatch):
+    engine = tiny.engine("mixtral", system="on-demand", cache_ratio=0.5, slots=slots)
+    seen = Recorder(monkeypatch)
+    seen.watch(engine)
+    engine.generate(tiny.prompts(engine.config, (21,)), max_new_tokens=8)
+    engine.close()
+    names = [event.name for event in seen.events]
+    layers = " ".join(names).split("front")[1:]
+    several = 0
+    for layer in map(str.split, layers):
+        copies, written = layer.count("expert"), 0
+        several += copies > 1
+        for at, name in enumerate(layer):
+            started = layer[:at].count("expert")
+            if name == write:
+                assert started >= min(copies, written + 2), "the link has nothing to do while this one is computed"
+                written += 1
+            elif name in ("dense_rows", "gathered_rows", "add_chosen", "add_gathered"):
+                assert started >= min(copies, 2)
+        assert written >= copies
+    assert several > 4
+
+
 @pytest.fixture
 def paced():
     costs = tiny.costs(tiny.weights("qwen2_moe")[0], transfer=200)

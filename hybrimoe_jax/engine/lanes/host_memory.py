@@ -74,8 +74,9 @@ class MappedMemory(HostMemory):
 
     def close(self) -> None:
         if self._release.alive:
-            with contextlib.suppress(Exception):  # of a step that was broken off
-                jax.block_until_ready(jax.live_arrays())
+            for array in jax.live_arrays():  # what a copy may still be on its way to
+                with contextlib.suppress(Exception):  # of a step that was broken off
+                    array.block_until_ready()
             self._release()
 
 
