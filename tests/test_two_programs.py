@@ -100,3 +100,31 @@ def test_a_decode_layer_is_two_programs_and_a_copy_each_way(system, batch, count
     assert counts["put"] <= arrays * crossed + len(records), "experts, and each step's positions"
     if system != "cpu-only":
         assert sum(len(layer.device) for layer in layers) > 0
+
+
+def test_residents_are_dispatched_early_and_only_where_every_plan_keeps_them(monkeypatch):
+    """With a CPU five times as slow, a planner that may steal never does; and what lands between layers changes no
+    answer."""
+    prompt = tiny.prompts(tiny.weights("qwen2_moe")[0], (9,), seed=3)
+    dense = tiny.engine("qwen2_moe", executor="dense")
+    expected = dense.generate(prompt, max_new_tokens=24).token_ids
+    dense.close()
+    told = []
+    block = stacked.StackedSlots.block
+
+    def noted(self, layer, routed, left_out, pace=None):
+        told.append(left_out)
+        return block(self, layer, routed, left_out, pace)
+
+    monkeypatch.setattr(stacked.StackedSlots, "block", noted)
+    for cpu, early in ((1.0, False), (5.0, True)):
+        told.clear()
+        profile = tiny.costs(tiny.weights("qwen2_moe")[0], cpu=cpu)
+        engine = tiny.engine("qwen2_moe", slots="stacked", profile=profile, cache_ratio=0.5, debug=True)
+        out = engine.generate(prompt, max_new_tokens=24)
+        assert engine._parts.planner.keeps_residents(1) == early
+        assert out.token_ids == expected
+        assert any(told) != early, "a CPU that is fast takes residents now and then"
+        if early:
+            assert out.stats.summary()["prefetch"]["issued"] > 0
+        engine.close()
