@@ -22,6 +22,7 @@ from hybrimoe_jax.formats.packing import Format, PackedExpert, pack_expert
 from hybrimoe_jax.host_kernels.reference import ReferenceKernel
 from hybrimoe_jax.models import packed_cuda
 from hybrimoe_jax.models.moe import add_experts, expert_forward
+from hybrimoe_jax.models.pooled import one_expert, routed_experts
 
 FORMATS = [
     f"{kind}-g{group}{scale}" for kind in ("int8", "int4", "int4z") for group in GROUPS for scale in ("", "-s32")
@@ -145,6 +146,19 @@ def test_one_expert_in_a_buffer_of_its_own_skips_rows_of_weight_zero(emulated):
     assert emulated.loads[16] * 16 >= 64 * 32 * 3 // 2
     alone = expert_forward(ones[0], x, "cuda")
     assert np.abs(alone[0] - want[0]).max() <= TOLERANCE * np.abs(want).max()
+
+
+@needs_compiler
+def test_out_of_a_stack_both_forms_give_the_same(emulated):
+    pool, _ = pool_of("int4z-g32", 64, 32, 4)
+    pool = PackedExpert(jnp.asarray(np.roll(pool.data, 1, axis=0)), pool.layout)  # garbage where nobody looks but XLA
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64), np.float32))
+    slots, weights = jnp.array([[1, -1], [3, 1], [-1, 2]]), jnp.ones((3, 2)) / 3
+    for form in (routed_experts, lambda *args: one_expert(*args[:4], 3, *args[4:])):
+        want = np.asarray(jax.jit(form)(x, x, slots, weights, pool))
+        have = np.asarray(form(x, x, slots, weights, pool, "cuda"))
+        assert np.abs(have - want).max() <= TOLERANCE * np.abs(want).max()
+    assert [name for _, name in emulated.launched] == ["silu_gate_up", "add_down"] * 2
 
 
 @needs_compiler

@@ -66,6 +66,6 @@ def routed_experts(
     safe = jnp.where(here, slots, jnp.maximum(0, jnp.max(slots, axis=1, keepdims=True)))
     chosen = jax.tree.map(lambda part: part[safe.reshape(-1)], pool)
     each = jnp.repeat(x, top_k, axis=0)[:, None]
-    y = jax.vmap(lambda expert, row: expert_forward(expert, row, kernel))(chosen, each)
+    y = jax.vmap(expert_forward)(chosen, each)
     y = jnp.where(here[..., None], weights[..., None] * y.reshape(tokens, top_k, -1), 0)
     return acc + jnp.sum(y, axis=1)

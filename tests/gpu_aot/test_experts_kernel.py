@@ -24,6 +24,7 @@ from topology import compile_for_gpu, struct
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
 from hybrimoe_jax.models import packed_cuda
 from hybrimoe_jax.models.packed import packed_forward
+from hybrimoe_jax.models.pooled import routed_experts
 from hybrimoe_jax.models.registry import parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,18 @@ def test_a_layer_s_experts_are_two_launches_and_write_no_matrix(model, load):
         assert len(module.kernels) <= kernels
         assert module.float_bytes() <= max(inner, 4 * load * config.hidden_size)
         assert compiled.memory_analysis().temp_size_in_bytes <= 2 * inner + 8 * load * config.hidden_size + SMALL
+
+
+@pytest.mark.parametrize("load", (1, 8))
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_xla_s_form_of_a_layer_writes_no_float_matrix(model, load):
+    config = parse_config(PUBLISHED[model])
+    x, pairs = struct((load, config.hidden_size)), (load, config.num_experts_per_tok)
+    arguments = (x, x, struct(pairs, "int32"), struct(pairs), pool(config, "int4-g64"))
+    compiled = compile_for_gpu(jax.jit(routed_experts), *arguments)
+    module, matrix = Module(compiled.as_text()), 4 * config.hidden_size * config.moe_width
+    assert len(module.kernels) <= 12
+    assert module.float_bytes() <= load * config.num_experts_per_tok * matrix // 16  # scales, not matrices
 
 
 @pytest.mark.parametrize("load", LOADS)
