@@ -90,11 +90,11 @@ def wrap() -> None:
 
 
 def fixed_bytes(options: dict) -> int:
-    """What the options need on the device before any expert is cached: an engine without slots knows."""
-    engine = tiny.engine(FAMILY, cache_ratio=0.0, **COMMON, **options)
-    total = engine._parts.footprint.total
+    """What the options need on the device before any expert is cached: an engine with more than enough knows."""
+    engine = tiny.engine(FAMILY, vram_budget="1GiB", **COMMON, **options)
+    held = engine._parts.footprint
     engine.close()
-    return total
+    return held.total - held.slots
 
 
 def run(room: float, options: dict, batch: int) -> dict:

@@ -50,6 +50,7 @@ class Planner:
       recording: the routing that a predictor `recorded:TRACE` is counted on, see `predictors.build_predictor`.
       max_in_flight: prefetches under way at once, that is staging buffers for them.
       cold: start with empty slots (a static placement is always loaded).
+      counts_of: the planner whose place this one takes; what it has counted goes on.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Planner:
         recording: Any = None,
         max_in_flight: int = 2,
         cold: bool = False,
+        counts_of: Planner | None = None,
     ):
         if max_in_flight < 0:
             raise UserError(f"planner: max_in_flight {max_in_flight} must be at least 0")
@@ -75,6 +77,8 @@ class Planner:
         self.system, self.slots, self.scheduler, self.predictor, self.policies = parts
         self.costs, self.max_in_flight = costs, max_in_flight
         self.accuracy, self.counters = Accuracy(parts.system.max_distance), Counters()
+        if counts_of is not None:
+            self.accuracy, self.counters = counts_of.accuracy, counts_of.counters
         self._inflight = InflightTransfers(num_layers, self.counters)
         self._residency = Residency(
             self.slots, self.policies, self._inflight, parts.system.guard, cold and not parts.fixed, parts.pooled

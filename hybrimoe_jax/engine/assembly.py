@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
-from hybrimoe_jax.engine import budget, device_memory, probes, programs, warmup
+from hybrimoe_jax.engine import budget, device_memory, exhaustion, probes, programs, warmup
 from hybrimoe_jax.engine.checks import check_options, device_format, device_kernel, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
@@ -31,7 +32,7 @@ from hybrimoe_jax.engine.lanes.host_memory import open_host_memory, parts_of
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.paced_link import PacedLink
 from hybrimoe_jax.engine.lanes.pacing import Pacing
-from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool
+from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool, empty_expert
 from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
@@ -41,6 +42,7 @@ from hybrimoe_jax.engine.step import DenseForward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
+from hybrimoe_jax.engine.workspace import StepPrograms, StepShape, workspace_bytes
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library
@@ -86,11 +88,15 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         scope=options.cache_scope,
         stream_prefill=options.stream_prefill,
     )
-    return _HybridAssembly(model, store, options, system, device, cores, max_context, frequencies).parts()
+    made = _HybridAssembly(model, store, options, system, device, cores, max_context, frequencies)
+    return exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
 
 
 class _HybridAssembly:
-    """Each part is made once those that it depends on are there: the order of the attributes."""
+    """Each part is made once those that it depends on are there: the order of the attributes.
+
+    What takes device memory beside the model is made by `parts`, again with fewer slots where there was not enough.
+    """
 
     def __init__(self, model, store, options: EngineConfig, system: System, device, cores, max_context, frequencies):
         self.model, self.store, self.options, self.system = model, store, options, system
@@ -99,20 +105,25 @@ class _HybridAssembly:
         self.expert_format = device_format(store.format, device.platform)
         model.own_norm = system.predictor == "router-input"
         model.device_kernel = device_kernel(options.device_kernel, self.expert_format)
-        dtype = np.dtype(np.float32) if self.expert_format == "f32" else store.dtype
-        given = given_costs(options, config, self.expert_format)
-        self.expert_bytes = given.shape.expert_bytes(given.format)
+        self.dtype = np.dtype(np.float32) if self.expert_format == "f32" else store.dtype
+        self.given = given_costs(options, config, self.expert_format)
+        self.expert_bytes = self.given.shape.expert_bytes(self.given.format)
+        model.sends_input = self._stacked()
         self.fixed, self.slots = self._memory(max_context)
-        pooled, wall = system.scope == "pooled", self._wall(given.costs)
-        self.pool = self._pool(dtype, pooled)
-        model.sends_input = self.pool.finds_residents
+        self.given_up = 0
+
+    def _make(self) -> None:
+        """Slots and lanes, and what is measured of them."""
+        options, store, device, given, config = self.options, self.store, self.device, self.given, self.model.config
+        pooled, wall = self.system.scope == "pooled", self._wall(given.costs)
+        self.pool = self._pool(self.dtype, pooled)
         here = options.clock == "wall" and options.paced is None
         found = given.costs.host_memory if here and isinstance(given.costs, CostModel) else None
         memory = open_host_memory(options.host_memory, found, store, device)
         self.link = PacedLink(device, wall, memory) if isinstance(wall, PacedClock) else Link(device, wall, memory)
         threads.limit_blas(1)
         kernel = get_kernel(options.host_kernel, sample=store.get(0, 0))
-        self.host = HostExecutor(kernel, store.get, cores.total, cores.host, wall, pace=wall.host)
+        self.host = HostExecutor(kernel, store.get, self.cores.total, self.cores.host, wall, pace=wall.host)
         self.wake_s = probes.wake_latency(self.host, config.hidden_size)
         self.fusible = select.can_fuse(options, device, self.host)
         self.measuring_s = 0.0
@@ -122,6 +133,33 @@ class _HybridAssembly:
         self.link.patience_s = PATIENCE * self.costs.transfer(True)
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 
+    def give_up_before_the_start(self, why: str) -> None:
+        """Lets go of what was made, and has fewer slots made the next time."""
+        self._keep_fewer(why)
+        made = self.__dict__
+        for part in (made.pop("host", None), made.pop("link", None)):
+            if part is not None:
+                part.close()
+        made.pop("pool", None)
+
+    def _shrink(self, layered: LayeredForward, why: str) -> tuple[Planner, list[int]]:
+        """Has an executor go on with fewer slots: a planner that goes on counting, and the slots of each layer."""
+        if self.given_up:
+            raise exhaustion.still(why)
+        self._keep_fewer(why)
+        planner = self._planner(layered.planner)
+        layered.start_anew(planner, self._verifier(planner) if self.options.debug else None, self.slots)
+        return planner, self.slots
+
+    def _keep_fewer(self, why: str) -> None:
+        total = sum(self.slots)
+        if not total:
+            raise exhaustion.still(why)
+        kept, config = exhaustion.fewer(total), self.model.config
+        self.slots = self.system.slots_for_total(kept, len(self.slots), config.num_experts, self.frequencies)
+        self.given_up = total - sum(self.slots)
+        exhaustion.say(why, self.given_up, total)
+
     def _wall(self, given: CostModel | MachineCosts | None) -> WallClock:
         """This machine's clock, or that of its device slowed to the given costs."""
         if self.options.paced is None or given is None:
@@ -130,16 +168,21 @@ class _HybridAssembly:
 
     def _pool(self, dtype, pooled: bool) -> SlotPool:
         """Slots as the device wants them."""
-        options, config, kind = self.options, self.model.config, self.options.slots
-        if kind == "auto":
-            gpu = self.device.platform != "cpu" or options.paced is not None
-            kind = "stacked" if gpu and options.executor != "callback" else "separate"
+        config = self.model.config
         lies = (self.slots, config.hidden_size, config.moe_width, dtype, STAGING, self.store.layout, pooled)
-        if kind == "separate":
-            return SeparateSlots(*lies, kernel=self.model.device_kernel)
-        return StackedSlots(*lies, kernel=self.model.device_kernel, num_experts=config.num_experts)
+        if self.model.sends_input:
+            return StackedSlots(*lies, kernel=self.model.device_kernel, num_experts=config.num_experts)
+        return SeparateSlots(*lies, kernel=self.model.device_kernel)
+
+    def _stacked(self) -> bool:
+        """Whether all slots are to lie in one buffer."""
+        options, gpu = self.options, self.device.platform != "cpu" or self.options.paced is not None
+        if options.slots == "auto":
+            return gpu and options.executor != "callback"
+        return options.slots == "stacked"
 
     def parts(self) -> Parts:
+        self._make()
         layered = forward = self._layered()
         if self.fusible and self._may_fuse(layered.planner):
             forward = self._select(layered)
@@ -162,6 +205,8 @@ class _HybridAssembly:
             expert_format=self.expert_format,
             device_kernel=kernel,
             slots=self.slots,
+            slots_given_up=self.given_up,
+            shrink=functools.partial(self._shrink, layered),
             measuring_s=self.measuring_s,
             lookahead=self.system.max_distance,
             wake_s=self.wake_s,
@@ -179,14 +224,11 @@ class _HybridAssembly:
         layers, lookahead = len(model.moe_layers), system.max_distance
         expert_bytes = self.expert_bytes
         buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
-        chunk, quantised = min(options.prefill_chunk, max_context), self.store.layout is not None
         fixed = budget.Footprint(
             dense=model.nbytes,
             kv=model.cache_bytes(options.max_batch, max_context),
             staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0) + buffers),
-            workspace=budget.workspace_bytes(
-                config, options.max_batch, chunk, max_context, lookahead, LOGIT_ROWS, quantised
-            ),
+            workspace=0 if options.budget_bytes is None else self._workspace(max_context, lookahead),
         )
         if options.cost_shape is not None:  # of that model, what is the same however many layers there are
             fixed = budget.Footprint(dense=0, kv=0, staging=fixed.staging, workspace=0)
@@ -195,6 +237,17 @@ class _HybridAssembly:
             return fixed, system.slots_for_total(total, layers, config.num_experts, self.frequencies)
         ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
         return fixed, system.slots_per_layer(ratio, layers, config.num_experts, self.frequencies)
+
+    def _workspace(self, max_context: int, lookahead: int) -> int:
+        """Device bytes of the largest steps that the options allow, by what the compiler says of their programs."""
+        options, config = self.options, self.model.config
+        shapes = (2 * config.moe_width, config.hidden_size), (config.hidden_size, config.moe_width)
+        slot = jax.eval_shape(lambda: empty_expert(shapes, self.dtype, self.store.layout))
+        steps = StepPrograms(self.model, slot, options.executor, self.model.device_kernel)
+        chunk = min(options.prefill_chunk, max_context)
+        sizes = [StepShape(options.max_batch, tokens, max_context, lookahead) for tokens in {chunk, 1}]
+        every = [program for size in sizes for program in steps.of(size)]
+        return workspace_bytes([*every, steps.all_logits(min(chunk, LOGIT_ROWS))])
 
     def _measured_costs(self) -> CostModel:
         """What is kept, or what the warm-up measures."""
@@ -219,7 +272,7 @@ class _HybridAssembly:
             *(f"{name} {_form(array)}" for layer in self.model.layers for name, array in layer.params.items()),
         ]
 
-    def _planner(self) -> Planner:
+    def _planner(self, before: Planner | None = None) -> Planner:
         return Planner(
             self.system,
             num_layers=len(self.model.moe_layers),
@@ -230,6 +283,7 @@ class _HybridAssembly:
             frequencies=self.frequencies,
             max_in_flight=IN_FLIGHT,
             recording=self.recording,
+            counts_of=before,
         )
 
     def _layered(self) -> LayeredForward:
@@ -308,8 +362,6 @@ def _dense_parts(model: DeviceModel, store, options, device, cores, max_context:
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *map(parts_of, experts))
         weights.append(jax.device_put(stacked, device))
     held = sum(a.nbytes for a in jax.tree.leaves(weights))
-    chunk, quantised = min(options.prefill_chunk, max_context), store.layout is not None
-    work = budget.workspace_bytes(config, 1, chunk, max_context, 0, LOGIT_ROWS, quantised)
     return Parts(
         options=options,
         system=get_system(options.system),
@@ -317,7 +369,7 @@ def _dense_parts(model: DeviceModel, store, options, device, cores, max_context:
         model=model,
         forward=DenseForward(graphdef, {name: flat[name] for name in abstract}, weights, clock),
         clock=clock,
-        footprint=budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, work, held),
+        footprint=budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, 0, held),
         cores=cores,
         expert_format=device_format(store.format, device.platform),
         device_kernel="xla",

@@ -40,7 +40,8 @@ class DeviceLayer:
 class DeviceModel:
     """A model's dense part on the device.
 
-    Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix);
+    Args: config, and every dense weight by its checkpoint name (numpy, float32 or bfloat16, or a PackedMatrix; one that
+    is only described stays so, for programs that are compiled and not run);
     `native`: whether the programs that will read them may call the native kernels.
 
     On the CPU backend weights are widened to float32, since XLA:CPU converts bfloat16 weights at every call (0.9 GB/s
@@ -59,9 +60,11 @@ class DeviceModel:
 
         arena = Arena() if device.platform == "cpu" else None  # XLA's CPU backend takes aligned memory as it is
 
-        def put(name: str):
+        def put(name: str) -> Any:
             # A copy, so that no device array aliases (and keeps alive) the loader's memory.
             array = dense[name]
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return array
             if isinstance(array, PackedMatrix):
                 array = dataclasses.replace(array, data=aligned_copy(array.data, arena=arena))
             elif arena:

@@ -8,19 +8,21 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hybrimoe_jax.engine import budget, device_memory
 from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.exhaustion import with_fewer_slots
 from hybrimoe_jax.engine.generation import Emitted, capacity_for, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.request import check_prompts, context_limit
 from hybrimoe_jax.engine.sampling import Sampling
-from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
+from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
 from hybrimoe_jax.engine.step import StepInput
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import DeviceError, UserError
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
@@ -118,10 +120,10 @@ class Engine:
         capacity = capacity_for([ids], 0, self.max_context)
         self._check_ready(1, capacity)
         stats, out = self._start(1, capacity), []
-        caches = self._parts.model.init_cache(1, capacity)
+        caches = self._init_cache(1, capacity)
         for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
             step = StepInput(chunk, positions, capacity, "prefill", None)
-            logits, caches, record = self._forward.forward(step, caches)
+            logits, caches, record = self._step(step, caches)
             stats.steps.append(record)
             out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
         self._finish(stats)
@@ -143,8 +145,8 @@ class Engine:
     def _run(self, prompts, capacity: int, max_new_tokens: int, sampling: Sampling) -> Steps:
         stats = self._start(len(prompts), capacity)
         inner = generate_steps(
-            self._forward,
-            self._parts.model.init_cache,
+            self._step,
+            self._init_cache,
             prompts,
             new_tokens=max_new_tokens,
             sampling=sampling,
@@ -194,6 +196,22 @@ class Engine:
                     reasons[row] = "stop"
                     stopped.append(row)
 
+    def _step(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+        """One forward pass, once more with fewer slots where the device's memory runs out.
+
+        `caches` then has those of the layers that were done: what a step writes again is the same.
+        """
+        return with_fewer_slots(lambda: self._forward.forward(step, caches), lambda why: self._give_up(why, caches))
+
+    def _init_cache(self, batch: int, capacity: int) -> list:
+        init_cache = self._parts.model.init_cache
+        return with_fewer_slots(lambda: init_cache(batch, capacity), lambda why: self._give_up(why, []))
+
+    def _give_up(self, why: str, caches: list) -> None:
+        if any(array.is_deleted() for array in jax.tree.leaves(caches)):
+            raise DeviceError(f"the device's memory ran out in the middle of a layer ({why}), and its cache is lost")
+        self._parts.give_up_slots(why)
+
     def close(self) -> None:
         """Stops the worker threads; the engine cannot be used afterwards."""
         self._closed = True
@@ -221,11 +239,7 @@ class Engine:
         if self.options.cost_shape is not None and parts.costs is not None:
             stats.host_bytes = self.store.num_layers * self.store.num_experts * parts.costs.expert_bytes
         else:
-            chunk = min(self.options.prefill_chunk, self.max_context)
-            work = budget.workspace_bytes(
-                self.config, batch, chunk, capacity, parts.lookahead, LOGIT_ROWS, self.store.layout is not None
-            )
-            footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity), workspace=work)
+            footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity))
         stats.peak_device_bytes = footprint.total
         return stats
 
@@ -252,4 +266,5 @@ class Engine:
         measured = device_memory.peak_bytes(parts.device)
         if measured is not None and self.options.cost_shape is None:
             stats.peak_device_bytes = measured
+        stats.slots, stats.slots_given_up = parts.slots, parts.slots_given_up
         self._last_stats = stats

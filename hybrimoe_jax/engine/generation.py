@@ -9,14 +9,14 @@ nowhere and nothing attends to it. A row's answer does not depend on its neighbo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
 from hybrimoe_jax.engine.programs import bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import StepStats
-from hybrimoe_jax.engine.step import SMALLEST_SPAN, Forward, StepInput
+from hybrimoe_jax.engine.step import SMALLEST_SPAN, StepInput
 
 SMALLEST_CHUNK = 16
 
@@ -59,7 +59,7 @@ def prefill_chunks(prompts, chunk: int, capacity: int) -> Iterator[tuple[np.ndar
 
 
 def generate_steps(
-    forward: Forward,
+    forward: Callable[[StepInput, list], tuple[np.ndarray, list, StepStats]],
     init_cache,
     prompts: Sequence[Sequence[int]],
     *,
@@ -104,7 +104,7 @@ def generate_steps(
 
     for ids, positions, last in prefill_chunks(prompts, chunk, capacity):
         step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0))
-        logits, caches, stats = forward.forward(step, caches)
+        logits, caches, stats = forward(step, caches)
         rows = np.flatnonzero(last >= 0).tolist()
         tokens, finished = choose(logits, rows)
         yield from hand_over(Emitted(tokens, finished, stats))
@@ -113,6 +113,6 @@ def generate_steps(
         follow = new_tokens - int(made[live].min()) - 1 if sampling.temperature == 0 else None
         last = np.zeros(batch, np.int64)
         step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos))
-        logits, caches, stats = forward.forward(step, caches)
+        logits, caches, stats = forward(step, caches)
         tokens, finished = choose(logits, np.flatnonzero(live).tolist())
         yield from hand_over(Emitted(tokens, finished, stats))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.engine import budget
+from hybrimoe_jax.engine import budget, exhaustion
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.lanes import threads
@@ -31,6 +32,7 @@ class Parts:
 
     `slots`: of each MoE layer. `measuring_s`: seconds of measurements, without compiling. `lookahead`: layers at most.
     `wake_s`: what waking a host thread takes. `fusible`: whether a decode step could be one program.
+    `slots_given_up`: because the device's memory ran out. `shrink`: has the executor go on with fewer slots.
     The dense executor has no planner, costs, pool, link and host lane.
     """
 
@@ -45,6 +47,8 @@ class Parts:
     expert_format: str
     device_kernel: str
     slots: list[int]
+    slots_given_up: int = 0
+    shrink: Callable[[str], tuple[Planner, list[int]]] | None = None
     measuring_s: float = 0.0
     lookahead: int = 0
     wake_s: float = 0.0
@@ -73,6 +77,15 @@ class Parts:
             slots=self.slots,
             expert_format=self.expert_format,
         )
+
+    def give_up_slots(self, why: str) -> None:
+        """Goes on with fewer slots where the device's memory ran out; DeviceError where it did so before."""
+        if self.shrink is None or self.pool is None:
+            raise exhaustion.still(why)
+        before = sum(self.slots)
+        self.planner, self.slots = self.shrink(why)
+        self.slots_given_up = before - sum(self.slots)
+        self.footprint = dataclasses.replace(self.footprint, slots=self.pool.expert_bytes * sum(self.slots))
 
     def counters(self) -> Counters:
         """The planner's totals so far (all zero for the dense executor)."""

@@ -115,6 +115,7 @@ class RunStats:
     Attributes:
       system, executor: what ran.
       cache_ratio, slots: the ratio that the slots amount to; slots of each MoE layer.
+      slots_given_up: since the device's memory ran out.
       clock: "wall", or "virtual": times of the profile's machine, computed.
       host_kernel, device_kernel: what computed experts on the CPU and on the device.
       cores: given to XLA ("device") and to the host experts ("host").
@@ -129,7 +130,8 @@ class RunStats:
         took longer than they should, and `overran_s`, how much together.
       steps: a record of each step.
       prefetch: what became of prefetches.
-      peak_device_bytes: dense weights, cache, staging, workspace and slots; on a GPU what its allocator reports.
+      peak_device_bytes: dense weights, cache, staging and slots, under a budget the workspace too; on a GPU what its
+        allocator reports.
       host_bytes: all routed experts in host memory.
       new_tokens: made in this call.
       switches: changes between decoding as one program and layer by layer, since steps had become slow: `to_fused`, and
@@ -151,6 +153,7 @@ class RunStats:
     profile: str | None = None
     slowdown: float | None = None
     overshoot: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    slots_given_up: int = 0
     steps: list[StepStats] = dataclasses.field(default_factory=list)
     prefetch: PrefetchStats = dataclasses.field(default_factory=PrefetchStats)
     peak_device_bytes: int = 0
@@ -232,6 +235,7 @@ class RunStats:
             "executor": self.executor,
             "cache_ratio": self.cache_ratio,
             "slots": self.slots,
+            "slots_given_up": self.slots_given_up,
             "expert_format": self.expert_format,
             "host_kernel": self.host_kernel,
             "device_kernel": self.device_kernel,

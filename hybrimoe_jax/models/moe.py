@@ -105,7 +105,7 @@ experts of 147 KB, 0.6 to 0.9 with 6 MB.
 
 def native_for(expert: DeviceExpert) -> bool:
     """Whether such experts are for the native kernels where these can be called."""
-    return isinstance(expert, PackedExpert) or sum(matrix.nbytes for matrix in expert) >= SMALL_BYTES
+    return isinstance(expert, PackedExpert) or sum(matrix.size * matrix.dtype.itemsize for matrix in expert) >= SMALL_BYTES
 
 
 def add_experts(

@@ -63,6 +63,10 @@ class SlotPool(abc.ABC):
         self.expert_bytes = layout.nbytes if layout is not None else 3 * hidden * width * np.dtype(dtype).itemsize
         self.clear()
 
+    def resize(self, slots: list[int]) -> None:
+        """Other slots for each layer; what they hold is lost with the next `clear`, which must follow."""
+        self._slots = [sum(slots)] if self._pooled else list(slots)
+
     def clear(self) -> None:
         """Starts anew with empty slots."""
         self._empty_slots()

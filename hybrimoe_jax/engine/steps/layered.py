@@ -209,7 +209,7 @@ class LayeredForward(Forward):
             h=programs.embed(model.table, step.ids, clock.pacing.step(len(valid))),
             device_part=nothing,
             host_part=nothing,
-            caches=list(caches),
+            caches=caches,
             stats=StepStats(step.phase, len(valid), 0.0, 0.0, []),
             started=started,
             compiled=compiled,
@@ -326,6 +326,18 @@ class LayeredForward(Forward):
         self.planner.abandon_step()
         self.fill()
         self._mid_step = False
+
+    def start_anew(self, planner: Planner, verify, slots: list[int]) -> None:
+        """Goes on with another planner, for other slots of each layer, after a step that was broken off or between two.
+
+        The caller's list of caches has the newest ones, whichever layer a step has come to.
+        """
+        self._mid_step = True  # until the slots are filled again
+        self.link.drain()
+        self.planner.abandon_step()
+        self.planner, self.verify = planner, verify
+        self.pool.resize(slots)
+        self.repair()
 
     def fill(self) -> None:
         """Loads every expert that the planner calls resident into an empty pool."""
