@@ -13,7 +13,7 @@ class Stop(KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("system", "method"),
     [
-        *(("adapmoe", name) for name in ("_place", "prefetch", "land", "_add_residents")),
+        *(("adapmoe", name) for name in ("_place", "prefetch", "land", "_residents")),
         ("freetoken", "double_buffered"),
     ],
 )
