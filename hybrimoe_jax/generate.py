@@ -22,6 +22,7 @@ from hybrimoe_jax.engine.config import (
     EXECUTORS,
     HOST_MEMORY,
     KERNELS,
+    PRECISIONS,
     SLOTS,
     EngineConfig,
 )
@@ -66,6 +67,7 @@ ENGINE_FLAGS = {
     "slots": dict(
         choices=SLOTS, help="how slots lie in device memory (default: separate on the CPU backend, stacked elsewhere)"
     ),
+    "precision": dict(choices=PRECISIONS, help="of prompts' products on a GPU (default float32)"),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),
     "max_context": dict(type=int, metavar="N", help="longest prompt and reply together"),
     "max_batch": dict(type=int, metavar="N", help="sequences whose cache --vram-budget reserves"),

@@ -37,6 +37,7 @@ from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
+from hybrimoe_jax.engine.rounded import RoundedForward
 from hybrimoe_jax.engine.start_cache import start_folder
 from hybrimoe_jax.engine.step import DenseForward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
@@ -89,7 +90,9 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
         stream_prefill=options.stream_prefill,
     )
     made = _HybridAssembly(model, store, options, system, device, cores, max_context, frequencies)
-    return exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
+    parts = exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
+    rounded = options.precision == "bfloat16"
+    return dataclasses.replace(parts, forward=RoundedForward(parts.forward)) if rounded else parts
 
 
 class _HybridAssembly:

@@ -47,6 +47,7 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
     Args: config: a ModelConfig. stored_format: of the routed experts.
     """
     context_limit(options, config)
+    check_precision(options)
     if options.executor == "dense":
         if options.vram_budget is not None:
             raise UserError("the dense executor keeps every expert on the device: it takes no vram_budget")
@@ -63,6 +64,16 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
     recording = (options.predictor or "").partition(RECORDED)[2]
     if recording and not os.path.exists(recording):
         raise UserError(f"predictor {options.predictor}: there is no such file")
+
+
+def check_precision(options: EngineConfig) -> None:
+    """UserError where products are to be rounded that are not, or that others are compared with."""
+    if options.precision == "float32":
+        return
+    if jax.devices()[0].platform == "cpu":
+        raise UserError(f"precision {options.precision} is for a GPU: the CPU backend multiplies in float32")
+    if options.executor == "dense":
+        raise UserError(f"the dense executor is the reference: it takes no precision {options.precision}")
 
 
 def check_budget(options: EngineConfig, checkpoint: Checkpoint) -> None:

@@ -20,6 +20,7 @@ CLOCKS = ("wall", "virtual")
 KERNELS = ("auto", "reference", "onednn", "native")
 DEVICE_KERNELS = ("auto", "xla", "cuda")
 AUTO = "auto"
+PRECISIONS = ("float32", "bfloat16")
 HOST_MEMORY = ("auto", "plain", "mapped", "pinned")
 SLOTS = ("auto", "separate", "stacked")
 CHOICES = {
@@ -29,6 +30,7 @@ CHOICES = {
     "host_memory": HOST_MEMORY,
     "slots": SLOTS,
     "clock": CLOCKS,
+    "precision": PRECISIONS,
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -62,6 +64,8 @@ class EngineConfig:
       slots: how slots lie in device memory: "separate", a buffer each, "stacked", one buffer in which programs find the
         residents by themselves, or "auto": separate on the CPU backend, stacked elsewhere. The callback executor takes
         separate ones.
+      precision: of the products of prompts on a GPU, from 16 tokens on: "float32", or "bfloat16", which rounds both
+        operands as most engines do and takes a sixth of the arithmetic. The CPU backend refuses it.
       threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
@@ -101,6 +105,7 @@ class EngineConfig:
     device_kernel: str = "auto"
     host_memory: str = "auto"
     slots: str = "auto"
+    precision: str = "float32"
     threads: int | None = None
     max_context: int | None = None
     max_batch: int = 1

@@ -5,6 +5,9 @@ Bounds, not values: another version of XLA fuses a little differently. The value
 
 from __future__ import annotations
 
+import re
+
+import jax
 import measure
 import pytest
 import topology
@@ -14,6 +17,9 @@ if (reason := topology.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from step_programs import CONTEXT, STEPS, step_programs
+
+from hybrimoe_jax.models.products import product
+from hybrimoe_jax.models.target import traced_for
 
 MB = 1e6
 CASES = [(model, step) for model in PUBLISHED for step in STEPS]
@@ -61,6 +67,21 @@ def test_a_step_s_programs_compile_within_bounds(model, step):
         assert program.temporary <= megabytes * MB, program
         if step.tokens == 1:
             assert program.copies == 0, program  # attention reads its cache where it lies
+        else:
+            # As accurate as float32, on tensor cores; a router of fewer than 16 experts is left as it is.
+            assert set(program.products) <= {"bf16x6", "f32"} and program.products.get("f32", 0) <= 1, program
+
+
+@pytest.mark.parametrize(("setting", "instructions"), [(None, 6), ("bfloat16", 1)])
+def test_a_prompt_s_product_is_made_of_tensor_core_instructions(setting, instructions, tmp_path):
+    """By its PTX: as many bfloat16 products as the split has, none on ordinary cores."""
+    with traced_for("gpu"), jax.default_matmul_precision(setting):
+        traced = jax.jit(product).trace(topology.struct((512, 2048)), topology.struct((1408, 2048), "bfloat16"))
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    code = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
+    assert len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*\.bf16\.bf16", code)) % instructions == 0
+    assert re.search(r"mma[\w.]*\.f32\.bf16\.bf16", code) and "fma.rn.f32" not in code
 
 
 @pytest.mark.parametrize("model", ["DeepSeek-V2-Lite", "Mixtral-8x7B"])
