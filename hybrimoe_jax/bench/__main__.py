@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|llamacpp|cache|schedule|kernels|formats|start`: measured comparisons.
+"""`python -m hybrimoe_jax.bench engine|paced|llamacpp|cache|schedule|kernels|formats|start`: measured comparisons.
 
 A table for people, then one JSON line for programs.
 """
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     _llamacpp_arguments(
         commands.add_parser("llamacpp", help="the engine against llama.cpp at the same bits a weight, in turns")
     )
+    _paced_arguments(commands.add_parser("paced", help="systems in real time on paced devices, and what is computed"))
     _cache_arguments(commands.add_parser("cache", help="cache policies on recorded routing: hits, misses, bound"))
     schedule = commands.add_parser("schedule", help="each rule's gap to the least makespan, and what a decision costs")
     schedule.add_argument(
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "kernels": _kernels,
         "formats": _formats,
         "start": _start,
+        "paced": _paced,
     }
     return run_one[args.command](args)
 
@@ -135,6 +137,36 @@ def _llamacpp(args: argparse.Namespace) -> int:
     _check_models(args)
     options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
     print(json.dumps(benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note)))
+    return 0
+
+
+def _paced_arguments(paced) -> None:
+    from hybrimoe_jax.bench.paced import Options
+
+    usual = Options()
+    paced.add_argument("--machines", default=",".join(usual.machines), metavar="P:S,..", help="default: three of them")
+    paced.add_argument("--systems", default=",".join(usual.systems), metavar="S,..", help="default: seven of them")
+    paced.add_argument("--rounds", type=int, default=usual.rounds, metavar="N", help=f"default {usual.rounds}")
+    paced.add_argument("--new", type=int, default=usual.new, metavar="N", help=f"tokens a run (default {usual.new})")
+
+
+def _paced(args: argparse.Namespace) -> int:
+    from hybrimoe_jax.bench import paced
+    from hybrimoe_jax.decide.systems import get_system
+    from hybrimoe_jax.machine.paced import PREFIX, check_device
+
+    for name, least in (("rounds", 1), ("new", 3)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
+    machines, systems = tuple(args.machines.split(",")), tuple(args.systems.split(","))
+    for machine in machines:
+        check_device(PREFIX + machine)
+    for system in systems:
+        get_system(system)
+    record = paced.run(paced.Options(machines, systems, rounds=args.rounds, new=args.new), _note)
+    _note("")
+    print(paced.tables(record) + "\n")
+    print(json.dumps(record))
     return 0
 
 
