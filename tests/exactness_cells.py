@@ -4,8 +4,8 @@
 `run_cell` builds the cell's engine and measures it against the dense model with the same experts, rounded to the same
 format where it is a quantised one: greedy tokens, and logits relative to their scale.
 As a program it reads labels from standard input, one a line, and prints one JSON object for each: the callback
-executor wants jax without asynchronous dispatch on the CPU backend, which is decided once per process, so its cells
-run in one of their own.
+executor wants jax without asynchronous dispatch on the CPU backend, and a paced device (argument "paced") two threads
+of XLA's, both decided once per process, so their cells run in one of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ BUNDLED_TEXTS = {
 
 
 class Cell(NamedTuple):
-    """`executor`: one of the engine's, or "stacked": the overlapped one with stacked slots."""
+    """`executor`: one of the engine's; "stacked", the overlapped one with stacked slots; or "paced", on such a device."""
 
     model: str
     system: str
@@ -176,10 +177,9 @@ def run_cell(cell: Cell) -> dict:
         system=system,
         scheduler=rule if rule and rule != "pooled" else None,
         cache_scope="pooled" if rule == "pooled" else None,
-        executor="overlapped" if cell.executor == "stacked" else cell.executor,
-        slots="stacked" if cell.executor == "stacked" else "auto",
         cache_ratio=cell.ratio,
         host_kernel=cell.kernel,
+        **_executor(cell),
         **_format(cell.format),
     )
     try:
@@ -192,10 +192,23 @@ def run_cell(cell: Cell) -> dict:
     return {"cell": cell.label, "same_tokens": tokens == want.tokens, "error": error, "margin": want.margin}
 
 
-def main() -> None:
-    import jax
+def _executor(cell: Cell) -> dict:
+    """A "paced" cell is one of the overlapped executor on a device that is paced to the invented machine."""
+    if cell.executor != "paced":
+        stacked = cell.executor == "stacked"
+        return {"executor": "overlapped", "slots": "stacked"} if stacked else {"executor": cell.executor}
+    file = Path(tempfile.gettempdir(), f"hybrimoe-paced-{os.getpid()}-{cell.model}-{cell.format}.json")
+    tiny.costs(tiny.weights(cell.model)[0], format=cell.format).save(file)
+    return {"executor": "overlapped", "profile": None, "device": f"paced:{file}"}
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+def main() -> None:
+    if sys.argv[1:] == ["paced"]:
+        os.environ["NPROC"] = "2"
+    else:
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     for line in sys.stdin:
         print(json.dumps(run_cell(Cell.parse(line.strip()))), flush=True)
 

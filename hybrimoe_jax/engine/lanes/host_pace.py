@@ -17,6 +17,7 @@ class HostPace:
 
     Attributes:
       late: how well ends were kept.
+      free: when the lane is.
       watchers: called with (now, until) when the lane is busy until then.
     """
 
@@ -24,12 +25,12 @@ class HostPace:
         self.costs, self.now = costs, now
         self.late = Lateness()
         self.watchers: list[Callable[[float, float], None]] = []
-        self._free = 0.0
+        self.free = 0.0
 
     def start(self, experts: Sequence[int], loads: Sequence[int], wide: bool) -> list[tuple[int, float, float]]:
         """Experts that start now: (expert, begin, end) of each. `wide`: with all cores, where the costs know them."""
         costs, now = self.costs, self.now()
-        end, spans = max(now, self._free), []
+        end, spans = max(now, self.free), []
         for index, (expert, load) in enumerate(zip(experts, loads, strict=True)):
             begin, first = end, index == 0
             if wide and isinstance(costs, CostModel) and costs.shares_cores:
@@ -37,7 +38,7 @@ class HostPace:
             else:
                 end += costs.cpu(load, first)
             spans.append((expert, begin, end))
-        self._free = end
+        self.free = end
         for watch in self.watchers:
             watch(now, end)
         return spans
