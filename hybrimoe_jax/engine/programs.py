@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.engine.lanes.pacing import NO_PACING, NoPacing
 from hybrimoe_jax.host_kernels.native.pace import begin, end
 from hybrimoe_jax.models.layers import rms_norm
 from hybrimoe_jax.models.moe import add_experts, expert_forward, native_for
@@ -129,16 +130,17 @@ def _all_logits(norm, head, h, acc, host, eps):
     return product(rms_norm(_join(h, acc, host), norm, eps), head)
 
 
-def _dense_rows(acc, x, weights, *slots, kernel="xla"):
+def _dense_rows(acc, x, weights, *slots, kernel="xla", pace=None):
     """`acc` [N, D] + sum over the given slots of weights [n, N] times the expert of every row."""
     with jax.named_scope("device_experts"):
-        return add_experts(acc, x, weights, *slots, kernel=kernel)
+        return end(add_experts(acc, begin(x, pace), weights, *slots, kernel=kernel), pace)
 
 
-def _gathered_rows(acc, x, rows, weights, slot, kernel="xla"):
+def _gathered_rows(acc, x, rows, weights, slot, kernel="xla", pace=None):
     """`acc` [N, D] with one expert added for the rows [C] routed to it (padding: row 0 with weight 0)."""
     with jax.named_scope("device_experts"):
-        return acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows], kernel))
+        x = begin(x, pace)
+        return end(acc.at[rows].add(weights[:, None] * expert_forward(slot, x[rows], kernel)), pace)
 
 
 embed = program(_embed)
@@ -161,13 +163,14 @@ def runs(slot, kernel: str) -> str:
     return "native" if kernel == "xla" and native_here() and native_for(slot) else kernel
 
 
-def add_device_experts(acc, x, experts, rows_of, weights_of, kernel="xla"):
+def add_device_experts(acc, x, experts, rows_of, weights_of, kernel="xla", pacing: NoPacing = NO_PACING):
     """Adds device experts to acc [N, D], asynchronously.
 
     Args:
       experts: list of (expert id, its slot: (gate_up, down) or a PackedExpert).
       rows_of, weights_of: per expert id, the rows [load] routed to it and their weights [load] (numpy).
       kernel: an `EngineConfig.device_kernel`.
+      pacing: how long they must last.
     """
     rows_in_call = x.shape[0]
     few = rows_in_call <= DENSE_ROWS
@@ -180,11 +183,13 @@ def add_device_experts(acc, x, experts, rows_of, weights_of, kernel="xla"):
             weights = np.zeros((len(slots), rows_in_call), np.float32)
             for i, (expert, _) in enumerate(part):
                 weights[i, rows_of[expert]] = weights_of[expert]
-            acc = dense_rows(acc, x, weights, *slots, kernel=kernel)
+            pace = pacing.experts([len(rows_of[expert]) for expert, _ in part])
+            acc = dense_rows(acc, x, weights, *slots, kernel=kernel, pace=pace)
         return acc
     for expert, slot in experts:
         rows, weights = padded_rows(rows_of[expert], weights_of[expert], rows_in_call)
-        acc = gathered_rows(acc, x, rows, weights, slot, kernel=kernel)
+        pace = pacing.experts([len(rows_of[expert])])
+        acc = gathered_rows(acc, x, rows, weights, slot, kernel=kernel, pace=pace)
     return acc
 
 

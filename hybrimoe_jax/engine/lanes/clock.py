@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
-from hybrimoe_jax.engine.lanes.pacing import Lateness, NoPacing, Pacing
+from hybrimoe_jax.engine.lanes.pacing import NO_PACING, Lateness, NoPacing, Pacing
 from hybrimoe_jax.engine.stats import Lanes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Clock(abc.ABC):
     """The time of a step; seconds throughout. `pacing`: how long the device's programs are made to last."""
 
     name: str
-    pacing: NoPacing = NoPacing()
+    pacing: NoPacing = NO_PACING
     real = True
     """Whether work takes its time while it is done; else its time is worked out once it is planned."""
 

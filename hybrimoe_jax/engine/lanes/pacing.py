@@ -71,6 +71,9 @@ class NoPacing:
         return None
 
 
+NO_PACING = NoPacing()
+
+
 class Pacing(NoPacing):
     """Each operand is of one call, made as it is asked for: see `host_kernels.native.pace`.
 

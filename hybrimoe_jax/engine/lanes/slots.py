@@ -19,14 +19,13 @@ import numpy as np
 
 from hybrimoe_jax.decide.plan import Victim
 from hybrimoe_jax.engine import programs
-from hybrimoe_jax.engine.lanes.pacing import NoPacing
+from hybrimoe_jax.engine.lanes.pacing import NO_PACING, NoPacing
 from hybrimoe_jax.formats.packing import ExpertLayout, HostExpert, PackedExpert
 from hybrimoe_jax.models.moe import DeviceExpert
 
 Place = Any
 """Where an expert lies, to be handed back to `add`: its arrays, or its slot's number. Valid until that is written."""
 Experts = list[tuple[int, Place]]
-NO_PACING = NoPacing()
 
 
 class SlotPool(abc.ABC):
@@ -188,7 +187,7 @@ class SeparateSlots(SlotPool):
         return jax.tree.leaves(place)
 
     def add(self, acc, routed, experts, rows, weights, pacing=NO_PACING):
-        return programs.add_device_experts(acc, routed.x, experts, rows, weights, self.kernel)
+        return programs.add_device_experts(acc, routed.x, experts, rows, weights, self.kernel, pacing)
 
     def _empty_slots(self) -> None:
         self._buffers: list[DeviceExpert] = []  # the old ones go before new ones are made

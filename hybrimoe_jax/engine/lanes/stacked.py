@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.engine import programs
-from hybrimoe_jax.engine.lanes.pacing import block_seconds
-from hybrimoe_jax.engine.lanes.slots import NO_PACING, SlotPool, empty_expert
+from hybrimoe_jax.engine.lanes.pacing import NO_PACING, block_seconds
+from hybrimoe_jax.engine.lanes.slots import SlotPool, empty_expert
 from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.host_kernels.native.pace import begin, end
 from hybrimoe_jax.models.moe import DeviceExpert, expert_forward

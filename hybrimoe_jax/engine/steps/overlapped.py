@@ -186,7 +186,7 @@ class OverlappedForward(LayeredForward):
         """An expert of the layer's buffer, which is in no slot."""
         staged, dispatched = self.double_buffered(moe_layer, expert, lanes), self._wall.now()
         of, kernel = (routing.rows, routing.weights), self.model.device_kernel
-        acc = programs.add_device_experts(acc, routed.x, [(expert, staged)], *of, kernel)
+        acc = programs.add_device_experts(acc, routed.x, [(expert, staged)], *of, kernel, self.clock.pacing)
         self._watch_expert(dispatched, acc, expert, routing, moe_layer)
         return acc
 
