@@ -50,7 +50,7 @@ BUNDLED_TEXTS = {
 
 
 class Cell(NamedTuple):
-    """`executor`: one of the engine's; "stacked", the overlapped one with stacked slots; or "paced", on such a device."""
+    """`executor`: one of the engine's; "stacked", the overlapped one with stacked slots; "paced", on a paced device."""
 
     model: str
     system: str

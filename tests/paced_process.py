@@ -41,7 +41,9 @@ def equal_lanes() -> CostModel:
 
 
 def overlap(folder: Path) -> dict[str, float]:
-    """Seconds of a layer, in the best of some steps, whose lanes are busy for `LANE_S` each: as it is, and where one waits for another.
+    """Seconds of a layer whose lanes are busy for `LANE_S` each, in the best of some steps.
+
+    As it is, and where one lane waits for another.
 
     Of the two experts that a token takes, neither resident, the CPU computes one and the other is fetched.
     """
@@ -107,7 +109,7 @@ def counts(systems: list[str], runs: int, copies_wait: bool, folder: Path) -> di
 
 def _counted(system: str, options: dict) -> tuple[dict[str, int], list]:
     engine = tiny.engine(FAMILY, system=system, **options)
-    result = engine.generate(tiny.prompts(engine.config, (12,)), max_new_tokens=12)
+    result = engine.generate(tiny.prompts(engine.config, (12,)), max_new_tokens=24)
     engine.close()
     record = result.stats.summary()
     return {name: record[name] for name in COUNTS} | {"prefetches": record["prefetch"]["issued"]}, result.token_ids
