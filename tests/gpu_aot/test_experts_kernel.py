@@ -21,11 +21,15 @@ if (reason := topology.missing()) is not None:
 import jax
 from topology import compile_for_gpu, struct
 
+from hybrimoe_jax.engine.lanes.stacked import block_program
+from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
 from hybrimoe_jax.models import packed_cuda
 from hybrimoe_jax.models.packed import packed_forward
+from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.pooled import routed_experts
-from hybrimoe_jax.models.registry import parse_config
+from hybrimoe_jax.models.registry import build_model, parse_config
+from hybrimoe_jax.models.target import traced_for
 
 ROOT = Path(__file__).parents[2]
 LOADS = (1, 2, 4, 8)
@@ -89,6 +93,24 @@ def test_xla_s_form_of_an_expert_writes_no_float_matrix(model, load):
     assert len(module.kernels) <= 12
     assert module.float_bytes() <= 4 * config.hidden_size * config.moe_width // 16  # scales, not the matrix
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * layout.nbytes + SMALL
+
+
+@pytest.mark.parametrize("load", (1, 8))
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_layer_s_second_program_is_few_launches(model, load):
+    """Shared experts, and the residents that the device's table finds."""
+    config = parse_config(PUBLISHED[model])
+    layer = next(layer for layer in build_model(config).model.layers if layer.is_moe)
+    graphdef, abstract = split(layer)
+    parameters = {name: struct(array.shape, "bfloat16") for name, array in abstract.items()}
+    pairs = (load, config.num_experts_per_tok)
+    routed = Routed(struct((load, config.hidden_size)), struct(pairs, "int32"), struct(pairs))
+    table = struct((config.num_hidden_layers, config.num_experts), "int32")
+    run = block_program(graphdef, any("shared" in name for name in parameters), "cuda")
+    with traced_for("gpu"):
+        compiled = compile_for_gpu(run, parameters, routed, table, struct((), "int32"), (), pool(config, "int4-g64"))
+    assert len(Module(compiled.as_text()).kernels) <= 9
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.2e6
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_86", "sm_90"])
