@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +18,13 @@ from hybrimoe_jax import calibrate as command
 from hybrimoe_jax.engine.calibration import WHOLE
 from hybrimoe_jax.engine.warmup import AT_LOAD, measure, sample
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.native import pace
 from hybrimoe_jax.machine import break_even
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit, predicted
 from hybrimoe_jax.machine.origin import Machine, Origin
-from hybrimoe_jax.machine.profile import PROFILES, load_costs, load_profile
+from hybrimoe_jax.machine.profile import load_costs, load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, get_shape, shape_of
 
 SHAPE = get_shape("deepseek-v2-lite")
@@ -33,13 +38,14 @@ TRUTH = CostModel(
 class FakeLanes:
     """Lanes that take exactly as long as the given costs say, on a clock of their own."""
 
-    has_shared = moves_parts = True
+    moves_parts = True
 
     def __init__(self, costs, noise: float = 0.0):
         self.costs, self.expert_bytes, self.shares_cores = costs, costs.expert_bytes, costs.shares_cores
         self.part_bytes = self.expert_bytes // 3
         self.time, self.noise = 0.0, np.random.default_rng(0).normal(1, noise, 10**5).clip(0.1)
         self.fetch_host, self.look, self.handover = (lambda *_: costs.fetch_host), (lambda: costs.look), (lambda _: 0.0)
+        self.opens, self.most_experts = (lambda tokens: True), (lambda tokens: None)
         self.dispatch = lambda tokens, experts: 0.0
         self.beside_cpu = self.beside_link = contextlib.nullcontext
         self.runs = 0
@@ -120,7 +126,7 @@ def test_the_warm_up_at_load_finds_the_same_with_fewer_points():
     assert lanes.runs < 8 * sum(map(len, (AT_LOAD.cpu, AT_LOAD.device, AT_LOAD.layer))) + 30
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", ["a6000-paper", "rtx4090-pcie4", "laptop-8gb"])
 def test_machines_that_are_not_linear_come_back_too(profile):
     """Theirs read weights in the shadow of computing, or the other way round."""
     truth = load_profile(profile).costs(SHAPE, "int4-g64")
@@ -259,6 +265,26 @@ def test_the_fastest_host_memory_is_named_and_what_is_refused_left_out(monkeypat
     assert (
         memory_kinds.fastest({"plain": 2.0, "mapped": 1.0}) == "mapped" and memory_kinds.fastest({"plain": 1.0}) is None
     )
+
+
+@pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
+def test_a_paced_device_gives_its_profile_back(tmp_path):
+    """By the wall, through the engine's own programs and lanes; and such a file is read as a paced device's profile."""
+    size = tiny.costs(tiny.weights("qwen2_moe")[0]).expert_bytes
+    truth = dataclasses.replace(
+        TRUTH, cpu_expert=3e-3, cpu_token=2.5e-4, cpu_first=4e-3, device_expert=1.5e-2, device_token=0.0,
+        shared_base=6e-2, shared_token=0.0, device_block=0.0, layer_base=5e-2, layer_token=0.0, layer_context=1e-5,
+        transfer_latency=0.0, bandwidth=size / 1.5e-2, bandwidth_cpu_busy=size / 2.5e-2, expert_bytes=size,
+    )  # fmt: skip
+    truth.save(tmp_path / "p.json")
+    script = Path(__file__).with_name("paced_calibration.py")
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    command = [sys.executable, str(script), str(tmp_path / "p.json"), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert {name: off for name, off in record["off"].items() if abs(off) > 0.1} == {}
+    assert record["device"] == f"paced:{tmp_path / 'p.json'}:2" and record["device"] in record["source"]
 
 
 def test_points_are_as_the_cost_model_reads_them():

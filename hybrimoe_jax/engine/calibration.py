@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
     from hybrimoe_jax.engine.parts import Parts
     from hybrimoe_jax.trace.file import Trace
 
-LOADS = (1, 2, 4, 8, 16, 64, 128)
+LOADS = (2, 4, 8, 16, 64, 128)
 WHOLE = Plan(
-    cpu=grid(LOADS, (1, 2, 4, 8)),
-    alone=grid(LOADS, (1, 2, 8)),
-    device=grid((1, 4, 16, 64, 128), (0, 1, 2, 4, 8)),
+    cpu=(*grid((1,), (1, 2, 4, 8)), *grid(LOADS, (1, 4))),
+    alone=(*grid((1,), (1, 2, 4, 8)), *grid(LOADS, (1, 4))),
+    device=(*grid((1,), (0, 1, 2, 4, 8)), *grid((4, 16, 64, 128), (0, 1, 4))),
     layer=(*grid((1, 4, 16, 64, 128), (CONTEXT,)), *grid((1, 64), (1024, 4096)), (128, 1024)),
     shares=(1 / 16, 1 / 4, 1 / 2),
-    repeats=(5, 25),
+    repeats=(3, 25),
     point_s=0.08,
-    dear_s=0.4,
+    dear_s=0.3,
 )
 BY_THREADS = (1, 16)
 """Loads at which an expert is timed by threads."""
-STEPS = 32
+STEPS, ROUTING_S = 32, 6.0
 PROMPTS = ("Shall I compare thee to a summer's day?", "The time has come to speak of many things:")
-"""Of `record_routing`."""
+"""Of `record_routing`: tokens, and seconds after which they must do."""
 
 Show = Callable[[Iterable[str], int, str], Iterable[str]]
 
@@ -69,7 +70,7 @@ def calibrate(engine: Engine, show: Show = lambda kinds, total, label: kinds, pl
 
 
 def record_routing(engine: Engine, tokens: int = STEPS) -> Trace:
-    """What the model itself chooses while it writes on from two prompts, so many tokens each."""
+    """What the model itself chooses while it writes on from two prompts, so many tokens each if there is time."""
     from hybrimoe_jax.engine.recording import EngineTrace
 
     most = max(1, engine.max_context - tokens - 1)
@@ -77,11 +78,15 @@ def record_routing(engine: Engine, tokens: int = STEPS) -> Trace:
         prompts = [engine.tokenizer.encode(text)[:most] for text in PROMPTS]
     else:
         prompts = [list(range(start, start + min(most, 16))) for start in (0, engine.config.vocab_size // 2)]
-    trace = EngineTrace(engine)
+    trace, began = EngineTrace(engine), time.perf_counter()
     engine.record(trace)
+    steps = engine.steps(prompts, max_new_tokens=tokens + 1, temperature=0.8)
     try:
-        engine.generate(prompts, max_new_tokens=tokens + 1, temperature=0.8)
+        for number, _ in enumerate(steps):
+            if number >= 2 and time.perf_counter() - began > ROUTING_S:
+                break
     finally:
+        steps.close()
         engine.record(None)
     return trace.recorder.trace()
 

@@ -39,8 +39,8 @@ class EngineLanes:
     """Args: model, pool, link, host: the engine's; weights: (MoE layer, expert) -> HostExpert.
 
     Attributes: `now`: seconds of this machine; `shares_cores`: whether the device works on the CPU's cores;
-    `has_shared`: whether layers have shared experts; `expert_bytes`: of what the link's times are of; `moves_parts`:
-    whether less than an expert takes less time (a paced link has one time for all).
+    `expert_bytes`: of what the link's times are of; `moves_parts`: whether less than an expert takes less time (a paced
+    link has one time for all).
     """
 
     def __init__(self, model: DeviceModel, pool: SlotPool, link: Link, host: HostExecutor, weights):
@@ -52,7 +52,6 @@ class EngineLanes:
             costs = self.clock.costs
             self.expert_bytes, self.shares_cores, self.moves_parts = costs.expert_bytes, costs.shares_cores, False
         self.layer = model.moe_layers[0]
-        self.has_shared = self.layer.programs.shared is not None
         count = max(4, ROTATION_BYTES // pool.expert_bytes)
         every = itertools.product(range(len(model.moe_layers)), range(model.config.num_experts))
         self._experts = list(itertools.islice(every, count))
@@ -92,11 +91,16 @@ class EngineLanes:
 
     def device(self, tokens: int, experts: int) -> Run:
         """A MoE block on the device: the shared experts, and so many others that all tokens are routed to."""
-        start = self._block(tokens, experts, self.has_shared)
+        start = self._block(tokens, experts, shared=self.layer.programs.shared is not None)
         return lambda: jax.block_until_ready(start())
 
     def dispatch(self, tokens: int, experts: int) -> float:
-        """Seconds until the calls of such experts return, with the device's work still to be done."""
+        """Seconds until the calls of such experts return, with the device's work still to be done.
+
+        Nothing where they are part of a call that is made in any case.
+        """
+        if self._in_one_program(tokens):
+            return 0.0
         start, times = self._block(tokens, experts, shared=False), []
         for _ in range(REPEATS):
             began = self.now()
@@ -215,11 +219,32 @@ class EngineLanes:
         with _beside(run):
             yield
 
+    def opens(self, tokens: int) -> bool:
+        """Whether a block without routed experts runs anything on the device."""
+        return self.layer.programs.shared is not None or self._in_one_program(tokens)
+
+    def most_experts(self, tokens: int) -> int | None:
+        """Of a block: where its program finds residents by itself, no more than a token has. None: any number."""
+        return len(self._residents()) if self._in_one_program(tokens) else None
+
+    def _in_one_program(self, tokens: int) -> bool:
+        return self.pool.finds_residents and tokens <= programs.DENSE_ROWS and bool(self._residents())
+
+    def _residents(self) -> list[int]:
+        """Experts of the first MoE layer in slots, no more than a token has; some are put there where none are."""
+        layer, most = self.layer.moe_layer or 0, self.model.config.num_experts_per_tok
+        if not self.pool.residents(layer):
+            for expert in range(min(self.pool.free(layer), most)):
+                self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
+        return sorted(self.pool.residents(layer))[:most]
+
     def _block(self, tokens: int, experts: int, shared: bool) -> Callable[[], Any]:
         """-> a function that dispatches a block, its `shared` experts too, and returns its result."""
-        program, pacing = self.layer.programs.shared if shared else None, self.clock.pacing
         x = jax.device_put(jnp.ones((tokens, self.width), jnp.float32), self.model.device)
-        routed = programs.Routed(x, jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32))
+        if self._in_one_program(tokens):
+            return self._block_in_one(x, self._residents()[:experts])
+        pacing, program = self.clock.pacing, self.layer.programs.shared if shared else None
+        routed = self._routed(x, list(range(self.model.config.num_experts_per_tok)))
         rows = dict.fromkeys(range(experts), np.arange(tokens))
         mix = dict.fromkeys(range(experts), np.ones(tokens, np.float32))
 
@@ -230,13 +255,24 @@ class EngineLanes:
 
         return start
 
+    def _block_in_one(self, x: jax.Array, residents: list[int]) -> Callable[[], Any]:
+        """The same as one program, which finds these residents; other experts that tokens have are left out."""
+        config, pool = self.model.config, self.pool
+        others = [expert for expert in range(config.num_experts) if expert not in residents]
+        chosen = (residents + others)[: config.num_experts_per_tok]
+        routed, there = self._routed(x, chosen), pool.residents(self.layer.moe_layer or 0)
+        left_out = [expert for expert in chosen if expert in there and expert not in residents]
+        return lambda: pool.block(self.layer, routed, left_out, self.clock.pacing.block(len(x)))
+
+    def _routed(self, x: jax.Array, chosen: list[int]) -> programs.Routed:
+        """Every token has the same experts."""
+        ids = np.array([chosen] * len(x), np.int32)
+        on_device = jax.device_put((ids, np.ones(ids.shape, np.float32)), self.model.device)
+        return programs.Routed(x, *on_device)
+
     def _front(self, tokens: int, context: int) -> Callable[[], jax.Array]:
         """-> a function that dispatches a front and returns the packed routing."""
-        layer, capacity, pace = (
-            self.layer,
-            programs.bucket(context, 256),
-            self.clock.pacing.front(tokens, context, False),
-        )
+        layer, capacity, pacing = self.layer, programs.bucket(context, 256), self.clock.pacing
         positions = np.arange(max(0, context - tokens), max(tokens, context), dtype=np.int32)[None]
         span = StepInput(np.zeros_like(positions), positions, capacity, "decode", None).span
         positions = jax.device_put(positions, self.model.device)
@@ -248,6 +284,7 @@ class EngineLanes:
 
         def start() -> jax.Array:
             nonlocal cache
+            pace = pacing.front(tokens, context, False)
             parts = (h, nothing, nothing, cache, positions, span, self.model.sends_input, pace)
             *_, cache, packed = layer.programs.front(layer.params, (), *parts)
             return packed

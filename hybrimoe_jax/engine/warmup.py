@@ -22,7 +22,6 @@ class Lanes(Protocol):
 
     expert_bytes: int
     shares_cores: bool
-    has_shared: bool
     moves_parts: bool
     now: Callable[[], float]
 
@@ -31,6 +30,8 @@ class Lanes(Protocol):
 
     def prepare(self) -> None: ...
     def cpu(self, load: int, experts: int, wide: bool = False) -> Run: ...
+    def opens(self, tokens: int) -> bool: ...
+    def most_experts(self, tokens: int) -> int | None: ...
     def device(self, tokens: int, experts: int) -> Run: ...
     def dispatch(self, tokens: int, experts: int) -> float: ...
     def layer_front(self, tokens: int, context: int) -> Run: ...
@@ -49,7 +50,7 @@ class Plan:
 
     Attributes:
       cpu, alone: (load, experts) on the CPU with its usual workers, and with the device's cores too.
-      device: (tokens, experts) of blocks; without experts only where layers have shared ones.
+      device: (tokens, experts) of blocks; without experts only where that runs anything.
       layer: (tokens, context) of fronts.
       shares: of an expert's bytes, moved besides a whole one; None: its down matrix, and beside a computing CPU nothing
         else.
@@ -104,7 +105,10 @@ def sample(lanes: Lanes, samples: Samples, plan: Plan, inline_s: float, distance
     if lanes.shares_cores:
         yield from taker.take("alone", plan.alone, lambda load, experts: lanes.cpu(load, experts, wide=True))
     inline = taker.inline(inline_s)
-    blocks = plan.device if lanes.has_shared else [at for at in plan.device if at[1]]
+    blocks = list(
+        dict.fromkeys((tokens, _within(experts, lanes.most_experts(tokens))) for tokens, experts in plan.device)
+    )
+    blocks = [(tokens, experts) for tokens, experts in blocks if experts or lanes.opens(tokens)]
     # Where the host's thread runs experts itself, dispatching the device's holds it up: a lane of its own cannot show
     # that, so it is added to theirs.
     yield from taker.take("device", blocks, lanes.device, lanes.dispatch if inline else None)
@@ -121,6 +125,10 @@ def sample(lanes: Lanes, samples: Samples, plan: Plan, inline_s: float, distance
         samples.fetch_host = lanes.fetch_host()
     if fusible:
         samples.handover = lanes.handover(CONTEXT)
+
+
+def _within(experts: int, most: int | None) -> int:
+    return experts if most is None else min(experts, most)
 
 
 class Taker:

@@ -156,10 +156,10 @@ _NAMES = ("once", "expert", "token", "floor", "shared", "shared_token", "shared_
 def _lane(last: int, shared: int | None) -> _Columns:
     """A floor up to load `last`, a line behind it; and so for shared experts up to `shared` tokens if there are any."""
     columns: _Columns = {
-        "once": lambda n, k: k > 0,
         "floor": lambda n, k: k * (n <= last),
         "expert": lambda n, k: k * (n > last),
         "token": lambda n, k: k * n * (n > last),
+        "once": lambda n, k: k > 0,
     }
     if shared is not None:
         columns |= {

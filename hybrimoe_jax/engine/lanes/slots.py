@@ -81,6 +81,10 @@ class SlotPool(abc.ABC):
     def residents(self, layer: int) -> frozenset[int]:
         return frozenset(self._where[layer])
 
+    def free(self, layer: int) -> int:
+        """How many slots the layer may fill before somebody must go."""
+        return len(self._free[0 if self._pooled else layer])
+
     def get(self, layer: int, expert: int) -> Place:
         return self._place(self._where[layer][expert])
 

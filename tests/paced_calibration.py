@@ -1,0 +1,47 @@
+"""Calibrates a paced device, in a process of its own, and compares with what it was told to be. Args: file, slowdown.
+
+Prints for each figure by how much it is off. Beside other work a thread is woken milliseconds late, so there are three
+tries.
+"""
+
+import dataclasses
+import json
+import sys
+
+import tiny
+
+from hybrimoe_jax.engine import calibration
+from hybrimoe_jax.engine.warmup import grid
+from hybrimoe_jax.machine.costs import CostModel
+
+FEW = dataclasses.replace(
+    calibration.WHOLE,
+    cpu=(*grid((1,), (1, 3)), (16, 1)),
+    device=(*grid((1,), (0, 1, 2)), *grid((16,), (0, 2))),
+    layer=(*grid((1, 16), (128,)), (1, 384)),
+    repeats=(3, 3),
+)
+
+
+def figures(costs: CostModel) -> dict[str, float]:
+    found = {f"{name} {load}": getattr(costs, name)(load) for name in ("cpu", "device", "shared") for load in (1, 16)}
+    found |= {f"layer {at}": costs.layer(*at) for at in ((1, 128), (16, 128), (1, 384))}
+    found |= {"first": costs.cpu(1, True)}
+    return found | {f"transfer, CPU busy: {busy}": costs.transfer(busy) for busy in (False, True)}
+
+
+def main() -> None:
+    file, slowdown = sys.argv[1:]
+    engine = tiny.engine("qwen2_moe", profile=None, cache_ratio=0.5, device=f"paced:{file}:{slowdown}")
+    wanted = figures(CostModel.load(file).slowed(float(slowdown)))
+    for _ in range(3):
+        found = calibration.calibrate(engine, plan=FEW)
+        off = {name: value / wanted[name] - 1 for name, value in figures(found.costs).items()}
+        if max(map(abs, off.values())) < 0.1:
+            break
+    engine.close()
+    print(json.dumps({"off": off, "device": found.origin.machine.device, "source": found.costs.source}))
+
+
+if __name__ == "__main__":
+    main()
