@@ -32,7 +32,18 @@ CALLS = {"first": 300.0, "second": 240.0}
 """Seconds of each call, all of it."""
 MARGIN_S = 6.0
 """Kept of a call's time for writing files."""
-TESTS = ("device_memory", "slots", "engine", "engine_stats", "host_memory", "overlap", "layer_stream", "packed_experts")
+TESTS = (
+    "two_programs",
+    "out_of_memory",
+    "device_memory",
+    "slots",
+    "engine",
+    "engine_stats",
+    "host_memory",
+    "overlap",
+    "layer_stream",
+    "packed_experts",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,16 +71,26 @@ def callback(facts: Facts):
 
 
 def in_place(facts: Facts):
-    slots = facts["slots"]
-    found = {name: slots[name] for name in slots if "write" in name or name.startswith("written")}
-    eight, many = (next(v for k, v in slots.items() if k.endswith(f"write to a stack of {n} (us)")) for n in (8, 32))
-    return found, slots["written in place (1 yes, 0 no)"] == 1 and many < 1.5 * eight
+    small, large = "an expert written to a stack of 16 (us)", "an expert written to a stack of 64 (us)"
+    found = pick(facts, "slots", "an expert written to slots of their own (us)", small, large)
+    found |= pick(facts, "slots", "written in place (1 yes, 0 no)")
+    return found, found["written in place (1 yes, 0 no)"] == 1 and found[large] < 1.5 * found[small]
 
 
 def stacked(facts: Facts):
-    found = pick(facts, "slots", "4 experts, buffers of their own (us)", "4 experts of a stack of 32 (us)")
+    found = pick(facts, "slots", "6 experts out of slots of their own (us)", "6 experts out of a stack of 64 (us)")
     own, stack = found.values()
     return found, stack <= 1.1 * own
+
+
+def beside(other: str) -> Callable[[Facts], tuple[dict[str, Any], bool]]:
+    """Whether hybrimoe as it is decodes as fast as `other`, within 3 %."""
+
+    def look(facts: Facts):
+        found = {name: facts[name]["tbt_ms"] for name in ("hybrimoe", other)}
+        return found, found["hybrimoe"] <= 1.03 * found[other]
+
+    return look
 
 
 def dispatch(facts: Facts):
@@ -170,6 +180,21 @@ DECISIONS = (
     Decision("split products", "prefill's split products are as exact as float32's own", precision),
     Decision(
         "hybrid decode", "hybrimoe decodes as fast as the fastest of ktransformers, cpu-only and device-only", fastest
+    ),
+    Decision(
+        "stacked in the engine",
+        "hybrimoe decodes faster with stacked slots than with separate ones",
+        beside("hybrimoe, separate slots"),
+    ),
+    Decision(
+        "int4 kernel in the engine",
+        "hybrimoe decodes faster with our kernel than with XLA's form",
+        beside("hybrimoe, xla"),
+    ),
+    Decision(
+        "registered in the engine",
+        "hybrimoe decodes faster from registered memory than from plain",
+        beside("hybrimoe, plain memory"),
     ),
     Decision("same tokens", "all systems give the same greedy tokens at a real size", same_tokens),
     Decision("exactness", "every cell of the exactness matrix that was run is within its tolerance", cells),

@@ -6,62 +6,60 @@ import time
 from statistics import median
 
 import numpy as np
-from gpu_link import WIDTH, timed
+from gpu_link import timed
 
 
 def measure_slots(sizes, repeats) -> dict[str, float]:
-    """Microseconds to write one expert, and to run 4 of n experts on one token, by layout."""
+    """Microseconds to write one int4 expert, and to run 6 of them on one token, by the engine's two kinds of slots."""
     import jax
     import jax.numpy as jnp
 
-    from hybrimoe_jax.engine.lanes.slots import write_slot
-    from hybrimoe_jax.models.moe import expert_forward
+    from hybrimoe_jax.engine import programs
+    from hybrimoe_jax.engine.checks import device_kernel
+    from hybrimoe_jax.engine.lanes.slots import SeparateSlots
+    from hybrimoe_jax.engine.lanes.stacked import StackedSlots
+    from hybrimoe_jax.models.pooled import routed_experts
 
-    size = sizes[1]
-    hidden = max(16, int(size * 1e6) // (12 * WIDTH))
-    new = (jnp.ones((2 * hidden, WIDTH), jnp.float32), jnp.ones((WIDTH, hidden), jnp.float32))
-    x = jnp.ones((1, WIDTH), jnp.float32)
+    format, chosen = "int4-g64", tuple(range(0, 12, 2))
+    kernel, experts = device_kernel("auto", format), packed_slots(sizes, format, 12)
+    layout, found, in_place = experts[0].layout, {}, True
+    x = jnp.ones((1, layout.width), jnp.float32)
+    acc, mix = jnp.zeros_like(x), np.ones(1, np.float32)
+    run = jax.jit(lambda acc, x, slots, mix, pool: routed_experts(acc, x, slots, mix, pool, kernel))
+    slots, weights = jnp.asarray([chosen], jnp.int32), jnp.ones((1, len(chosen)), jnp.float32)
 
-    @jax.jit
-    def separate(x, slots):
-        return sum(expert_forward(slot, x) for slot in slots)
+    def address(pool) -> int:
+        return pool.buffers(pool.some(1)[0])[0].unsafe_buffer_pointer()
 
-    @jax.jit
-    def indexed(x, stack, ids):
-        return sum(expert_forward((stack[0][ids[i]], stack[1][ids[i]]), x) for i in range(4))
-
-    def set_row(stack, new, index):
-        return tuple(jax.lax.dynamic_update_index_in_dim(s, n, index, 0) for s, n in zip(stack, new))
-
-    donated, copied = jax.jit(set_row, donate_argnums=0), jax.jit(set_row)
-    found = {}
-    slots = [tuple(jnp.zeros_like(part) for part in new) for _ in range(4)]
-    before = slots[0][0].unsafe_buffer_pointer()
-
-    def write():
-        slots[0] = jax.block_until_ready(write_slot(slots[0], new))
-
-    found[f"{size:g} MB: write to a buffer of its own (us)"] = 1e6 * timed(write, repeats)
-    found["written in place (1 yes, 0 no)"] = float(slots[0][0].unsafe_buffer_pointer() == before)
-    found["4 experts, buffers of their own (us)"] = 1e6 * timed(
-        lambda: separate(x, tuple(slots)).block_until_ready(), repeats
-    )
-    ids = jnp.array([0, 2, 4, 6])
-    for count in (8, 32):
-        stack = {"s": tuple(jnp.zeros((count, *part.shape), jnp.float32) for part in new)}
-
-        def write_row(stack=stack):
-            stack["s"] = jax.block_until_ready(donated(stack["s"], new, 3))
-
-        found[f"{size:g} MB: write to a stack of {count} (us)"] = 1e6 * timed(write_row, repeats)
-        found[f"4 experts of a stack of {count} (us)"] = 1e6 * timed(
-            lambda s=stack: indexed(x, s["s"], ids).block_until_ready(), repeats
+    for kind, count in (("slots of their own", 16), ("a stack", 16), ("a stack", 64)):
+        lies = ([count], layout.width, layout.hidden, jnp.float32, 2, layout)
+        pool = (
+            SeparateSlots(*lies, kernel=kernel)
+            if kind != "a stack"
+            else StackedSlots(*lies, kernel=kernel, num_experts=count)
         )
-        if count == 8:
-            found["the same write, not donated (us)"] = 1e6 * timed(
-                lambda s=stack: jax.block_until_ready(copied(s["s"], new, 3)), repeats
-            )
-    return found
+        label = kind if kind != "a stack" else f"a stack of {count}"
+        for number, expert in enumerate(experts):
+            pool.write(0, number, expert, None)
+        pool.stream(experts[0])  # the first of two staging slots, and so twice below
+        before = address(pool)
+        pool.stream(experts[1])
+        pool.stream(experts[2])
+        in_place = in_place and address(pool) == before
+
+        def write(pool=pool):
+            jax.block_until_ready(pool.buffers(pool.stream(experts[0])))
+
+        def compute(pool=pool):
+            if isinstance(pool, StackedSlots):
+                return run(acc, x, slots, weights, pool.pool).block_until_ready()
+            mine, row = [(e, pool.get(0, e)) for e in chosen], dict.fromkeys(chosen, np.zeros(1, np.int64))
+            every = programs.add_device_experts(acc, x, mine, row, dict.fromkeys(chosen, mix), kernel)
+            return every.block_until_ready()
+
+        found[f"an expert written to {label} (us)"] = 1e6 * timed(write, repeats)
+        found[f"6 experts out of {label} (us)"] = 1e6 * timed(compute, repeats)
+    return found | {"written in place (1 yes, 0 no)": float(in_place)}
 
 
 def packed_slots(sizes, format: str, count: int) -> list:

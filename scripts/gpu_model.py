@@ -1,5 +1,7 @@
 """`python scripts/gpu_model.py`: DeepSeek-V2-Lite with random weights, int4 experts, under four systems, and a profile.
 
+Then hybrimoe again, each time with one choice made otherwise: separate slots, XLA's form of an expert, plain memory.
+
 Nothing is written to disk but results: weights are drawn in memory, on all cores. A table for people; `--json FILE` is
 brought up to date after every system, so that a run that is stopped has told what it knew. With `--trace FILE` a few
 decode steps under hybrimoe are profiled by jax, and the file is that profile, compressed.
@@ -23,6 +25,12 @@ import numpy as np
 from gpu_report import report
 
 SYSTEMS = ("hybrimoe", "ktransformers", "cpu-only", "device-only")
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "hybrimoe, separate slots": {"slots": "separate"},
+    "hybrimoe, xla": {"device_kernel": "xla"},
+    "hybrimoe, plain memory": {"host_memory": "plain"},
+}
+"""hybrimoe with one choice made otherwise; after the systems, as far as the time goes."""
 FORMAT, RATIO = "int4-g64", 0.25
 SMALL = dict(
     hidden_size=256,
@@ -114,7 +122,6 @@ def main() -> int:
     top = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     top.add_argument("--small", action="store_true", help="a tiny model (for a dry run)")
     top.add_argument("--layers", type=int, help="fewer layers than the published 27")
-    top.add_argument("--systems", default=",".join(SYSTEMS), help="which, in this order")
     top.add_argument("--json", type=Path, help="where the figures go")
     top.add_argument("--trace", type=Path, help="where jax's profile of a few steps goes")
     args = top.parse_args()
@@ -122,6 +129,7 @@ def main() -> int:
     from hybrimoe_jax.engine.device_memory import limit_allocator
     from hybrimoe_jax.engine.lanes import threads
 
+    common: dict[str, Any] = {"cache_ratio": RATIO, "max_context": 1024, "prefill_chunk": 128}
     limit_allocator(EngineConfig())
     threads.split_threads(None, "overlapped")
     import jax
@@ -136,10 +144,10 @@ def main() -> int:
     facts: dict[str, Any] = {"model": about}
     costs = tokens = None
 
-    for name in args.systems.split(","):
+    runs: dict[str, dict[str, Any]] = {name: {"system": name} for name in SYSTEMS} | OTHERWISE
+    for name, choices in runs.items():
         began = time.perf_counter()
-        options = EngineConfig(system=name, cache_ratio=RATIO, max_context=1024, prefill_chunk=128, profile=costs)
-        engine = model.engine(options)
+        engine = model.engine(EngineConfig(**common, **choices, profile=costs))
         loaded = time.perf_counter() - began
         figures, new = measure(engine, prompt, 32)
         tokens = tokens or new

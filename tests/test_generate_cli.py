@@ -257,7 +257,8 @@ def one_line(done) -> bool:
         (("--prompt", "x", "--cache-ratio", "0.5", "--vram-budget", "1GiB"), "not both"),
         (("--prompt", "x", "--vram-budget", "lots"), "'lots'"),
         (("--prompt", "x", "--vram-budget", "9" * 400), "less than 8 EiB"),
-        (("--prompt", "x", "--vram-budget", "10KiB"), "too small"),
+        (("--prompt", "x", "--vram-budget", "10KiB"), "at least"),
+        (("--prompt", "x", "--vram-budget", "auto"), "on a GPU"),
         (("--prompt", "x", "--max-tokens", "5000"), "max_context"),
         (("--prompt", "x", "--max-context", "100000"), "max_position_embeddings"),
         (("--prompt", "x", "--stop", ""), "stop string"),
@@ -291,11 +292,16 @@ def one_line(done) -> bool:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_line_and_said_before_weights_are_read(flags, named, here, monkeypatch):
-    if named != "too small":  # what memory must hold is counted when the engine is made
-        monkeypatch.delattr(Checkpoint, "experts")
-        monkeypatch.delattr(Checkpoint, "dense")
+    monkeypatch.delattr(Checkpoint, "experts")
+    monkeypatch.delattr(Checkpoint, "dense")
     done = here(*flags)
     assert one_line(done) and named in done.stderr.decode()
+
+
+def test_a_budget_that_the_compiled_workspace_exceeds_is_one_line(here):
+    """Dense weights and cache would fit: 1.65 MiB."""
+    done = here("--prompt", "x", "--vram-budget", "2MiB")
+    assert one_line(done) and b"workspace" in done.stderr and b"prefill_chunk" in done.stderr
 
 
 def test_an_empty_standard_input_is_one_line(command):
