@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -127,5 +128,18 @@ def test_the_command_runs_the_bundled_model_on_a_paced_device(tmp_path):
     told = {"device": "paced", "profile": "a6000-engineered", "slowdown": 2.0, "clock": "wall"}
     assert {name: record[name] for name in told} == told
     assert record["overshoot"]["cpu"]["count"] > 0 and record["costs"]["slowdown"] == 2
-    about = json.loads((tmp_path / "t.json").read_text())["otherData"]
-    assert {name: about[name] for name in told} == told
+    timeline = json.loads((tmp_path / "t.json").read_text())
+    about = timeline["otherData"]
+    assert {name: about[name] for name in told} == told and "2 times slower" in about["costs"]
+    assert_side_by_side([event for event in timeline["traceEvents"] if event["ph"] == "X"])
+    ran = [event["args"]["experts"] for event in timeline["traceEvents"] if event["name"] == "shared and residents"]
+    assert ran and any(ran)
+
+
+def assert_side_by_side(events):
+    """At some moment the CPU and the device compute an expert each while a third one crosses the link."""
+    lanes = {lane: [] for lane in ("cpu", "device", "link")}
+    for event in events:
+        if "expert" in event["args"] or event["args"].get("experts"):
+            lanes[event["cat"]].append((event["ts"], event["ts"] + event["dur"]))
+    assert any(max(begin for begin, _ in three) < min(end for _, end in three) for three in product(*lanes.values()))

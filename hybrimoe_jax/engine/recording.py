@@ -31,6 +31,8 @@ class EngineTimeline:
     def __init__(self, engine):
         self._clock = engine.clock
         about = {"clock": engine.clock.name, "system": engine.options.system, "executor": engine.options.executor}
+        if engine.costs is not None:
+            about["costs"] = engine.costs.source
         if engine.options.paced is not None:
             about |= {"clock": "wall", "device": "paced", **engine.options.paced._asdict()}
         self._timeline = Timeline(**about)
@@ -49,9 +51,9 @@ class EngineTimeline:
         """Notes a MoE block that ran as one executable."""
         self._timeline.add("device", f"moe {layer}", start, end, layer=layer, **args)
 
-    def transfer(self, kind: str, layer: int, expert: int, issued: float, landed: float) -> None:
+    def transfer(self, kind: str, layer: int, expert: int, began: float, landed: float) -> None:
         """Notes a transfer whose landing was observed by the link itself."""
-        self._timeline.add("link", f"{kind} {layer}.{expert}", issued, landed, layer=layer, expert=expert, kind=kind)
+        self._timeline.add("link", f"{kind} {layer}.{expert}", began, landed, layer=layer, expert=expert, kind=kind)
 
     def finish(self) -> Timeline:
         """Waits until every watched event has ended."""

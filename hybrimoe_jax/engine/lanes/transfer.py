@@ -36,7 +36,10 @@ SLICES = 50
 
 @dataclasses.dataclass
 class Transfer:
-    """A transfer under way; `staged` is set once it has landed on the device."""
+    """A transfer under way; `staged` is set once it has landed on the device.
+
+    `began`: when it got the link; `free`: when the link's thread was done with the one before.
+    """
 
     layer: int
     expert: int
@@ -45,6 +48,7 @@ class Transfer:
     after: jax.Array | None = None
     staged: DeviceExpert = dataclasses.field(init=False)
     began: float = 0.0
+    free: float = 0.0
     landed: float = 0.0
     error: BaseException | None = None
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -73,7 +77,7 @@ class Link:
         self._streamed: dict[int, dict[int, Transfer]] = {}  # by layer and expert
         self._gave_up = False
         self._oldest: tuple[int, int, float] | None = None
-        self._seen_s = self._looked = 0.0
+        self._seen_s = self._looked = self._free = 0.0
         self._worker = Worker(self._serve, "link")
 
     def put(self, weights: HostExpert) -> DeviceExpert:
@@ -228,12 +232,12 @@ class Link:
         return transfer
 
     def _serve(self, transfer: Transfer) -> None:
-        transfer.began = self.clock.now()
+        transfer.began, transfer.free = self.clock.now(), self._free
         try:
             self._copy(transfer)
         except BaseException as error:  # handed to the thread that commits, which raises it
             transfer.error = error
-        transfer.landed = self.clock.now()
+        transfer.landed = self._free = self.clock.now()
         transfer.done.set()
 
     def _copy(self, transfer: Transfer) -> None:

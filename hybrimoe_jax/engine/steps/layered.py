@@ -304,7 +304,8 @@ class LayeredForward(Forward):
 
     def _note(self, transfer, kind: str = "prefetch") -> None:
         if self.timeline is not None:
-            self.timeline.transfer(kind, transfer.layer, transfer.expert, transfer.issued, transfer.landed)
+            began = max(transfer.began, transfer.free)
+            self.timeline.transfer(kind, transfer.layer, transfer.expert, began, transfer.landed)
 
     # between steps
 

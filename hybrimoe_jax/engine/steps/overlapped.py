@@ -51,18 +51,26 @@ class OverlappedForward(LayeredForward):
         self._unfinished: tuple | None = None
         """Of the layer before: when its device work began and its result, when its fetches began and the last of
         them."""
+        self._found: list[int] = []
+        """The residents that the layer's block runs, for the timeline: known once there is a plan."""
 
     def early(self, tokens: int, rows: int) -> bool:
         found = self.pool.finds_residents and rows <= programs.DENSE_ROWS
         return found and self.clock.real and self.planner.keeps_residents(tokens)
 
     def dispatch_block(self, run, layer: DeviceLayer, routed: Routed) -> jax.Array | None:
-        self._dispatched, self._working_from = self._wall.now(), self._working()
+        self._working_from, self._found = self._working(), []
+        if self.timeline is not None:
+            self.timeline.watch("device", f"attention {run.moe_layer}", run.began, routed.x, layer=run.moe_layer)
         if run.early:
             return self._block(run, layer, routed, [])
         if layer.programs.shared is None or self._in_one_program(routed):
             return None
-        return layer.programs.shared(layer.params, routed.x, self.clock.pacing.block(run.tokens, len(routed.x)))
+        dispatched = self._wall.now()
+        block = layer.programs.shared(layer.params, routed.x, self.clock.pacing.block(run.tokens, len(routed.x)))
+        if self.timeline is not None:
+            self.timeline.watch("device", "shared", dispatched, block, layer=run.moe_layer)
+        return block
 
     def carry_out(self, run, lanes, layer, routed: Routed, block, routing: HostRouting, plan: LayerPlan) -> None:
         moe_layer, transfers = run.moe_layer, {}
@@ -111,17 +119,20 @@ class OverlappedForward(LayeredForward):
         return self.pool.finds_residents and len(routed.x) <= programs.DENSE_ROWS
 
     def _block(self, run, layer: DeviceLayer, routed: Routed, left_out: list[int]) -> jax.Array:
-        return self.pool.block(layer, routed, left_out, self.clock.pacing.block(run.tokens, len(routed.x)))
+        dispatched = self._wall.now()
+        block = self.pool.block(layer, routed, left_out, self.clock.pacing.block(run.tokens, len(routed.x)))
+        if self.timeline is not None:
+            about = {"layer": run.moe_layer, "experts": self._found}
+            self.timeline.watch("device", "shared and residents", dispatched, block, **about)
+        return block
 
     def _residents(self, run, layer, routed: Routed, block, routing: HostRouting, plan: LayerPlan) -> jax.Array:
         """The shared experts and the residents that the plan gives to the device."""
         if not run.early and self._in_one_program(routed):
             block = self._block(run, layer, routed, [expert for expert in plan.hits if expert not in plan.device])
         moe_layer, acc = run.moe_layer, self.zeros(len(routed.x)) if block is None else block
-        if self.timeline is not None and block is not None:
-            name = "shared and residents" if self._in_one_program(routed) else "shared"
-            self.timeline.watch("device", name, self._dispatched, acc, layer=moe_layer)
         if self._in_one_program(routed):
+            self._found += plan.device
             return acc
         experts = [(expert, self.pool.get(moe_layer, expert)) for expert in plan.device]
         if self.timeline is None:
