@@ -67,3 +67,13 @@ def test_few_programs_serve_any_number_of_slots(slots, most):
             pool.add(routed.x, routed, [(expert, pool.get(0, expert)) for expert in range(count)], rows, weights)
     assert tiny.executables() - before <= most
     engine.close()
+
+
+def test_a_layer_without_host_experts_compiles_nothing_anew():
+    engine = tiny.engine()
+    program, forward = jax.jit(lambda acc, host: acc + host), engine._forward
+    program(forward.zeros(1), np.ones((1, 32), np.float32))
+    compiled = compile_clock().seconds
+    assert not np.asarray(program(forward.zeros(1), forward.no_host_part(1))).any()
+    assert compile_clock().seconds == compiled
+    engine.close()

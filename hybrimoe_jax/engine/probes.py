@@ -277,7 +277,8 @@ class EngineLanes:
         span = StepInput(np.zeros_like(positions), positions, capacity, "decode", None).span
         positions = jax.device_put(positions, self.model.device)
         h = jax.device_put(jnp.ones((1, tokens, self.width), jnp.float32), self.model.device)
-        nothing = jax.device_put(jnp.zeros((tokens, self.width), jnp.float32), self.model.device)
+        no_host_part = jnp.zeros((tokens, self.width), jnp.float32)  # bound to no device, as in a step
+        nothing = jax.device_put(no_host_part, self.model.device)
         shapes = layer.cache_shapes(1, capacity).items()
         cache = {name: jnp.zeros(shape, self.model.cache_dtype) for name, shape in shapes}
         cache = jax.device_put(cache, self.model.device)
@@ -285,7 +286,7 @@ class EngineLanes:
         def start() -> jax.Array:
             nonlocal cache
             pace = pacing.front(tokens, context, False)
-            parts = (h, nothing, nothing, cache, positions, span, self.model.sends_input, pace)
+            parts = (h, nothing, no_host_part, cache, positions, span, self.model.sends_input, pace)
             *_, cache, packed = layer.programs.front(layer.params, (), *parts)
             return packed
 

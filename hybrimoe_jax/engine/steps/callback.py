@@ -78,7 +78,7 @@ class CallbackForward(LayeredForward):
         if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
             self.timeline.moe_block(moe_layer, started, now(), device=kept, cpu=plan.cpu)
         self.prefetch(moe_layer, routing)
-        run.device_part, run.host_part = acc, self.zeros(x.shape[0])
+        run.device_part, run.host_part = acc, self.no_host_part(x.shape[0])
 
     def _bring_in(self, moe_layer: int, layer: DeviceLayer, x, routing: HostRouting, plan: LayerPlan, lanes: Lanes):
         """Waits for all that moves.

@@ -67,6 +67,7 @@ class LayeredForward(Forward):
         self._usual_lookahead = self._lookahead = lookahead
         self.trace = self.timeline = None
         self._zeros: dict[int, jax.Array] = {}
+        self._no_host_part: dict[int, jax.Array] = {}
         self._mid_step = self._lookahead_on = False
 
     def forward(self, step, caches):
@@ -198,7 +199,6 @@ class LayeredForward(Forward):
         self._stream(0, first)
         clock.begin_step(len(valid), first)
         self._lookahead_on = planner.should_predict(len(valid))
-        nothing = self.zeros(step.ids.size)
         return Pass(
             step=step,
             valid=valid,
@@ -207,8 +207,8 @@ class LayeredForward(Forward):
             routers=planner.routers_wanted(len(valid)),
             positions=jax.device_put(step.positions, model.device),  # once, not at every layer's call
             h=programs.embed(model.table, step.ids, clock.pacing.step(len(valid))),
-            device_part=nothing,
-            host_part=nothing,
+            device_part=self.zeros(step.ids.size),
+            host_part=self.no_host_part(step.ids.size),
             caches=caches,
             stats=StepStats(step.phase, len(valid), 0.0, 0.0, []),
             started=started,
@@ -220,7 +220,8 @@ class LayeredForward(Forward):
     def _dense_layer(self, run: Pass, index: int, layer: DeviceLayer) -> None:
         cache, parts = run.caches[index], (run.device_part, run.host_part)
         run.h, run.caches[index] = layer.programs.dense(layer.params, run.h, *parts, cache, run.positions, run.span)
-        run.device_part = run.host_part = self.zeros(run.step.ids.size)
+        rows = run.step.ids.size
+        run.device_part, run.host_part = self.zeros(rows), self.no_host_part(rows)
 
     def _finish(self, run: Pass) -> tuple[np.ndarray, list, StepStats]:
         model, clock, stats = self.model, self.clock, run.stats
@@ -254,6 +255,16 @@ class LayeredForward(Forward):
             width = self.model.config.hidden_size
             self._zeros[rows] = jax.device_put(jnp.zeros((rows, width), jnp.float32), self.model.device)
         return self._zeros[rows]
+
+    def no_host_part(self, rows: int) -> jax.Array:
+        """Zeros for a layer that the host has no part of.
+
+        They are bound to no device, as the host's part is: else each program would be compiled once more, in the middle
+        of a run, when a layer first has no host experts.
+        """
+        if rows not in self._no_host_part:
+            self._no_host_part[rows] = jnp.zeros((rows, self.model.config.hidden_size), jnp.float32)
+        return self._no_host_part[rows]
 
     def start_fetch(self, moe_layer: int, fetch: Fetch, after: jax.Array | None = None) -> Transfer:
         """Starts a planned demand fetch, behind `after` where copies wait for compute."""

@@ -203,7 +203,7 @@ class OverlappedForward(LayeredForward):
 
     def _collect_host(self, pending: Pending | None, rows: int, routing: HostRouting, moe_layer: int, lanes: Lanes):
         if pending is None:
-            return self.zeros(rows)
+            return self.no_host_part(rows)
         part = pending.result()
         lanes.cpu = pending.busy()
         if self.timeline is not None:
