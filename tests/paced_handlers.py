@@ -42,12 +42,6 @@ def working(x, p):
 
 
 @jax.jit
-def unused(x, p):
-    pace.end(pace.begin(x, p), p)
-    return jnp.cos(x)
-
-
-@jax.jit
 def block(x, p, loads):
     return pace.end(pace.begin(x, p) + 1, p, block_seconds(p, loads))
 
@@ -60,7 +54,7 @@ def main() -> None:
 
     big, loads = jnp.ones((200, 200)), jnp.array([2, 0, 1, 0, 0])
     table = 5 * MS, 10 * MS, 30 * MS, 1.0
-    for ready in (paced(), working(big, told(0)), unused(x, told(0)), block(x, told(*table), loads), program(x, None)):
+    for ready in (paced(), working(big, told(0)), block(x, told(*table), loads), program(x, None)):
         ready.block_until_ready()
     pace.overshoot(reset=True)
     start = time.perf_counter()
@@ -73,7 +67,6 @@ def main() -> None:
     record["work"] = seconds(lambda: working(big, None).block_until_ready())  # compiles
     record["work"] = seconds(lambda: working(big, None).block_until_ready())
     record["worked"] = seconds(lambda: working(big, told(400 * MS)).block_until_ready())
-    record["unused"] = seconds(lambda: jax.block_until_ready([unused(x, told(40 * MS)), program(x, None)]))
     record["block"] = seconds(lambda: block(x, told(*table), loads).block_until_ready())
     record["overshoot"] = vars(pace.overshoot(reset=True))
     record["after_reset"] = pace.overshoot().count

@@ -2,12 +2,14 @@
 
 `machine.link.LinkLane` says when a transfer ends: first come, first served, demand fetches and prefetches in one queue,
 slower while the host lane computes. The link's own thread copies, then waits for that moment; when the host lane starts
-to compute, the end of the transfer under way is worked out anew.
+to compute, the end of the transfer under way is worked out anew. It copies in the middle of the transfer's time: a
+link's engine takes no interpreter, and the thread that has just issued the transfer needs it to dispatch programs.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 
 import jax
 
@@ -51,6 +53,8 @@ class PacedLink(Link):
             issued = self.clock.now()
         with self._changed:
             self._lane.send(("", transfer.layer, transfer.expert), issued)
+            half = (self._lane.next_end() - self.clock.now()) / 2
+        time.sleep(max(0.0, half))
         try:
             super()._copy(transfer)
         except BaseException:

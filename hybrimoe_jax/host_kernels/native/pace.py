@@ -8,6 +8,9 @@ comes before what `end` takes, runs between the two.
 A pace is float32 [2 + n], a new array for each call (`dispatched`): when the call was made, as the two words of a
 double, then seconds.
 
+No side effect is declared, so a result that nobody reads is not paced. With one, jax dispatches the program from
+Python: 0.5 ms a call more (jax 0.10.2, an x86-64 server).
+
 A sleeping program holds a thread of XLA's pool: with a pool of one, a second program waits for it.
 """
 
@@ -84,7 +87,7 @@ def _call(name: str, x: jax.Array, *operands: jax.Array) -> jax.Array:
             "compiler, or an older jaxlib)"
         )
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.ffi.ffi_call(name, result, has_side_effect=True, input_output_aliases={0: 0})(x, *operands)
+    return jax.ffi.ffi_call(name, result, input_output_aliases={0: 0})(x, *operands)
 
 
 @dataclasses.dataclass
