@@ -81,12 +81,13 @@ def generate_steps(
     made = np.zeros(batch, int)
     live = np.ones(batch, bool)
     next_ids = np.zeros(batch, np.int32)
-    ends = frozenset(eos)
+    ends, greedy = frozenset(eos), sampling.temperature == 0
 
-    def choose(logits: np.ndarray, rows) -> tuple[list, dict]:
+    def choose(result: np.ndarray, rows) -> tuple[list, dict]:
+        """From logits [B, V], or the tokens [B] themselves."""
         tokens, finished = [], {}
         for row in rows:
-            token = sampler(row, logits[row])
+            token = int(result[row]) if result.ndim == 1 else sampler(row, result[row])
             next_ids[row] = token
             made[row] += 1
             tokens.append((row, token))
@@ -103,16 +104,16 @@ def generate_steps(
             live[stopped] = False
 
     for ids, positions, last in prefill_chunks(prompts, chunk, capacity):
-        step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0))
-        logits, caches, stats = forward(step, caches)
+        step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0), greedy=greedy)
+        result, caches, stats = forward(step, caches)
         rows = np.flatnonzero(last >= 0).tolist()
-        tokens, finished = choose(logits, rows)
+        tokens, finished = choose(result, rows)
         yield from hand_over(Emitted(tokens, finished, stats))
     while live.any():
         positions = np.where(live, lengths + made - 1, capacity).astype(np.int32)[:, None]
-        follow = new_tokens - int(made[live].min()) - 1 if sampling.temperature == 0 else None
+        follow = new_tokens - int(made[live].min()) - 1 if greedy else None
         last = np.zeros(batch, np.int64)
-        step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos))
-        logits, caches, stats = forward(step, caches)
-        tokens, finished = choose(logits, np.flatnonzero(live).tolist())
+        step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos), greedy)
+        result, caches, stats = forward(step, caches)
+        tokens, finished = choose(result, np.flatnonzero(live).tolist())
         yield from hand_over(Emitted(tokens, finished, stats))

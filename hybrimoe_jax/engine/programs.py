@@ -126,6 +126,11 @@ def _last_logits(norm, head, h, acc, host, last, eps):
     return product(rms_norm(h, norm, eps), head)
 
 
+def _last_token(norm, head, h, acc, host, last, eps):
+    """The likeliest token [B] int32 after each row's token `last` [B]."""
+    return jnp.argmax(_last_logits(norm, head, h, acc, host, last, eps), axis=-1).astype(jnp.int32)
+
+
 def _all_logits(norm, head, h, acc, host, eps):
     return product(rms_norm(_join(h, acc, host), norm, eps), head)
 
@@ -145,6 +150,7 @@ def _gathered_rows(acc, x, rows, weights, slot, kernel="xla", pace=None):
 
 embed = program(_embed)
 last_logits = program(_last_logits, static_argnames="eps")
+last_token = program(_last_token, static_argnames="eps")
 all_logits = program(_all_logits, static_argnames="eps")
 dense_rows = program(_dense_rows, static_argnames="kernel")
 gathered_rows = program(_gathered_rows, static_argnames="kernel")

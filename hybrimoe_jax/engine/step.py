@@ -34,7 +34,7 @@ class StepInput:
 
     `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each
     taking the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None:
-    the next token is drawn.
+    the next token is drawn. `greedy`: each row's likeliest token is enough.
     """
 
     ids: np.ndarray
@@ -44,6 +44,7 @@ class StepInput:
     last: np.ndarray | None
     follow: int | None = 0
     stop_ids: tuple[int, ...] = ()
+    greedy: bool = False
 
     @property
     def valid(self) -> np.ndarray:
@@ -107,8 +108,9 @@ class Pass:
 class Forward(abc.ABC):
     """A way to compute logits.
 
-    `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record. `switches`: changes of
-    the way in which decode steps run, so far.
+    `forward` returns float32 numpy [B, V] (or [B, T, V]), the new caches and the step's record. For a greedy step it
+    may return the likeliest tokens instead, int32 [B]. `switches`: changes of the way in which decode steps run, so
+    far.
     """
 
     @property

@@ -103,6 +103,8 @@ class StepPrograms:
         last = jax.ShapeDtypeStruct((shape.batch,), jnp.int64)
         arguments = (self.described(model.norm), self.described(model.head), *self._stream(shape), last)
         yield StepProgram("last logits", programs.last_logits, arguments, {"eps": model.eps}, 3 * line)
+        if model.sends_input:
+            yield StepProgram("last token", programs.last_token, arguments, {"eps": model.eps}, 3 * line)
 
     def all_logits(self, tokens: int) -> StepProgram:
         """Logits of every token of a chunk."""

@@ -17,6 +17,8 @@ Shapes: N tokens, [R, K] a matrix of R outputs and K inputs, P panels of 8 rows,
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -114,5 +116,8 @@ def packed_forward(expert: PackedExpert, x: jax.Array) -> jax.Array:
     format = expert.layout.format
     gate, up, down = expert.matrices
     seen = rounded_activations(x, format)
-    inner = jax.nn.silu(matmul(seen, gate)) * matmul(seen, up)
-    return matmul(rounded_activations(inner, format), down)
+    gated = jax.nn.silu(matmul(seen, gate))
+    gated, data = jax.lax.optimization_barrier((gated, up.data))  # else XLA unpacks all three before it multiplies
+    inner = gated * matmul(seen, dataclasses.replace(up, data=data))
+    inner, data = jax.lax.optimization_barrier((inner, down.data))
+    return matmul(rounded_activations(inner, format), dataclasses.replace(down, data=data))

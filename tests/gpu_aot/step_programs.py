@@ -1,13 +1,14 @@
 """The device programs of one step of a published model, and arguments that are only described.
 
-As on a GPU: dense weights and cache in bfloat16, none of the CPU's own kernels. A step is a decode step of one or
-eight sequences, or a chunk of a prompt.
+As on a GPU: dense weights and cache in bfloat16, stacked slots, the kernels for quantised experts, none of the CPU's
+own. A step is a decode step of one or eight sequences, or a chunk of a prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,20 +16,22 @@ import topology
 from published import PUBLISHED
 from topology import struct
 
-from hybrimoe_jax.engine import programs
+from hybrimoe_jax.checkpoint.hugging_face import dense_shapes
+from hybrimoe_jax.engine.device_model import DeviceModel
+from hybrimoe_jax.engine.workspace import StepProgram, StepPrograms, StepShape
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.parameters import split
-from hybrimoe_jax.models.registry import build_model, parse_config
+from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.models.target import traced_for
 
 CONTEXT = 4096
 """Places of the cache, and how many of them attention reads."""
 LOOKAHEAD = 3
 """Coming layers whose routers a decode step applies too."""
-SLOTS = 4
 DTYPE = "bfloat16"
 FORMATS = ("int4-g64", "bf16")
+OF_EXPERTS = ("block", "an expert", "write")
+"""Parts of a step that differ with the experts' format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,6 @@ class Shape:
 
     batch: int
     tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
 
     def __str__(self) -> str:
         return f"decode {self.batch}" if self.tokens == 1 else f"prefill {self.tokens}"
@@ -51,7 +50,7 @@ STEPS = (Shape(1, 1), Shape(8, 1), Shape(1, 512))
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`part` is what it does in a step. `arguments` are positional, `options` named.
+    """`part` is what it does in a step.
 
     `read`: numbers of values of each part of the cache that attention reads at `context` places: what must not be
     copied.
@@ -60,88 +59,55 @@ class Program:
     model: str
     step: Shape
     part: str
-    jitted: Any
-    arguments: tuple
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    read: tuple[int, ...] = ()
+    of: StepProgram
+    read: tuple[int, ...]
     context: int = CONTEXT
 
     def compile(self):
         """-> `jax.stages.Compiled`, for the H100."""
-        with traced_for("gpu"):
-            return topology.compile_for_gpu(self.jitted, *self.arguments, **self.options)
+        with warnings.catch_warnings(), traced_for("gpu"):
+            warnings.simplefilter("ignore")  # donated arguments without a place
+            return self.of.compile("cuda")
+
+    def at(self, context: int) -> Program:
+        """A front of a shorter context, with the same cache."""
+        arguments = tuple(context if argument == CONTEXT else argument for argument in self.of.arguments)
+        read = tuple(values * context // CONTEXT for values in self.read)
+        return dataclasses.replace(
+            self, of=dataclasses.replace(self.of, arguments=arguments), read=read, context=context
+        )
 
 
-def step_programs(model: str, step: Shape, context: int = CONTEXT) -> Iterator[Program]:
+def step_programs(model: str, step: Shape) -> Iterator[Program]:
     """Every kind of device program that such a step of the model calls, each once."""
     config = parse_config(PUBLISHED[model])
-    yield _embed(model, config, step)
-    kinds = set()
-    for layer in build_model(config).model.layers:
-        if layer.is_moe not in kinds:
-            kinds.add(layer.is_moe)
-            yield from _layer(model, config, layer, step, context)
-    yield from _experts(model, config, step)
-    yield _logits(model, config, step)
-
-
-def _embed(model: str, config: ModelConfig, step: Shape) -> Program:
-    table = struct((config.vocab_size, config.hidden_size), DTYPE)
-    return Program(model, step, "embed", programs.embed, (table, struct((step.batch, step.tokens), "int32")))
-
-
-def _layer(model: str, config: ModelConfig, layer, step: Shape, context: int) -> Iterator[Program]:
-    graphdef, abstract = split(layer)
-    parameters = {name: struct(array.shape, DTYPE) for name, array in abstract.items()}
-    made = programs.layer_programs(graphdef, layer.is_moe and any("shared" in name for name in parameters))
-    width = config.hidden_size
-    part = struct((step.rows, width))
-    stream = (struct((step.batch, step.tokens, width)), part, part)
-    shapes = layer.self_attn.cache_shapes(step.batch, CONTEXT)
-    cache = {name: struct(shape, DTYPE) for name, shape in shapes.items()}
-    read = tuple(math.prod(context if n == max(shape) else n for n in shape) for shape in shapes.values())
-    places = struct((step.batch, step.tokens), "int32")
-    if not layer.is_moe:
-        arguments = (parameters, *stream, cache, places, context)
-        yield Program(model, step, "dense layer", made.dense, arguments, read=read, context=context)
-        return
-    router = (parameters["post_attention_layernorm.weight"], parameters[f"{layer.mlp_name}.gate.weight"])
-    ahead = (router,) * (LOOKAHEAD if step.tokens == 1 else 0)
-    arguments = (parameters, ahead, *stream, cache, places, context)
-    yield Program(model, step, "front", made.front, arguments, read=read, context=context)
-    if made.shared is not None:
-        yield Program(model, step, "shared experts", made.shared, (parameters, part))
-
-
-def _experts(model: str, config: ModelConfig, step: Shape) -> Iterator[Program]:
-    part = struct((step.rows, config.hidden_size))
-    few = step.rows <= programs.DENSE_ROWS
+    described = device_model(config)
+    shapes = described.moe_layers[0].cache_shapes(step.batch, CONTEXT).values()
+    read = tuple(math.prod(CONTEXT if size == CONTEXT + 1 else size for size in shape) for shape in shapes)
+    shape = StepShape(step.batch, step.tokens, CONTEXT, LOOKAHEAD if step.tokens == 1 else 0)
     for name in FORMATS:
-        slot, options = expert(config, name), {}
-        if few:
-            options = {"kernel": "cuda"} if isinstance(slot, PackedExpert) else {}
-            jitted, arguments = programs.dense_rows, (struct((SLOTS, step.rows)), *[slot] * SLOTS)
-            label = f"{SLOTS} experts {name}"
-        else:
-            load = programs.bucket(2 * step.rows * config.num_experts_per_tok // config.num_experts, 8)
-            load = min(load, step.rows)
-            jitted, arguments = programs.gathered_rows, (struct((load,), "int32"), struct((load,)), slot)
-            label = f"an expert {name}"
-        yield Program(model, step, label, jitted, (part, part, *arguments), options)
+        slot = expert(config, name)
+        kernel = "cuda" if isinstance(slot, PackedExpert) else "xla"
+        for program in StepPrograms(described, slot, kernel=kernel).of(shape):
+            if program.part in OF_EXPERTS:
+                yield Program(model, step, f"{program.part} {name}", program, read)
+            elif name == FORMATS[0]:
+                yield Program(model, step, program.part, program, read)
 
 
-def expert(config: ModelConfig, name: str):
+def device_model(config: ModelConfig) -> DeviceModel:
+    """On the H100, its weights only described."""
+    dense: dict[str, Any] = {name: struct(shape, DTYPE) for name, shape in dense_shapes(config).items()}
+    (device,) = topology.sharding().device_set
+    model = DeviceModel(config, dense, device)
+    model.sends_input = True  # as with stacked slots
+    return model
+
+
+def expert(config: ModelConfig, name: str) -> Any:
     """A slot of this format."""
     width, hidden = config.hidden_size, config.moe_width
     if name == "bf16":
         return struct((2 * hidden, width), DTYPE), struct((width, hidden), DTYPE)
     layout = ExpertLayout(Format.parse(name), width, hidden)
     return PackedExpert(struct((layout.nbytes,), "uint8"), layout)
-
-
-def _logits(model: str, config: ModelConfig, step: Shape) -> Program:
-    width, part = config.hidden_size, struct((step.rows, config.hidden_size))
-    weights = (struct((width,), DTYPE), struct((config.vocab_size, width), DTYPE))
-    stream = (struct((step.batch, step.tokens, width)), part, part)
-    arguments = (*weights, *stream, struct((step.batch,), "int32"))
-    return Program(model, step, "last logits", programs.last_logits, arguments, {"eps": config.rms_norm_eps})

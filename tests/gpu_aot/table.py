@@ -18,8 +18,16 @@ from published import PUBLISHED
 from step_programs import STEPS
 
 BEGIN, END = "<!-- table: compiled -->", "<!-- end -->"
-# How a program's part ends; experts are named by their format: four of them, in a prompt one.
-COLUMNS = ("front", "dense layer", "shared experts", "int4-g64", "bf16", "last logits")
+COLUMNS = (
+    "front",
+    "dense layer",
+    "shared experts",
+    "block int4-g64",
+    "block bf16",
+    "an expert int4-g64",
+    "an expert bf16",
+    "last token",
+)
 
 
 def megabytes(size: int) -> str:
@@ -38,7 +46,7 @@ def short() -> Iterator[str]:
     for model in PUBLISHED:
         for step in STEPS:
             programs = measure.load(model, step)
-            parts = [next((cell(p) for p in programs if p.part.endswith(name)), "-") for name in COLUMNS]
+            parts = [next((cell(p) for p in programs if p.part == name), "-") for name in COLUMNS]
             yield f"| {model} | {step} | " + " | ".join(parts) + " |"
 
 

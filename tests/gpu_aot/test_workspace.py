@@ -7,15 +7,13 @@ import warnings
 import pytest
 import topology
 from published import PUBLISHED
-from step_programs import CONTEXT, DTYPE, LOOKAHEAD, expert
+from step_programs import CONTEXT, LOOKAHEAD, device_model, expert
 
 if (reason := topology.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 import jax
 
-from hybrimoe_jax.checkpoint.hugging_face import dense_shapes
-from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.workspace import StepPrograms, StepShape, program_bytes
 from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.models.target import traced_for
@@ -27,11 +25,7 @@ MOST = 800
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_workspace_is_the_compilers_figure(name):
     config = parse_config(PUBLISHED[name])
-    dense = {weight: topology.struct(shape, DTYPE) for weight, shape in dense_shapes(config).items()}
-    (device,) = topology.sharding().device_set
-    model = DeviceModel(config, dense, device)
-    model.sends_input = True
-    steps = StepPrograms(model, expert(config, "int4-g64"))
+    steps = StepPrograms(device_model(config), expert(config, "int4-g64"))
     stated = compiled = 0  # the latter with the step's own arrays among a program's arguments
     with warnings.catch_warnings(), traced_for("gpu"):
         warnings.simplefilter("ignore")  # donated arguments without a place

@@ -226,15 +226,16 @@ class LayeredForward(Forward):
     def _finish(self, run: Pass) -> tuple[np.ndarray, list, StepStats]:
         model, clock, stats = self.model, self.clock, run.stats
         outer, stream = (model.norm, model.head), (run.h, run.device_part, run.host_part)
-        if run.step.last is not None:
-            logits = programs.last_logits(*outer, *stream, run.step.last, eps=model.eps)
-        else:
-            logits = programs.all_logits(*outer, *stream, eps=model.eps)
-        logits = np.array(self.read(logits, run.lanes), copy=True)
+        if run.step.last is None:
+            result = programs.all_logits(*outer, *stream, eps=model.eps)
+        else:  # a GPU need not send a vocabulary of logits for a token; the CPU backend's are here already
+            finish = programs.last_token if run.step.greedy and model.sends_input else programs.last_logits
+            result = finish(*outer, *stream, run.step.last, eps=model.eps)
+        result = np.array(self.read(result, run.lanes), copy=True)
         self.planner.finish_step()
         stats.seconds = clock.now() - run.started
         stats.compile_s = clock.compile_seconds() - run.compiled
-        return logits, run.caches, stats
+        return result, run.caches, stats
 
     # what executors carry plans out with
 
