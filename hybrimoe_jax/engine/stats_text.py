@@ -33,7 +33,7 @@ def stats_text(stats: RunStats) -> str:
             f"lanes busy: cpu {lanes['cpu_s']:.3f} s, device <= {lanes['device_s']:.3f} s, link <= "
             f"{lanes['link_s']:.3f} s",
         ]
-    held = "its experts: slots and staging" if record["cost_shape"] else "device memory at most"
+    held = "its experts: slots and staging" if record["cost_shape"] else "device memory"
     lines.append(
         f"{held} {record['peak_device_bytes'] / 2**20:.1f} MiB, host memory {record['host_bytes'] / 2**20:.1f} MiB"
         + ("" if record["cost_shape"] else f" of {record['expert_format']} experts")
