@@ -105,7 +105,7 @@ def test_a_paced_link_keeps_its_pace_after_a_copy_that_failed(paced, monkeypatch
     fault.mend()
     transfer = link.fetch(0, 1, model.store.get(0, 1))
     assert all(map(np.array_equal, link.arrived(transfer), model.store.get(0, 1)))
-    assert transfer.seconds == pytest.approx(seconds, rel=0.5) and transfer.issued <= transfer.began
+    assert transfer.seconds > 0.9 * seconds and transfer.issued <= transfer.began
 
 
 def test_a_paced_link_gives_up_a_copy_that_hangs(paced, monkeypatch):
@@ -122,4 +122,4 @@ def test_a_paced_link_gives_up_a_copy_that_hangs(paced, monkeypatch):
             fault.release()
         transfer = link.fetch(0, 1, model.store.get(0, 1))
         assert all(map(np.array_equal, link.arrived(transfer), model.store.get(0, 1)))
-        assert transfer.seconds == pytest.approx(seconds, rel=0.5)
+        assert transfer.seconds > 0.9 * seconds
