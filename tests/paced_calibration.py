@@ -33,6 +33,7 @@ def figures(costs: CostModel) -> dict[str, float]:
 def main() -> None:
     file, slowdown = sys.argv[1:]
     engine = tiny.engine("qwen2_moe", profile=None, cache_ratio=0.5, device=f"paced:{file}:{slowdown}")
+    calibration.ROUND_S = 0.0
     wanted = figures(CostModel.load(file).slowed(float(slowdown)))
     for _ in range(3):
         found = calibration.calibrate(engine, plan=FEW)

@@ -55,7 +55,6 @@ class EngineLanes:
         count = max(4, ROTATION_BYTES // pool.expert_bytes)
         every = itertools.product(range(len(model.moe_layers)), range(model.config.num_experts))
         self._experts = list(itertools.islice(every, count))
-        self._slots = itertools.cycle(pool.some(count))
         self._wanted = itertools.cycle(self._experts)
 
     @property
@@ -244,13 +243,14 @@ class EngineLanes:
         if self._in_one_program(tokens):
             return self._block_in_one(x, self._residents()[:experts])
         pacing, program = self.clock.pacing, self.layer.programs.shared if shared else None
+        places = itertools.cycle(self.pool.some(len(self._experts)))  # valid until a transfer writes them
         routed = self._routed(x, list(range(self.model.config.num_experts_per_tok)))
         rows = dict.fromkeys(range(experts), np.arange(tokens))
         mix = dict.fromkeys(range(experts), np.ones(tokens, np.float32))
 
         def start():
             acc = x if program is None else program(self.layer.params, x, pacing.block(tokens))
-            slots = [(expert, next(self._slots)) for expert in range(experts)]
+            slots = [(expert, next(places)) for expert in range(experts)]
             return self.pool.add(acc, routed, slots, rows, mix, pacing)
 
         return start

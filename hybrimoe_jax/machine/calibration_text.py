@@ -51,10 +51,14 @@ def _trust(found: Calibration, kind: str) -> str:
 
 
 def _context(found: Calibration) -> list[str]:
-    places = sorted({(at[1], seconds) for at, seconds in ((p.at, p.seconds) for p in found.of("layer")) if at[0] == 1})
+    places: dict[int, list[float]] = {}
+    for point in found.of("layer"):
+        if point.at[0] == 1:
+            places.setdefault(point.at[1], []).append(point.seconds)
     if len(places) < 2:
         return []
-    return ["attention by context: " + ", ".join(f"{context}: {1e6 * s:.0f} us" for context, s in places)]
+    each = [f"{context}: {1e6 * statistics.median(times):.0f} us" for context, times in sorted(places.items())]
+    return ["attention by context: " + ", ".join(each)]
 
 
 def _link(found: Calibration) -> list[str]:
