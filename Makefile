@@ -1,4 +1,4 @@
-# `make demo`: install, write a text with the bundled model, and set three systems beside each other.
+# `make demo`: install, write a text with the bundled model, and have three systems race with it.
 # `make test`: install what the tests need and run them.
 # Both start from nothing but Python 3.11-3.13 and a network to the package registry; a second run reuses .venv.
 
