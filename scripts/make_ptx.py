@@ -58,7 +58,7 @@ def assembled(ptxas: Path, ptx: Path, target: str, out: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     parser.add_argument("--nvcc", type=Path, default=wheel_nvcc(), help="default: that of the wheels")
     options = parser.parse_args()
