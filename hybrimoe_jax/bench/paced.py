@@ -94,7 +94,7 @@ def _measure(model: Model, machine: str, options: Options, note: Callable[[str],
                     runs[name][kind].append(made)
     for engine in engines.values():
         engine.close()
-    rows = {name: _row(found["wall"], found["virtual"], device.slowdown) for name, found in runs.items()}
+    rows = {name: _row(found["wall"], found["virtual"]) for name, found in runs.items()}
     _compare(rows)
     return {"profile": device.profile, "slowdown": device.slowdown, "systems": rows, "bars": bars(rows)}
 
@@ -123,7 +123,7 @@ def _generate(engine: Engine, ids: Sequence[int], new: int, slowdown: float) -> 
     }
 
 
-def _row(wall: list[dict], virtual: list[dict], slowdown: float) -> dict[str, Any]:
+def _row(wall: list[dict], virtual: list[dict]) -> dict[str, Any]:
     """Medians over rounds of one system on one machine."""
     row: dict[str, Any] = {}
     for measure in MEASURES:
@@ -180,7 +180,7 @@ def bars(rows: dict[str, dict]) -> dict[str, Any]:
     return found
 
 
-def table(machine: str, found: dict) -> str:
+def table(found: dict) -> str:
     """One machine's systems, a line each."""
     lines = [
         f"paced: {found['profile']}, {found['slowdown']:g} times slower than it; times are shown as that machine's",
@@ -206,4 +206,4 @@ def table(machine: str, found: dict) -> str:
 
 
 def tables(record: dict) -> str:
-    return "\n\n".join(table(machine, found) for machine, found in record["machines"].items())
+    return "\n\n".join(table(found) for found in record["machines"].values())
