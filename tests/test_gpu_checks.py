@@ -30,12 +30,16 @@ def call(out: Path, *words: str, python: str = sys.executable) -> subprocess.Com
 
 
 def test_a_dry_run_fills_the_figures_of_a_call(tmp_path):
-    """One part by itself; `--slow` runs both calls whole."""
-    done = call(tmp_path, "first", "environment", "--dry-run")
+    """Two parts by themselves; `--slow` runs both calls whole."""
+    done = call(tmp_path, "first", "environment", "transfers", "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "first.json").read_text())
     assert record["platform"] == "cpu" and record["parts"]["environment"]["said"] == "passed"
-    assert record["facts"]["environment"]["jax"]
+    assert record["facts"]["environment"]["jax"] and record["parts"]["transfers"]["said"] == "passed"
+    assert {name.split(":")[0].partition(", ")[2] for name in record["facts"]["transfer"] if "landed" in name} == {
+        "put, compute",
+        "compute, put",
+    }
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {decision["verdict"] for decision in summary["decisions"]} == {"not taken"}
     assert "missing: nothing" in (tmp_path / "first.txt").read_text()
