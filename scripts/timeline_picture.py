@@ -1,10 +1,10 @@
 """`python scripts/timeline_picture.py run.json timeline.svg`: a picture of some layers of a timeline file.
 
 The file is what `generate --timeline` or `simulate --timeline` wrote. Needs matplotlib (the extra `plots`).
-The picture says whether its times were measured or computed. That of the README:
+The picture says whether its times were measured, paced or computed. That of the README:
 
-    python -m hybrimoe_jax.generate --prompt "To be, or not to be" --max-tokens 24 --clock virtual \
-        --profile a6000-paper --cost-shape qwen2-57b-a14b --timeline run.json
+    python -m hybrimoe_jax.generate --prompt "To be, or not to be" --max-tokens 64 --device paced:a6000-paper:8 \
+        --cost-shape qwen2-57b-a14b --timeline run.json
     python scripts/timeline_picture.py run.json docs/images/timeline.svg --step 23 --layers 6
 """
 
@@ -28,6 +28,11 @@ LANES = ("link", "device", "cpu")
 COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
 PLAIN = "0.75"
 """Attention, shared experts, the head: what is no routed expert."""
+CLOCKS = {
+    "virtual": "computed, not measured",
+    "paced": "by the wall clock, on a paced device; not measured on that machine",
+    "wall": "measured",
+}
 Event = dict[str, Any]
 
 
@@ -42,7 +47,8 @@ def read(path: Path) -> tuple[list[Event], dict[str, Any]]:
 
 def window(events: list[Event], step: int, layers: int) -> tuple[float, float]:
     """Begin and end of the first `layers` layers of a step."""
-    begins = [event["start"] for event in events if event["name"] == "step"]
+    first = "step" if any(event["name"] == "step" for event in events) else "attention 0"
+    begins = sorted(event["start"] for event in events if event["name"] == first)
     begin = begins[step]
     last = max(event["end"] for event in events)
     step_end = begins[step + 1] if step + 1 < len(begins) else last
@@ -50,12 +56,18 @@ def window(events: list[Event], step: int, layers: int) -> tuple[float, float]:
     return begin, sorted(later)[layers] if layers < len(later) else step_end
 
 
+def experts_of(event: Event) -> list[int]:
+    """The routed experts that an event is of: a program may have run several."""
+    about = event["args"]
+    return [about["expert"]] if "expert" in about else about.get("experts", [])
+
+
 def draw(axes: Axes, events: list[Event], begin: float, end: float) -> None:
     for event in events:
         start, stop = max(event["start"], begin), min(event["end"], end)
         if stop <= start:
             continue
-        row, routed = LANES.index(event["cat"]), "expert" in event["args"]
+        row, routed = LANES.index(event["cat"]), experts_of(event)
         prefetch = event["args"].get("kind") == "prefetch"
         colour = COLOURS[event["cat"]] if routed else PLAIN
         if prefetch:
@@ -64,7 +76,8 @@ def draw(axes: Axes, events: list[Event], begin: float, end: float) -> None:
             axes.barh(row, stop - start, left=start - begin, color=colour, edgecolor="white", lw=0.6)
         if routed and not prefetch and stop - start > 0.018 * (end - begin):
             middle = (start + stop) / 2 - begin
-            axes.text(middle, row, str(event["args"]["expert"]), ha="center", va="center", fontsize=6.5, color="white")
+            text = " ".join(map(str, routed))
+            axes.text(middle, row, text, ha="center", va="center", fontsize=6.5, color="white")
 
 
 def picture(path: Path, out: Path, step: int, layers: int) -> None:
@@ -77,7 +90,7 @@ def picture(path: Path, out: Path, step: int, layers: int) -> None:
     for event in events:
         if event["name"].startswith("attention") and begin < event["start"] < end:
             axes.axvline(event["start"] - begin, color="0.6", lw=0.6, ls=":")
-    kind = "computed, not measured" if about["clock"] == "virtual" else "measured"
+    kind = CLOCKS[about.get("device", about["clock"])]
     axes.set_yticks(range(len(LANES)), ["link", "device", "CPU"])
     axes.set_xlim(0, end - begin)
     axes.set_xlabel(f"milliseconds, {kind}")

@@ -1,4 +1,4 @@
-"""`scripts/timeline_picture.py`: a picture that says what it shows, and whether it was computed."""
+"""`scripts/timeline_picture.py`: a picture that says what it shows, and whether it was measured, paced or computed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from hybrimoe_jax.trace.timeline import Timeline
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("clock", "said"), [("virtual", "computed, not measured"), ("wall", "milliseconds, measured")])
-def test_a_picture_names_its_lanes_its_system_and_its_clock(clock, said, tmp_path, monkeypatch):
+PACED = "by the wall clock, on a paced device; not measured on that machine"
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"clock": "virtual"}, "computed, not measured"),
+        ({"clock": "wall"}, "milliseconds, measured"),
+        ({"clock": "wall", "device": "paced"}, PACED),
+    ],
+)
+def test_a_picture_names_its_lanes_its_system_and_its_clock(about, said, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = importlib.import_module("timeline_picture")
-    timeline = Timeline(clock=clock, system="hybrimoe", costs="profile p, model m")
+    timeline = Timeline(**about, system="hybrimoe", costs="profile p, model m")
     for step in (0.0, 1.0):
-        timeline.add("device", "step", step, step + 0.01)
+        if about["clock"] == "virtual":
+            timeline.add("device", "step", step, step + 0.01)
         timeline.add("device", "attention 0", step + 0.01, step + 0.1)
+        timeline.add("device", "shared and residents", step + 0.1, step + 0.5, layer=0, experts=[14, 17])
         timeline.add("cpu", "expert 0.3", step + 0.1, step + 0.9, expert=3, layer=0)
         timeline.add("link", "prefetch 1.5", step + 0.1, step + 0.5, expert=5, layer=1, kind="prefetch")
     timeline.write(tmp_path / "t.json")
@@ -32,11 +44,12 @@ def test_a_picture_names_its_lanes_its_system_and_its_clock(clock, said, tmp_pat
         "device",
         "link",
         "prefetch",
+        "14 17",
         "hybrimoe: 1 layers of one decode step; profile p, model m",
     ):
         assert word in text
 
 
-def test_the_readme_s_picture_says_that_it_is_computed():
-    assert "computed, not measured" in (ROOT / "docs/images/timeline.svg").read_text(encoding="utf-8")
+def test_the_readme_s_picture_says_that_it_is_paced():
+    assert PACED in (ROOT / "docs/images/timeline.svg").read_text(encoding="utf-8")
     assert "](docs/images/timeline.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
