@@ -66,16 +66,24 @@ def test_where_time_decides_counts_are_near_the_virtual_clock_s(tmp_path, system
 
 
 def paced_cells() -> list:
-    """Of the exactness matrix: every family, with what fetches, prefetches and streams; with `--slow` many more."""
+    """Of the exactness matrix: what fetches, prefetches and streams; with `--slow` every family, and many more."""
     few = [
         Cell("qwen2_moe", "hybrimoe", "paced", 0.25, "native", "ragged"),
         Cell("mixtral", "freetoken", "paced", 0.25, "native", "one", "int4-g32"),
-        Cell("deepseek_v2", "on-demand", "paced", 0.0, "native", "ragged"),
     ]
     more = [
         Cell(model, system, "paced", ratio, "native", "ragged")
         for model in ("qwen2_moe", "deepseek_v2", "mixtral")
-        for system in ("hybrimoe", "ktransformers", "adapmoe", "llamacpp", "fiddler", "freetoken", "hybrimoe+pooled")
+        for system in (
+            "hybrimoe",
+            "ktransformers",
+            "adapmoe",
+            "llamacpp",
+            "fiddler",
+            "freetoken",
+            "on-demand",
+            "hybrimoe+pooled",
+        )
         for ratio in (0.0, 0.5, 1.0)
     ]
     marked = [pytest.param(cell, marks=pytest.mark.slow) for cell in more if cell not in few]
