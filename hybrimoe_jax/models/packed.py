@@ -32,7 +32,7 @@ from hybrimoe_jax.formats.packing import (
     PackedExpert,
     PackedMatrix,
 )
-from hybrimoe_jax.models.precision import einsum
+from hybrimoe_jax.models.precision import SMALLEST_SIDE, einsum
 
 FEW_ROWS = 8
 """Up to that many rows a GPU unpacks while it multiplies; with more, writing the matrix once costs less."""
@@ -116,8 +116,17 @@ def packed_forward(expert: PackedExpert, x: jax.Array) -> jax.Array:
     format = expert.layout.format
     gate, up, down = expert.matrices
     seen = rounded_activations(x, format)
-    gated = jax.nn.silu(matmul(seen, gate))
-    gated, data = jax.lax.optimization_barrier((gated, up.data))  # else XLA unpacks all three before it multiplies
-    inner = gated * matmul(seen, dataclasses.replace(up, data=data))
-    inner, data = jax.lax.optimization_barrier((inner, down.data))
-    return matmul(rounded_activations(inner, format), dataclasses.replace(down, data=data))
+    gated, up = _after(jax.nn.silu(matmul(seen, gate)), up)
+    inner, down = _after(gated * matmul(seen, up), down)
+    return matmul(rounded_activations(inner, format), down)
+
+
+def _after(rows: jax.Array, matrix: PackedMatrix) -> tuple[jax.Array, PackedMatrix]:
+    """Has a matrix unpacked once `rows` [N, R] are there: XLA unpacks all of an expert's before it multiplies.
+
+    Not for few rows, which are computed without a float matrix where XLA finds a way.
+    """
+    if rows.shape[0] < SMALLEST_SIDE:
+        return rows, matrix
+    rows, data = jax.lax.optimization_barrier((rows, matrix.data))
+    return rows, dataclasses.replace(matrix, data=data)
