@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     (model, no_race), ids = read(checkpoint), checkpoint.tokenizer.encode(args.prompt)
     tokens, said = write(model, ids, args.max_tokens)
     print(f"\n\n{said}\n", flush=True)
-    say("the same text under the virtual clock, and compiling the race: some 10 seconds, the first time")
+    say("computing three systems, and compiling for them: some 10 seconds")
     rows = [on_profile(model, name, ids, tokens) for name in SYSTEMS]
     if no_race is None:
         warm_up(model, ids)

@@ -31,7 +31,9 @@ def table_of(out: str, error: str) -> dict[str, list[str]]:
     text, _, said = out.partition("measured on this machine")
     assert text.strip() and "arning" not in error and all(line.startswith("*") for line in error.splitlines() if line)
     lines = said.splitlines()[1:]
-    assert max(map(len, lines)) <= 80 and lines[-1].endswith("-m hybrimoe_jax.convert HF_FOLDER my-model")
+    assert max(map(len, [*lines, *error.splitlines()])) <= 80 and lines[-1].endswith(
+        "-m hybrimoe_jax.convert HF_FOLDER my-model"
+    )
     assert "\x1b" not in out and not any(line.endswith(" ") for line in lines)
     said = " ".join(lines)
     assert "deepseek-v2-lite does in int4-g64" in said and said.count("measured") == said.count("ot measured") + (
