@@ -87,14 +87,14 @@ MACHINE, SLOWDOWN, SHAPE = "a6000-paper", 20, "deepseek-v2-lite"
 COUNTS = ("hits", "misses", "cpu_experts", "device_experts", "demand_fetches")
 
 
-def counts(systems: list[str], runs: int, copies_wait: bool, folder: Path) -> dict[str, dict]:
+def counts(systems: list[str], runs: int, copies_wait: bool, slots: str, folder: Path) -> dict[str, dict]:
     """By system the counts of the virtual clock and of each paced run, and whether all gave the same tokens."""
     machine = MACHINE
     if copies_wait:
         machine = str(folder / "waits.json")
         raw = json.loads((FOLDER / f"{MACHINE}.json").read_text())
         Path(machine).write_text(json.dumps({**raw, "copies_wait": True}))
-    common, found = {"cost_shape": SHAPE, "cache_ratio": 0.25}, {}
+    common, found = {"cost_shape": SHAPE, "cache_ratio": 0.25, "slots": slots}, {}
     for system in systems:
         options = [{"clock": "virtual", "profile": MACHINE}]
         options += [{"profile": None, "device": f"paced:{machine}:{SLOWDOWN}"}] * runs
