@@ -43,7 +43,9 @@ def wheels() -> Path | None:
 
 def missing() -> str | None:
     """What keeps programs from being compiled for a GPU, in a line; None where nothing does."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = (plugins.submodule_search_locations or []) if plugins else []
+    if not any(Path(place, "xla_cuda13").is_dir() for place in places):
         return "jax-cuda13-pjrt is not installed (pip install '.[gpu-aot]', or `make test-gpu-aot`)"
     if wheels() is None:
         return "nvidia-cuda-nvcc is not installed (pip install '.[gpu-aot]', or `make test-gpu-aot`)"
