@@ -59,8 +59,7 @@ def test_where_time_decides_nothing_all_counts_are_the_virtual_clock_s(tmp_path,
 @pytest.mark.alone
 @pytest.mark.parametrize("system", ["hybrimoe", "adapmoe", "freetoken"])
 def test_where_time_decides_counts_are_near_the_virtual_clock_s(tmp_path, system):
-    """With separate slots: a block dispatched before the routing is read leaves out what lands meanwhile."""
-    seen = counted(tmp_path, [system], 5, False, "separate")[system]
+    seen = counted(tmp_path, [system], 5, False)[system]
     activations = seen["virtual"]["hits"] + seen["virtual"]["misses"]
     for name, wanted in seen["virtual"].items():
         assert abs(statistics.median(run[name] for run in seen["paced"]) - wanted) <= 0.02 * activations, name

@@ -76,7 +76,7 @@ class Pass:
       tokens: real ones, without padding. routers: how many coming layers' routers the planner wants.
       moved: experts that landed for the layer under way. streamed: experts that started with their whole layer since it
         began.
-      early: residents are dispatched before the routing is read.
+      may_be_early: residents may be dispatched before the routing is read; early: they are, in the layer under way.
       moe_layer: the one under way. lanes: of the latest one.
     """
 
@@ -94,6 +94,7 @@ class Pass:
     started: float
     compiled: float
     streamed: int = 0
+    may_be_early: bool = False
     early: bool = False
     moe_layer: int = -1
     began: float = 0.0

@@ -39,6 +39,8 @@ class SlotPool(abc.ABC):
         is read).
       pooled: all layers share the sum of the slots; a victim is then (layer, expert).
       kernel: what computes them, an `EngineConfig.device_kernel`.
+
+    Attributes: `pooled`, as given.
     """
 
     finds_residents = False
@@ -57,14 +59,14 @@ class SlotPool(abc.ABC):
     ):
         self._shapes, self._count = ((2 * width, hidden), (hidden, width)), max(2, staging)
         self._layers, self._slots = len(slots), [sum(slots)] if pooled else list(slots)
-        self._pooled = pooled
+        self.pooled = pooled
         self.dtype, self.layout, self.kernel = dtype, layout, kernel
         self.expert_bytes = layout.nbytes if layout is not None else 3 * hidden * width * np.dtype(dtype).itemsize
         self.clear()
 
     def resize(self, slots: list[int]) -> None:
         """Other slots for each layer; what they hold is lost with the next `clear`, which must follow."""
-        self._slots = [sum(slots)] if self._pooled else list(slots)
+        self._slots = [sum(slots)] if self.pooled else list(slots)
 
     def clear(self) -> None:
         """Starts anew with empty slots."""
@@ -83,7 +85,7 @@ class SlotPool(abc.ABC):
 
     def free(self, layer: int) -> int:
         """How many slots the layer may fill before somebody must go."""
-        return len(self._free[0 if self._pooled else layer])
+        return len(self._free[0 if self.pooled else layer])
 
     def get(self, layer: int, expert: int) -> Place:
         return self._place(self._where[layer][expert])
@@ -95,7 +97,7 @@ class SlotPool(abc.ABC):
             raise RuntimeError(f"expert {expert} of MoE layer {layer} is already resident")
         gone = None
         if victim is None:
-            index = self._free[0 if self._pooled else layer].pop()
+            index = self._free[0 if self.pooled else layer].pop()
         else:
             gone = victim if isinstance(victim, tuple) else (layer, victim)
             index = self._where[gone[0]].pop(gone[1])

@@ -156,6 +156,10 @@ class Link:
         """Whether anything that was started has not been taken out."""
         return bool(self._in_flight or self._streamed)
 
+    def moves(self, layer: int | None) -> bool:
+        """Whether a prefetch for that MoE layer, or for any, has not been taken out."""
+        return bool(self._in_flight) if layer is None else any(to == layer for to, _ in self._in_flight)
+
     def landed(self) -> list[Transfer]:
         """Takes out the prefetches that have landed since the last call, oldest first.
 

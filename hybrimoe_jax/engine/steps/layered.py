@@ -93,11 +93,10 @@ class LayeredForward(Forward):
                 self._dense_layer(run, index, layer)
                 continue
             run.moe_layer = layer.moe_layer
-            if run.early:  # the block finds its experts by itself: from here to the plan nothing may come or go
-                self.land(run)
+            # An early block finds its experts by itself: until the plan none of this layer's may come or go.
+            run.early = run.may_be_early and not self.link.moves(None if self.pool.pooled else run.moe_layer)
             routed, block, routing = self.front(run, index, layer)
-            if not run.early:
-                self.land(run)
+            self.land(run)
             plan = self.plan(run, routing)
             run.lanes = Lanes()
             self.carry_out(run, run.lanes, layer, routed, block, routing, plan)
@@ -214,7 +213,7 @@ class LayeredForward(Forward):
             started=started,
             compiled=compiled,
             streamed=len(first),
-            early=self.early(len(valid), step.ids.size),
+            may_be_early=self.early(len(valid), step.ids.size),
         )
 
     def _dense_layer(self, run: Pass, index: int, layer: DeviceLayer) -> None:
