@@ -27,7 +27,7 @@ from hybrimoe_jax.reproduce.tables import markdown, places, renewed, seconds
 from hybrimoe_jax.simulate.records import commit
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "docs/starting.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/starting.md", "docs/paced.md")
 MEASURED = "results/measured"
 __all__ = ["add", "places", "renewed", "tables"]
 Records = Mapping[str, Sequence[dict]]
@@ -122,6 +122,19 @@ def start(record: dict) -> str:
     return markdown([size, "nothing kept", "first start", "next start"], rows)
 
 
+def paced(record: dict) -> str:
+    """Milliseconds of the profile's machine: the wall's divided by the slowdown, and the virtual clock's."""
+    rows = []
+    for machine, found in record["machines"].items():
+        for system, times in found["systems"].items():
+            cells = [f"{times[kind]:.2f}" for kind in ("tbt_ms", "virtual_tbt_ms", "ttft_ms", "virtual_ttft_ms")]
+            cells += [f"{times['tbt_ratio']:.2f}", f"{times['ttft_ratio']:.2f}"]
+            speeds = f"{times['speed']:.2f} / {times['virtual_speed']:.2f}"
+            rows.append([f"`paced:{machine}`", f"`{system}`", *cells, speeds, f"{times['own_layer_ms']:.2f}"])
+    head = ["device", "system", "a token, wall", "virtual", "a prompt, wall", "virtual", "token's ratio", "prompt's"]
+    return markdown([*head, "against ktransformers, wall / virtual", "a layer unpaced"], rows)
+
+
 def percent(gap: dict) -> str:
     cells = (100 * gap[name] for name in ("mean", "p99", "worst"))
     return " / ".join(f"{cell:.1f}" if 0 < cell < 10 else f"{cell:.0f}" for cell in cells)
@@ -171,7 +184,7 @@ def tables(root: Path) -> dict[str, str]:
     """Every table, by name, that the records suffice for."""
     records = {**read_records(root / "results"), **read_records(root / MEASURED)}
     made = {"results": results(records)}
-    for make in (engine, formats, schedule, start):
+    for make in (engine, formats, schedule, start, paced):
         rows = records.get(make.__name__)
         made[make.__name__] = per_machine(make)(rows) if rows else "No record of it is kept yet.\n"
     return made
