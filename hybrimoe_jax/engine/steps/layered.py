@@ -20,25 +20,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.decide.plan import Fetch, LayerPlan, Refused
+from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
-from hybrimoe_jax.engine.lanes.slots import Place, SlotPool
-from hybrimoe_jax.engine.lanes.transfer import Link, Transfer
+from hybrimoe_jax.engine.lanes.slots import SlotPool
+from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.engine.routing import HostRouting, read_routing
 from hybrimoe_jax.engine.stats import Lanes, LayerStats, StepStats
-from hybrimoe_jax.engine.step import Forward, Pass, StepInput
-from hybrimoe_jax.models.moe import DeviceExpert
+from hybrimoe_jax.engine.step import Pass, StepInput
+from hybrimoe_jax.engine.steps.movement import Movement
 
 TRACE_LOOKAHEAD = 6
 """Distances that a trace records whatever the system looks ahead, so that it can replay every system."""
 
 
-class LayeredForward(Forward):
+class LayeredForward(Movement):
     """Everything of the layered executors but how a plan is carried out.
 
     Args:
@@ -62,13 +62,12 @@ class LayeredForward(Forward):
         lookahead: int,
         verify=None,
     ):
-        self.model, self.planner, self.pool, self.link, self.host = model, planner, pool, link, host
-        self.weights, self.clock, self.expert_bytes, self.verify = weights, clock, expert_bytes, verify
+        super().__init__(planner, pool, link, weights, clock)
+        self.model, self.host, self.expert_bytes, self.verify = model, host, expert_bytes, verify
         self._usual_lookahead = self._lookahead = lookahead
-        self.trace = self.timeline = None
         self._zeros: dict[int, jax.Array] = {}
         self._no_host_part: dict[int, jax.Array] = {}
-        self._mid_step = self._lookahead_on = False
+        self._mid_step = False
 
     def forward(self, step, caches):
         if self._mid_step:
@@ -128,21 +127,6 @@ class LayeredForward(Forward):
         routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid, width)
         self.clock.front(run.moe_layer, run.tokens, run.context, run.routers > 0)
         return routed, block, routing
-
-    def land(self, run: Pass) -> None:
-        """Writes prefetches that have landed into their slots."""
-        run.moved = 0
-        if not self.link.busy:
-            return
-        for transfer in self.clock.landed(self.link):
-            if self.trace is not None:
-                self.trace.landed(run.moe_layer, transfer.layer, transfer.expert)
-            run.moved += 1
-            self._note(transfer)
-            measured = self.clock.transfer_seconds(transfer)
-            victim = self.planner.landed(transfer.layer, transfer.expert, measured)
-            if not isinstance(victim, Refused):
-                self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
 
     def plan(self, run: Pass, routing: HostRouting) -> LayerPlan:
         """Asks the planner, and starts the next layer's stream if it wants one."""
@@ -266,58 +250,6 @@ class LayeredForward(Forward):
             self._no_host_part[rows] = jnp.zeros((rows, self.model.config.hidden_size), jnp.float32)
         return self._no_host_part[rows]
 
-    def start_fetch(self, moe_layer: int, fetch: Fetch, after: jax.Array | None = None) -> Transfer:
-        """Starts a planned demand fetch, behind `after` where copies wait for compute."""
-        return self.link.fetch(moe_layer, fetch.expert, self.weights(moe_layer, fetch.expert), after)
-
-    def fetched(self, moe_layer: int, fetch: Fetch, transfer: Transfer) -> Place:
-        """The expert in its slot, or in a staging slot when it is only streamed."""
-        return self._place(moe_layer, fetch, self.link.arrived(transfer))
-
-    def wait_for(self, moe_layer: int, fetch: Fetch) -> Place:
-        """The same for an expert that a prefetch is already moving: waits until it has landed."""
-        now = self.link.clock.now
-        began = now()
-        transfer = self.link.wait(moe_layer, fetch.expert)
-        measured = self.clock.transfer_seconds(transfer)
-        if measured is not None:
-            self.planner.waited(moe_layer, fetch.expert, measured, now() - began)
-        self._note(transfer)
-        return self._place(moe_layer, fetch, transfer.staged)
-
-    def double_buffered(self, moe_layer: int, expert: int, lanes: Lanes) -> DeviceExpert:
-        """The arrays of an expert of the layer's buffer: waits until it has landed.
-
-        The link's seconds are counted here.
-        """
-        transfer = self.link.streamed(moe_layer, expert)
-        lanes.link += transfer.seconds
-        self._note(transfer, "stream")
-        return transfer.staged
-
-    def prefetch(self, moe_layer: int, routing: HostRouting) -> None:
-        """Starts the transfers that the planner wants for coming layers."""
-        if not self._lookahead_on or self.planner.backing_off(len(routing.valid)):
-            return  # later routers may have been applied for a trace alone
-        for wanted in self.planner.prefetch(moe_layer, routing.shown()):
-            self.link.prefetch(wanted.layer, wanted.expert, self.weights(wanted.layer, wanted.expert))
-            self.clock.prefetch(wanted.layer, wanted.expert)
-
-    def _stream(self, moe_layer: int, experts) -> None:
-        """Starts to move a layer's experts into the buffer that the layer before the last has left."""
-        if experts:
-            self.link.stream(moe_layer, {expert: self.weights(moe_layer, expert) for expert in experts})
-
-    def _place(self, moe_layer: int, fetch: Fetch, staged) -> Place:
-        if fetch.stream:
-            return self.pool.stream(staged)
-        return self.pool.write(moe_layer, fetch.expert, staged, fetch.victim)
-
-    def _note(self, transfer, kind: str = "prefetch") -> None:
-        if self.timeline is not None:
-            began = max(transfer.began, transfer.free)
-            self.timeline.transfer(kind, transfer.layer, transfer.expert, began, transfer.landed)
-
     # between steps
 
     def attach(self, trace, timeline) -> None:
@@ -350,10 +282,3 @@ class LayeredForward(Forward):
         self.planner, self.verify = planner, verify
         self.pool.resize(slots)
         self.repair()
-
-    def fill(self) -> None:
-        """Loads every expert that the planner calls resident into an empty pool."""
-        self.pool.clear()
-        for layer in range(len(self.model.moe_layers)):
-            for expert in sorted(self.planner.resident(layer)):
-                self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
