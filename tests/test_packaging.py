@@ -58,7 +58,7 @@ def test_what_is_optional_is_in_an_extra():
 
 def test_what_tests_and_scripts_import_is_declared():
     folders = ROOT / "tests", ROOT / "scripts", ROOT / "examples"
-    own = {path.stem for folder in folders for path in folder.glob("*.py")}
+    own = {path.stem for folder in folders for path in folder.rglob("*.py")}
     modules = set().union(*map(imported, folders)) - own - BROUGHT
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots")]
