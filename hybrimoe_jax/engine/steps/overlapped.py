@@ -107,8 +107,8 @@ class OverlappedForward(LayeredForward):
             if result.is_ready():  # pyright: ignore[reportAttributeAccessIssue]  # jax's stubs lack it
                 return np.asarray(result)
             if self._wall.now() > until:
-                fetching = bool(watched) and watched[0][0] == "link"
-                (self.link.settle if fetching else jax.block_until_ready)(watched[0][2] if watched else result)
+                wait = self.link.settle if watched and watched[0][0] == "link" else jax.block_until_ready
+                wait(watched[0][2] if watched else result)
 
     def _working(self) -> float:
         """A clock that stands still while something compiles; lane times are read on it."""
