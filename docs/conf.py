@@ -58,7 +58,8 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:class", r"(collections|flax|jax|np|numpy|os|pathlib)\..*"),
     ("py:class", r"\w+"),  # where a signature names what is imported for type checkers only
-    ("py:class", r"hybrimoe_jax\.(decide\.cache\.echo\.Memory|models\.registry\.Config)"),  # not for callers
+    # not for callers
+    ("py:class", r"hybrimoe_jax\.(decide\.cache\.echo\.Memory|machine\.origin\.Machine|models\.registry\.Config)"),
 ]
 
 
