@@ -97,9 +97,9 @@ def check_files(args: argparse.Namespace) -> None:
         if getattr(args, flag):
             check_writable(getattr(args, flag), f"--{flag}")
     if args.plot:
-        from hybrimoe_jax.machine.plots import check
+        from hybrimoe_jax.figures import check_matplotlib
 
-        check("--plot")
+        check_matplotlib("--plot")
 
 
 def what_it_means(found: Calibration, trace, ratio: float) -> dict:

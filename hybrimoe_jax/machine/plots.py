@@ -1,39 +1,17 @@
-"""The paper's characterisation of CPU and device, drawn for the machine that was measured; and how pictures look here.
-
-Needs matplotlib (the extra `plots`). Colours are Okabe and Ito's, which colour-blind readers can tell apart; widths fit
-a column of 3.4 inches.
-"""
+"""The paper's characterisation of CPU and device, drawn for the machine that was measured."""
 
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.figures import COLOURS, STYLE, WIDTH
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.fit import predicted
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-LANE_COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
-WIDTH = 3.4
-STYLE: dict[Any, Any] = {
-    "font.size": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 200,
-}
 LANES = {"cpu": "CPU", "alone": "CPU, all cores", "device": "device"}
-
-
-def check(flag: str) -> None:
-    """UserError where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise UserError(f"{flag} needs matplotlib: install the extra [plots]")
 
 
 def draw(found: Calibration, path: str | Path) -> None:

@@ -12,8 +12,8 @@ import sys
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.figures import check_matplotlib
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
-from hybrimoe_jax.machine.plots import check
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.simulate import grid, plots
 from hybrimoe_jax.simulate.cases import cases_of, parts_of, prepared, trace_names
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         steps=args.steps,
     )
     if args.plots:
-        check("--plots")
+        check_matplotlib("--plots")
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
         prepared(case)  # what cannot be is said before anything runs
     records = list(progress(grid.run_cases(cases, args.jobs), len(cases), "simulating"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
-from hybrimoe_jax.machine.plots import COLOURS, LANE_COLOURS, STYLE, WIDTH
+from hybrimoe_jax.figures import COLOURS, LANE_COLOURS, STYLE, WIDTH
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
