@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.trace import analysis
 from hybrimoe_jax.trace.file import PHASES, Trace
-from hybrimoe_jax.trace.tokens import Tokens, by_token, token_of_row
+from hybrimoe_jax.trace.tokens import by_token
 
 
 def lacks(trace: Trace) -> list[str]:
@@ -61,82 +62,48 @@ def info(trace: Trace) -> dict[str, Any]:
         "scores": trace.scores is not None,
         "lookahead": sorted(trace.lookahead),
         "lacks": lacks(trace),
-        "overlap": _overlap(tokens, facts),
-        "skew": _skew(tokens, facts),
-        "reuse_distance": _reuse(tokens, facts),
-        "router_reuse": {d: _hit_share(trace, tokens, d) for d in sorted(trace.lookahead)},
+        "overlap": _overlap(trace),
+        "skew": _skew(trace),
+        "reuse_distance": _reuse(trace),
+        "router_reuse": {d: _recall(trace, d) for d in sorted(trace.lookahead)},
         "about": trace.about,
     }
 
 
-def _counts(tokens: Tokens, facts) -> np.ndarray:
-    """[L, E] activations."""
-    layer = np.broadcast_to(np.arange(facts.layers)[None, :, None], tokens.ids.shape)
-    known = tokens.ids >= 0
-    flat = np.bincount(layer[known] * facts.experts + tokens.ids[known], minlength=facts.layers * facts.experts)
-    return flat.reshape(facts.layers, facts.experts)
-
-
-def _overlap(tokens: Tokens, facts) -> dict[str, float] | None:
-    ids, k = tokens.ids, facts.top_k
-    here, before = ids[1:], ids[:-1]
-    pairs = (tokens.sequence[1:] == tokens.sequence[:-1])[:, None] & (here[:, :, 0] >= 0) & (before[:, :, 0] >= 0)
-    if not pairs.any():
+def _overlap(trace: Trace) -> dict[str, float] | None:
+    by_layer, k = analysis.overlap(trace), trace.facts.top_k
+    if np.isnan(by_layer).all():
         return None
-    shared = np.zeros(pairs.shape)
-    for i in range(k):
-        for j in range(k):
-            shared += here[:, :, i] == before[:, :, j]
-    popularity = _counts(tokens, facts) / np.maximum(1, (ids[:, :, 0] >= 0).sum(axis=0))[:, None]
     return {
-        "measured": float(shared[pairs].mean() / k),
-        "uniform_chance": k / facts.experts,
-        "popularity_chance": float((popularity**2).sum(axis=1).mean() / k),
+        "measured": float(np.nanmean(by_layer)),
+        "uniform_chance": k / trace.facts.experts,
+        "popularity_chance": float((analysis.frequency(trace) ** 2).sum(axis=1).mean() / k),
     }
 
 
-def _skew(tokens: Tokens, facts) -> dict[str, float] | None:
-    counts = np.sort(_counts(tokens, facts), axis=1)[:, ::-1].astype(float)
-    counts = counts[counts.sum(axis=1) > 0]
-    if not len(counts):
+def _skew(trace: Trace) -> dict[str, float] | None:
+    shares = np.sort(analysis.frequency(trace), axis=1)[:, ::-1] / trace.facts.top_k
+    shares = shares[shares.sum(axis=1) > 0]
+    if not len(shares):
         return None
-    hot = max(1, round(facts.experts / 4))
+    hot = max(1, round(trace.facts.experts / 4))
     return {
-        "hottest_quarter": float((counts[:, :hot].sum(axis=1) / counts.sum(axis=1)).mean()),
-        "hottest_over_mean": float((counts[:, 0] / counts.mean(axis=1)).mean()),
-        "never_used": float((counts == 0).mean()),
+        "hottest_quarter": float(shares[:, :hot].sum(axis=1).mean()),
+        "hottest_over_mean": float((shares[:, 0] / shares.mean(axis=1)).mean()),
+        "never_used": float((shares == 0).mean()),
     }
 
 
-def _reuse(tokens: Tokens, facts) -> dict[str, float] | None:
-    """Percentiles over all uses but first ones; the layers are walked side by side, token by token."""
-    layers, experts = np.arange(facts.layers)[:, None], facts.experts
-    last = np.full((facts.layers, experts), -1)
-    histogram = np.zeros(experts + 1, np.int64)
-    firsts = uses = 0
-    for time, ids in enumerate(tokens.ids):
-        known = ids[:, 0] >= 0
-        rows, chosen = (layers, ids) if known.all() else (layers[known], ids[known])
-        before = last[rows, chosen]
-        distance = (last[rows[:, 0]][:, None, :] > before[:, :, None]).sum(axis=2)
-        again = before >= 0
-        histogram += np.bincount(distance[again], minlength=experts + 1)
-        uses, firsts = uses + again.size, firsts + int(again.size - again.sum())
-        last[rows, chosen] = time
-    if not histogram.sum():
+def _reuse(trace: Trace) -> dict[str, float] | None:
+    """Percentiles over all uses but first ones."""
+    found = analysis.reuse_distance(trace)
+    again = int(found.counts.sum())
+    if not again:
         return None
-    share = np.cumsum(histogram) / histogram.sum()
-    at = {name: int(np.searchsorted(share, level)) for name, level in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
-    return {**at, "first_uses": firsts / uses}
+    at = {"median": found.quantile(0.5), "p90": found.quantile(0.9), "p99": found.quantile(0.99)}
+    return {**at, "first_uses": found.first_uses / (found.first_uses + again)}
 
 
-def _hit_share(trace: Trace, tokens: Tokens, distance: int) -> float | None:
-    """The share of the experts that router reuse predicted at `distance` which that layer then chose."""
-    ahead, k = trace.lookahead[distance], trace.facts.top_k
-    rows = np.flatnonzero(~np.isnan(ahead[:, 0]))
-    target = tokens.ids[token_of_row(trace)[0][rows], trace.layer[rows] + distance]
-    rows, target = rows[target[:, 0] >= 0], target[target[:, 0] >= 0]
-    if not len(rows):
-        return None
-    predicted = np.argpartition(-ahead[rows], k - 1, axis=1)[:, :k]
-    return float((predicted[:, :, None] == target[:, None, :]).any(axis=2).mean())
+def _recall(trace: Trace, distance: int) -> float | None:
+    by_layer = analysis.recall(trace, distance)
+    return None if np.isnan(by_layer).all() else float(np.nanmean(by_layer))
