@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
@@ -14,6 +12,7 @@ from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import ORACLE, Case, halves, tokens_of
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.importers import open_trace
 
 SYNTHETIC = {model: f"synthetic:{model}" for model in ("mixtral-8x7b", "qwen2-57b-a14b")}
 PROFILES = ("a6000-paper", "a6000-engineered")
@@ -155,48 +154,13 @@ def link_beliefs(steps: int) -> list[dict]:
 
 
 def layer_similarity(trace: Trace, distances: int = 6) -> list[dict]:
-    """How alike a layer's router judges its own state and that of a layer `distance` before it: a record for each.
-
-    `cosine` is the mean of the two vectors of probabilities, `named` the share of its experts that it names from there.
-    The trace needs full scores and lookahead.
-    """
-    truth = {(record.step, record.layer): record for record in trace.records()}
-    sums = np.zeros((distances, 3))
-    for (step, layer), record in truth.items():
-        for d, reused in record.lookahead.items():
-            there = truth.get((step, layer + d))
-            if there is None or d > distances or there.scores is None or np.isnan(reused).any():
-                continue
-            own = np.asarray(there.scores, float)
-            lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(reused, axis=1)
-            k = there.ids.shape[1]
-            named = np.argpartition(-reused, k - 1, axis=1)[:, :k]
-            agree = (named[:, :, None] == there.ids[:, None, :]).any(axis=1).mean(axis=1)
-            sums[d - 1] += ((own * reused).sum(axis=1) / lengths).sum(), agree.sum(), len(own)
-    return [
-        {"distance": d, "cosine": cosine / count, "named": share / count}
-        for d, (cosine, share, count) in enumerate(sums.tolist(), 1)
-        if count
-    ]
+    """A record for each distance: `cosine` is `Trace.similarity`, `named` is `Trace.recall`."""
+    held = [d for d in sorted(trace.lookahead) if d <= distances]
+    return [{"distance": d, "cosine": trace.similarity(d), "named": trace.recall(d)} for d in held]
 
 
 def reuse_by_rank(traces: Mapping[str, str]) -> list[dict]:
     """Per model, the chance that the expert of each score rank (first the highest) is chosen by the next token too."""
-    rows = []
-    for model, path in traces.items():
-        tokens = tokens_of(path)
-        facts = tokens.facts
-        hits, count, before, sequence = np.zeros(facts.top_k), 0, {}, None
-        for step in tokens.steps(tokens.sequences[:20]):
-            for asked in step.layers:
-                if step.sequence == sequence and asked.layer in before:
-                    hits += [expert in asked.loads for expert in before[asked.layer]]
-                    count += 1
-                before[asked.layer] = (
-                    sorted(asked.loads, key=asked.scores.__getitem__, reverse=True)
-                    if asked.scores
-                    else list(asked.loads)
-                )
-            sequence = step.sequence
-        rows.append({"model": model, "share_by_rank": (hits / count).tolist()})
-    return rows
+    return [
+        {"model": model, "share_by_rank": open_trace(path).reuse_by_rank().tolist()} for model, path in traces.items()
+    ]

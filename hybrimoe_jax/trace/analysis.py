@@ -161,8 +161,9 @@ def _predictions(trace: Trace, distance: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows with a prediction for the layer `distance` further on, the rows of that layer), both [N]."""
     if distance not in trace.lookahead:
         held = ", ".join(map(str, sorted(trace.lookahead))) or "none"
-        raise UserError(f"the trace holds no predictions {distance} layers ahead (held: {held})")
-    rows = np.flatnonzero(~np.isnan(trace.lookahead[distance][:, 0]))
+        raise UserError(f"the trace holds no lookahead at distance {distance} (held: {held})")
+    inside = trace.layer + distance < trace.facts.layers
+    rows = np.flatnonzero(inside & ~np.isnan(trace.lookahead[distance][:, 0]))
     target = _row_table(trace)[token_of_row(trace)[0][rows], trace.layer[rows] + distance]
     return rows[target >= 0], target[target >= 0]
 

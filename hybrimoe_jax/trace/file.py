@@ -34,14 +34,19 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax import tables
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.trace.check import check_rows
 from hybrimoe_jax.trace.facts import TraceFacts
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.trace.analysis import ReuseDistance
+    from hybrimoe_jax.trace.plots import TracePlots
 
 FORMAT, VERSION = "hybrimoe-trace", 1
 PHASES = ("prefill", "decode")
@@ -115,6 +120,54 @@ class Trace:
             lookahead={distance: ahead[rows] for distance, ahead in self.lookahead.items()},
             extra={name: a[rows] if len(a) == len(self) else a for name, a in self.extra.items()},
         )
+
+    def table(self) -> Any:
+        """A row for each MoE layer: how its experts are used, see `analysis.layer_rows`."""
+        return tables.table(_analysis().layer_rows(self))
+
+    def frequency(self) -> np.ndarray:
+        """[L, E]: the share of a layer's tokens that chose each expert; a layer's sum is k, 0 where it has no rows."""
+        return _analysis().frequency(self)
+
+    def reuse_by_rank(self) -> np.ndarray:
+        """The chance that an expert is chosen again by the next token, by its rank for this one, the highest first.
+
+        [E] where the trace holds full scores, [k] where it holds the weights of the chosen ones only; UserError where
+        neither.
+        """
+        return _analysis().reuse_by_rank(self)
+
+    def reuse_distance(self) -> ReuseDistance:
+        """How many distinct experts of a layer were chosen between two uses of one."""
+        return _analysis().reuse_distance(self)
+
+    def recall(self, distance: int = 1) -> float:
+        """The share of a layer's chosen experts that its router named from the state `distance` layers before.
+
+        `analysis.recall` has it by layer. UserError where the trace holds no predictions at this distance.
+        """
+        return float(np.nanmean(_analysis().recall(self, distance)))
+
+    def similarity(self, distance: int = 1) -> float:
+        """The mean cosine of a router's probabilities from its layer's own state and from `distance` layers before.
+
+        `analysis.similarity` has it by layer. UserError where the trace lacks these predictions, or full scores.
+        """
+        return float(np.nanmean(_analysis().similarity(self, distance)))
+
+    @property
+    def plot(self) -> TracePlots:
+        """Pictures of it; matplotlib is needed."""
+        from hybrimoe_jax.trace.plots import TracePlots
+
+        return TracePlots(self)
+
+
+def _analysis():
+    """Its functions take a trace, so it imports this module."""
+    from hybrimoe_jax.trace import analysis
+
+    return analysis
 
 
 def stack_rows(parts: Sequence[np.ndarray | None], sizes: Sequence[int], width: int) -> np.ndarray | None:
