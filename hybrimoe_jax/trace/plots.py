@@ -53,6 +53,7 @@ class TracePlots:
             if len(chance) > facts.top_k:
                 axes.axvline(facts.top_k + 0.5, color="0.4", lw=0.6, label="chosen | not chosen")
             axes.set_ylim(0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("rank of the expert's score")
             axes.set_ylabel("chosen by the next token [%]")
             axes.legend()
