@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrimoe_jax.engine.config import EngineConfig
-    from hybrimoe_jax.engine.engine import Engine, Generation
+    from hybrimoe_jax.engine.engine import Engine
+    from hybrimoe_jax.engine.generation import Generation
     from hybrimoe_jax.engine.load import bundled_model, load
     from hybrimoe_jax.engine.streaming import StreamChunk, stream_generate
     from hybrimoe_jax.errors import UserError
@@ -22,7 +23,7 @@ _PUBLIC = {
     "load": "hybrimoe_jax.engine.load",
     "bundled_model": "hybrimoe_jax.engine.load",
     "Engine": "hybrimoe_jax.engine.engine",
-    "Generation": "hybrimoe_jax.engine.engine",
+    "Generation": "hybrimoe_jax.engine.generation",
     "stream_generate": "hybrimoe_jax.engine.streaming",
     "StreamChunk": "hybrimoe_jax.engine.streaming",
 }

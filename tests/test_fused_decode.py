@@ -13,7 +13,7 @@ import tiny
 from hybrimoe_jax.engine.fused import choice, select
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.fused.program import MAX_STEPS_PER_CALL
-from hybrimoe_jax.engine.step import StepInput
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.host_kernels.native import ffi, library
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")

@@ -22,6 +22,7 @@ QUIET = (
     "hybrimoe_jax.simulate.replay",
     "hybrimoe_jax.engine.lanes.threads",
     "hybrimoe_jax.engine.sampling",
+    "hybrimoe_jax.engine.generation",
     "hybrimoe_jax.engine.routing",
     "hybrimoe_jax.engine.budget",
     "hybrimoe_jax.host_kernels",

@@ -16,30 +16,18 @@ from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
-from hybrimoe_jax.engine.generation import Emitted, capacity_for, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.request import check_prompts, context_limit
 from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
-from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.errors import DeviceError, UserError
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
 
 Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
-
-
-@dataclasses.dataclass
-class Generation:
-    """What `Engine.generate` returns.
-
-    Per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics.
-    """
-
-    token_ids: list[list[int]]
-    finish_reasons: list[str]
-    stats: RunStats
 
 
 class Engine:

@@ -13,12 +13,23 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
-from hybrimoe_jax.engine.programs import bucket
+from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
-from hybrimoe_jax.engine.stats import StepStats
-from hybrimoe_jax.engine.step import SMALLEST_SPAN, StepInput
+from hybrimoe_jax.engine.stats import RunStats, StepStats
 
 SMALLEST_CHUNK = 16
+
+
+@dataclasses.dataclass
+class Generation:
+    """What `Engine.generate` returns.
+
+    Per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics.
+    """
+
+    token_ids: list[list[int]]
+    finish_reasons: list[str]
+    stats: RunStats
 
 
 @dataclasses.dataclass

@@ -20,12 +20,12 @@ import numpy as np
 from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceModel
+from hybrimoe_jax.engine.inputs import StepInput, bucket
 from hybrimoe_jax.engine.lanes.clock import PacedClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
 from hybrimoe_jax.engine.lanes.slots import SlotPool, write_slot
 from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.routing import read_routing
-from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.formats.packing import HostExpert, PackedExpert
 from hybrimoe_jax.formats.plain import ExpertWeights
 
@@ -272,7 +272,7 @@ class EngineLanes:
 
     def _front(self, tokens: int, context: int) -> Callable[[], jax.Array]:
         """-> a function that dispatches a front and returns the packed routing."""
-        layer, capacity, pacing = self.layer, programs.bucket(context, 256), self.clock.pacing
+        layer, capacity, pacing = self.layer, bucket(context, 256), self.clock.pacing
         positions = np.arange(max(0, context - tokens), max(tokens, context), dtype=np.int32)[None]
         span = StepInput(np.zeros_like(positions), positions, capacity, "decode", None).span
         positions = jax.device_put(positions, self.model.device)

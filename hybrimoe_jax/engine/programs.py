@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.engine.inputs import bucket
 from hybrimoe_jax.engine.lanes.pacing import NO_PACING, NoPacing
 from hybrimoe_jax.host_kernels.native.pace import begin, end
 from hybrimoe_jax.models.layers import rms_norm
@@ -154,11 +155,6 @@ last_token = program(_last_token, static_argnames="eps")
 all_logits = program(_all_logits, static_argnames="eps")
 dense_rows = program(_dense_rows, static_argnames="kernel")
 gathered_rows = program(_gathered_rows, static_argnames="kernel")
-
-
-def bucket(n: int, smallest: int = 1) -> int:
-    """The power of two at or above n."""
-    return max(smallest, 1 << max(0, n - 1).bit_length())
 
 
 def runs(slot, kernel: str) -> str:

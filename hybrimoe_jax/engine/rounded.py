@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from hybrimoe_jax.engine.fused.choice import Switch
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.stats import StepStats
-from hybrimoe_jax.engine.step import Forward, StepInput
+from hybrimoe_jax.engine.step import Forward
 
 
 class RoundedForward(Forward):

@@ -1,4 +1,4 @@
-"""What a forward pass is asked and what it gives, and the oracle that all others are checked against.
+"""What a forward pass gives, and the oracle that all others are checked against.
 
 The oracle is the dense model, every expert on the device.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.stats import Lanes, StepStats
 from hybrimoe_jax.errors import UserError
@@ -24,48 +24,6 @@ from hybrimoe_jax.models.parameters import merge
 
 if TYPE_CHECKING:
     from hybrimoe_jax.engine.fused.choice import Switch
-
-SMALLEST_SPAN = 256
-
-
-@dataclasses.dataclass
-class StepInput:
-    """One step's tokens. ids, positions [B, T] int32 (padding: position = cache capacity); phase "prefill" or "decode".
-
-    `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each
-    taking the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None:
-    the next token is drawn. `greedy`: each row's likeliest token is enough.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    capacity: int
-    phase: str
-    last: np.ndarray | None
-    follow: int | None = 0
-    stop_ids: tuple[int, ...] = ()
-    greedy: bool = False
-
-    @property
-    def valid(self) -> np.ndarray:
-        return np.flatnonzero(self.positions.ravel() < self.capacity)
-
-    @property
-    def context(self) -> int:
-        """Places of the cache that the longest row attends to."""
-        return int(self.positions[self.positions < self.capacity].max(initial=0)) + 1
-
-    @property
-    def span(self) -> int:
-        """How much of the cache attention must read: a power of two, so that few executables serve all positions.
-
-        More than the step's tokens unless all rows start at position 0 (see `Attention`).
-        """
-        span = programs.bucket(self.context, SMALLEST_SPAN)
-        first = self.positions[:, 0]
-        if span == self.positions.shape[1] and ((first > 0) & (first < self.capacity)).any():
-            span *= 2
-        return min(self.capacity, span)
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.inputs import bucket
 from hybrimoe_jax.engine.lanes import stacked
 from hybrimoe_jax.engine.lanes.slots import write_slot
 from hybrimoe_jax.engine.programs import Routed
@@ -186,7 +187,7 @@ class StepPrograms:
     def _callback(self, layer: Any, parameters: Any, rows: int, beside: int) -> StepProgram:
         """With as many slots as a layer has experts, and a part for the host."""
         config = self.config
-        count = programs.bucket(min(config.num_experts, rows * config.num_experts_per_tok))
+        count = bucket(min(config.num_experts, rows * config.num_experts_per_tok))
         number = jax.ShapeDtypeStruct((), jnp.int32)
         chosen = [jax.ShapeDtypeStruct((rows, config.num_experts_per_tok), kind) for kind in (jnp.int32, jnp.float32)]
         mix, part = jax.ShapeDtypeStruct((count, rows), jnp.float32), self.array(rows, config.hidden_size)

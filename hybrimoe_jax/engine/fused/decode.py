@@ -36,11 +36,10 @@ from hybrimoe_jax.engine.fused.program import (
     decode_program,
     to_program_layout,
 )
+from hybrimoe_jax.engine.inputs import StepInput, bucket
 from hybrimoe_jax.engine.lanes.clock import Clock
-from hybrimoe_jax.engine.programs import bucket
 from hybrimoe_jax.engine.routing import read_routing
 from hybrimoe_jax.engine.stats import Lanes, LayerStats, StepStats
-from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.host_kernels.native.routed import table
 
 REPEATS = 9

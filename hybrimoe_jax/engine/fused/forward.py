@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hybrimoe_jax.engine.fused.choice import Switch, WayChoice
 from hybrimoe_jax.engine.fused.decode import FusedDecode
-from hybrimoe_jax.engine.step import Forward, StepInput
+from hybrimoe_jax.engine.inputs import StepInput
+from hybrimoe_jax.engine.step import Forward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 
 

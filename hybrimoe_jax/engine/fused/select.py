@@ -15,9 +15,9 @@ import numpy as np
 
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.fused.decode import FusedDecode
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.programs import Device
-from hybrimoe_jax.engine.step import StepInput
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.host_kernels.native import ffi
 

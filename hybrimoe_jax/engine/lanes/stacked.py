@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine.inputs import bucket
 from hybrimoe_jax.engine.lanes.pacing import NO_PACING, block_seconds
 from hybrimoe_jax.engine.lanes.slots import SlotPool, empty_expert
 from hybrimoe_jax.engine.programs import Routed
@@ -41,7 +42,7 @@ class StackedSlots(SlotPool):
         self._nobody = jax.device_put(np.int32(NOWHERE))
 
     def block(self, layer, routed, left_out, pace=None):
-        count = programs.bucket(len(left_out), routed.ids.shape[1]) if left_out else 0
+        count = bucket(len(left_out), routed.ids.shape[1]) if left_out else 0
         others = tuple(self._numbers[expert] for expert in left_out) + (self._nobody,) * (count - len(left_out))
         run = block_program(layer.graphdef, layer.programs.shared is not None, self.kernel)
         return run(layer.params, routed, self.table, self._numbers[layer.moe_layer], others, self.pool, pace)

@@ -13,8 +13,9 @@ import numpy as np
 
 from hybrimoe_jax.decide.plan import Fetch, LayerPlan
 from hybrimoe_jax.engine.device_model import DeviceLayer
+from hybrimoe_jax.engine.inputs import bucket
 from hybrimoe_jax.engine.lanes.host import HostExecutor
-from hybrimoe_jax.engine.programs import bucket, program
+from hybrimoe_jax.engine.programs import program
 from hybrimoe_jax.engine.routing import HostRouting
 from hybrimoe_jax.engine.stats import Lanes
 from hybrimoe_jax.engine.steps.layered import LayeredForward

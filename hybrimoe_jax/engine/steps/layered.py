@@ -24,6 +24,7 @@ from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
+from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
 from hybrimoe_jax.engine.lanes.slots import SlotPool
@@ -31,7 +32,7 @@ from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.engine.routing import HostRouting, read_routing
 from hybrimoe_jax.engine.stats import Lanes, LayerStats, StepStats
-from hybrimoe_jax.engine.step import Pass, StepInput
+from hybrimoe_jax.engine.step import Pass
 from hybrimoe_jax.engine.steps.movement import Movement
 
 TRACE_LOOKAHEAD = 6
