@@ -257,12 +257,7 @@ def recorders(args: argparse.Namespace, engine):
         from hybrimoe_jax.engine.recording import EngineTrace
 
         trace = EngineTrace(engine)
-    if args.timeline and engine.options.clock == "virtual":
-        from hybrimoe_jax.trace.timeline import Timeline
-
-        options = engine.options
-        timeline = Timeline(clock="virtual", system=options.system, profile=options.profile, costs=engine.costs.source)
-    elif args.timeline:
+    if args.timeline:
         from hybrimoe_jax.engine.recording import EngineTimeline
 
         timeline = EngineTimeline(engine)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from hybrimoe_jax.engine.exhaustion import with_fewer_slots
 from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
-from hybrimoe_jax.engine.request import check_prompts, context_limit
+from hybrimoe_jax.engine.recording import Recording
+from hybrimoe_jax.engine.request import Prompts, check_prompts, context_limit, prompt_ids
 from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
 from hybrimoe_jax.errors import DeviceError, UserError
@@ -52,6 +54,8 @@ class Engine:
         self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
+        self._partial: Generation | None = None
+        self._trace: Any = None
         self._closed = False
 
     @property
@@ -79,6 +83,11 @@ class Engine:
         """Of the latest call."""
         return self._last_stats
 
+    @property
+    def partial(self) -> Generation | None:
+        """What an interrupted `generate` had made; None once another call has ended well."""
+        return self._partial
+
     def save_profile(self, path: str | Path) -> None:
         """Writes the measured costs; `EngineConfig(profile=path)` reads them back instead of measuring."""
         if self.costs is None:
@@ -95,21 +104,35 @@ class Engine:
         self.costs.save(path, more)
 
     def record(self, trace=None, timeline=None) -> None:
-        """Attaches recorders to the steps that follow (None detaches).
-
-        An `EngineTrace`; an `EngineTimeline`, or under the virtual clock a `trace.timeline.Timeline`.
-        """
+        """Attaches recorders, an `EngineTrace` and an `EngineTimeline`, to the steps that follow (None detaches)."""
         self._forward.attach(trace, timeline)
+        self._trace = trace
 
-    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits of every position: [T] token ids -> float32 [T, V]."""
-        ids = np.asarray(ids, np.int64).ravel().tolist()
-        check_prompts([ids], 0, self.config.vocab_size, self.max_context)
-        capacity = capacity_for([ids], 0, self.max_context)
+    @contextlib.contextmanager
+    def recording(self, *, trace: bool = True, timeline: bool = False) -> Iterator[Recording]:
+        """Records what runs in the block: routing as a trace, a sequence of its own for each prompt, and a timeline.
+
+        A timeline has each layer run by itself, and watches it: its run's times are for looking at, not for quoting.
+        """
+        record = Recording(self, trace, timeline)
+        self.record(record.engine_trace, record.engine_timeline)
+        try:
+            yield record
+        finally:
+            self.record()
+            record.finish()
+
+    def logits(self, prompt: Prompts) -> np.ndarray:
+        """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
+        prompts = prompt_ids(prompt, self.tokenizer)
+        if len(prompts) > 1:
+            raise UserError(f"logits are of one prompt, not of {len(prompts)}")
+        check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
+        capacity = capacity_for(prompts, 0, self.max_context)
         self._check_ready(1, capacity)
         stats, out = self._start(1, capacity), []
         caches = self._init_cache(1, capacity)
-        for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
+        for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
             step = StepInput(chunk, positions, capacity, "prefill", None)
             logits, caches, record = self._step(step, caches)
             stats.steps.append(record)
@@ -117,14 +140,12 @@ class Engine:
         self._finish(stats)
         return np.concatenate(out)
 
-    def steps(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, seed: int | None = None, **sampling
-    ) -> Steps:
+    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any) -> Steps:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
         chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        prompts = [list(map(int, prompt)) for prompt in prompts]
+        prompts = prompt_ids(prompts, self.tokenizer)
         check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
         capacity = capacity_for(prompts, max_new_tokens, self.max_context)
         self._check_ready(len(prompts), capacity)
@@ -156,26 +177,44 @@ class Engine:
                 self._finish(stats)
         return stats
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options) -> Generation:
-        """New tokens for each prompt of token ids.
+    def generate(self, prompts: Prompts, *, stop: str | Sequence[str] = (), **options: Any) -> Generation:
+        """New tokens for each prompt.
+
+        Ctrl-C, or a notebook's stop button, leaves what was made so far in `partial`, and an engine that goes on.
 
         Args:
+          prompts: a text or a list of them, or token ids: of one prompt, or a list of those.
           stop: strings that end a text, which needs a tokenizer; the tokens of the text up to the one that completed a
             stop string are returned.
           options: `max_new_tokens` (64), `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
             greedy), `top_k` (0: all) and `top_p` (1: all) of `Sampling`.
         """
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this checkpoint has none")
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        run = self.steps(prompts, **options)
+        ids = prompt_ids(prompts, self.tokenizer)
+        tokens: list[list[int]] = [[] for _ in ids]
+        reasons = ["interrupted"] * len(ids)
+        run, before = self.steps(ids, **options), self._last_stats
+        try:
+            stats = self._collect(run, tokens, reasons, stop)
+        except KeyboardInterrupt as interrupt:
+            run.close()  # which finishes the statistics
+            if self._last_stats is not None and self._last_stats is not before:
+                self._partial = Generation(tokens, reasons, self._last_stats, self.tokenizer, stop)
+                interrupt.args = interrupt.args or ("the tokens so far are in the engine's `partial`",)
+            raise
+        self._partial = None
+        return Generation(tokens, reasons, stats, self.tokenizer, stop)
+
+    def _collect(self, run: Steps, tokens: list[list[int]], reasons: list[str], stop: tuple[str, ...]) -> RunStats:
+        """Runs to the end, and fills in each row's tokens and why it ended."""
         stopped = None
         while True:
             try:
                 emitted = run.send(stopped)
             except StopIteration as end:
-                return Generation(tokens, reasons, end.value)
+                return end.value
             stopped = []
             for row, token in emitted.tokens:
                 tokens[row].append(token)
@@ -200,8 +239,14 @@ class Engine:
             raise DeviceError(f"the device's memory ran out in the middle of a layer ({why}), and its cache is lost")
         self._parts.give_up_slots(why)
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stops the worker threads; the engine cannot be used afterwards."""
+        """Stops the worker threads; the engine cannot be used afterwards. A `with` block does it at its end."""
         self._closed = True
         self._parts.close()
 
@@ -219,6 +264,8 @@ class Engine:
 
     def _start(self, batch: int, capacity: int) -> RunStats:
         parts = self._parts
+        if self._trace is not None:
+            self._trace.begin_call(batch)
         stats = parts.new_stats()
         parts.clock.overshoot(reset=True)
         self._counters, self._predicted = parts.counters(), parts.predicted()

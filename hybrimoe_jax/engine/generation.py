@@ -9,13 +9,17 @@ nowhere and nothing attends to it. A row's answer does not depend on its neighbo
 from __future__ import annotations
 
 import dataclasses
+import html
+import textwrap
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import RunStats, StepStats
+from hybrimoe_jax.errors import UserError
 
 SMALLEST_CHUNK = 16
 
@@ -24,12 +28,58 @@ SMALLEST_CHUNK = 16
 class Generation:
     """What `Engine.generate` returns.
 
-    Per prompt its new tokens and why it stopped ("eos", "length", "stop"); the statistics.
+    Attributes:
+      token_ids: of each prompt, the new tokens.
+      finish_reasons: of each prompt, why it stopped: "eos", "length", "stop" or "interrupted".
+      stats: of the call.
+      tokenizer: makes texts of the tokens; None where the checkpoint has none.
+      stop: the strings that were to end a text.
     """
 
     token_ids: list[list[int]]
     finish_reasons: list[str]
     stats: RunStats
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
+    stop: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of each prompt, the new text: without the end-of-sequence token, and up to a stop string.
+
+        UserError where the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer: the tokens are in token_ids")
+        return [self._text(ids, reason) for ids, reason in zip(self.token_ids, self.finish_reasons)]
+
+    @property
+    def text(self) -> str:
+        """The new text of a single prompt; UserError where there were several."""
+        if len(self.token_ids) != 1:
+            raise UserError(f"there are {len(self.token_ids)} texts: see texts")
+        return self.texts[0]
+
+    def _text(self, ids: list[int], reason: str) -> str:
+        text = self.tokenizer.decode(ids[:-1] if reason == "eos" else ids)
+        if reason == "stop":
+            text = text[: min(place for word in self.stop if (place := text.find(word)) >= 0)]
+        return text
+
+    def __repr__(self) -> str:
+        """One line: how many tokens, why they ended, how the first text begins."""
+        rows = [f"{len(ids)} tokens ({reason})" for ids, reason in zip(self.token_ids, self.finish_reasons)]
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        begins = f": {textwrap.shorten(self.texts[0], 50)!r}" if self.tokenizer and self.token_ids else ""
+        return f"<Generation of {', '.join(rows[:3])}{more}{begins}>"
+
+    def _repr_html_(self) -> str:
+        shown = self.texts if self.tokenizer else [" ".join(map(str, ids)) for ids in self.token_ids]
+        style = "white-space: pre-wrap; border-left: 3px solid #999; padding-left: .6em"
+        texts = "".join(
+            f'<div style="{style}">{html.escape(text)}</div><p>{len(ids)} tokens, {html.escape(reason)}</p>'
+            for text, ids, reason in zip(shown, self.token_ids, self.finish_reasons)
+        )
+        return texts + f"<p>{html.escape(self.stats.in_short())}</p>"
 
 
 @dataclasses.dataclass

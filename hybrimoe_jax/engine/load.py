@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,7 @@ from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_memory import limit_allocator
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
+from hybrimoe_jax.errors import UserError
 
 if TYPE_CHECKING:
     from hybrimoe_jax.checkpoint.reader import Checkpoint
@@ -86,11 +88,38 @@ def read_model(checkpoint: str | Path | Checkpoint | None = None, options: Engin
     )
 
 
-def load(path: str | Path | Checkpoint | None = None, options: EngineConfig | None = None) -> Engine:
+def load(
+    path: str | Path | Checkpoint | None = None,
+    options: EngineConfig | None = None,
+    *,
+    machine: str | None = None,
+    **fields: Any,
+) -> Engine:
     """Opens a folder written by `python -m hybrimoe_jax.convert`, the bundled model if None.
 
     Call it before any other use of jax: the cores are divided between XLA and the host experts when jax starts.
+
+    Args:
+      options: how it runs; `fields`, those of `EngineConfig`, replace some of its choices, or stand alone.
+      machine: a profile, by name or file: times are computed for that machine (`profile=machine, clock="virtual"`).
+
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
-    options = options or EngineConfig()
+    options = config_of(options, machine, fields)
     return read_model(path, options).engine(options)
+
+
+def config_of(options: EngineConfig | None, machine: str | None, fields: dict[str, Any]) -> EngineConfig:
+    """The options of `load`; UserError for a field that there is not."""
+    known = [field.name for field in dataclasses.fields(EngineConfig)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
+            raise UserError(f"{name} is no option of an engine{meant}")
+    if machine is not None:
+        for name in ("profile", "clock"):
+            if name in fields:
+                raise UserError(f"machine {machine} sets the profile and the virtual clock: leave out {name}")
+        fields = {**fields, "profile": machine, "clock": "virtual"}
+    return dataclasses.replace(options or EngineConfig(), **fields)

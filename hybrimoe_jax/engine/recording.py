@@ -9,21 +9,24 @@ timeline is for looking at, the statistics of a run without one are for quoting.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any, cast
 
 import jax
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.trace.facts import facts_of
+from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.recorder import TraceRecorder
 from hybrimoe_jax.trace.timeline import Timeline
 
 
 class EngineTimeline:
-    """Collects a run's events; `write` saves them.
+    """Collects a run's events; `write` saves them. Under the virtual clock its machine adds them.
 
     Args: engine: whose clock, system and executor are named in the file.
     """
@@ -35,9 +38,13 @@ class EngineTimeline:
             about["costs"] = engine.costs.source
         if engine.options.paced is not None:
             about |= {"clock": "wall", "device": "paced", **engine.options.paced._asdict()}
+        elif engine.clock.name == "virtual":
+            about["profile"] = engine.options.profile
         self._timeline = Timeline(**about)
         self._ends: dict[str, float] = {}
         self._worker = Worker(self._serve, "timeline")
+        self._finished = False
+        self.add = self._timeline.add
 
     def watch(self, lane: str, name: str, issued: float, arrays, **args) -> None:
         """Notes an event that ends when `arrays` are ready."""
@@ -56,8 +63,17 @@ class EngineTimeline:
         self._timeline.add("link", f"{kind} {layer}.{expert}", began, landed, layer=layer, expert=expert, kind=kind)
 
     def finish(self) -> Timeline:
-        """Waits until every watched event has ended."""
+        """Waits until every watched event has ended; none is watched any more."""
         self._worker.stop()
+        self._finished = True
+        return self._timeline
+
+    def so_far(self) -> Timeline:
+        """Waits until every event watched so far has ended."""
+        if not self._finished:
+            served = threading.Event()
+            self._worker.put(served)
+            served.wait()
         return self._timeline
 
     def write(self, path) -> None:
@@ -65,6 +81,9 @@ class EngineTimeline:
         self.finish().write(path)
 
     def _serve(self, task) -> None:
+        if isinstance(task, threading.Event):
+            task.set()
+            return
         lane, name, issued, arrays, args = task
         start = max(issued, self._ends.get(lane, 0.0))
         for array in jax.tree.leaves(arrays):
@@ -102,6 +121,12 @@ class EngineTrace:
         )
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)
+        self._first_sequence = self._batch = 0
+
+    def begin_call(self, batch: int) -> None:
+        """A call begins: its `batch` sequences are new ones."""
+        self._first_sequence += self._batch
+        self._batch = batch
 
     def begin_step(self) -> None:
         """A step begins."""
@@ -128,7 +153,7 @@ class EngineTrace:
         self.recorder.add(
             layer,
             step.phase,
-            sequence=rows // width,
+            sequence=self._first_sequence + rows // width,
             position=step.positions.ravel()[rows],
             ids=routing.ids[rows],
             weights=routing.row_weights[rows],
@@ -138,6 +163,52 @@ class EngineTrace:
 
     def save(self, path) -> None:
         self.recorder.save(path)
+
+
+class Recording:
+    """What `Engine.recording` records; complete once its block has ended.
+
+    Attributes: engine_trace, engine_timeline: the recorders, None where that is not recorded.
+    """
+
+    def __init__(self, engine: Any, trace: bool, timeline: bool):
+        self.engine_trace = EngineTrace(engine) if trace else None
+        self.engine_timeline = EngineTimeline(engine) if timeline else None
+        self._trace: Trace | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """The routing of the calls so far; UserError where there is none."""
+        if self._trace is not None:
+            return self._trace
+        if self.engine_trace is None:
+            raise UserError("this recording has no trace: engine.recording(trace=True)")
+        trace = self.engine_trace.recorder.trace()
+        if not len(trace):
+            raise UserError("nothing was recorded: generate in the recording's block")
+        return trace
+
+    @property
+    def timeline(self) -> Timeline:
+        """What each lane did in the calls so far, on the engine's clock; UserError where there is none."""
+        if self.engine_timeline is None:
+            raise UserError("this recording has no timeline: engine.recording(timeline=True)")
+        timeline = self.engine_timeline.so_far()
+        if not len(timeline):
+            raise UserError("nothing was recorded: generate in the recording's block")
+        return timeline
+
+    def finish(self) -> None:
+        """The block has ended: nothing is recorded any more."""
+        if self.engine_timeline is not None:
+            self.engine_timeline.finish()
+        if self.engine_trace is not None:
+            trace = self.engine_trace.recorder.trace()
+            self._trace = trace if len(trace) else None
+
+    def __repr__(self) -> str:
+        parts = [self._trace, self.engine_timeline and self.engine_timeline.so_far()]
+        return f"<Recording: {', '.join(repr(part) for part in parts if part is not None) or 'nothing yet'}>"
 
 
 def run_record(planner: Planner, profile: Any) -> dict:

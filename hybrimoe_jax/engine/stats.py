@@ -214,6 +214,28 @@ class RunStats:
             "--clock virtual --profile a6000-paper"
         )
 
+    def in_short(self) -> str:
+        """One line: what ran, how long it took and on which clock, how many hits."""
+        ttft, tbt, hit_rate = self.ttft_s, self.tbt_ms(), self.hit_rate
+        said = [f"{self.system}, {self.new_tokens} new tokens"]
+        said += [] if ttft is None else [f"first after {1e3 * ttft:.4g} ms"]
+        said += [] if tbt is None else [f"then {tbt['median']:.4g} ms each"]
+        said += [] if hit_rate is None else [f"hit rate {hit_rate:.1%}"]
+        return f"{', '.join(said)} ({self.times})"
+
+    @property
+    def times(self) -> str:
+        """Which times these are, in a few words."""
+        if self.device == "paced":
+            slowed = f", {self.slowdown:g} times as long" if self.slowdown not in (None, 1) else ""
+            return f"wall clock, paced to {self.profile}{slowed}"
+        if self.clock == "virtual":
+            return f"virtual clock, {self.costs.get('profile', 'as measured')}"
+        return "wall clock, this machine"
+
+    def __repr__(self) -> str:
+        return f"<RunStats: {self.in_short()}>"
+
     def summary(self) -> dict:
         """The record that `generate --stats json` prints (without the tokens)."""
         lanes = self.lanes()

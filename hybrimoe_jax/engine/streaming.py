@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Sequence
 
+from hybrimoe_jax.engine.request import prompt_ids
 from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.errors import UserError
 
@@ -59,15 +60,14 @@ def stream_generate(
     `options` are those of `Engine.generate`: max_new_tokens, temperature, top_k, top_p, seed. The end-of-sequence token
     gives no text. Afterwards `engine.stats` holds the run's statistics.
     """
-    if isinstance(prompt, str):
-        if engine.tokenizer is None:
-            raise UserError("this checkpoint has no tokenizer: give the prompt as token ids")
-        prompt = engine.tokenizer.encode(prompt)
+    prompts = prompt_ids(prompt, engine.tokenizer)
+    if len(prompts) > 1:
+        raise UserError(f"a stream is of one prompt, not of {len(prompts)}; `generate` takes several")
     if stop and engine.tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     buffer = StopBuffer(stop)
     decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None
-    return _chunks(engine.steps([prompt], **options), decoder, buffer)
+    return _chunks(engine.steps(prompts, **options), decoder, buffer)
 
 
 def _chunks(steps, decoder, buffer: StopBuffer) -> Generator[StreamChunk, None, None]:

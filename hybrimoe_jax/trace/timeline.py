@@ -12,13 +12,18 @@ on: each event goes onto the first track that is free.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from typing import Any
 
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.tables import table
 
 LANES = ("cpu", "device", "link")
+STEP_MARKS = ("step", "attention 0", "moe 0")
+"""Names of the event on the device's lane that a step begins with, the first of them that there is."""
+
 TRACKS_PER_LANE = 1000  # track numbers: lane i owns 1000 i + 1 and up
 
 
@@ -73,6 +78,36 @@ class Timeline:
                 total += end - max(start, until)
                 until = end
         return total
+
+    def steps(self) -> list[tuple[float, float]]:
+        """(start, end) of every step, in seconds from the first event, by the event that each begins with."""
+        device = self.events("device") if "device" in self.lanes else []
+        names = {name for _, _, name, _ in device}
+        mark = next((name for name in STEP_MARKS if name in names), None)
+        begins = [start for start, _, name, _ in device if name == mark]
+        return list(itertools.pairwise([*begins, self.span])) if begins else []
+
+    def table(self) -> Any:
+        """A row an event, by its start: lane, name, times in milliseconds, its layer and expert."""
+        rows = [(start, end, lane, name, args) for lane in self.lanes for start, end, name, args in self.events(lane)]
+        return table(
+            (
+                {
+                    "lane": lane,
+                    "event": name,
+                    "start_ms": 1e3 * start,
+                    "ms": 1e3 * (end - start),
+                    "layer": args.get("layer"),
+                    "expert": args.get("expert"),
+                }
+                for start, end, lane, name, args in sorted(rows, key=lambda row: row[:2])
+            ),
+            ("lane", "event", "start_ms", "ms", "layer", "expert"),
+        )
+
+    def __repr__(self) -> str:
+        busy = ", ".join(f"{lane} {1e3 * self.busy(lane):.4g}" for lane in self.lanes)
+        return f"<Timeline: {len(self)} events in {1e3 * self.span:.4g} ms, busy ms: {busy}>"
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes Chrome trace-event JSON (times in microseconds), whole or not at all; UserError where it cannot."""
