@@ -11,6 +11,7 @@ import numpy as np
 
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.lanes import host_memory, slots, stacked
+from hybrimoe_jax.engine.lanes.transfer import Link
 
 JITTED = type(jax.jit(lambda: None))
 
@@ -73,6 +74,7 @@ class Recorder:
         self._moving = 0
         self._put = jax.device_put
         monkeypatch.setattr(jax, "device_put", self._device_put)
+        monkeypatch.setattr(Link, "lends_arrays", False)
         if client is not None:
             monkeypatch.setattr(host_memory, "client_of", lambda device: client)
         for module in (programs, slots, stacked):
@@ -134,6 +136,7 @@ class Fault:
         self._released, self._put, self._patch = threading.Event(), jax.device_put, monkeypatch
         self.met, self.copies = False, 0
         monkeypatch.setattr(jax, "device_put", self._device_put)
+        monkeypatch.setattr(Link, "lends_arrays", False)
 
     def mend(self) -> None:
         """Copies work again; what hangs goes on hanging."""
