@@ -67,3 +67,47 @@ def line_style(place: int) -> dict[str, Any]:
 def bar_style(place: int) -> dict[str, Any]:
     """Of the kind of bar with this number, for `bar`."""
     return {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
+
+
+def draw_lines(rows: Any, x: str, y: str, by: str = "", ax: Any = None) -> Any:
+    """Column `y` over column `x` of a table, a line for each value of column `by`; returns the axes."""
+    with axes_of(ax) as axes:
+        for place, (name, points) in enumerate(_series_of(rows, x, y, by).items()):
+            axes.plot(list(points), list(points.values()), label=name, **line_style(place))
+        _finish(axes, x, y, by)
+    return axes
+
+
+def draw_bars(rows: Any, x: str, y: str, by: str = "", ax: Any = None, stacked: bool = False) -> Any:
+    """The same as bars, side by side or on one another; values of `x` need not be numbers."""
+    series = _series_of(rows, x, y, by)
+    places = list(dict.fromkeys(value for points in series.values() for value in points))
+    width = 0.8 if stacked else 0.8 / len(series)
+    below = [0.0] * len(places)
+    with axes_of(ax) as axes:
+        for number, (name, points) in enumerate(series.items()):
+            heights = [points.get(value) or 0.0 for value in places]
+            shift = 0.0 if stacked else (number - (len(series) - 1) / 2) * width
+            at = [place + shift for place in range(len(places))]
+            axes.bar(at, heights, width, bottom=below if stacked else None, label=name, **bar_style(number))
+            below = [low + height for low, height in zip(below, heights)]
+        axes.set_xticks(range(len(places)), [str(value) for value in places])
+        _finish(axes, x, y, by)
+    return axes
+
+
+def _series_of(rows: Any, x: str, y: str, by: str) -> dict[Any, dict[Any, Any]]:
+    """{value of `by`: {x: y}}, in the order of the rows; where `y` is None or NaN there is no point."""
+    series: dict[Any, dict[Any, Any]] = {}
+    names = rows[by] if by else [""] * len(rows)
+    for name, at, value in zip(names, rows[x], rows[y], strict=True):
+        if value is not None and value == value:
+            series.setdefault(name, {})[at] = value
+    return series
+
+
+def _finish(axes: Any, x: str, y: str, by: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if by:
+        axes.legend(title=by, fontsize=6, title_fontsize=6)

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.figures import COLOURS, STYLE, WIDTH
+from hybrimoe_jax.figures import COLOURS, LINES, STYLE, WIDTH, check_matplotlib
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.fit import predicted
@@ -15,21 +15,28 @@ LANES = {"cpu": "CPU", "alone": "CPU, all cores", "device": "device"}
 
 
 def draw(found: Calibration, path: str | Path) -> None:
-    """Time by number of experts at one load, by load for one expert, and of a transfer by size. Dots are measured."""
+    """Writes the picture, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
+    figure = figure_of(found)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
+    importlib.import_module("matplotlib.pyplot").close(figure)
+
+
+def figure_of(found: Calibration) -> Any:
+    """Time by number of experts at one load, by load for one expert, and of a transfer by size. Dots are measured."""
+    check_matplotlib("a plot")
     plt: Any = importlib.import_module("matplotlib.pyplot")  # its stubs are incomplete
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 2.2), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 2.2), dpi=200, layout="constrained")
         _by_experts(axes[0], found)
         _by_load(axes[1], found)
         _by_size(axes[2], found)
         machine, model = found.origin.machine, found.origin.model
         figure.suptitle(f"{machine}; {model.name}, {found.origin.format}", fontsize=6)
-        with replacing(path, "wb") as file:
-            figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
-        plt.close(figure)
+    return figure
 
 
 def _by_experts(axes: Any, found: Calibration, load: int = 1) -> None:
@@ -40,7 +47,11 @@ def _by_experts(axes: Any, found: Calibration, load: int = 1) -> None:
             counts = range(1, max(point.at[1] for point in points) + 1)
             _series(axes, name, place, [(p.at[1], p) for p in points])
             axes.plot(
-                counts, [1e3 * predicted(found.costs, kind, (load, n)) for n in counts], lw=0.8, color=_colour(place)
+                counts,
+                [1e3 * predicted(found.costs, kind, (load, n)) for n in counts],
+                lw=0.8,
+                color=_colour(place),
+                ls=LINES[place],
             )
     axes.set_xlabel("experts of one token each")
     axes.set_ylabel("time [ms]")
@@ -54,7 +65,13 @@ def _by_load(axes: Any, found: Calibration) -> None:
         if points:
             loads = [point.at[0] for point in points]
             _series(axes, name, place, [(p.at[0], p) for p in points])
-            axes.plot(loads, [1e3 * predicted(found.costs, kind, (n, 1)) for n in loads], lw=0.8, color=_colour(place))
+            axes.plot(
+                loads,
+                [1e3 * predicted(found.costs, kind, (n, 1)) for n in loads],
+                lw=0.8,
+                color=_colour(place),
+                ls=LINES[place],
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("load of one expert [tokens]")
@@ -67,7 +84,7 @@ def _by_size(axes: Any, found: Calibration) -> None:
         sizes = sorted(point.at[0] for point in points)
         _series(axes, name, place + 3, [(p.at[0] / 1e6, p) for p in points])
         line = [1e3 * predicted(found.costs, kind, (size,)) for size in sizes]
-        axes.plot([size / 1e6 for size in sizes], line, lw=0.8, color=_colour(place + 3))
+        axes.plot([size / 1e6 for size in sizes], line, lw=0.8, color=_colour(place + 3), ls=LINES[place])
     axes.set_xlabel("transfer [MB]")
     axes.legend(fontsize=6)
 
