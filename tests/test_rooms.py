@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "hybrimoe_jax"
 
 FLOORS = (
-    ("demo", "generate", "convert", "calibrate"),
+    ("demo", "generate", "record", "convert", "calibrate"),
     ("bench",),
     ("train", "reproduce", "baselines"),
     ("engine",),
@@ -94,9 +94,9 @@ def inside() -> list[Import]:
 
 
 def room(module: str) -> str:
-    """The first name below the package's; empty for the package itself, which stands above all rooms."""
-    name = module.split(".")[1:2]
-    return "" if not name or name == ["__main__"] else name[0]
+    """The first name below the package's; empty for the package itself and for commands: they stand above all rooms."""
+    names = module.split(".")[1:]
+    return "" if not names or names[-1] == "__main__" else names[0]
 
 
 def floor(name: str) -> int:

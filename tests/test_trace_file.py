@@ -86,10 +86,12 @@ def test_the_recorder_copies_what_it_is_given():
     assert recorder.trace().ids.tolist() == [[1, 2]]
 
 
-def test_an_empty_trace_is_a_trace(tmp_path):
-    TraceRecorder(FACTS).save(tmp_path / "t.npz")
-    trace = load_trace(tmp_path / "t.npz")
-    assert len(trace) == 0 and list(trace.records()) == []
+def test_an_empty_trace_is_refused(tmp_path):
+    with pytest.raises(UserError, match="it is empty: no token was recorded"):
+        TraceRecorder(FACTS).save(tmp_path / "t.npz")
+    write_raw(TraceRecorder(FACTS).trace(), tmp_path / "t.npz")
+    with pytest.raises(UserError, match="it is empty: no token was recorded"):
+        load_trace(tmp_path / "t.npz")
 
 
 def test_additions_of_other_programs_survive(tmp_path):
@@ -174,7 +176,7 @@ def test_of_several_bad_records_the_first_is_named(tmp_path):
     "meta, arrays, said",
     [
         ({"format": "other"}, {}, "its format is 'other'"),
-        ({"version": 2}, {}, r"version 2 is not supported \(this program reads version 1\)"),
+        ({"version": 3}, {}, r"version 3 is not supported \(this program reads 1, 2\)"),
         ({"facts": {"model_type": "x"}}, {}, "its facts must be model_type, layers, experts, top_k"),
         ({"facts": {"model_type": "x", "layers": 0, "experts": 4, "top_k": 1}}, {}, "layers is 0; a positive integer"),
         ({"facts": {"model_type": "x", "layers": 1, "experts": 4, "top_k": 5}}, {}, "top_k is 5 of only 4 experts"),
@@ -269,7 +271,6 @@ def test_facts_and_about_are_checked():
         TraceFacts("x", layers=1, experts=2.5, top_k=1)
     with pytest.raises(UserError, match="expert_bytes"):
         TraceFacts("x", layers=1, experts=2, top_k=1, expert_bytes={"f32": 0})
-    with pytest.raises(UserError, match="`about` holds something"):
-        TraceRecorder(FACTS, made=object()).save("never-written.npz")
-    with pytest.raises(UserError, match="`about` holds something"):
-        TraceRecorder(FACTS, rate=float("nan")).save("never-written.npz")
+    for about in ({"made": object()}, {"rate": float("nan")}):
+        with pytest.raises(UserError, match="`about` holds something"):
+            save_trace(dataclasses.replace(recorded()[0].trace(), about=about), "never-written.npz")

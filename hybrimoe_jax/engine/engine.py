@@ -55,8 +55,8 @@ class Engine:
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
         self._partial: Generation | None = None
-        self._trace: Any = None
         self._closed = False
+        self._sequences = 0
 
     @property
     def costs(self):
@@ -106,7 +106,6 @@ class Engine:
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders, an `EngineTrace` and an `EngineTimeline`, to the steps that follow (None detaches)."""
         self._forward.attach(trace, timeline)
-        self._trace = trace
 
     @contextlib.contextmanager
     def recording(self, *, trace: bool = True, timeline: bool = False) -> Iterator[Recording]:
@@ -131,9 +130,9 @@ class Engine:
         capacity = capacity_for(prompts, 0, self.max_context)
         self._check_ready(1, capacity)
         stats, out = self._start(1, capacity), []
-        caches = self._init_cache(1, capacity)
+        caches, sequence = self._init_cache(1, capacity), self._new_sequences(1)
         for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            step = StepInput(chunk, positions, capacity, "prefill", None)
+            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=sequence)
             logits, caches, record = self._step(step, caches)
             stats.steps.append(record)
             out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
@@ -152,9 +151,14 @@ class Engine:
         return self._run(prompts, capacity, max_new_tokens, chosen)
 
     def _run(self, prompts, capacity: int, max_new_tokens: int, sampling: Sampling) -> Steps:
-        stats = self._start(len(prompts), capacity)
+        stats, sequence = self._start(len(prompts), capacity), self._new_sequences(len(prompts))
+
+        def forward(step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+            step.first_sequence = sequence
+            return self._step(step, caches)
+
         inner = generate_steps(
-            self._step,
+            forward,
             self._init_cache,
             prompts,
             new_tokens=max_new_tokens,
@@ -223,6 +227,11 @@ class Engine:
                     reasons[row] = "stop"
                     stopped.append(row)
 
+    def _new_sequences(self, count: int) -> int:
+        """Numbers so many more sequences: the first one's number."""
+        first, self._sequences = self._sequences, self._sequences + count
+        return first
+
     def _step(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         """One forward pass, once more with fewer slots where the device's memory runs out.
 
@@ -264,8 +273,6 @@ class Engine:
 
     def _start(self, batch: int, capacity: int) -> RunStats:
         parts = self._parts
-        if self._trace is not None:
-            self._trace.begin_call(batch)
         stats = parts.new_stats()
         parts.clock.overshoot(reset=True)
         self._counters, self._predicted = parts.counters(), parts.predicted()

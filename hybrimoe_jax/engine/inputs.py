@@ -20,7 +20,8 @@ class StepInput:
 
     `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each
     taking the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None:
-    the next token is drawn. `greedy`: each row's likeliest token is enough.
+    the next token is drawn. `greedy`: each row's likeliest token is enough. `first_sequence`: the first row's number
+    among all sequences of the engine; the others follow.
     """
 
     ids: np.ndarray
@@ -31,6 +32,7 @@ class StepInput:
     follow: int | None = 0
     stop_ids: tuple[int, ...] = ()
     greedy: bool = False
+    first_sequence: int = 0
 
     @property
     def valid(self) -> np.ndarray:

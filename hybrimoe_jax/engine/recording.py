@@ -99,7 +99,7 @@ class EngineTimeline:
 class EngineTrace:
     """Feeds a TraceRecorder from the engine's steps; called once per MoE layer and step.
 
-    Full scores and lookahead included.
+    Full scores and lookahead included. Each prompt is a sequence, each call of the engine a batch.
     """
 
     def __init__(self, engine):
@@ -121,12 +121,8 @@ class EngineTrace:
         )
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)
-        self._first_sequence = self._batch = 0
-
-    def begin_call(self, batch: int) -> None:
-        """A call begins: its `batch` sequences are new ones."""
-        self._first_sequence += self._batch
-        self._batch = batch
+        self._calls: dict[int, tuple[int, int]] = {}  # by the engine's first sequence: ours, and the batch
+        self._sequences = 0
 
     def begin_step(self) -> None:
         """A step begins."""
@@ -149,11 +145,16 @@ class EngineTrace:
 
     def __call__(self, layer: int, step, routing) -> None:
         rows = routing.valid
-        width = step.ids.shape[1]
+        count, width = step.ids.shape
+        if step.first_sequence not in self._calls:
+            self._calls[step.first_sequence] = self._sequences, len(self._calls)
+            self._sequences += count
+        first, batch = self._calls[step.first_sequence]
         self.recorder.add(
             layer,
             step.phase,
-            sequence=self._first_sequence + rows // width,
+            batch=batch,
+            sequence=first + rows // width,
             position=step.positions.ravel()[rows],
             ids=routing.ids[rows],
             weights=routing.row_weights[rows],

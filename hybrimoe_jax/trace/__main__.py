@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.trace import|info|check`: routing traces, ours and public ones.
+"""`python -m hybrimoe_jax.trace record|import|export|info|check`: routing traces, ours and public ones.
 
 For each file a table for people, then one JSON line for programs.
 """
@@ -6,35 +6,42 @@ For each file a table for people, then one JSON line for programs.
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
+from hybrimoe_jax import record
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.trace.export import EXPORTS, export_trace, layout_of
 from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
 
 
 def main(argv: list[str] | None = None) -> int:
     top = Parser(prog="python -m hybrimoe_jax.trace", description=f"Routing traces. A FILE is {READS}.")
     commands = top.add_subparsers(dest="command", required=True)
+    record.add_arguments(commands.add_parser("record", help="run prompts through a model and write their routing"))
     bring = commands.add_parser("import", help="write traces of any known layout as one .npz trace")
     bring.add_argument("sources", nargs="+", metavar="FILE", help="a file or folder; several of one model are joined")
     bring.add_argument("destination", metavar="OUT.npz")
+    out = commands.add_parser("export", help="write a trace as a table for other programs, or in a public layout")
+    out.add_argument("source", metavar="FILE")
+    out.add_argument("destination", metavar="OUT", help="a file, or with esft a folder; text files also as .gz")
+    out.add_argument("--to", choices=EXPORTS, help="default: what the end of OUT's name tells")
     for name, purpose in (("info", "what a trace holds, lacks and looks like"), ("check", "name the first bad record")):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("sources", nargs="+", metavar="FILE")
     args = top.parse_args(argv)
-    return {"import": _import, "info": _info, "check": _check}[args.command](args)
+    run_one = {"record": record.record, "import": _import, "export": _export, "info": _info, "check": _check}
+    return run_one[args.command](args)
 
 
 def _import(args) -> int:
-    from pathlib import Path
-
     from hybrimoe_jax.trace.file import save_trace
     from hybrimoe_jax.trace.info import lacks
 
     out = Path(args.destination)
-    if any(Path(source).exists() and out.exists() and out.samefile(source) for source in args.sources):
-        raise UserError(f"{out}: it is one of the files to import; give another name for the result")
+    _check_destination(out, args.sources)
     check_writable(out, "the destination")
     traces = [open_trace(source) for source in progress(args.sources, len(args.sources), "reading")]
     trace = join_traces(traces)
@@ -43,6 +50,24 @@ def _import(args) -> int:
     record = {"file": str(out), "steps": steps, "rows": len(trace), "lacks": lacks(trace)}
     _say(f"{out}: {steps} steps, {len(trace)} rows", record["lacks"])
     print(json.dumps(record))
+    return 0
+
+
+def _check_destination(out: Path, sources: list[str]) -> None:
+    if any(Path(source).exists() and out.exists() and out.samefile(source) for source in sources):
+        raise UserError(f"{out}: it is one of the files to read; give another name for the result")
+
+
+def _export(args) -> int:
+    out = Path(args.destination)
+    layout = args.to or layout_of(out)
+    _check_destination(out, [args.source])
+    trace = open_trace(args.source)
+    lost = export_trace(trace, out, layout)
+    for what in lost:
+        print(f"{layout} cannot hold {what}", file=sys.stderr)
+    print(f"{out}: {len(trace)} rows")
+    print(json.dumps({"file": str(out), "layout": layout, "rows": len(trace), "left_out": lost}))
     return 0
 
 

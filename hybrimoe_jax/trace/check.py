@@ -20,8 +20,6 @@ Rule = tuple[np.ndarray, Callable[[int], str]]
 
 def check_rows(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str) -> None:
     """Raises UserError naming the first bad row (its step, layer, sequence and position), and what is wrong in it."""
-    if not len(arrays["step"]):
-        return
     for rules in (_rules, _step_rules):  # the second kind asks for rows that are sound in themselves
         first, said = None, None
         for bad, message in rules(arrays, facts):
@@ -45,6 +43,8 @@ def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule
     yield (phase < 0) | (phase > 1), lambda row: f"phase is {phase[row]} (0 is prefill, 1 decode)"
     changed = _after((step[1:] == step[:-1]) & (phase[1:] != phase[:-1]))
     yield changed, lambda row: "its phase differs from the phase of its step"
+    if "batch" in arrays:
+        yield from _batch_rules(arrays["batch"].astype(np.int64), step, arrays["sequence"])
     yield (
         _repeated(order, arrays["sequence"], arrays["position"]),
         lambda row: "the same token twice in this step and layer",
@@ -67,6 +67,13 @@ def _rules(arrays: Mapping[str, np.ndarray], facts: TraceFacts) -> Iterator[Rule
             distance = int(name.rpartition("_")[2])
             past = ~np.isnan(scores).all(axis=1) & (layer + distance >= facts.layers)
             yield past, lambda row, name=name: f"{name} predicts a layer past the last, {facts.layers - 1}"
+
+
+def _batch_rules(batch: np.ndarray, step: np.ndarray, sequence: np.ndarray) -> Iterator[Rule]:
+    yield (batch < 0) | (batch > LARGEST), lambda row: f"batch is outside 0..{LARGEST}"
+    for name, column in (("step", step), ("sequence", sequence)):
+        _, first, group = np.unique(column, return_index=True, return_inverse=True)
+        yield batch != batch[first][group], lambda row, name=name: f"batch {batch[row]} is not that of its {name}"
 
 
 def _unfit(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Routing traces: which experts every token chose in every MoE layer, as one columnar, versioned `.npz` file.
 
-Row = one token in one MoE layer of one step. R rows, E experts, k experts per token. Arrays of version 1:
+Row = one token in one MoE layer of one step. R rows, at least one, E experts, k experts per token. Arrays of version 2:
 
 | array | type, shape | holds |
 | --- | --- | --- |
@@ -10,6 +10,7 @@ Row = one token in one MoE layer of one step. R rows, E experts, k experts per t
 | `phase` | uint8 [R] | 0 prefill, 1 decode; one value within a step |
 | `sequence` | int32 [R] | which sequence the token belongs to |
 | `position` | int32 [R] | its position in that sequence, from 0 |
+| `batch` | int32 [R], optional | which batch its sequence ran in: sequences of one batch ran side by side |
 | `ids` | int32 [R, k] | the selected experts, distinct |
 | `weights` | float32 [R, k], optional | what multiplied their outputs |
 | `scores` | float32 [R, E], optional | the router's probability of every expert |
@@ -18,7 +19,8 @@ Row = one token in one MoE layer of one step. R rows, E experts, k experts per t
 | `x_<name>` | any, optional | additions by other programs: kept by `load_trace`, not interpreted |
 
 Rows are ordered by (step, layer). A row whose scores or prediction were not recorded is NaN throughout; predictions
-past the last layer are always so. What is absent is absent: nothing is filled in.
+past the last layer are always so. What is absent is absent: nothing is filled in. Version 1 had no `batch`; it is read
+as ever, and so will this one be.
 
 Facts: `model_type`, `layers` (MoE layers), `experts`, `top_k`, `expert_bytes` (bytes of one expert per weight format).
 Integers are stored compressed, floats plainly (they hardly shrink). Reading needs NumPy only and never unpickles.
@@ -48,10 +50,13 @@ if TYPE_CHECKING:
     from hybrimoe_jax.trace.analysis import ReuseDistance
     from hybrimoe_jax.trace.plots import TracePlots
 
-FORMAT, VERSION = "hybrimoe-trace", 1
+FORMAT, VERSION = "hybrimoe-trace", 2
+OLDER_VERSIONS = (1,)
 PHASES = ("prefill", "decode")
 LOOKAHEAD, EXTRA = "lookahead_", "x_"
 INDEX_COLUMNS = {"step": np.int32, "layer": np.int32, "phase": np.uint8, "sequence": np.int32, "position": np.int32}
+BATCH = "batch"
+EMPTY = "it is empty: no token was recorded"
 
 
 class Record(NamedTuple):
@@ -84,6 +89,7 @@ class Trace:
     lookahead: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    batch: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -112,7 +118,8 @@ class Trace:
 
     def select(self, rows: np.ndarray) -> Trace:
         """The trace of these rows (a mask, or their numbers in order); additions that have a row each go with them."""
-        optional = {name: None if (a := getattr(self, name)) is None else a[rows] for name in ("weights", "scores")}
+        names = ("weights", "scores", BATCH)
+        optional = {name: None if (a := getattr(self, name)) is None else a[rows] for name in names}
         return dataclasses.replace(
             self,
             **{name: getattr(self, name)[rows] for name in (*INDEX_COLUMNS, "ids")},
@@ -189,13 +196,9 @@ def stack_lookahead(
 
 def save_trace(trace: Trace, path: str | os.PathLike) -> None:
     """Checks a trace and writes it, whole or not at all. UserError where it is malformed or cannot be written."""
-    arrays = _arrays(trace)
+    arrays = arrays_of(trace)
     check_arrays(arrays, trace.facts, f"trace for {path}")
-    facts = {**dataclasses.asdict(trace.facts), "expert_bytes": dict(trace.facts.expert_bytes)}
-    try:
-        meta = json.dumps({"format": FORMAT, "version": VERSION, "facts": facts, "about": trace.about}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"trace for {path}: `about` holds something that JSON cannot ({error})") from None
+    meta = describe(trace, f"trace for {path}")
     with replacing(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name, array in {"meta": np.array(meta), **arrays}.items():
             floats = array.dtype.kind == "f"
@@ -203,6 +206,16 @@ def save_trace(trace: Trace, path: str | os.PathLike) -> None:
             entry.compress_type = zipfile.ZIP_STORED if floats else zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
+
+
+def describe(trace: Trace, where: str, **more: Any) -> str:
+    """The JSON that says what a file of ours is; `more` keys go with it. UserError where JSON cannot hold `about`."""
+    facts = {**dataclasses.asdict(trace.facts), "expert_bytes": dict(trace.facts.expert_bytes)}
+    meta = {"format": FORMAT, "version": VERSION, "facts": facts, "about": trace.about, **more}
+    try:
+        return json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: `about` holds something that JSON cannot ({error})") from None
 
 
 def load_trace(path: str | os.PathLike) -> Trace:
@@ -232,20 +245,31 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def trace_of(arrays: Mapping[str, np.ndarray], where: str) -> Trace:
     """The trace that a file's arrays hold; UserError, beginning with `where`, for the first thing wrong."""
     arrays = dict(arrays)
-    facts, about = _read_meta(arrays.pop("meta", None), where)
+    meta = arrays.pop("meta", None)
+    if meta is None or meta.ndim or meta.dtype.kind != "U":
+        raise UserError(f"{where}: no `meta` text, so not a {FORMAT} file (`generate --trace FILE` writes one)")
+    read = read_meta(str(meta), where)
+    return trace_from(arrays, *facts_and_about(read, where), where)
+
+
+def trace_from(arrays: Mapping[str, np.ndarray], facts: TraceFacts, about: dict, where: str) -> Trace:
+    """A trace from its arrays by their names in the file, checked."""
+    arrays = dict(arrays)
     extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
     check_arrays(arrays, facts, where)
     columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
     ids = arrays["ids"].astype(np.int32, copy=False)
+    batch = arrays.pop(BATCH).astype(np.int32, copy=False) if BATCH in arrays else None
     floats = {name: a.astype(np.float32, copy=False) for name, a in arrays.items() if name not in (*columns, "ids")}
     weights, scores = floats.pop("weights", None), floats.pop("scores", None)
     ahead = {int(name[len(LOOKAHEAD) :]): a for name, a in floats.items()}
-    return Trace(facts, **columns, ids=ids, weights=weights, scores=scores, lookahead=ahead, about=about, extra=extra)
+    more = {"lookahead": ahead, "about": about, "extra": extra, "batch": batch}
+    return Trace(facts, **columns, ids=ids, weights=weights, scores=scores, **more)
 
 
 def check_trace(trace: Trace, where: str) -> None:
     """Raises UserError, beginning with `where`, for the first malformed column or row."""
-    check_arrays(_arrays(trace), trace.facts, where)
+    check_arrays(arrays_of(trace), trace.facts, where)
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str) -> None:
@@ -256,7 +280,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         raise UserError(f"{where}: lacks the array{'s' * (len(missing) > 1)} {', '.join(missing)}")
     rows = len(arrays["step"]) if arrays["step"].ndim else 0
     for name, array in arrays.items():
-        if name in needed:
+        if name in (*needed, BATCH):
             kinds, words = "iu", "integers"
             shape = (rows, facts.top_k) if name == "ids" else (rows,)
         elif name in ("weights", "scores") or re.fullmatch(LOOKAHEAD + "[1-9][0-9]{0,5}", name):
@@ -270,12 +294,14 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
             raise UserError(f"{where}: array {name} has shape {list(array.shape)}; {list(shape)} is needed")
         if array.dtype.kind not in kinds:
             raise UserError(f"{where}: array {name} holds {array.dtype}; {words} are needed")
+    if not rows:
+        raise UserError(f"{where}: {EMPTY}")
     check_rows(arrays, facts, where)
 
 
-def _arrays(trace: Trace) -> dict[str, np.ndarray]:
+def arrays_of(trace: Trace) -> dict[str, np.ndarray]:
     """A trace's arrays by their names in the file."""
-    arrays = {name: getattr(trace, name) for name in (*INDEX_COLUMNS, "ids", "weights", "scores")}
+    arrays = {name: getattr(trace, name) for name in (*INDEX_COLUMNS, BATCH, "ids", "weights", "scores")}
     arrays |= {f"{LOOKAHEAD}{d}": ahead for d, ahead in sorted(trace.lookahead.items())}
     arrays |= {f"{EXTRA}{name}": array for name, array in trace.extra.items()}
     return {name: array for name, array in arrays.items() if array is not None}
@@ -289,18 +315,23 @@ def _finite(text: str) -> float:
     return value
 
 
-def _read_meta(meta: np.ndarray | None, where: str) -> tuple[TraceFacts, dict]:
-    if meta is None or meta.ndim or meta.dtype.kind != "U":
-        raise UserError(f"{where}: no `meta` text, so not a {FORMAT} file (`generate --trace FILE` writes one)")
+def read_meta(text: str, where: str) -> dict[str, Any]:
+    """What `describe` wrote; UserError where it did not, and for a version that is not known."""
     try:
-        read = json.loads(str(meta), parse_constant=_finite, parse_float=_finite)
+        read = json.loads(text, parse_constant=_finite, parse_float=_finite)
         kind, version = read["format"], read["version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{where}: its `meta` is not the JSON of a trace") from None
     if kind != FORMAT:
         raise UserError(f"{where}: its format is {kind!r}; {FORMAT!r} is needed")
-    if version != VERSION:
-        raise UserError(f"{where}: version {version!r} is not supported (this program reads version {VERSION})")
+    if version not in (VERSION, *OLDER_VERSIONS) or isinstance(version, bool):
+        known = ", ".join(map(str, sorted((VERSION, *OLDER_VERSIONS))))
+        raise UserError(f"{where}: version {version!r} is not supported (this program reads {known})")
+    return read
+
+
+def facts_and_about(read: dict[str, Any], where: str) -> tuple[TraceFacts, dict[str, Any]]:
+    """Of the model, and of the trace's origin."""
     try:
         facts = TraceFacts(**read["facts"])
     except (KeyError, TypeError):

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.trace import layouts
+from hybrimoe_jax.trace import layouts, rows
 from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
 from hybrimoe_jax.trace.route_csv import route_csv
 
 READS = (
-    "a trace of ours (.npz with `meta`), ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "
-    "gpt-oss fingerprints (.json or .npz), a route_trace (.csv), the last two also as .gz"
+    "a trace of ours (.npz with `meta`, or what `trace export` makes of it: .csv, .jsonl), "
+    "ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "
+    "gpt-oss fingerprints (.json or .npz), a route_trace (.csv); text files also as .gz"
 )
 
 
@@ -48,6 +49,12 @@ def open_trace(path: str | os.PathLike) -> Trace:
         raise UserError(
             f"{where}: no known layout has the arrays {', '.join(sorted(arrays))}; this program reads {READS}"
         )
+    if head.startswith(rows.CSV_MARK.encode()):
+        return rows.read_csv(_text(path, where), where)
+    if head.startswith(rows.JSON_MARK.encode()):
+        return rows.read_jsonl(_text(path, where), where)
+    if not head:
+        raise UserError(f"{where}: an empty file")
     if head[:1] in (b"{", b"["):
         return _checked(layouts.fingerprint_json(_text(path, where), path, where), where)
     if head[:1] == b"#" or head.startswith(b"turn,"):
@@ -63,6 +70,8 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
     What only some of them hold is NaN in the others' rows, as in any trace; additions of other programs (`extra`) are
     left out.
     """
+    if not traces:
+        raise UserError("no traces to join: give at least one")
     first = traces[0]
     if len(traces) == 1:
         return first
@@ -83,7 +92,19 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
         scores=stack_rows([t.scores for t in traces], sizes, first.facts.experts),
         lookahead=stack_lookahead([t.lookahead for t in traces], sizes, first.facts.experts),
         about={"joined": [t.about for t in traces]},
+        batch=_joined_batches(traces),
     )
+
+
+def _joined_batches(traces: Sequence[Trace]) -> np.ndarray | None:
+    """Batches renumbered; None where a trace does not tell."""
+    parts, first = [], 0
+    for trace in traces:
+        if trace.batch is None:
+            return None
+        parts.append(trace.batch + first)
+        first += _count(trace.batch)
+    return np.concatenate(parts).astype(np.int32)
 
 
 def _count(column: np.ndarray) -> int:

@@ -30,7 +30,7 @@ class TraceRecorder:
         self.step += 1
 
     def add(
-        self, layer: int, phase: str, *, sequence, position, ids, weights=None, scores=None, lookahead=None
+        self, layer: int, phase: str, *, sequence, position, ids, weights=None, scores=None, lookahead=None, batch=None
     ) -> None:
         """One MoE layer of the current step. The arrays are copied.
 
@@ -41,11 +41,12 @@ class TraceRecorder:
           ids, weights: [N, k].
           scores: [N, E].
           lookahead: distance -> [N, E], the prediction for layer + distance.
+          batch: the number of the batch that these sequences run in, if that is known.
         """
         copies = (np.array(sequence, np.int32), np.array(position, np.int32), np.array(ids, np.int32))
         floats = [None if a is None else np.array(a, np.float32) for a in (weights, scores)]
         ahead = {d: np.array(a, np.float32) for d, a in (lookahead or {}).items() if layer + d < self.facts.layers}
-        self._rows.append((max(self.step, 0), layer, PHASES.index(phase), *copies, *floats, ahead))
+        self._rows.append((max(self.step, 0), layer, PHASES.index(phase), *copies, *floats, ahead, batch))
 
     def trace(self) -> Trace:
         """What has been recorded so far."""
@@ -69,6 +70,7 @@ class TraceRecorder:
             stack_lookahead([row[8] for row in rows], sizes, facts.experts),
             dict(self.about),
             {name: np.array(rows, np.int32) for name, rows in self._notes.items() if rows},
+            column(9, np.int32) if all(row[9] is not None for row in rows) else None,
         )
 
     def note(self, name: str, row: tuple[int, ...]) -> None:
