@@ -62,3 +62,19 @@ def test_recording_changes_nothing(system, prompts):
     for a, b in zip(out.stats.steps, same.stats.steps, strict=True):
         assert [layer.loads for layer in a.layers] == [layer.loads for layer in b.layers]
     assert (plain.planner.counters.prefetch_issued == 0) == (recorded.planner.counters.prefetch_issued == 0)
+
+
+def test_runs_that_take_turns_are_sequences_of_their_own(prompts):
+    engine = tiny.engine("qwen2_moe", cache_ratio=0.25)
+    recorder = EngineTrace(engine)
+    engine.record(recorder, None)
+    runs = [engine.steps([prompt], max_new_tokens=3) for prompt in (prompts[0], prompts[0][::-1])]
+    for _ in range(3):
+        for run in runs:
+            next(run)
+    engine.close()
+    trace = recorder.recorder.trace()
+    for number in range(2):
+        mine = (trace.sequence == number) & (trace.layer == 0)
+        assert trace.position[mine].tolist() == list(range(len(prompts[0]) + 2))
+        assert set(trace.batch[mine].tolist()) == {number}

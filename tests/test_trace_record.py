@@ -15,7 +15,7 @@ from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.info import lacks
 
 PROMPTS = ("the man and", "he sang", "other things")
-QUICK = ("--profile", "a6000-paper", "--start-cache", "off", "--host-kernel", "reference", "--threads", "1")
+QUICK = ("--profile", "a6000-paper", "--start-cache", "off", "--host-kernel", "reference")
 
 
 @pytest.fixture(scope="module")
