@@ -90,6 +90,14 @@ def engine(record: dict) -> str:
     return "\n".join(parts)
 
 
+def e2e(record: dict) -> str:
+    """A table of each model, format and prompt, then the bars."""
+    from hybrimoe_jax.bench.e2e.table import HEAD, bar_line, lines_of
+
+    parts = [markdown([title, *HEAD[1:]], rows) for title, rows in lines_of(record)]
+    return "\n".join([*parts, "".join(f"* {bar_line(bar)}\n" for bar in record["bars"])])
+
+
 def formats(record: dict) -> str:
     rows = []
     calibrated = {row["format"]: row for row in record["formats"] if row["calibrated"]}
@@ -184,7 +192,7 @@ def tables(root: Path) -> dict[str, str]:
     """Every table, by name, that the records suffice for."""
     records = {**read_records(root / "results"), **read_records(root / MEASURED)}
     made = {"results": results(records)}
-    for make in (engine, formats, schedule, start, paced):
+    for make in (engine, e2e, formats, schedule, start, paced):
         rows = records.get(make.__name__)
         made[make.__name__] = per_machine(make)(rows) if rows else "No record of it is kept yet.\n"
     return made

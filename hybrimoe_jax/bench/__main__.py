@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.bench engine|paced|llamacpp|cache|schedule|kernels|formats|start`: measured comparisons.
+"""`python -m hybrimoe_jax.bench engine|e2e|paced|llamacpp|cache|schedule|kernels|formats|start`: measured comparisons.
 
 A table for people, then one JSON line for programs.
 """
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     engine.add_argument("--new", type=int, default=32, metavar="N", help="tokens per decode run (default 32)")
     engine.add_argument("--no-baseline", action="store_true", help="leave transformers out")
     engine.add_argument("--workdir", metavar="DIR", help="keep the random model here for the next run")
+    _e2e_arguments(commands.add_parser("e2e", help="whole runs of our systems beside PyTorch's and others, in turns"))
     _llamacpp_arguments(
         commands.add_parser("llamacpp", help="the engine against llama.cpp at the same bits a weight, in turns")
     )
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = top.parse_args(argv)
     run_one = {
         "engine": _engine,
+        "e2e": _e2e,
         "llamacpp": _llamacpp,
         "cache": _cache,
         "schedule": _schedule,
@@ -96,6 +98,32 @@ def _engine(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir) if args.workdir else None
     record = benchmark.run(args.models.split(","), options, workdir, _note)
     _note("")
+    print(json.dumps(record))
+    return 0
+
+
+def _e2e_arguments(e2e) -> None:
+    from hybrimoe_jax.bench.e2e.grid import Options
+
+    usual = Options()
+    for name in ("models", "formats", "ratios", "prompts", "systems", "peers"):
+        value = ",".join(map(str, getattr(usual, name)))
+        e2e.add_argument(f"--{name}", metavar=f"{name[0].upper()},..", help=f"default {value}")
+    e2e.add_argument("--threads", type=int, default=usual.threads, metavar="N", help="of every contender (default 2)")
+    e2e.add_argument("--rounds", type=int, metavar="N", help=f"measured rounds (default {usual.rounds})")
+    e2e.add_argument("--new", type=int, metavar="N", help=f"tokens decoded a run (default {usual.new})")
+    e2e.add_argument("--device", metavar="D", help='"paced:PROFILE[:SLOWDOWN]": ours and torch\'s on a paced device')
+    e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in under 8 minutes")
+    e2e.add_argument("--workdir", metavar="DIR", help="keep the models here for the next run")
+
+
+def _e2e(args: argparse.Namespace) -> int:
+    from hybrimoe_jax.bench.e2e import command, table
+
+    parts = command.parts_of(vars(args))
+    record = command.run(parts, Path(args.workdir) if args.workdir else None, _note)
+    _note("")
+    print(table.text(record) + "\n")
     print(json.dumps(record))
     return 0
 

@@ -1,9 +1,13 @@
-"""Contenders of the engine benchmark.
+"""Contenders of the benchmarks that compare whole runs.
 
 Each lives in a process of its own and answers requests, one JSON object a line:
 
+    {"run": "open", "name": ..., "options": {...}}  ->  {"load_s": ...}, what `name` then runs with
+    {"run": "generate", "name": ..., "ids": [...], "new": m}  ->  {"ttft_s": ..., "decode_s": of m more tokens,
+        "tbt_s": [of each], "token_ids": [...], ...}
     {"run": "prefill", "name": ..., "tokens": n}  ->  {"seconds": time to the first token}
     {"run": "decode", "name": ..., "tokens": n, "new": m}  ->  {"seconds": seconds a token, "token_ids": [...]}
+    {"run": "close", "name": ...}  ->  {}
 
 An answer {"error": message} ends it: what was asked for cannot be done.
 
@@ -14,79 +18,99 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.bench.peers import LlamaCppContender, TransformersContender
+from hybrimoe_jax.bench.served import Served, prompt, ran
 from hybrimoe_jax.cli import INTERRUPTED
 from hybrimoe_jax.errors import UserError
 
 
-def prompt(tokens: int, vocab: int) -> list[int]:
-    """The same prompt for every contender."""
-    return np.random.default_rng(1).integers(0, min(vocab, 2000), tokens).tolist()
+class EngineContender(Served):
+    """Our engine under several systems, in one process that shares host weights and executables.
 
+    Args: systems: opened at once, at `cache_ratio`; `open` takes an EngineConfig's options. device: of all of them.
+    """
 
-class EngineContender:
-    """Our engine under several systems, in one process that shares host weights and executables."""
-
-    def __init__(self, model: str, systems: list[str], threads: int, cache_ratio: float):
+    def __init__(
+        self, model: str, threads: int, systems: Sequence[str] = (), cache_ratio: float = 0.25, device: str = "auto"
+    ):
         from hybrimoe_jax.engine.config import EngineConfig
-        from hybrimoe_jax.engine.lanes import threads as cores
+        from hybrimoe_jax.engine.load import read_model
 
-        cores.split_threads(threads, "overlapped")
-        from hybrimoe_jax.checkpoint.reader import open_checkpoint
-        from hybrimoe_jax.engine.engine import Engine
+        self.usual = {"threads": threads, "device": device}
+        self.model = read_model(model, EngineConfig(**self.usual))
+        self.vocab = self.model.config.vocab_size
+        self.engines: dict[str, Any] = {}
+        for name in systems:
+            self.open(name, {"system": name, "cache_ratio": cache_ratio, "max_context": 1024})
+        self.about = self.sizes() if systems else {}
 
-        checkpoint = open_checkpoint(model)
-        dense, store = checkpoint.dense(), checkpoint.experts(dtype="float32", lazy=False)
-        self.vocab = checkpoint.config.vocab_size
-        self.engines = {
-            name: Engine(
-                checkpoint.config,
-                dense,
-                store,
-                EngineConfig(system=name, cache_ratio=cache_ratio, threads=threads, max_context=1024),
-                frequencies=checkpoint.frequencies(),
-            )
-            for name in systems
-        }
-        config = checkpoint.config
+    def open(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        from hybrimoe_jax.engine.config import EngineConfig
+
+        start = time.perf_counter()
+        self.engines[name] = self.model.engine(EngineConfig(**{**self.usual, **options}))
+        return {"load_s": time.perf_counter() - start}
+
+    def close(self, name: str) -> dict[str, Any]:
+        self.engines.pop(name).close()
+        return {}
+
+    def sizes(self) -> dict[str, Any]:
+        """What a token takes, by whatever engine is open: bytes, and multiplications with additions."""
+        config, store = self.model.config, self.model.store
         expert = 3 * config.hidden_size * config.moe_width
-        routed = store.expert_bytes * config.num_experts_per_tok * len(config.moe_layers)
         held = next(iter(self.engines.values()))._parts.model
-        read = [held.norm, held.head, *(array for layer in held.layers for array in layer.params.values())]
-        self.about = {
-            "parameters": sum(a.size for a in dense.values()) + expert * store.num_experts * store.num_layers,
-            "bytes_per_token": routed + sum(array.nbytes for array in read),
+        layers = [array for layer in held.layers for array in layer.params.values()]
+        read = sum(array.nbytes for array in (held.norm, held.head, *layers))
+        routed = store.expert_bytes * config.num_experts_per_tok * len(config.moe_layers)
+        weights = [array for array in layers if array.ndim > 1]
+        return {
+            "parameters": sum(a.size for a in self.model.dense.values())
+            + expert * store.num_experts * store.num_layers,
+            "bytes_per_token": routed + read,
             "moe_layers": len(config.moe_layers),
+            "expert_bytes": store.expert_bytes,
+            "expert_operations": 2 * expert,
+            "dense_bytes": read,
+            "dense_operations": 2 * sum(array.size for array in weights),
+            "head_operations": 2 * held.head.size,
+            "cache_bytes_per_token": held.cache_bytes(1, 2048) - held.cache_bytes(1, 2047),
         }
 
     def names(self) -> list[str]:
         return list(self.engines)
 
-    def prefill(self, name: str, tokens: int) -> dict:
-        engine = self.engines[name]
-        ids = prompt(tokens, self.vocab)
-        start = time.perf_counter()
-        engine.generate([ids], max_new_tokens=1)
-        return {"seconds": time.perf_counter() - start}
+    def counts(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """How often prompts activate each expert, [MoE layer][expert]."""
+        engine = next(iter(self.engines.values()))
+        table = np.zeros((self.model.store.num_layers, self.model.store.num_experts), int)
+        for ids in prompts:
+            for step in engine.generate([ids], max_new_tokens=1).stats.steps:
+                for layer in step.layers:
+                    table[layer.layer, list(layer.loads)] += list(layer.loads.values())
+        return {"counts": table.tolist()}
 
-    def decode(self, name: str, tokens: int, new: int) -> dict:
+    def generate(self, name: str, ids: list[int], new: int) -> dict[str, Any]:
         engine = self.engines[name]
-        ids = prompt(tokens, self.vocab)
-        made, times = [], []
+        made, seen = [], [time.perf_counter()]
         for emitted in engine.steps([ids], max_new_tokens=new + 1):
             if emitted.tokens:
-                times.append(time.perf_counter())
+                seen.append(time.perf_counter())
             made += [token for _, token in emitted.tokens]
-        seconds = (time.perf_counter() - times[0]) / new
-        assert engine.stats is not None
-        stats = engine.stats.summary()
-        kept = ("hit_rate", "cpu_experts", "device_experts", "demand_fetches", "bytes_h2d", "prefetch", "lanes")
-        return {"seconds": seconds, "token_ids": made, **{key: stats[key] for key in kept}}
+        return {"ttft_s": seen[1] - seen[0], "decode_s": time.perf_counter() - seen[1], **self.ran(engine, made)}
+
+    def ran(self, engine: Any, made: list[int]) -> dict[str, Any]:
+        modelled = engine.options.paced is not None or engine.options.clock == "virtual"
+        return ran(engine.stats, made, engine.costs if modelled else None)
 
     def overhead(self, name: str, tokens: int, new: int) -> dict:
         """The engine's own time per MoE layer at decode.
@@ -166,94 +190,8 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
     }
 
 
-class TransformersContender:
-    """Hugging Face transformers on the same weights, float32, one model per experts implementation."""
-
-    def __init__(self, folder: str, implementations: list[str], threads: int):
-        import torch
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self.torch = torch
-        self.models = {}
-        for name in implementations:
-            self.models[f"transformers {name}"] = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, experts_implementation=name
-            ).eval()
-        self.vocab = next(iter(self.models.values())).config.vocab_size
-        self.about = {"transformers": transformers.__version__, "torch": torch.__version__}
-
-    def names(self) -> list[str]:
-        return list(self.models)
-
-    def prefill(self, name: str, tokens: int) -> dict:
-        model, ids = self.models[name], self.torch.tensor([prompt(tokens, self.vocab)])
-        start = time.perf_counter()
-        int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-        return {"seconds": time.perf_counter() - start}
-
-    def decode(self, name: str, tokens: int, new: int) -> dict:
-        model, ids = self.models[name], self.torch.tensor([prompt(tokens, self.vocab)])
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        made = [int(out.logits[0, -1].argmax())]
-        start = time.perf_counter()
-        for _ in range(new):
-            token = self.torch.tensor([made[-1:]])
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            made.append(int(out.logits[0, -1].argmax()))
-        return {"seconds": (time.perf_counter() - start) / new, "token_ids": made}
-
-
-class LlamaCppContender:
-    """llama.cpp on a GGUF file, by llama-cpp-python's low-level interface: greedy, its default cache type (float16)."""
-
-    def __init__(self, file: str, threads: int):
-        import llama_cpp  # pyright: ignore[reportMissingImports]  # compiled on the machine that measures
-
-        self.lib = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._quiet, None)
-        llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.no_perf = 1024, 512, 512, True
-        settings.n_threads = settings.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, settings) if self.model else None
-        if not self.context:
-            raise UserError(f"{file}: llama.cpp could not load it")
-        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.about = {"llama_cpp_python": llama_cpp.__version__}
-
-    def names(self) -> list[str]:
-        return ["llama.cpp"]
-
-    def _next(self, ids: list[int]) -> int:
-        lib = self.lib
-        array = (lib.llama_token * len(ids))(*ids)  # must outlive the batch, which only points at it
-        if lib.llama_decode(self.context, lib.llama_batch_get_one(array, len(ids))):
-            raise UserError("llama.cpp could not compute a batch")
-        return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, -1), (self.vocab,)).argmax())
-
-    def prefill(self, name: str, tokens: int) -> dict:
-        ids = prompt(tokens, self.vocab)
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        start = time.perf_counter()
-        self._next(ids)
-        return {"seconds": time.perf_counter() - start}
-
-    def decode(self, name: str, tokens: int, new: int) -> dict:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        made = [self._next(prompt(tokens, self.vocab))]
-        start = time.perf_counter()
-        for _ in range(new):
-            made.append(self._next(made[-1:]))
-        return {"seconds": (time.perf_counter() - start) / new, "token_ids": made}
-
-
 CONTENDERS = {"engine": EngineContender, "transformers": TransformersContender, "llama.cpp": LlamaCppContender}
+"""By the name that a process is started with."""
 
 
 def serve() -> None:
@@ -262,7 +200,11 @@ def serve() -> None:
     print(json.dumps({"names": contender.names(), **contender.about}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = getattr(contender, request.pop("run"))(**request)
+        kind, before = request.pop("run"), time.process_time()
+        answer = getattr(contender, kind)(**request)
+        if kind == "generate":
+            answer["cpu_s"] = time.process_time() - before
+            answer["process_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps(answer), flush=True)
 
 

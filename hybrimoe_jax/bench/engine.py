@@ -21,12 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.bench.peers import DECODE_ONLY, IMPLEMENTATIONS
 from hybrimoe_jax.errors import UserError
 
 SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-DECODE_ONLY = "batched_mm"
-"""It copies an expert's weights for every token routed to it: 13 GB for a prompt of 512 on the mid model."""
 PREFILLS = (128, 512)
 MEASURES = (*(f"prefill {size}" for size in PREFILLS), "decode")
 DECODE_PROMPT = 128

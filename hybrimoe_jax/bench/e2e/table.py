@@ -1,0 +1,55 @@
+"""The comparison as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = ("contender", "TTFT ms", "TBT ms", "p90", "p99", "tokens/s", "over floor", "hits", "moved MB", "device MB")
+HEAD = (*HEAD, "cpu/device/link", "differ")
+CELL = ("model", "format", "device", "prompt_tokens")
+
+
+def lines_of(record: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows of HEAD) of each model, format, prompt and cache ratio. Times are of the machine in the title."""
+    grouped: dict[str, list[list[str]]] = {}
+    for row in record["rows"]:
+        paced = "" if row["device"] == "auto" else f", {row['device']}, times as that machine's"
+        title = f"{row['model']} {row['format']}, prompt of {row['prompt_tokens']}{paced}"
+        grouped.setdefault(title, []).append(cells(row))
+    return list(grouped.items())
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    name = row["contender"] + ("" if row["cache_ratio"] is None else f", {100 * row['cache_ratio']:g} %")
+    tbt = row["tbt_ms"]
+    shown = [name, f"{row['ttft_ms']:.1f}", *(f"{tbt[key]:.2f}" for key in ("median", "p90", "p99"))]
+    shown += [f"{row['tokens_s']:.1f}", f"{row['times_floor']['ttft']:.1f} / {row['times_floor']['tbt']:.1f}"]
+    if "lanes" in row:
+        busy = row["lanes"]["decode"]
+        shown += [f"{row['hit_rate']:.0%}", f"{row['bytes_h2d'] / 1e6:.0f}", f"{row['peak_device_bytes'] / 1e6:.0f}"]
+        shown += ["/".join(f"{busy[lane]:.2f}" for lane in ("cpu", "device", "link"))]
+    else:
+        shown += ["-"] * 4
+    return [*shown, f"{row['token_differences']} of {row['tokens']}"]
+
+
+def text(record: dict[str, Any]) -> str:
+    """What was measured, then the bars."""
+    made = []
+    for title, rows in lines_of(record):
+        widths = [max(len(line[i]) for line in (HEAD, *rows)) for i in range(len(HEAD))]
+        made += [title, *(aligned(line, widths) for line in (HEAD, *rows)), ""]
+    for name, why in record["left_out"].items():
+        made.append(f"left out: {name}: {why}")
+    return "\n".join([*made, *map(bar_line, record["bars"])])
+
+
+def aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+
+
+def bar_line(bar: dict[str, Any]) -> str:
+    mark = {True: "met", False: "NOT MET", None: "not measured"}[bar["met"]]
+    value = "" if bar["value"] is None else f" ({bar['value']:.2f})"
+    return f"bar: {bar['bar']}: {mark}{value}"
