@@ -32,7 +32,7 @@ class Table(list[dict[str, Any]]):
             if key not in self.columns:
                 raise KeyError(f"{key!r} is no column (columns: {', '.join(self.columns)})")
             return [row[key] for row in self]
-        return super().__getitem__(key)
+        return Table(super().__getitem__(key), self.columns) if isinstance(key, slice) else super().__getitem__(key)
 
     def __repr__(self) -> str:
         """Lines of text, numbers to the right."""

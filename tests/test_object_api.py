@@ -166,6 +166,55 @@ def test_an_interrupted_generate_keeps_its_tokens(engine, monkeypatch):
     assert engine.partial is None
 
 
+def test_statistics_are_tables(engine):
+    stats = engine.generate("My lord,", max_new_tokens=4).stats
+    steps = stats.table()
+    assert list(steps["phase"]) == ["prefill", *["decode"] * 3]
+    assert sum(steps["hits"]) == stats.total("hits") and sum(steps["MB"]) * 1e6 == pytest.approx(
+        stats.total("bytes_h2d")
+    )
+    assert steps["hit_rate"][1] == pytest.approx(steps["hits"][1] / (steps["hits"][1] + steps["misses"][1]))
+    assert len(stats.table("layer")) == 3 and len(stats.table("step and layer")) == 12
+    experts = stats.table("expert")
+    assert sum(experts["tokens"]) == sum(sum(layer.loads.values()) for step in stats.steps for layer in step.layers)
+    with pytest.raises(UserError, match="choose one of step, layer"):
+        stats.table("hour")
+
+
+def test_every_object_says_in_one_line_what_it_is(engine):
+    with engine.recording(timeline=True) as record:
+        result = engine.generate("My lord,", max_new_tokens=4)
+    shown = (engine, engine.options, engine.slots, result, result.stats, record, record.trace, record.timeline)
+    for thing in shown:
+        said = repr(thing)
+        assert "\n" not in said and len(said) < 400 and " object at 0x" not in said
+    for thing in (engine, engine.slots, result, result.stats, record.timeline):
+        assert "<" in thing._repr_html_()
+    assert result.text[:4] in repr(result) and "4 tokens" in repr(result)
+    assert "wall clock, this machine" in repr(result.stats) and "wall clock" in result.stats._repr_html_()
+
+
+def test_the_slot_map_is_what_the_planner_holds(engine):
+    slots = engine.slots
+    rows = slots.table()
+    assert list(rows["slots"]) == engine.planner.slots
+    assert [set(one) for one in rows["resident"]] == [engine.planner.resident(layer) for layer in range(3)]
+    assert len(str(slots).splitlines()) == 4
+
+
+def test_statistics_are_pictures(engine):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    plot = engine.generate("My lord,", max_new_tokens=4).stats.plot
+    for name in ("hit_rate", "times", "lanes", "layers", "experts"):
+        axes = getattr(plot, name)()
+        assert axes.get_xlabel() and axes.get_ylabel() and "hybrimoe" in axes.get_title()
+    _, mine = pyplot.subplots()
+    assert plot.hit_rate(mine) is mine
+    pyplot.close("all")
+
+
 def test_two_engines_and_jax_live_in_one_process(engine):
     """The session has used jax before; the second engine differs in everything that it can."""
     before = float(jnp.arange(4.0).sum())

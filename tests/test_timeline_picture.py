@@ -45,7 +45,7 @@ def test_a_picture_names_its_lanes_its_system_and_its_clock(about, said, tmp_pat
         "link",
         "prefetch",
         "14 17",
-        "hybrimoe: 1 layers of one decode step; profile p, model m",
+        "hybrimoe; profile p, model m: 1 layers of step 1",
     ):
         assert word in text
 

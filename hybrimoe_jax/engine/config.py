@@ -35,7 +35,7 @@ CHOICES = {
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine places, fetches and computes experts. None means: what the system or the machine suggests.
 
@@ -152,6 +152,11 @@ class EngineConfig:
         if not self.start_cache:
             raise UserError('start_cache is empty: give a folder, "default" or "off"')
         check_lookahead(self.lookahead)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        chosen = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+        return f"EngineConfig({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in chosen)})"
 
     def _check_sizes(self) -> None:
         if self.cache_ratio is not None and self.vram_budget is not None:

@@ -23,11 +23,13 @@ from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.recording import Recording
 from hybrimoe_jax.engine.request import Prompts, check_prompts, context_limit, prompt_ids
 from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.engine.slot_map import SlotMap
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
 from hybrimoe_jax.errors import DeviceError, UserError
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
+from hybrimoe_jax.tables import Table
 
 Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
 
@@ -77,6 +79,14 @@ class Engine:
     def planner(self):
         """The Planner (None for the dense executor)."""
         return self._parts.planner
+
+    @property
+    def slots(self) -> SlotMap:
+        """Which experts are in device memory now; all of them where the executor is dense."""
+        layers, experts, planner = len(self.config.moe_layers), self.config.num_experts, self.planner
+        if planner is None:
+            return SlotMap((frozenset(range(experts)),) * layers, (experts,) * layers, experts)
+        return SlotMap(tuple(map(planner.resident, range(layers))), tuple(planner.slots), experts)
 
     @property
     def stats(self) -> RunStats | None:
@@ -247,6 +257,31 @@ class Engine:
         if any(array.is_deleted() for array in jax.tree.leaves(caches)):
             raise DeviceError(f"the device's memory ran out in the middle of a layer ({why}), and its cache is lost")
         self._parts.give_up_slots(why)
+
+    def __repr__(self) -> str:
+        """One line: the model, what runs it, how much of it is on the device, whose times these are."""
+        state = ", closed" if self._closed else ""
+        return f"<Engine: {', '.join(f'{value}' for value in self._about().values())}{state}>"
+
+    def _repr_html_(self) -> str:
+        rows = Table({"": name, "engine": value} for name, value in self._about().items())
+        return rows._repr_html_() + self.slots._repr_html_()
+
+    def _about(self) -> dict[str, str]:
+        config, options, parts, slots = self.config, self.options, self._parts, self.slots
+        held = sum(slots.slots)
+        times = self._parts.new_stats().times
+        return {
+            "model": f"{config.model_type} of {len(slots.slots)} MoE layers, {config.num_experts} experts, "
+            f"{config.num_experts_per_tok} a token",
+            "system": parts.system.name,
+            "executor": options.executor,
+            "device": f"{held} of {len(slots.slots) * config.num_experts} experts in slots "
+            f"({budget.readable(parts.footprint.total)})",
+            "experts": f"{parts.expert_format}, {budget.readable(self.store.nbytes)} in host memory",
+            "context": f"{self.max_context} tokens",
+            "times": times,
+        }
 
     def __enter__(self) -> Engine:
         return self

@@ -10,7 +10,14 @@ experts until the engine saw them finished, so the last two are upper bounds.
 from __future__ import annotations
 
 import dataclasses
+import html
 import statistics
+from typing import TYPE_CHECKING, Any
+
+from hybrimoe_jax import tables
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.stats_plots import StatsPlots
 
 
 @dataclasses.dataclass
@@ -233,8 +240,30 @@ class RunStats:
             return f"virtual clock, {self.costs.get('profile', 'as measured')}"
         return "wall clock, this machine"
 
+    def table(self, by: str = "step") -> Any:
+        """A DataFrame, or rows where pandas is not installed: who ran what, hits, bytes, prefetches, times of lanes.
+
+        Args: by: "step", "layer", "step and layer", or "expert". Times are milliseconds on `clock`.
+        """
+        from hybrimoe_jax.engine import stats_table
+
+        return tables.table(stats_table.rows_by(self, by))
+
+    @property
+    def plot(self) -> StatsPlots:
+        """Pictures: `plot.hit_rate()`, `times()`, `lanes()`, `layers()`, `experts()`."""
+        from hybrimoe_jax.engine.stats_plots import StatsPlots
+
+        return StatsPlots(self)
+
     def __repr__(self) -> str:
         return f"<RunStats: {self.in_short()}>"
+
+    def _repr_html_(self) -> str:
+        from hybrimoe_jax.engine.stats_table import at_a_glance
+
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        return at_a_glance(self)._repr_html_() + note
 
     def summary(self) -> dict:
         """The record that `generate --stats json` prints (without the tokens)."""

@@ -73,7 +73,7 @@ class Record(NamedTuple):
     lookahead: dict[int, np.ndarray]  # distance -> [N, E], only where every row has them
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Trace:
     """A whole trace as columns; see the module docstring for types and shapes."""
 
@@ -93,6 +93,15 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    def __repr__(self) -> str:
+        facts, held = self.facts, [name for name in ("weights", "scores") if getattr(self, name) is not None]
+        held += [f"lookahead {', '.join(map(str, sorted(self.lookahead)))}"] if self.lookahead else []
+        return (
+            f"<Trace of {facts.model_type}: {len(np.unique(self.sequence))} sequences, {len(np.unique(self.step))} "
+            f"steps, {facts.layers} MoE layers of {facts.experts} experts, {facts.top_k} a token"
+            f"{'; ' + ', '.join(held) if held else ''}>"
+        )
 
     def records(self) -> Iterator[Record]:
         """Every (step, MoE layer) in order."""

@@ -12,12 +12,16 @@ on: each event goes onto the first track that is free.
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.errors import reading
+from hybrimoe_jax.files import read_json, replacing
 from hybrimoe_jax.tables import table
 
 LANES = ("cpu", "device", "link")
@@ -81,7 +85,7 @@ class Timeline:
 
     def steps(self) -> list[tuple[float, float]]:
         """(start, end) of every step, in seconds from the first event, by the event that each begins with."""
-        device = self.events("device") if "device" in self.lanes else []
+        device = self.events(next((lane for lane in self.lanes if lane.endswith("device")), self.lanes[0]))
         names = {name for _, _, name, _ in device}
         mark = next((name for name in STEP_MARKS if name in names), None)
         begins = [start for start, _, name, _ in device if name == mark]
@@ -105,9 +109,39 @@ class Timeline:
             ("lane", "event", "start_ms", "ms", "layer", "expert"),
         )
 
+    def plot(self, step: int | None = None, *, last: int = 1, layers: int | None = None, ax: Any = None) -> Any:
+        """Draws the last steps, or step number `step` (0 is the first), its first `layers` alone; returns the axes.
+
+        Needs matplotlib. UserError where there is no such step.
+        """
+        from hybrimoe_jax.trace import timeline_plot, timeline_view
+
+        return timeline_plot.draw(timeline_view.view(self, step, last, layers), ax)
+
+    def _repr_html_(self) -> str:
+        """The last step, as a picture that needs no matplotlib."""
+        from hybrimoe_jax.trace import timeline_view
+
+        said = f"<p>{html.escape(repr(self)[1:-1])}</p>"
+        return timeline_view.as_html(timeline_view.view(self)) + said if len(self) else said
+
     def __repr__(self) -> str:
         busy = ", ".join(f"{lane} {1e3 * self.busy(lane):.4g}" for lane in self.lanes)
         return f"<Timeline: {len(self)} events in {1e3 * self.span:.4g} ms, busy ms: {busy}>"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Timeline:
+        """What `write` wrote; UserError for any other file."""
+        file = read_json(Path(path))
+        with reading(f"{path}: the timeline"):
+            events = [event for event in file["traceEvents"] if event["ph"] == "X"]
+            lanes = dict.fromkeys([*LANES, *(event["cat"] for event in events)])
+            about = {name: value for name, value in file["otherData"].items() if name not in ("span_s", "busy_s")}
+            timeline = cls(tuple(lanes), **about)
+            for event in events:
+                start = event["ts"] / 1e6
+                timeline.add(event["cat"], event["name"], start, start + event["dur"] / 1e6, **event["args"])
+        return timeline
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes Chrome trace-event JSON (times in microseconds), whole or not at all; UserError where it cannot."""
@@ -127,14 +161,24 @@ class Timeline:
         """By start; of events that start together the longest first, as nesting wants it."""
         return sorted(self._events[lane], key=lambda event: (event[0], -event[1]))
 
-    def _lane_events(self, lane: str, first_track: int) -> list[dict]:
-        """One complete event each, on the first track that is free, after the tracks' names."""
-        origin, free, events = self.origin, [], []
-        for start, end, name, args in self._ordered(lane):
+    @staticmethod
+    def tracks(spans: Iterable[tuple[float, float]]) -> list[int]:
+        """For each (start, end), in order, the first track that is free."""
+        free: list[float] = []
+        chosen = []
+        for start, end in spans:
             track = next((i for i, until in enumerate(free) if until <= start), len(free))
             if track == len(free):
                 free.append(end)
             free[track] = end
+            chosen.append(track)
+        return chosen
+
+    def _lane_events(self, lane: str, first_track: int) -> list[dict]:
+        """One complete event each, on the first track that is free, after the tracks' names."""
+        origin, events, ordered = self.origin, [], self._ordered(lane)
+        tracks = self.tracks((start, end) for start, end, _, _ in ordered)
+        for (start, end, name, args), track in zip(ordered, tracks):
             # nanoseconds, rounded at both ends so that neighbours which touch still touch
             begin_ns, end_ns = round((start - origin) * 1e9), round((end - origin) * 1e9)
             events.append(
@@ -142,7 +186,7 @@ class Timeline:
                  "ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3, "args": args}
             )  # fmt: skip
         names = []
-        for track in range(max(1, len(free))):
+        for track in range(1 + max(tracks, default=0)):
             title = lane if track == 0 else f"{lane} {track + 1}"
             where = {"ph": "M", "pid": 1, "tid": first_track + track}
             names.append({**where, "name": "thread_name", "args": {"name": title}})
