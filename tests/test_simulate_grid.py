@@ -1,5 +1,6 @@
 """Systems beside the clairvoyant one and the bound; placements; synthetic routing has the statistics it states."""
 
+import dataclasses
 import json
 from importlib.resources import files
 
@@ -12,7 +13,7 @@ from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, get_shape, shape_of
 from hybrimoe_jax.simulate.cases import ORACLE, Case
 from hybrimoe_jax.simulate.grid import run_case
-from hybrimoe_jax.simulate.synthetic import KNOBS, statistics, synthetic_trace
+from hybrimoe_jax.simulate.synthetic import KNOBS, statistics, synthetic_of, synthetic_trace
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.recorder import TraceRecorder
 
@@ -80,5 +81,39 @@ def test_synthetic_routing_has_the_statistics_that_are_stated(name):
     said = statistics(synthetic_trace(name, 3, 100))
     assert said["overlap"] == pytest.approx(0.31, abs=0.04)
     assert [said[f"recall_{d}"] for d in (1, 2, 3)] == pytest.approx([0.77, 0.735, 0.715], abs=0.03)
-    with pytest.raises(UserError, match="synthetic routing of"):
-        run_case(Case("synthetic:gpt-5", "a6000-paper", "hybrimoe", 0.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gpt-5", "synthetic routing of"),
+        ("gpt-oss-20b:skew=1", "by skew and stay only"),
+        ("qwen2-57b-a14b:skew", "skew='' is not a number"),
+        ("qwen2-57b-a14b:size=3", "unknown parameter 'size'"),
+        ("qwen2-57b-a14b:stay=1", "below 1"),
+    ],
+)
+def test_synthetic_routing_that_cannot_be_is_refused(name, said):
+    with pytest.raises(UserError, match=said):
+        run_case(Case(f"synthetic:{name}", "a6000-paper", "hybrimoe", 0.25))
+
+
+def test_the_knobs_of_synthetic_routing_are_in_its_name():
+    trace = synthetic_of("gpt-oss-20b:skew=0,stay=0.9,sequences=3,tokens=20")
+    assert trace.facts.layers == 24 and len(np.unique(trace.sequence)) == 3 and trace.position.max() == 19
+    lasting, fleeting = (
+        statistics(synthetic_of(f"gpt-oss-20b:skew=0,stay={stay},tokens=20"))["overlap"] for stay in (0.9, 0.0)
+    )
+    assert lasting > 0.5 > 2 * fleeting
+
+
+def test_whole_sequences_are_measured_and_told_one_by_one():
+    case = Case(f"{QWEN}:sequences=8,tokens=4", "a6000-paper", "ktransformers", 0.25, sequences=4)
+    record = run_case(case)
+    by = record["by_sequence"]
+    assert by["steps"] == [4] * 4 and record["sequences"] == 4 and record["steps"] == 16
+    assert sum(by["hits"]) == record["hits"] and sum(by["activated"]) == record["hits"] + record["misses"]
+    assert sum(by["seconds"]) == pytest.approx(16 * record["seconds_per_step"]["mean"], rel=1e-6)
+    fewer = run_case(dataclasses.replace(case, others=1))
+    assert fewer["hits"] < record["hits"], "a placement that has seen less text"
+    assert run_case(dataclasses.replace(case, sequence_tokens=2))["steps"] == 8

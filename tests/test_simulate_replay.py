@@ -11,7 +11,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import ModelShape
 from hybrimoe_jax.machine.virtual import VirtualMachine
-from hybrimoe_jax.simulate.cases import halves
+from hybrimoe_jax.simulate.cases import Case, halves, samples
 from hybrimoe_jax.simulate.records import interval, measures
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import TokenSteps, recorded_steps
@@ -216,3 +216,21 @@ def test_an_empty_trace_is_refused():
     )
     with pytest.raises(UserError, match="no tokens"):
         TokenSteps(nothing)
+
+
+def test_whole_sequences_run_on_the_frequencies_of_the_others():
+    tokens = TokenSteps(routing((5,) * 9))
+
+    def sample(count, others=None):
+        case = Case("t", "p", "hybrimoe", 0.25, sequences=count, others=others)
+        ((chosen, frequencies),) = samples(tokens, case)
+        return chosen, frequencies
+
+    assert sample(4) == ([0, 2, 4, 6, 8], tokens.frequencies([1, 3, 5, 7]))
+    assert sample(3) == ([0, 3, 6], tokens.frequencies([1, 2, 4, 5, 7, 8]))
+    assert sample(9)[0] == sample(99)[0] == [0, 2, 4, 6, 8], "half of them where there are fewer than twice as many"
+    assert sample(3, 2) == ([0, 3, 6], tokens.frequencies([1, 5])), "some of the others, evenly spread"
+    case = Case("t", "p", "hybrimoe", 0.25, sequences=2)
+    assert samples(TokenSteps(routing((5,))), case) == [([0], None)]
+    assert [s.context for s in tokens.steps([0, 3], each=2)] == [1, 2, 1, 2]
+    assert [s.sequence for s in tokens.steps([0, 3], 3, 2)] == [0, 0, 3]

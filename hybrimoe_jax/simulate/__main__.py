@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts of each length and half (default 8)")
     top.add_argument("--starts", default="warm,cold", metavar="S,...", help="warm, cold or both (default)")
     top.add_argument("--steps", type=int, metavar="N", help="at most N tokens of each half of the sequences")
+    top.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="run N whole sequences or more, evenly spread, with frequencies of all others (default: both halves)",
+    )
     top.add_argument("--shape", metavar="NAME", help="the model's sizes, where the trace does not tell")
     top.add_argument("--as-recorded", action="store_true", help="repeat the live runs that the traces were taken from")
     top.add_argument("--out", metavar="FILE", help="one JSON record a run (.jsonl)")
@@ -80,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         parts=parts_of(vars(args)),
         shape=args.shape,
         steps=args.steps,
+        sequences=args.sequences,
     )
     if args.plots:
         check_matplotlib("--plots")
@@ -106,7 +113,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.plots:
         check_folder_to_be(args.plots, "--plots")
     check_lookahead(args.lookahead)
-    for name in ("prompts", "jobs", "steps"):
+    for name in ("prompts", "jobs", "steps", "sequences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
 

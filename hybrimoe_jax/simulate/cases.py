@@ -1,6 +1,7 @@
 """One run described, and what it needs at hand: its trace, its system, what the machine takes.
 
 A trace's sequences are split in two halves (every second one). Each half is run with frequencies counted on the other.
+Or some whole sequences, evenly spread, are run with frequencies counted on all the others (`Case.sequences`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, CLAIRVOYANTS, knows_the_future
-from hybrimoe_jax.simulate.synthetic import KNOBS, PREFIX, synthetic_trace
+from hybrimoe_jax.simulate.synthetic import PREFIX, synthetic_of
 from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.importers import open_trace
 
@@ -40,6 +41,10 @@ class Case:
       prompts: how many prompts in each half.
       shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
       steps: at most so many steps of each half, None for all.
+      sequences: run at least so many sequences, all or half of them where there are fewer than twice as many, and take
+        frequencies of the others; None for both halves.
+      sequence_tokens: of each sequence the first so many tokens, None for all.
+      others: frequencies are of so many of the other sequences, evenly spread; None for all. Used with `sequences`.
       blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
       name: what results call the trace; None for the end of its path.
     """
@@ -57,16 +62,16 @@ class Case:
     steps: int | None = None
     blind: bool = False
     name: str | None = None
+    sequences: int | None = None
+    sequence_tokens: int | None = None
+    others: int | None = None
 
 
 @functools.lru_cache(maxsize=4)
 def tokens_of(path: str) -> TokenSteps:
-    """A trace, token by token; "synthetic:" and a model's name stand for made-up routing."""
+    """A trace, token by token; "synthetic:" and what `synthetic_of` reads stand for made-up routing."""
     if path.startswith(PREFIX):
-        name = path.removeprefix(PREFIX)
-        if name not in KNOBS:
-            raise UserError(f"trace {path}: there is synthetic routing of {', '.join(KNOBS)} only")
-        return TokenSteps(synthetic_trace(name))
+        return TokenSteps(synthetic_of(path.removeprefix(PREFIX)))
     return TokenSteps(open_trace(path))
 
 
@@ -129,6 +134,17 @@ def halves(tokens: TokenSteps) -> list[tuple[list[int], list[list[int]] | None]]
     if not second:
         return [(first, None)]
     return [(first, tokens.frequencies(second)), (second, tokens.frequencies(first))]
+
+
+def samples(tokens: TokenSteps, case: Case) -> list[tuple[list[int], list[list[int]] | None]]:
+    """(sequences to run, frequencies of others or None) of each run that the case takes."""
+    if case.sequences is None:
+        return halves(tokens)
+    every = max(2, len(tokens.sequences) // case.sequences)
+    others = [sequence for i, sequence in enumerate(tokens.sequences) if i % every]
+    if case.others is not None:
+        others = [others[i * len(others) // case.others] for i in range(min(case.others, len(others)))]
+    return [(tokens.sequences[::every], tokens.frequencies(others) if others else None)]
 
 
 def prepared(case: Case) -> tuple[TokenSteps, System, Any]:

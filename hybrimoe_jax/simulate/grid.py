@@ -1,12 +1,14 @@
 """Many runs: every system at every cache ratio on every trace, decoding and reading prompts, warm and cold.
 
 Static placements and the warm start take frequencies of the half that is not run; a run's figures are those of both
-halves. State is kept from one sequence to the next. A prompt begins with a fresh cache each time.
+halves, or of the sequences that `Case.sequences` takes. State is kept from one sequence to the next. A prompt begins
+with a fresh cache each time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
@@ -20,7 +22,7 @@ from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import clairvoyant_policies, knows_the_future, least_seconds
-from hybrimoe_jax.simulate.cases import Case, halves, prepared, trace_name
+from hybrimoe_jax.simulate.cases import Case, prepared, samples, trace_name
 from hybrimoe_jax.simulate.records import measures, versions
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.synthetic import PREFIX
@@ -59,7 +61,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     """Runs one case: its record, see `simulate`. `timeline` gets the events of the first half."""
     tokens, system, costs = prepared(case)
     began, result, bound, notes = time.process_time(), None, 0.0, []
-    for sequences, frequencies in halves(tokens):
+    for sequences, frequencies in samples(tokens, case):
         if case.blind:
             frequencies = None
         elif frequencies is None and case.start == "warm":
@@ -94,6 +96,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
             **dataclasses.asdict(system),
             **({"cache": "belady"} if knows_the_future(case.system) else {}),
             "steps_limit": case.steps,
+            "sequences": case.sequences,
+            "sequence_tokens": case.sequence_tokens,
+            "others": case.others,
             "blind": case.blind,
         },
         "notes": notes,
@@ -132,19 +137,34 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
         planner = planner_for(case, system, costs, tokens, frequencies, steps)
         return replay(planner, VirtualMachine(costs, timeline), steps)
 
-    def least(steps: Iterable[Step]) -> float:
-        slots = system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies)
-        cold = case.start == "cold" and not policy_class(system.cache).fixed
-        return least_seconds(steps, slots, costs, cold=cold, pooled=system.scope == "pooled")
+    slots = tuple(system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies))
+    cold = case.start == "cold" and not policy_class(system.cache).fixed
+    pooled = system.scope == "pooled"
 
     if case.prompt is None:
-        yield run(tokens.steps(sequences, case.steps)), least(tokens.steps(sequences, case.steps))
+        least = _least(_steps_of(case), tuple(sequences), slots, cold, pooled)
+        yield run(tokens.steps(sequences, case.steps, case.sequence_tokens)), least
         return
     first = sequences[0] == tokens.sequences[0]
     for number, step in enumerate(tokens.prompts(sequences, case.prompt, case.prompts)):
         step = step._replace(sequence=number if first else -1 - number)
-        yield run([step]), least([step])
+        yield run([step]), least_seconds([step], slots, costs, cold=cold, pooled=pooled)
         timeline = None
+
+
+def _steps_of(case: Case) -> Case:
+    """The case, but for what does not change its steps and their costs."""
+    return dataclasses.replace(
+        case, system="on-demand", parts=(), ratio=0.0, start="cold", blind=False, name=None, others=None
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _least(steps: Case, sequences: tuple[int, ...], slots: tuple[int, ...], cold: bool, pooled: bool) -> float:
+    """`least_seconds` of a case's steps, which systems with the same slots share."""
+    tokens, _, costs = prepared(steps)
+    chosen = tokens.steps(sequences, steps.steps, steps.sequence_tokens)
+    return least_seconds(chosen, slots, costs, cold=cold, pooled=pooled)
 
 
 def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:

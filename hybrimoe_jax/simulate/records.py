@@ -36,13 +36,20 @@ def measures(result: Result, expert_bytes: int, slots_bytes: int) -> dict:
     c, steps = result.counters, result.steps
     seconds = np.array([step.seconds for step in steps])
     hits, asked = _by_sequence(result)
+    spent_and_steps = _seconds_by_sequence(result)
     total = result.seconds or 1.0
     return {
         "steps": len(steps),
         "sequences": len(hits),
+        "by_sequence": {
+            "seconds": [round(spent, 9) for spent in spent_and_steps[0].tolist()],
+            "steps": spent_and_steps[1].astype(int).tolist(),
+            "hits": hits.astype(int).tolist(),
+            "activated": asked.astype(int).tolist(),
+        },
         "seconds_per_step": {
             "mean": float(seconds.mean()),
-            "ci95": interval(*_seconds_by_sequence(result)),
+            "ci95": interval(*spent_and_steps),
             "median": float(np.median(seconds)),
             "p90": float(np.quantile(seconds, 0.9)),
             "p99": float(np.quantile(seconds, 0.99)),

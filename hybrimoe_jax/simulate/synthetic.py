@@ -15,6 +15,7 @@ import dataclasses
 
 import numpy as np
 
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace
@@ -38,19 +39,39 @@ KNOBS = {"mixtral-8x7b": Knobs(0.2, 0.15, 0.4), "qwen2-57b-a14b": Knobs(0.5, 0.2
 """Mixtral: a flatter popularity, as its public counts have it."""
 
 
-def synthetic_trace(name: str, sequences: int = 6, tokens: int = 128, distances: int = 6, seed: int = 0) -> Trace:
-    """A trace of `sequences` x `tokens` tokens for a shape in `KNOBS`, with full scores and predictions."""
-    shape, knobs = get_shape(name), KNOBS[name]
+def synthetic_of(text: str) -> Trace:
+    """`NAME[:skew=S,stay=S,noise=N,sequences=N,tokens=N,seed=N]`: a shape's name, and what is not as usual."""
+    name, _, rest = text.partition(":")
+    where, counts, knobs = f"trace {PREFIX}{text}", {}, {}
+    for part in rest.split(",") if rest else ():
+        key, _, value = part.partition("=")
+        count = key in ("sequences", "tokens", "seed")
+        if not count and key not in (f.name for f in dataclasses.fields(Knobs)):
+            raise UserError(f"{where}: unknown parameter {key!r} (known: skew, stay, noise, sequences, tokens, seed)")
+        try:
+            (counts if count else knobs)[key] = int(value) if count else float(value)
+        except ValueError:
+            raise UserError(f"{where}: {key}={value!r} is not a number") from None
+    if name not in KNOBS and not {"skew", "stay"} <= knobs.keys():
+        raise UserError(f"{where}: there is synthetic routing of {', '.join(KNOBS)}; of others by skew and stay only")
+    if not 0 <= knobs.get("stay", 0) < 1 or min(counts.get("sequences", 1), counts.get("tokens", 1)) < 1:
+        raise UserError(f"{where}: stay must be at least 0 and below 1, sequences and tokens at least 1")
+    usual = KNOBS.get(name, Knobs(0.0, 0.0, 0.4))
+    return synthetic_trace(name, **counts, knobs=dataclasses.replace(usual, **knobs))
+
+
+def synthetic_trace(
+    name: str, sequences: int = 6, tokens: int = 128, distances: int = 6, seed: int = 0, knobs: Knobs | None = None
+) -> Trace:
+    """A trace of `sequences` x `tokens` tokens for a shape, with full scores and predictions.
+
+    Args:
+      knobs: those in `KNOBS` if None.
+    """
+    shape, knobs = get_shape(name), knobs or KNOBS[name]
     generator = np.random.default_rng(seed)
     layers, experts, count = shape.layers, shape.experts, sequences * tokens
-    popularity = knobs.skew * generator.standard_normal((layers, experts))
-    logits = np.empty((count, layers, experts))
-    state = np.zeros((layers, experts))
-    for token in range(count):
-        noise = generator.standard_normal((layers, experts))
-        fresh = token % tokens == 0
-        state = noise if fresh else knobs.stay * state + np.sqrt(1 - knobs.stay**2) * noise
-        logits[token] = popularity + state
+    logits = _logits(layers, experts, count, tokens, knobs, generator)
     scores = _softmax(2 * logits)
     ids = np.argsort(-scores, axis=2)[:, :, : shape.top_k]
     weights = np.take_along_axis(scores, ids, 2)
@@ -76,6 +97,25 @@ def synthetic_trace(name: str, sequences: int = 6, tokens: int = 128, distances:
         lookahead=lookahead,
         about={"source": "synthetic", "model": name, **dataclasses.asdict(knobs), "seed": seed},
     )
+
+
+def _logits(layers: int, experts: int, count: int, tokens: int, knobs: Knobs, generator) -> np.ndarray:
+    """[count, layers, experts] of sequences of `tokens` tokens."""
+    popularity = knobs.skew * generator.standard_normal((layers, experts))
+    logits = np.empty((count, layers, experts))
+    state = np.zeros((layers, experts))
+    for token in range(count):
+        noise = generator.standard_normal((layers, experts))
+        fresh = token % tokens == 0
+        state = noise if fresh else knobs.stay * state + np.sqrt(1 - knobs.stay**2) * noise
+        logits[token] = popularity + state
+    return logits
+
+
+def chosen(layers: int, experts: int, top_k: int, count: int, tokens: int, knobs: Knobs, seed: int) -> np.ndarray:
+    """The experts alone, [count, layers, top_k], of routing like `synthetic_trace`'s."""
+    logits = _logits(layers, experts, count, tokens, knobs, np.random.default_rng(seed))
+    return np.argpartition(-logits, top_k - 1, axis=2)[:, :, :top_k]
 
 
 def statistics(trace: Trace) -> dict[str, float]:

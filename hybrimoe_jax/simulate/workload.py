@@ -93,6 +93,11 @@ class TokenSteps:
         self.has_scores, self.has_lookahead = tokens.scores is not None, bool(tokens.lookahead)
         self._position = tokens.position[starts].tolist()
         self.sequences = list(dict.fromkeys(self._sequence.tolist()))
+        seen = dict.fromkeys(self.sequences, 0)
+        self._rank = np.zeros(len(self._sequence), np.int64)  # which of its sequence's tokens each one is
+        for number, sequence in enumerate(self._sequence.tolist()):
+            self._rank[number] = seen[sequence]
+            seen[sequence] += 1
 
     def __len__(self) -> int:
         return len(self._sequence)
@@ -108,9 +113,12 @@ class TokenSteps:
         """Steps of these sequences."""
         return int(np.isin(self._sequence, sequences).sum())
 
-    def steps(self, sequences: Sequence[int], most: int | None = None) -> Iterator[Step]:
-        """One step a token, sequence by sequence; the first `most` of them."""
-        for number in np.flatnonzero(np.isin(self._sequence, sequences))[:most].tolist():
+    def steps(self, sequences: Sequence[int], most: int | None = None, each: int | None = None) -> Iterator[Step]:
+        """One step a token, sequence by sequence; the first `each` of every sequence, the first `most` of all."""
+        chosen = np.isin(self._sequence, sequences)
+        if each is not None:
+            chosen &= self._rank < each
+        for number in np.flatnonzero(chosen)[:most].tolist():
             start, stop = self._starts[number], self._starts[number + 1]
             layers = [self._asked_row(row) for row in range(start, stop)]
             yield Step("decode", 1, self._position[number] + 1, int(self._sequence[number]), layers)
