@@ -15,7 +15,7 @@ COMMANDS = {
     "convert": "a checkpoint into the form that is run, or back",
     "calibrate": "what this machine takes, and what that means",
     "simulate": "recorded routing on the machine of a profile",
-    "trace": "routing traces: import, info, check",
+    "trace": "routing traces: record, import, export, info, overlap, check",
     "bench": "measured comparisons",
     "reproduce": "the paper's experiments",
     "train": "the bundled model, from its texts",

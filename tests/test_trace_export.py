@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
-from test_trace_command import recorded
+from test_trace_command import recorded, written
 
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.export import export_trace
+from hybrimoe_jax.trace.facts import MODELS, TraceFacts
 from hybrimoe_jax.trace.file import Trace, arrays_of, save_trace
 from hybrimoe_jax.trace.importers import open_trace
+from hybrimoe_jax.trace.tokens import by_token
 
 TABLES = ("t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz")
 
@@ -112,3 +116,154 @@ def test_a_name_must_tell_a_layout_and_a_file_is_not_overwritten_by_itself(tmp_p
         flags = ["--to", "csv"] if out == "t.npz" else []
         with pytest.raises(UserError, match=said):
             command_main("trace")(["export", str(tmp_path / "t.npz"), str(tmp_path / out), *flags])
+
+
+def without_pyarrow(monkeypatch) -> None:
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_parquet_without_pyarrow_is_the_pip_line(tmp_path, monkeypatch):
+    without_pyarrow(monkeypatch)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1...")
+    save_trace(recorded(), tmp_path / "t.npz")
+    for arguments in (["export", "t.npz", "new.parquet"], ["check", "t.parquet"]):
+        with pytest.raises(UserError, match=r"Parquet needs the extra: pip install 'hybrimoe-jax\[parquet\]'"):
+            command_main("trace")([arguments[0], *(str(tmp_path / name) for name in arguments[1:])])
+    assert not (tmp_path / "new.parquet").exists()
+
+
+def test_parquet_holds_everything(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    trace = whole()
+    assert export_trace(trace, tmp_path / "t.parquet") == []
+    same(open_trace(tmp_path / "t.parquet"), trace)
+    table = parquet.read_table(tmp_path / "t.parquet")
+    assert table["ids"][0].as_py() == trace.ids[0].tolist() and table["scores"].null_count == (trace.step == 1).sum()
+    parquet.write_table(table.replace_schema_metadata(None), tmp_path / "other.parquet")
+    parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    parquet.write_table(table.drop_columns(["ids"]), tmp_path / "no-ids.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:900])
+    refused = {
+        "other": "without the metadata",
+        "none": "it is empty",
+        "no-ids": "lacks the array ids",
+        "cut": "readable",
+    }
+    for name, said in refused.items():
+        with pytest.raises(UserError, match=f"{name}.parquet: .*{said}"):
+            open_trace(tmp_path / f"{name}.parquet")
+
+
+PUBLIC = {
+    "esft": ("esft", "task"),
+    "esft-npz": ("esft.npz", "new.npz"),
+    "fingerprint": ("fingerprint", "new.json"),
+    "fingerprint-npz": ("fingerprint.npz", "one/new.npz"),
+    "route-csv": ("route", "new.csv.gz"),
+}
+"""Layout: as `written` calls it, and where it is exported to."""
+
+
+@pytest.mark.parametrize("layout", PUBLIC)
+def test_what_came_from_a_public_layout_goes_back_to_it(layout, tmp_path):
+    """Every column; of a file of that layout nothing is left out."""
+    source, out = PUBLIC[layout]
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to" / "one").mkdir(parents=True)
+    trace = open_trace(written(source, tmp_path / "from"))
+    assert export_trace(trace, tmp_path / "to" / out, layout) == []
+    back = open_trace(tmp_path / "to" / out)
+    same(back, dataclasses.replace(trace, about={**trace.about, **{k: back.about[k] for k in ("file", "model")}}))
+
+
+def live(name: str, model: str | None = None) -> Trace:
+    """A run of a model's shape with all that a live trace has: two sequences side by side, prompts of 3 and 2."""
+    facts = MODELS[model] if model else TraceFacts(name, 3, 8, 2)
+    trace = recorded(((3, 2), (1, 1), (1, 1)), facts.layers, facts.experts, facts.top_k)
+    return dataclasses.replace(
+        trace,
+        facts=facts,
+        batch=np.zeros(len(trace), np.int32),
+        about={"system": "hybrimoe"},
+        extra={"own": np.ones(1)},
+    )
+
+
+COMMON = [
+    "full router scores",
+    "lookahead predictions",
+    "which sequences ran side by side",
+    "additions: own",
+    "what the trace says of its origin",
+]
+LIVE = {
+    "esft": ("DeepSeek-V2-Lite", ["that 4 tokens were decoded: each sequence is one prefill step"]),
+    "esft-npz": (
+        "DeepSeek-V2-Lite",
+        ["that 4 tokens were decoded: each sequence is one prefill step", "digits of weights behind the fourth"],
+    ),
+    "fingerprint": (
+        "gpt-oss-20b",
+        ["5 tokens of prompts: a reply has decoded tokens only", "which tokens ran in one step"],
+    ),
+    "fingerprint-npz": (
+        "gpt-oss-20b",
+        ["5 tokens of prompts: a reply has decoded tokens only", "which tokens ran in one step"],
+    ),
+    "route-csv": (None, ["which tokens ran in one step", "that residency is unknown: its column is 0 throughout"]),
+}
+
+
+@pytest.mark.parametrize("layout", LIVE)
+def test_of_a_live_run_what_is_left_out_is_said_and_the_rest_kept(layout, tmp_path, capsys):
+    model, left_out = LIVE[layout]
+    trace = live("toy", model)
+    save_trace(trace, tmp_path / "t.npz")
+    command_main("trace")(["export", str(tmp_path / "t.npz"), str(tmp_path / "out"), "--to", layout])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["left_out"] == COMMON + left_out
+    assert printed.err.splitlines() == [f"{layout} cannot hold {what}" for what in COMMON + left_out]
+    back = open_trace(tmp_path / "out")
+    kept = trace.select(trace.phase == 1) if "fingerprint" in layout else trace
+    mine, others = by_token(kept), by_token(back)
+    for name in ("sequence", "position", "ids"):
+        assert np.array_equal(getattr(mine, name), getattr(others, name)), name
+    np.testing.assert_allclose(others.weights, mine.weights, atol=6e-5 if layout == "esft-npz" else 0)
+    if "esft" not in layout:
+        assert np.array_equal(mine.phase, others.phase)
+    assert back.facts.layers == trace.facts.layers and back.facts.model_type == trace.facts.model_type
+
+
+def refusals():
+    prompts = live("toy", "gpt-oss-20b")
+    prompts = prompts.select(prompts.phase == 0)
+    gap = live("toy", "gpt-oss-20b")
+    gap.position[gap.step == 2] += 3
+    missing = live("toy")
+    missing = missing.select(~((missing.step == 1) & (missing.layer == 1)))
+    return [
+        ("esft", live("toy"), "the ESFT layout is of DeepSeek-V2-Lite alone: 26 MoE layers of 64 experts, 6 a token"),
+        ("fingerprint", live("toy"), "of gpt-oss alone .*this trace has 3 MoE layers of 8 experts, 2 a token"),
+        ("fingerprint", prompts, "the trace lacks decode steps"),
+        ("fingerprint-npz", gap, "position 7 of sequence 0 comes after 3"),
+        ("route-csv", missing, "the trace lacks layer 1 of position 3, sequence 0; the layout needs all layers"),
+        ("route-csv", dataclasses.replace(live("toy"), weights=None), "lacks router weights, which the layout needs"),
+    ]
+
+
+@pytest.mark.parametrize(("layout", "trace", "said"), refusals())
+def test_what_a_layout_cannot_be_given_is_said(layout, trace, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        export_trace(trace, tmp_path / "out", layout)
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_of_others_are_not_taken_over(tmp_path):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="the folder is not empty"):
+        export_trace(live("toy", "DeepSeek-V2-Lite"), tmp_path / "task", "esft")
+    (tmp_path / "meta.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="it would be taken for this trace's"):
+        export_trace(live("toy", "gpt-oss-20b"), tmp_path / "t.npz", "fingerprint-npz")

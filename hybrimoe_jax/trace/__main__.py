@@ -1,4 +1,4 @@
-"""`python -m hybrimoe_jax.trace record|import|export|info|check`: routing traces, ours and public ones.
+"""`python -m hybrimoe_jax.trace record|import|export|info|overlap|check`: routing traces, ours and public ones.
 
 For each file a table for people, then one JSON line for programs.
 """
@@ -16,6 +16,12 @@ from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.trace.export import EXPORTS, export_trace, layout_of
 from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
 
+PURPOSES = {
+    "info": "what a trace holds, lacks and looks like",
+    "overlap": "how far sequences that ran side by side asked for the same experts",
+    "check": "name the first bad record",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     top = Parser(prog="python -m hybrimoe_jax.trace", description=f"Routing traces. A FILE is {READS}.")
@@ -28,11 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     out.add_argument("source", metavar="FILE")
     out.add_argument("destination", metavar="OUT", help="a file, or with esft a folder; text files also as .gz")
     out.add_argument("--to", choices=EXPORTS, help="default: what the end of OUT's name tells")
-    for name, purpose in (("info", "what a trace holds, lacks and looks like"), ("check", "name the first bad record")):
+    for name, purpose in PURPOSES.items():
         command = commands.add_parser(name, help=purpose)
         command.add_argument("sources", nargs="+", metavar="FILE")
     args = top.parse_args(argv)
-    run_one = {"record": record.record, "import": _import, "export": _export, "info": _info, "check": _check}
+    run_one = {
+        "record": record.record,
+        "import": _import,
+        "export": _export,
+        "info": _info,
+        "overlap": _overlap,
+        "check": _check,
+    }
     return run_one[args.command](args)
 
 
@@ -90,6 +103,25 @@ def _info(args) -> int:
         for label, text in _lines(record):
             print(f"{label:<16}{text}")
         print(json.dumps(record))
+    return 0
+
+
+def _overlap(args) -> int:
+    from hybrimoe_jax.trace import concurrency
+
+    for source in progress(args.sources, len(args.sources), "reading"):
+        try:
+            said = {"file": source, **concurrency.as_record(open_trace(source))}
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        print(f"{source}: experts of a layer in a decode step, by how many sequences ran side by side")
+        print("sequences  chosen  distinct  shared  distinct by chance: uniform  by popularity")
+        for row in said["side_by_side"]:
+            print(
+                f"{row['sequences']:9d}  {row['asked']:6.0f}  {row['distinct']:8.2f}  {row['shared']:6.1%}  "
+                f"{row['uniform']:27.2f}  {row['popularity']:13.2f}"
+            )
+        print(json.dumps(said))
     return 0
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
-from hybrimoe_jax.trace import rows
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace import public_exports, rows
+from hybrimoe_jax.trace.file import Trace, check_trace
+from hybrimoe_jax.trace.parquet import write_parquet
 
 
 def export_trace(trace: Trace, path: str | Path, layout: str | None = None) -> list[str]:
     """Writes a trace in a layout of `EXPORTS`, by default the one that the name's end tells.
 
     A text file whose name ends in .gz is packed. Returns what the layout cannot hold, in words. UserError where it
-    cannot hold a trace of this model at all, and where the file cannot be written.
+    cannot hold this trace at all, and where the file cannot be written.
     """
     path = Path(path)
     layout = layout or layout_of(path)
     if layout not in EXPORTS:
         raise UserError(f"trace layout {layout!r} is unknown (known: {', '.join(EXPORTS)})")
+    check_trace(trace, f"trace for {path}")
     return EXPORTS[layout](trace, path)
 
 
@@ -29,33 +29,34 @@ def layout_of(path: Path) -> str:
     """The layout that a file's name tells; UserError where it tells none."""
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     layout = suffixes[-1][1:] if suffixes else ""
-    if layout not in EXPORTS:
+    if layout not in ("csv", "jsonl", "parquet"):
         raise UserError(f"{path}: its name does not tell a layout; say it with --to ({', '.join(EXPORTS)})")
     return layout
 
 
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Lines as a file, packed where its name ends in .gz."""
-    with replacing(path, "wb") as file:
-        if path.suffix != ".gz":
-            file.writelines(line.encode() for line in lines)
-            return
-        with gzip.GzipFile(path.stem, "wb", fileobj=file, mtime=0) as packed:
-            packed.writelines(line.encode() for line in lines)
-
-
 def _csv(trace: Trace, path: Path) -> list[str]:
-    write_text(path, rows.csv_lines(trace, f"trace for {path}"))
+    rows.write_lines(path, rows.csv_lines(trace, f"trace for {path}"))
     return []
 
 
 def _jsonl(trace: Trace, path: Path) -> list[str]:
-    write_text(path, rows.json_lines(trace, f"trace for {path}"))
+    rows.write_lines(path, rows.json_lines(trace, f"trace for {path}"))
+    return []
+
+
+def _parquet(trace: Trace, path: Path) -> list[str]:
+    write_parquet(trace, path)
     return []
 
 
 EXPORTS: dict[str, Callable[[Trace, Path], list[str]]] = {
     "csv": _csv,
     "jsonl": _jsonl,
+    "parquet": _parquet,
+    "esft": public_exports.esft_folder,
+    "esft-npz": public_exports.esft_arrays,
+    "fingerprint": public_exports.fingerprint_json,
+    "fingerprint-npz": public_exports.fingerprint_arrays,
+    "route-csv": public_exports.route_csv,
 }
 """By name: what writes a layout, and says what that cannot hold."""

@@ -18,10 +18,11 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace import layouts, rows
 from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
+from hybrimoe_jax.trace.parquet import read_parquet
 from hybrimoe_jax.trace.route_csv import route_csv
 
 READS = (
-    "a trace of ours (.npz with `meta`, or what `trace export` makes of it: .csv, .jsonl), "
+    "a trace of ours (.npz with `meta`, or what `trace export` makes of it: .csv, .jsonl, .parquet), "
     "ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "
     "gpt-oss fingerprints (.json or .npz), a route_trace (.csv); text files also as .gz"
 )
@@ -49,19 +50,9 @@ def open_trace(path: str | os.PathLike) -> Trace:
         raise UserError(
             f"{where}: no known layout has the arrays {', '.join(sorted(arrays))}; this program reads {READS}"
         )
-    if head.startswith(rows.CSV_MARK.encode()):
-        return rows.read_csv(_text(path, where), where)
-    if head.startswith(rows.JSON_MARK.encode()):
-        return rows.read_jsonl(_text(path, where), where)
-    if not head:
-        raise UserError(f"{where}: an empty file")
-    if head[:1] in (b"{", b"["):
-        return _checked(layouts.fingerprint_json(_text(path, where), path, where), where)
-    if head[:1] == b"#" or head.startswith(b"turn,"):
-        return _checked(route_csv(_text(path, where), path, where), where)
-    if path.name.startswith("expert_weights_"):
-        raise UserError(f"{where}: one layer of an ESFT trace; give the folder that holds all its layers")
-    raise UserError(f"{where}: not a trace; this program reads {READS}")
+    if head[:4] == b"PAR1":
+        return read_parquet(path.read_bytes(), where)
+    return _text_layout(head, path, where)
 
 
 def join_traces(traces: Sequence[Trace]) -> Trace:
@@ -105,6 +96,22 @@ def _joined_batches(traces: Sequence[Trace]) -> np.ndarray | None:
         parts.append(trace.batch + first)
         first += _count(trace.batch)
     return np.concatenate(parts).astype(np.int32)
+
+
+def _text_layout(head: bytes, path: Path, where: str) -> Trace:
+    if head.startswith(rows.CSV_MARK.encode()):
+        return rows.read_csv(_text(path, where), where)
+    if head.startswith(rows.JSON_MARK.encode()):
+        return rows.read_jsonl(_text(path, where), where)
+    if not head:
+        raise UserError(f"{where}: an empty file")
+    if head[:1] in (b"{", b"["):
+        return _checked(layouts.fingerprint_json(_text(path, where), path, where), where)
+    if head[:1] == b"#" or head.startswith(b"turn,"):
+        return _checked(route_csv(_text(path, where), path, where), where)
+    if path.name.startswith("expert_weights_"):
+        raise UserError(f"{where}: one layer of an ESFT trace; give the folder that holds all its layers")
+    raise UserError(f"{where}: not a trace; this program reads {READS}")
 
 
 def _count(column: np.ndarray) -> int:

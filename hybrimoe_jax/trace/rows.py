@@ -11,13 +11,16 @@ says; additions (`x_<name>`) stand there too, as `extra`.
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import replacing
 from hybrimoe_jax.trace.file import (
     BATCH,
     EMPTY,
@@ -58,6 +61,16 @@ def undescribed(line: str, arrays: dict[str, np.ndarray], where: str) -> Trace:
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: its `extra` is damaged ({error})") from None
     return trace_from(arrays, *facts_and_about(read, where), where)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Lines as a file, packed where its name ends in .gz."""
+    with replacing(path, "wb") as file:
+        if path.suffix != ".gz":
+            file.writelines(line.encode() for line in lines)
+            return
+        with gzip.GzipFile(path.stem, "wb", fileobj=file, mtime=0) as packed:
+            packed.writelines(line.encode() for line in lines)
 
 
 def tables_of(trace: Trace) -> dict[str, np.ndarray]:

@@ -1,0 +1,80 @@
+"""A trace as a Parquet file, which holds all that the `.npz` file holds. Needs pyarrow, the extra `parquet`.
+
+A row is one token in one MoE layer of one step. Columns are those of the trace: numbers, and lists for `ids`,
+`weights`, `scores` and `lookahead_<distance>`, null where they were not recorded. The metadata has, under the key
+`hybrimoe-trace`, what the first line of a file of `rows` says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import replacing
+from hybrimoe_jax.trace.file import BATCH, EMPTY, FORMAT, INDEX_COLUMNS, Trace
+from hybrimoe_jax.trace.rows import described, tables_of, undescribed
+
+
+def need_pyarrow(where: str) -> Any:
+    """The module pyarrow, with its parquet; UserError with the line that installs it where it is missing."""
+    try:
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
+    except ImportError:
+        raise UserError(f"{where}: Parquet needs the extra: pip install 'hybrimoe-jax[parquet]'") from None
+
+
+def write_parquet(trace: Trace, path: Path) -> None:
+    """Writes a trace. UserError where it is unsound, or pyarrow is missing."""
+    where = f"trace for {path}"
+    arrow = need_pyarrow(where)
+    meta = {FORMAT: described(trace, where)}
+    columns = {name: _column(arrow, array) for name, array in tables_of(trace).items()}
+    with replacing(path, "wb") as file:
+        arrow.parquet.write_table(arrow.table(columns, metadata=meta), file)
+
+
+def _column(arrow: Any, array: np.ndarray) -> Any:
+    if array.ndim == 1:
+        return arrow.array(array)
+    absent = np.isnan(array[:, 0]) if array.dtype.kind == "f" else np.zeros(len(array), bool)
+    flat = arrow.array(np.ascontiguousarray(array).ravel())
+    return arrow.FixedSizeListArray.from_arrays(flat, array.shape[1], mask=arrow.array(absent))
+
+
+def read_parquet(data: bytes, where: str) -> Trace:
+    """What `write_parquet` wrote; UserError for any other Parquet file."""
+    arrow = need_pyarrow(where)
+    try:
+        table = arrow.parquet.read_table(io.BytesIO(data))
+        meta = (table.schema.metadata or {})[FORMAT.encode()].decode()
+    except KeyError:
+        raise UserError(f"{where}: a Parquet file without the metadata {FORMAT!r}, so not a trace of ours") from None
+    except Exception as error:  # a damaged file fails in Arrow, Thrift, or a codec
+        said = " ".join(str(error).split())
+        raise UserError(f"{where}: not a readable Parquet file ({said})") from None
+    if not table.num_rows:
+        raise UserError(f"{where}: {EMPTY}")
+    try:
+        arrays = {name: _array(name, table[name].combine_chunks()) for name in table.column_names}
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"{where}: its columns are not those of a trace ({error})") from None
+    return undescribed(meta, arrays, where)
+
+
+def _array(name: str, column: Any) -> np.ndarray:
+    if name in (*INDEX_COLUMNS, BATCH):
+        return column.to_numpy(zero_copy_only=False)
+    width = column.type.list_size
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.flatten().to_numpy(zero_copy_only=False)  # of the rows that are not null
+    if name == "ids":
+        return values.reshape(-1, width)
+    array = np.full((len(present), width), np.nan, np.float32)
+    array[present] = values.reshape(-1, width)
+    return array
