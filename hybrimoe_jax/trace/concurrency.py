@@ -75,7 +75,7 @@ def _records(trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     several = counts > 1
     if not several.any():
         raise UserError(
-            "overlap: no decode step has several sequences: none ran side by side; `trace record --batch 4` records some"
+            "overlap: no decode step has several sequences, none ran side by side; `trace record --batch 4` records it"
         )
     chosen = np.unique(group[:, None].astype(np.int64) * trace.facts.experts + trace.ids[rows])
     distinct = np.bincount(chosen // trace.facts.experts, minlength=len(counts))
