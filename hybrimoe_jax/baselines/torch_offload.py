@@ -1,0 +1,287 @@
+"""`TorchOffload`: mixture-of-experts inference with offloading in PyTorch, to compare with.
+
+The same converted checkpoint, the same planner, caches, schedulers and predictors (`decide`, which has no jax), the
+same statistics. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.inputs import StepInput
+from hybrimoe_jax.engine.lanes.threads import available_cores
+from hybrimoe_jax.engine.request import check_prompts, context_limit
+from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
+from hybrimoe_jax.errors import UserError
+
+MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", "hybrid": "hybrimoe"}
+"""Modes by the system whose decisions they are; any other system's name, or a `System`, is a mode too."""
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
+ABLATIONS = ("prefetch", "kernels", "forms", "pinned")
+LOGIT_ROWS = 16
+INSTALL = 'pip install "hybrimoe-jax[baseline]"'
+
+_said: set[str] = set()
+"""Notes that were shown in this process."""
+
+
+def require_torch() -> Any:
+    """The torch module; UserError with the command that installs it."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise UserError(
+            f"the PyTorch baseline needs torch, which is not installed: {INSTALL} (CPU only: add "
+            "--extra-index-url https://download.pytorch.org/whl/cpu)"
+        ) from None
+
+
+class TorchOffload:
+    """Runs one model in PyTorch, its experts in host memory and, as slots allow, on the device.
+
+    Args:
+      checkpoint: a folder written by `python -m hybrimoe_jax.convert`, or an open one; the bundled model if None.
+      mode: "on-demand" (every missing expert is fetched into an LRU cache), "lru" (that, and the next layer's experts
+        are prefetched), "static" (a fixed resident set by the checkpoint's frequencies; the CPU computes the rest, as
+        kTransformers), "hybrid" (our planner, whole), or any system of ours.
+      cache_ratio, vram_budget, cache, scheduler, predictor, prefetch, lookahead, threads, max_context, max_batch,
+        prefill_chunk, seed, profile, clock, cost_shape, verify, debug: as of `EngineConfig`.
+      device: "auto" (a GPU where torch has one, else the CPU), "cpu", "cuda", or "paced:PROFILE[:SLOWDOWN]".
+      precision: "float32": answers are the dense model's. "bfloat16": activations are rounded, as torch deployments do,
+        and its fast kernels for bfloat16, int8 and int4 weights compute.
+      without: what to leave out, to see what it brings: "kernels" (int4 ones), "forms" (of computing experts), "pinned"
+        (host memory).
+
+    Attributes: `notes`: what a reader of its figures must know; shown once on standard error.
+
+    Raises UserError where torch is not installed and where the options cannot be met.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Any = None,
+        mode: str | System = "hybrid",
+        *,
+        device: str = "auto",
+        precision: str = "float32",
+        without: Sequence[str] = (),
+        **options: Any,
+    ):
+        torch = require_torch()
+        for what, value, known in (("precision", precision, PRECISIONS), *(("without", w, ABLATIONS) for w in without)):
+            if value not in known:
+                raise UserError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
+        unknown = set(options) - OPTIONS
+        if unknown:
+            known = ", ".join(sorted(OPTIONS))
+            raise UserError(f"the PyTorch engine has no option {sorted(unknown)[0]!r} (it has {known})")
+        system = MODES.get(mode, mode) if isinstance(mode, str) else mode
+        paced = device.startswith("paced")
+        self.options = EngineConfig(system=system, device=device if paced else "auto", **options)  # pyright: ignore
+        self._device = torch.device("cpu" if paced else torch_device(torch, device))
+        self.precision, self._torch = precision, torch
+        from hybrimoe_jax.baselines.torch_assembly import assemble, system_of
+        from hybrimoe_jax.checkpoint.reader import open_checkpoint
+        from hybrimoe_jax.engine.load import bundled_model
+        from hybrimoe_jax.text import eos_ids
+
+        system_of(self.options)
+        if checkpoint is None or isinstance(checkpoint, (str, Path)):
+            checkpoint = open_checkpoint(checkpoint or bundled_model())
+        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
+        self.eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
+        self.format, self.max_context = checkpoint.format, context_limit(self.options, self.config)
+        self.threads = self.options.threads or available_cores()
+        torch.set_num_threads(self.threads)
+        self._parts = assemble(checkpoint, self.options, self._device, precision, self.max_context, frozenset(without))
+        self.notes = self._parts.notes
+        self.stats: RunStats | None = None
+        self._closed = False
+        for note in self.notes:
+            if note not in _said:
+                _said.add(note)
+                print(f"PyTorch baseline: {note}", file=sys.stderr)
+
+    @property
+    def planner(self):
+        """The Planner."""
+        return self._parts.forward.planner
+
+    @property
+    def costs(self):
+        """What the planner works with: measured at load, or a profile's."""
+        return self._parts.costs
+
+    @property
+    def experts(self):
+        """What computes experts: `forms` by load, and what was `measured` of each."""
+        return self._parts.experts
+
+    def generate(self, prompts: Sequence[Any] | str, *, max_new_tokens: int = 64, **sampling: Any) -> Generation:
+        """New tokens for each prompt, token ids or text. Sampling as of `Engine.generate`."""
+        rows = self._encoded(prompts)
+        tokens: list[list[int]] = [[] for _ in rows]
+        reasons = ["length"] * len(rows)
+        run = self.steps(rows, max_new_tokens=max_new_tokens, **sampling)
+        while True:
+            try:
+                emitted = next(run)
+            except StopIteration as end:
+                return Generation(tokens, reasons, end.value)
+            for row, token in emitted.tokens:
+                tokens[row].append(token)
+                reasons[row] = emitted.finished.get(row, reasons[row])
+
+    def steps(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any
+    ) -> Generator[Emitted, int | Sequence[int] | None, RunStats]:
+        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
+        chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        prompts = [list(map(int, prompt)) for prompt in prompts]
+        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
+        self._check_open()
+        return self._run(prompts, max_new_tokens, chosen)
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits of every position: [T] token ids -> float32 [T, V]."""
+        ids = np.asarray(ids, np.int64).ravel().tolist()
+        check_prompts([ids], 0, self.config.vocab_size, self.max_context)
+        self._check_open()
+        capacity = capacity_for([ids], 0, self.max_context)
+        stats, caches, out = self._start(1, capacity), self._init_cache(1, capacity), []
+        for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
+            logits, caches, record = self._forward(StepInput(chunk, positions, capacity, "prefill", None), caches)
+            stats.steps.append(record)
+            out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
+        self._finish(stats)
+        return np.concatenate(out)
+
+    def close(self) -> None:
+        """Ends its threads; it cannot be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._parts.close()
+
+    def __enter__(self) -> TorchOffload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _encoded(self, prompts: Any) -> list[list[int]]:
+        rows = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self.tokenizer is None and any(isinstance(row, str) for row in rows):
+            raise UserError("this checkpoint has no tokenizer: give the prompt as token ids")
+        return [self.tokenizer.encode(row) if isinstance(row, str) else row for row in rows]  # pyright: ignore
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("the PyTorch engine is closed: its threads have ended; make another")
+
+    def _run(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling):
+        stats = self._start(len(prompts), capacity_for(prompts, max_new_tokens, self.max_context))
+        inner = generate_steps(
+            self._forward,
+            self._init_cache,
+            prompts,
+            new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=self.eos,
+            chunk=self.options.prefill_chunk,
+            max_context=self.max_context,
+        )
+        stopped = None
+        try:
+            while True:
+                emitted = inner.send(stopped)
+                stats.steps.append(emitted.stats)
+                stats.new_tokens += len(emitted.tokens)
+                stopped = yield emitted
+        except StopIteration:
+            pass
+        finally:
+            self._finish(stats)
+        return stats
+
+    def _forward(self, step: StepInput, caches: list):
+        return self._parts.forward.forward(step, caches)
+
+    def _init_cache(self, batch: int, capacity: int) -> list:
+        return self._parts.model.init_cache(batch, capacity)
+
+    def _start(self, batch: int, capacity: int) -> RunStats:
+        parts, options, paced = self._parts, self.options, self.options.paced
+        self._torch.set_num_threads(self.threads)
+        parts.overshoot(reset=True)
+        counters, accuracy = self.planner.counters, self.planner.accuracy
+        self._before = dataclasses.replace(counters), list(zip(accuracy.predicted, accuracy.came_true))
+        experts = self.config.num_experts * len(parts.slots)
+        footprint = dataclasses.replace(parts.footprint, kv=parts.model.cache_bytes(batch, capacity))
+        return RunStats(
+            system=parts.system.name,
+            executor="torch",
+            cache_ratio=sum(parts.slots) / experts,
+            clock=options.clock,
+            cost_shape=options.cost_shape,
+            device=self._device.type if paced is None else "paced",
+            profile=None if paced is None else paced.profile,
+            slowdown=None if paced is None else paced.slowdown,
+            host_kernel={"name": f"torch {self._torch.__version__}", **parts.experts.describe()},
+            device_kernel=f"torch {self._torch.__version__}",
+            cores={"total": self.threads, "device": self.threads, "host": self.threads},
+            costs=parts.costs.describe(),
+            slots=list(parts.slots),
+            expert_format=self.format if self._parts.experts.kind.int4 else self.precision,
+            peak_device_bytes=footprint.total,
+            host_bytes=parts.host_bytes,
+        )
+
+    def _finish(self, stats: RunStats) -> None:
+        stats.overshoot = self._parts.overshoot()
+        before, tried = self._before
+        after, accuracy = self.planner.counters, self.planner.accuracy
+        names = [field.name for field in dataclasses.fields(PrefetchStats) if field.name != "accuracy"]
+        counted = {n: getattr(after, f"prefetch_{n}") - getattr(before, f"prefetch_{n}") for n in names}
+        shares = {
+            str(distance): (hits - hits_before) / (tries - tries_before)
+            for distance, ((tries_before, hits_before), tries, hits) in enumerate(
+                zip(tried, accuracy.predicted, accuracy.came_true)
+            )
+            if distance and tries > tries_before
+        }
+        stats.prefetch = PrefetchStats(**counted, accuracy=shares)
+        if self._device.type == "cuda":
+            stats.peak_device_bytes = self._torch.cuda.max_memory_allocated()
+        self.stats = stats
+
+
+OPTIONS = {
+    *("cache_ratio", "vram_budget", "cache", "scheduler", "predictor", "prefetch", "lookahead", "cache_scope"),
+    *("threads", "max_context", "max_batch", "prefill_chunk", "seed", "profile", "clock", "cost_shape"),
+    *("verify", "debug", "stream_prefill"),
+}
+"""Those of `EngineConfig` that this engine has."""
+
+
+def torch_device(torch: Any, device: str) -> str:
+    """What torch calls it; UserError for one that is not there."""
+    if device not in DEVICES:
+        raise UserError(f'device {device!r} is unknown; say {", ".join(DEVICES)} or "paced:PROFILE[:SLOWDOWN]"')
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise UserError("device cuda: torch finds no GPU; say cpu, or paced:PROFILE")
+    return "cuda" if there and device != "cpu" else "cpu"

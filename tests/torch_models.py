@@ -1,0 +1,48 @@
+"""The tiny models of `tiny` as the PyTorch engine takes them: something with a checkpoint's methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tiny
+
+from hybrimoe_jax.checkpoint.expert_store import ExpertStore
+
+
+@dataclasses.dataclass
+class TinyCheckpoint:
+    """What `TorchOffload` asks of a `Checkpoint`."""
+
+    config: Any
+    weights: dict
+    arrays: list
+    format: str = "f32"
+    tokenizer: Any = None
+
+    @classmethod
+    def of(cls, family: str, format: str = "f32") -> TinyCheckpoint:
+        return cls(*tiny.weights(family), format)
+
+    @property
+    def generation_config(self) -> dict:
+        return {}
+
+    def frequencies(self) -> None:
+        return None
+
+    def dense(self, verify: bool = False) -> dict:
+        return self.weights
+
+    def experts(self, lazy: bool, verify: bool, keep: bool) -> ExpertStore:
+        return ExpertStore.from_arrays(self.arrays, format=None if self.format == "f32" else self.format)
+
+
+def offload(family: str, *, format: str = "f32", **options):
+    """A `TorchOffload` of a tiny model with the invented machine's costs, as `tiny.engine`."""
+    from hybrimoe_jax.baselines.torch_offload import TorchOffload
+
+    checkpoint = TinyCheckpoint.of(family, format)
+    if not options.get("device", "").startswith("paced"):
+        options = {"profile": tiny.costs(checkpoint.config, format=format), **options}
+    return TorchOffload(checkpoint, threads=1, prefill_chunk=16, **options)
