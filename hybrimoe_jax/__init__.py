@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hybrimoe_jax.baselines.torch_offload import TorchOffload
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.engine import Engine
     from hybrimoe_jax.engine.generation import Generation
@@ -26,12 +27,14 @@ _PUBLIC = {
     "Generation": "hybrimoe_jax.engine.generation",
     "stream_generate": "hybrimoe_jax.engine.streaming",
     "StreamChunk": "hybrimoe_jax.engine.streaming",
+    "TorchOffload": "hybrimoe_jax.baselines.torch_offload",
 }
 __all__ = [
     "Engine",
     "EngineConfig",
     "Generation",
     "StreamChunk",
+    "TorchOffload",
     "UserError",
     "bundled_model",
     "load",
