@@ -20,7 +20,7 @@ from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.threads import available_cores
-from hybrimoe_jax.engine.request import check_prompts, context_limit
+from hybrimoe_jax.engine.request import Prompts, check_prompts, context_limit, prompt_ids
 from hybrimoe_jax.engine.sampling import Sampling
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
 from hybrimoe_jax.errors import UserError
@@ -129,9 +129,9 @@ class TorchOffload:
         """What computes experts: `forms` by load, and what was `measured` of each."""
         return self._parts.experts
 
-    def generate(self, prompts: Sequence[Any] | str, *, max_new_tokens: int = 64, **sampling: Any) -> Generation:
-        """New tokens for each prompt, token ids or text. Sampling as of `Engine.generate`."""
-        rows = self._encoded(prompts)
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, **sampling: Any) -> Generation:
+        """New tokens for each prompt. Prompts and sampling as of `Engine.generate`."""
+        rows = prompt_ids(prompts, self.tokenizer)
         tokens: list[list[int]] = [[] for _ in rows]
         reasons = ["length"] * len(rows)
         run = self.steps(rows, max_new_tokens=max_new_tokens, **sampling)
@@ -139,22 +139,22 @@ class TorchOffload:
             try:
                 emitted = next(run)
             except StopIteration as end:
-                return Generation(tokens, reasons, end.value)
+                return Generation(tokens, reasons, end.value, self.tokenizer)
             for row, token in emitted.tokens:
                 tokens[row].append(token)
                 reasons[row] = emitted.finished.get(row, reasons[row])
 
     def steps(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any
+        self, prompts: Prompts, *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any
     ) -> Generator[Emitted, int | Sequence[int] | None, RunStats]:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
         chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        prompts = [list(map(int, prompt)) for prompt in prompts]
-        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
+        rows = prompt_ids(prompts, self.tokenizer)
+        check_prompts(rows, max_new_tokens, self.config.vocab_size, self.max_context)
         self._check_open()
-        return self._run(prompts, max_new_tokens, chosen)
+        return self._run(rows, max_new_tokens, chosen)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Logits of every position: [T] token ids -> float32 [T, V]."""
@@ -181,12 +181,6 @@ class TorchOffload:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _encoded(self, prompts: Any) -> list[list[int]]:
-        rows = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.tokenizer is None and any(isinstance(row, str) for row in rows):
-            raise UserError("this checkpoint has no tokenizer: give the prompt as token ids")
-        return [self.tokenizer.encode(row) if isinstance(row, str) else row for row in rows]  # pyright: ignore
 
     def _check_open(self) -> None:
         if self._closed:
