@@ -57,7 +57,7 @@ def few() -> list[Cell]:
     """At least one cell of every system, model, ratio, kernel, batch and format.
 
     The callback executor takes longer: two models, one format, and what another cell's reference serves as well.
-    Stacked slots: every system, on one model.
+    Stacked slots: a system for each way that experts come and go, on one model.
     """
     overlapped = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "overlapped" and cell.model != BUNDLED]
     chosen = _round(overlapped, values)
@@ -65,10 +65,11 @@ def few() -> list[Cell]:
     callback = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "callback" and cell.system == "hybrimoe"]
     callback = [cell for cell in callback if (cell.model, cell.batch, cell.format) in answered]
     first, _, last = tiny.CONFIGS
-    chosen += _round([c for c in callback if (c.model, c.batch, c.format) == (first, "ragged", "f32")], values)
+    for model, batch, format in ((first, "ragged", "f32"), (last, "one", "f32")):
+        chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (model, batch, format, 0.5)))
     chosen.append(next(c for c in callback if c.model == first and c.format == FORMATS[-1]))
-    chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (last, "one", "f32", 0.5)))
     stacked = [cell for cell in MATRIX if cell.executor == "stacked" and cell.model == first and cell.ratio]
+    stacked = [cell for cell in stacked if cell.system in ("hybrimoe", "adapmoe", "on-demand", "freetoken")]
     chosen += _round(stacked, values)
     stacked = [cell for cell in QUANTISED if cell.executor == "stacked" and cell.model == last]
     chosen.append(

@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return checkpoint, place / "text.txt"
 
 
+@pytest.mark.slow
 def test_a_table_and_one_json_line(folder, capsys):
     checkpoint, text = folder
     options = ["--model", str(checkpoint), "--text", str(text), "--calibrate", str(text)]

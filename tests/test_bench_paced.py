@@ -51,6 +51,7 @@ def test_bad_input_is_refused(flags, said):
         main(["paced", *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
 def test_the_command_prints_a_table_and_a_line():
     flags = ["--machines", "a6000-engineered:2", "--systems", "ktransformers,on-demand", "--rounds", "1", "--new", "3"]

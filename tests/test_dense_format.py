@@ -69,7 +69,7 @@ def test_what_latent_attention_multiplies_from_both_sides_takes_no_rounded_activ
 @pytest.mark.parametrize(
     ("family", "fmt", "dense_format"),
     few(
-        [("deepseek_v2", "int4-g32", "int4z-g64")],
+        [("qwen2_moe", "int4-g32", "int4z-g64")],
         [
             ("qwen2_moe", None, "int8-g32"),
             ("mixtral", None, "int8-g32"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from exactness_cells import Cell
 from exactness_samples import check, missing
+from grids import few
 
 from hybrimoe_jax.host_kernels.native import pace
 
@@ -49,7 +50,9 @@ def counted(tmp_path, systems: list[str], runs: int, copies_wait: bool, slots: s
     return found
 
 
-@pytest.mark.parametrize(("copies_wait", "systems"), [(False, TIMELESS), (True, ["on-demand"])])
+@pytest.mark.parametrize(
+    ("copies_wait", "systems"), few([(True, ["on-demand"])], [(True, ["on-demand"]), (False, TIMELESS)])
+)
 def test_where_time_decides_nothing_all_counts_are_the_virtual_clock_s(tmp_path, copies_wait, systems):
     for system, seen in counted(tmp_path, systems, 1, copies_wait).items():
         assert seen["paced"] == [seen["virtual"]], system

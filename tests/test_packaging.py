@@ -147,6 +147,7 @@ def compiled(folder: Path, **variables: str) -> tuple[set[str], str]:
     return {Path(line).name for line in log.read_text().splitlines()} if log.exists() else set(), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_only_what_has_changed_is_compiled_again(sources):
     pytest.importorskip("setuptools")

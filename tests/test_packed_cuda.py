@@ -161,6 +161,7 @@ def test_out_of_a_stack_both_forms_give_the_same(emulated):
     assert [name for _, name in emulated.launched] == ["silu_gate_up", "add_down"] * 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_an_engine_says_the_same_with_it(emulated, monkeypatch):
     """Inside jit the emulation is called back; the engine is told that there is a GPU that takes the kernels."""

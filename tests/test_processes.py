@@ -106,6 +106,7 @@ def wide_checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be taken away on this system")
 def test_one_core_is_enough_for_every_executor(wide_checkpoint):
     answers = [run("one-core", executor, str(wide_checkpoint), timeout=120) for executor in ("overlapped", "callback")]

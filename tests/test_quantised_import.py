@@ -273,6 +273,7 @@ def test_the_plain_folder_of_the_same_values_reads_the_same(tmp_path):
             np.testing.assert_array_equal(a.dense[name].read(), b.dense[name].read())
 
 
+@pytest.mark.slow
 def test_the_engine_answers_as_with_the_values_in_float32(tmp_path):
     """The whole way: convert, packed experts on both sides, logits; against the same numbers unquantised."""
     values, _ = write(tmp_path / "hf", "gptq", make=coded(group=64))

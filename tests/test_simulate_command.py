@@ -225,11 +225,11 @@ def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
 
 
 def test_without_matplotlib_plots_say_what_to_install(trace, monkeypatch):
+    from hybrimoe_jax import figures
     from hybrimoe_jax.errors import UserError
-    from hybrimoe_jax.machine import plots
 
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="install the extra"):
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="or the extra"):
         simulate.main(["--trace", trace, "--plots", "p"])
 
 

@@ -15,6 +15,7 @@ import tiny
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.lanes import stacked
+from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.steps import layered, overlapped
 from hybrimoe_jax.models import products
 
@@ -41,6 +42,7 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch):
     monkeypatch.setattr(products, "native_here", lambda: False)
+    monkeypatch.setattr(Link, "lends_arrays", False)
     counter = Counter()
     for owner, name in ((programs, "dense_rows"), (programs, "gathered_rows"), *((stacked, name) for name in EXPERTS)):
         monkeypatch.setattr(owner, name, counter.counted(name, getattr(owner, name)))
