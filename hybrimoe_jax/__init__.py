@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrimoe_jax.baselines.torch_offload import TorchOffload
+    from hybrimoe_jax.decide.systems import system
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.engine import Engine
     from hybrimoe_jax.engine.generation import Generation
@@ -25,6 +26,7 @@ _PUBLIC = {
     "bundled_model": "hybrimoe_jax.engine.load",
     "Engine": "hybrimoe_jax.engine.engine",
     "Generation": "hybrimoe_jax.engine.generation",
+    "system": "hybrimoe_jax.decide.systems",
     "stream_generate": "hybrimoe_jax.engine.streaming",
     "StreamChunk": "hybrimoe_jax.engine.streaming",
     "TorchOffload": "hybrimoe_jax.baselines.torch_offload",
@@ -39,6 +41,7 @@ __all__ = [
     "bundled_model",
     "load",
     "stream_generate",
+    "system",
 ]
 __version__ = "0.1.0"
 

@@ -166,7 +166,6 @@ def test_echo_beats_the_known_policies_on_real_routing(task):
     bench.routing.cache_clear()
     misses = {}
     for name in ("lru", "lfu:decay=0.99", "mrs:alpha=0.05", "echo"):
-        policy, parameters = bench.parse_policy(name)
-        policies = policy.for_layers(64, [16] * 6, 6, **parameters)
+        policies = bench.build_policies(name, 64, [16] * 6, 6)
         misses[name] = bench.replay(policies, trace.visits(), [bench.cache_of(policies, 16)])[0].misses
     assert misses["echo"] < 0.97 * min(count for name, count in misses.items() if name != "echo")

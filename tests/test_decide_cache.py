@@ -13,8 +13,8 @@ from hybrimoe_jax.decide.cache import (
     SLRU,
     Echo,
     Static,
-    parse_policy,
     policy_class,
+    policy_rule,
 )
 from hybrimoe_jax.errors import UserError
 
@@ -162,9 +162,14 @@ def test_mrs_ties_go_to_the_least_recently_used():
 
 
 def test_parameters_are_written_behind_the_name():
-    assert parse_policy("mrs:alpha=0.3,p=6") == (MRS, {"alpha": 0.3, "p": 6})
-    assert parse_policy("lru") == (LRU, {})
-    assert parse_policy("echo:window=64") == (Echo, {"window": 64})
+    known = {
+        "mrs:alpha=0.3,p=6": (MRS, {"alpha": 0.3, "p": 6}),
+        "lru": (LRU, {}),
+        "echo:window=64": (Echo, {"window": 64}),
+    }
+    for name, made in known.items():
+        rule = policy_rule(name)
+        assert (rule, rule.made_by, rule.parameters) == (name, *made)
 
 
 def test_static_never_evicts():

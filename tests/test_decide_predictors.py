@@ -303,7 +303,9 @@ def test_on_real_routing_co_activation_foresees_half_of_the_experts_three_layers
 
 
 def test_names_are_checked_before_anything_runs(recording, tmp_path):
-    with pytest.raises(UserError, match=r"predictor 'oracle' is unknown \(known: router-reuse, .*recorded:TRACE\)"):
+    with pytest.raises(
+        UserError, match=r"predictor 'oracle' is unknown \(known: router-reuse, .*recorded:TRACE; or a class"
+    ):
         get_system("hybrimoe").override(predictor="oracle")
     with pytest.raises(UserError, match="'perfect' knows the future"):
         EngineConfig(predictor="perfect")

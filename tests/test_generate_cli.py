@@ -271,7 +271,10 @@ def one_line(done) -> bool:
         ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b:"), "'' is unknown"),
         ((*VIRTUAL, "--cost-shape", "olmoe-1b-7b", "--vram-budget", "1GiB"), "give cache_ratio"),
         (("--prompt", "x", "--cost-shape", "olmoe-1b-7b"), "cost_shape needs the virtual clock"),
-        (("--prompt", "x", "--predictor", "nope"), "previous, recorded:TRACE)"),
+        (
+            ("--prompt", "x", "--predictor", "nope"),
+            "previous, recorded:TRACE; or a class of yours as package.module:Class)",
+        ),
         (("--prompt", "x", "--predictor", "recorded:/nowhere/t.npz"), "no such file"),
         (("--prompt", "x", "--profile", __file__), "not a profile"),
         (("--prompt", "x", "--temperature", "-1"), "temperature -1"),

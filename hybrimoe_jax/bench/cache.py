@@ -12,12 +12,13 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax.decide.cache import Belady, CachePolicy, Static, parse_policy
+from hybrimoe_jax.decide.cache import Belady, CachePolicy, Static, build_policies, policy_rule
 from hybrimoe_jax.decide.plan import Counters
+from hybrimoe_jax.decide.registry import Rule
 from hybrimoe_jax.decide.residency.inflight import InflightTransfers
 from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.errors import UserError
@@ -89,12 +90,12 @@ def replay(policies: Sequence[CachePolicy], visits: Iterable[Visit], caches: Seq
 class Options:
     """What is measured.
 
-    policies: names for `cache.parse_policy`, and "belady". part: which sequences. layers: the first so many; None for
+    policies: as for `cache.policy_rule`, and "belady". part: which sequences. layers: the first so many; None for
     all.
     """
 
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)
-    policies: tuple[str, ...] = tuple(DEFAULT)
+    policies: tuple[Any, ...] = tuple(DEFAULT)
     part: str = "all"
     layers: int | None = None
     pooled: bool = False
@@ -157,14 +158,14 @@ def routing(path: str, part: str, layers: int | None) -> Routing:
     return Routing(path, part, layers)
 
 
-def parsed(spec: str) -> tuple[type, dict]:
-    """(policy, its parameters)."""
-    return (Belady, {}) if spec == "belady" else parse_policy(spec)
+def rule_of(spec: Any) -> Rule:
+    """The policy that `spec` names."""
+    return Rule(Belady, {}, "belady") if spec == "belady" else policy_rule(spec)
 
 
-def hindrance(path: str, spec: str, options: Options) -> str | None:
+def hindrance(path: str, spec: Any, options: Options) -> str | None:
     """Why a policy cannot be measured on a trace; None where it can."""
-    policy, _ = parsed(spec)
+    policy = rule_of(spec).made_by
     if options.pooled and not policy.comparable:
         return "its layers cannot share slots (--pooled)"
     fold = routing(path, options.part, options.layers).fold
@@ -173,7 +174,7 @@ def hindrance(path: str, spec: str, options: Options) -> str | None:
     return None
 
 
-def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
+def measure(path: str, spec: Any, options: Options) -> dict[float, tuple[Outcome, Outcome]] | None:
     """One policy on one trace: for each ratio the outcome with every miss kept, and with bypass.
 
     None where it cannot be measured.
@@ -182,14 +183,15 @@ def measure(path: str, spec: str, options: Options) -> dict[float, tuple[Outcome
         return None
     trace = routing(path, options.part, options.layers)
     num_layers = trace.ids.shape[1]
-    policy, parameters = parsed(spec)
+    rule = rule_of(spec)
+    policy = rule.made_by
     slots = {ratio: slots_for(ratio, trace.num_experts, trace.top_k) for ratio in options.ratios}
     cells = [(ratio, bypass) for ratio in options.ratios for bypass in (False, True)]
 
     def run(cells: Sequence[tuple[float, bool]], keep: np.ndarray | None = None, **known) -> list[Outcome]:
         """All cells by the same policies."""
         most = max(slots[ratio] for ratio, _ in cells)
-        policies = policy.for_layers(trace.num_experts, [most] * num_layers, trace.top_k, **parameters, **known)
+        policies = build_policies(rule, trace.num_experts, [most] * num_layers, trace.top_k, **known)
         caches = [cache_of(policies, slots[ratio], bypass=bypass, pooled=options.pooled) for ratio, bypass in cells]
         return replay(policies, trace.visits(keep), caches)
 
@@ -216,8 +218,8 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
     A policy's key is its name as given, without the parameters where that leaves no two
     alike; those are then under "parameters".
     """
-    for spec in options.policies:  # refused before anything runs
-        parsed(spec)
+    # what is none is refused before anything runs
+    options = dataclasses.replace(options, policies=tuple(map(rule_of, options.policies)))
     for path in paths:
         hindrances = {spec: hindrance(path, spec, options) for spec in options.policies}
         if all(hindrances.values()):
@@ -237,22 +239,21 @@ def run(paths: Sequence[str], options: Options, jobs: int = 1, progress=lambda i
     return record
 
 
-def _row(ratio: float, outcomes: dict[str, dict]) -> dict[str, dict]:
-    names = [spec.partition(":")[0] for spec in outcomes]
-    mrs = next((found[ratio][0] for spec, found in outcomes.items() if spec.partition(":")[0] == "mrs"), None)
-    best = outcomes["belady"][ratio][0] if "belady" in outcomes else None
+def _row(ratio: float, outcomes: dict[Rule, dict]) -> dict[str, dict]:
+    labels = [rule.label for rule in outcomes]
+    mrs = next((found[ratio][0] for rule, found in outcomes.items() if rule.label == "mrs"), None)
+    best = next((found[ratio][0] for rule, found in outcomes.items() if rule == "belady"), None)
     gap = mrs.misses - best.misses if mrs and best else 0
     row = {}
-    for spec, found in outcomes.items():
+    for rule, found in outcomes.items():
         kept, bypass = found[ratio]
-        name, _, parameters = spec.partition(":")
-        short = names.count(name) == 1 and "=" in parameters
-        row[name if short else spec] = {
+        short = labels.count(rule.label) == 1 and rule.said
+        row[rule.label if short else str(rule)] = {
             "hits": kept.hits,
             "misses": kept.misses,
             "gap_closed": round((mrs.misses - kept.misses) / gap, 4) if mrs and gap > 0 else None,
             "bypass": {"hits": bypass.hits, "misses": bypass.misses, "bypassed": bypass.bypassed},
-            **({"parameters": parameters} if short else {}),
+            **({"parameters": rule.said} if short else {}),
         }
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hybrimoe_jax.decide.cache import CachePolicy, parse_policy
+from hybrimoe_jax.decide.cache import CachePolicy, build_policies
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.prefetch.prediction import Predictor
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
@@ -53,17 +53,16 @@ def resolve_system(
     recording: Any = None,
 ) -> Resolved:
     """Args as of `Planner`. UserError for an unknown name and for what does not fit the model."""
-    system = get_system(system) if isinstance(system, str) else system
+    system = get_system(system)
     slots = [slots_per_layer] * num_layers if isinstance(slots_per_layer, int) else list(slots_per_layer)
     if len(slots) != num_layers:
         raise UserError(f"planner: slots for {len(slots)} layers, but the model has {num_layers} MoE layers")
     if frequencies is not None and len(frequencies) != num_layers:
         raise UserError(f"planner: frequencies of {len(frequencies)} layers, but the model has {num_layers} MoE layers")
     if policies is None:
-        policy, parameters = parse_policy(system.cache)
         pooled = system.scope == "pooled"
         capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots
-        policies = policy.for_layers(num_experts, capacities, top_k, frequencies=frequencies, **parameters)
+        policies = build_policies(system.cache, num_experts, capacities, top_k, frequencies=frequencies)
     scheduler = with_shared_cores(get_scheduler(system.scheduler), costs)
     model = (num_layers, num_experts, top_k)
     predictor = build_predictor(system.predictor, *model, system.max_distance, recording)

@@ -23,13 +23,15 @@ Each part can be replaced: `get_system("hybrimoe").override(cache="lru")`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from hybrimoe_jax.decide.cache import policy_class
-from hybrimoe_jax.decide.prefetch.predictors import RECORDED, check_predictor
-from hybrimoe_jax.decide.schedule import get_scheduler
+from hybrimoe_jax.decide.cache import policy_rule
+from hybrimoe_jax.decide.prefetch.predictors import RECORDED, predictor_rule
+from hybrimoe_jax.decide.registry import Rule
+from hybrimoe_jax.decide.schedule import RULES, get_scheduler
 from hybrimoe_jax.errors import UserError
 
 PREFETCH_MODES = ("none", "next-layer", "impact")
@@ -47,13 +49,22 @@ def check_lookahead(lookahead: int | str | None) -> None:
         raise UserError(f"lookahead {lookahead} is outside 0..{MOST_LOOKAHEAD}")
 
 
+RULE_PARTS: dict[str, Callable[[Any], Rule]] = {
+    "cache": policy_rule,
+    "scheduler": RULES.resolve,
+    "predictor": predictor_rule,
+}
+"""What makes a `Rule` of a part that is one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
     """What a system decides by. UserError for an unknown part.
 
     Attributes:
       name: what it is called; overrides keep it.
-      cache, scheduler: a name for `cache.parse_policy`, one in `schedule.SCHEDULERS`.
+      cache, scheduler, predictor: given as a name, a class or what a class gives (see `registry`); kept as a `Rule`,
+        which is a name that knows its class. A predictor may also be "recorded:TRACE".
       prefetch: "none"; "next-layer": the next layer's predicted misses by score; "impact": by simulated gain, see
         `prefetch`.
       lookahead: layers ahead that are predicted (0 without prefetch, 1 for next-layer); "adaptive": as few as hide a
@@ -64,26 +75,25 @@ class System:
         larger than the candidate's once the predicted step has come, those whose "value" is larger already now (strict:
         where every miss is fetched, all residents are hotter than all candidates, and next to nothing is prefetched),
         or "none".
-      predictor: a name in `predictors.PREDICTORS`, or "recorded:TRACE".
       scope: "layer": each layer has slots of its own; "pooled": all layers share them, see `pool`.
       stream_prefill: chunks of prompts run on the device, whole layers being streamed through two buffers, see
         `layer_stream`; the scheduler and the prefetcher then decide in decoding only.
     """
 
     name: str
-    cache: str
-    scheduler: str
+    cache: Any
+    scheduler: Any
     prefetch: Literal["none", "next-layer", "impact"] = "none"
     lookahead: int | Literal["adaptive"] = 0
     placement: Literal["uniform", "popular", "whole-layers", "none"] = "uniform"
     guard: Literal["value", "expected", "none"] = "expected"
-    predictor: str = "router-reuse"
+    predictor: Any = "router-reuse"
     scope: Literal["layer", "pooled"] = "layer"
     stream_prefill: bool = False
 
     def __post_init__(self) -> None:
-        policy_class(self.cache)
-        get_scheduler(self.scheduler)
+        for part, resolve in RULE_PARTS.items():
+            object.__setattr__(self, part, resolve(getattr(self, part)))
         for what, value, known in (
             ("prefetch", self.prefetch, PREFETCH_MODES),
             ("guard", self.guard, GUARDS),
@@ -91,7 +101,6 @@ class System:
         ):
             if value not in known:
                 raise UserError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
-        check_predictor(self.predictor)
         number = isinstance(self.lookahead, int) and self.lookahead >= 0
         if not number and self.lookahead != "adaptive":
             raise UserError(f'lookahead {self.lookahead!r} must be "adaptive" or a number of layers, at least 0')
@@ -108,7 +117,7 @@ class System:
     @property
     def recording(self) -> str | None:
         """The trace that the predictor is counted on, if it is `recorded:TRACE`."""
-        name = self.predictor
+        name: Rule = self.predictor
         return name.removeprefix(RECORDED) if name.startswith(RECORDED) else None
 
     @property
@@ -168,12 +177,12 @@ class System:
     def override(
         self,
         *,
-        cache: str | None = None,
-        scheduler: str | None = None,
+        cache: Any = None,
+        scheduler: Any = None,
         prefetch: str | None = None,
         lookahead: int | str | None = None,
         guard: str | None = None,
-        predictor: str | None = None,
+        predictor: Any = None,
         scope: str | None = None,
         stream_prefill: bool | None = None,
     ) -> System:
@@ -212,8 +221,28 @@ SYSTEMS: dict[str, System] = {
 """The systems by name."""
 
 
-def get_system(name: str) -> System:
-    """The system called `name`; UserError listing the names."""
+def get_system(name: str | System) -> System:
+    """The system called `name`, or the one that is given; UserError listing the names."""
+    if isinstance(name, System):
+        return name
     if name not in SYSTEMS:
         raise UserError(f"system {name!r} is unknown (known: {', '.join(SYSTEMS)})")
     return SYSTEMS[name]
+
+
+def system(name: str, base: str | System = "hybrimoe", **parts: Any) -> System:
+    """A system of one's own, for wherever a system's name is taken.
+
+    Args:
+      name: what it is called in results; none of `SYSTEMS`.
+      base: the system whose parts it has where `parts` replace none, see `System.override`.
+
+    As in `system("mine", cache=Mine(decay=0.9), scheduler="mine:Half")`.
+    """
+    if name in SYSTEMS:
+        raise UserError(f"system {name!r} is there already; call yours by another name")
+    unknown = parts.keys() - inspect.signature(System.override).parameters.keys()
+    if unknown:
+        known = ", ".join(list(inspect.signature(System.override).parameters)[1:])
+        raise UserError(f"system {name!r}: {min(unknown)!r} is no part of a system (known: {known})")
+    return dataclasses.replace(get_system(base).override(**parts), name=name)

@@ -80,16 +80,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
     if options.executor == "dense":
         return _dense_parts(model, store, options, device, cores, max_context)
-    system = get_system(options.system).override(
-        cache=options.cache,
-        scheduler=options.scheduler,
-        prefetch=options.prefetch,
-        lookahead=options.lookahead,
-        predictor=options.predictor,
-        scope=options.cache_scope,
-        stream_prefill=options.stream_prefill,
-    )
-    made = _HybridAssembly(model, store, options, system, device, cores, max_context, frequencies)
+    made = _HybridAssembly(model, store, options, options.chosen_system, device, cores, max_context, frequencies)
     parts = exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
     rounded = options.precision == "bfloat16"
     return dataclasses.replace(parts, forward=RoundedForward(parts.forward)) if rounded else parts

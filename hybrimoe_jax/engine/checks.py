@@ -61,9 +61,9 @@ def check_options(options: EngineConfig, config, stored_format: str) -> None:
         raise packed_refusal(stored_format, options.host_kernel)
     get_kernel(options.host_kernel)
     given_costs(options, config, on_device)
-    recording = (options.predictor or "").partition(RECORDED)[2]
+    recording = options.chosen_system.recording
     if recording and not os.path.exists(recording):
-        raise UserError(f"predictor {options.predictor}: there is no such file")
+        raise UserError(f"predictor {RECORDED}{recording}: there is no such file")
 
 
 def check_precision(options: EngineConfig) -> None:

@@ -9,8 +9,8 @@ import dataclasses
 import re
 from typing import Any
 
-from hybrimoe_jax.decide.prefetch.predictors import check_predictor
-from hybrimoe_jax.decide.systems import PREFETCH_MODES, check_lookahead, get_system
+from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, System, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.paced import PacedDevice, check_device, parse_device
 from hybrimoe_jax.machine.shapes import parse_cost_shape
@@ -40,7 +40,7 @@ class EngineConfig:
     """How the engine places, fetches and computes experts. None means: what the system or the machine suggests.
 
     Attributes:
-      system: a named bundle of policies (`hybrimoe_jax.decide.systems`).
+      system: a named bundle of policies (`hybrimoe_jax.decide.systems`), or one of yours (`hybrimoe_jax.system`).
       cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a
         budget is set.
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of
@@ -48,8 +48,9 @@ class EngineConfig:
         other use of jax.
       cache_scope: replaces the system's: "layer", each layer has slots of its own, or "pooled", all layers share them.
       cache, scheduler, prefetch, lookahead, predictor: replace one part of the system (`prefetch`: "impact",
-        "next-layer" or "none"; `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6; `predictor`:
-        a name in `decide.prefetch.predictors`, or "recorded:TRACE").
+        "next-layer" or "none"; `lookahead`: layers, or "adaptive": as few as hide a transfer, at most 6). Cache,
+        scheduler and predictor are names, classes, or classes with parameters (`decide.registry`); a predictor may
+        also be "recorded:TRACE".
       stream_prefill: whether chunks of prompts run on the device, whole layers streamed through two buffers that a
         vram_budget reserves;
         None: as the system has it (freetoken does).
@@ -90,15 +91,15 @@ class EngineConfig:
       debug: check on every step that each slot holds the expert it should (slow).
     """
 
-    system: str = "hybrimoe"
+    system: str | System = "hybrimoe"
     cache_ratio: float | None = None
     vram_budget: int | str | None = None
-    cache: str | None = None
+    cache: Any = None
     cache_scope: str | None = None
-    scheduler: str | None = None
+    scheduler: Any = None
     prefetch: str | None = None
     lookahead: int | str | None = None
-    predictor: str | None = None
+    predictor: Any = None
     stream_prefill: bool | None = None
     executor: str = "overlapped"
     host_kernel: str = "auto"
@@ -136,10 +137,21 @@ class EngineConfig:
             self._check_cost_shape(self.cost_shape)
         if self.prefetch is not None:
             _one_of("prefetch", self.prefetch, PREFETCH_MODES)
-        if self.predictor is not None:
-            check_predictor(self.predictor, live=True)
-        # unknown parts of a system are refused here too, before anything is loaded
-        get_system(self.system).override(
+        # unknown parts of a system are refused here, before anything is loaded
+        predictor_rule(get_system(self.system).predictor if self.predictor is None else self.predictor, live=True)
+        system = self.chosen_system
+        for part in ("cache", "scheduler", "predictor"):
+            if getattr(self, part) is not None:
+                object.__setattr__(self, part, getattr(system, part))
+        self._check_sizes()
+        if not self.start_cache:
+            raise UserError('start_cache is empty: give a folder, "default" or "off"')
+        check_lookahead(self.lookahead)
+
+    @property
+    def chosen_system(self) -> System:
+        """The system with its parts replaced."""
+        return get_system(self.system).override(
             cache=self.cache,
             scheduler=self.scheduler,
             prefetch=self.prefetch,
@@ -148,10 +160,6 @@ class EngineConfig:
             scope=self.cache_scope,
             stream_prefill=self.stream_prefill,
         )
-        self._check_sizes()
-        if not self.start_cache:
-            raise UserError('start_cache is empty: give a folder, "default" or "off"')
-        check_lookahead(self.lookahead)
 
     def __repr__(self) -> str:
         """What differs from the defaults."""

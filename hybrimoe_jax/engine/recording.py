@@ -33,7 +33,11 @@ class EngineTimeline:
 
     def __init__(self, engine):
         self._clock = engine.clock
-        about = {"clock": engine.clock.name, "system": engine.options.system, "executor": engine.options.executor}
+        about = {
+            "clock": engine.clock.name,
+            "system": engine.options.chosen_system.name,
+            "executor": engine.options.executor,
+        }
         if engine.costs is not None:
             about["costs"] = engine.costs.source
         if engine.options.paced is not None:
@@ -115,9 +119,9 @@ class EngineTrace:
         self.recorder = TraceRecorder(
             facts,
             clock=engine.clock.name,
-            system=engine.options.system,
+            system=engine.options.chosen_system.name,
             seed=engine.options.seed,
-            lookahead="router-input" if engine.options.predictor == "router-input" else "router-reuse",
+            lookahead="router-input" if engine.options.chosen_system.predictor == "router-input" else "router-reuse",
         )
         if planner is not None:
             self.recorder.about["run"] = run_record(planner, engine.options.profile)

@@ -37,9 +37,11 @@ BELADY = System("belady", "lru", "device-only")
 CLAIRVOYANTS = {system.name: system for system in (CLAIRVOYANT, BELADY)}
 
 
-def knows_the_future(name: str) -> System | None:
-    """The system called `name` if it is one of these two, whose cache policy, Belady's rule, needs the steps."""
-    return CLAIRVOYANTS.get(name)
+def knows_the_future(system: str | System) -> System | None:
+    """The system if it is one of these two, whose cache policy, Belady's rule, needs the steps."""
+    if isinstance(system, str):
+        return CLAIRVOYANTS.get(system)
+    return system if system in CLAIRVOYANTS.values() else None
 
 
 def clairvoyant_policies(

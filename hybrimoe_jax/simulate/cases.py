@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.systems import SYSTEMS, System, get_system
+from hybrimoe_jax.decide.systems import RULE_PARTS, SYSTEMS, System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
@@ -34,7 +34,8 @@ class Case:
       trace: a file that `open_trace` reads.
       profile: name or file.
       fmt: weight format of the experts.
-      system: its name; `parts` replace some of its parts (names in OVERRIDES).
+      system: its name, or one of yours; `parts` replace some of its parts (names in OVERRIDES).
+      system_name: what results call it.
       ratio: share of the experts that the device holds.
       start: "warm" (the most frequent experts of other sequences are loaded) or "cold".
       prompt: tokens of a prompt, one step each time; None for token by token.
@@ -51,7 +52,7 @@ class Case:
 
     trace: str
     profile: str
-    system: str
+    system: str | System
     ratio: float
     fmt: str = "int4"
     start: str = "warm"
@@ -65,6 +66,14 @@ class Case:
     sequences: int | None = None
     sequence_tokens: int | None = None
     others: int | None = None
+
+    def __post_init__(self) -> None:
+        resolved = [(part, RULE_PARTS[part](value) if part in RULE_PARTS else value) for part, value in self.parts]
+        object.__setattr__(self, "parts", tuple(resolved))
+
+    @property
+    def system_name(self) -> str:
+        return self.system if isinstance(self.system, str) else self.system.name
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,14 +110,17 @@ def system_of(case: Case, tokens: TokenSteps) -> System:
     known = knows_the_future(case.system)
     if known is not None:
         return known
-    if case.system not in SYSTEMS:
+    if isinstance(case.system, str) and case.system not in SYSTEMS:
         known = ", ".join([*SYSTEMS, *CLAIRVOYANTS])
         raise UserError(f"system {case.system!r} is unknown (known: {known})")
     system = get_system(case.system).override(**dict(case.parts))
-    asked = dict(case.parts).get("predictor")
-    if system.lookahead and asked is None and not tokens.has_lookahead:
-        return system.override(predictor="co-activation")
-    return system
+    return system.override(predictor="co-activation") if learns_instead(case, system, tokens) else system
+
+
+def learns_instead(case: Case, system: System, tokens: TokenSteps) -> bool:
+    """Whether the system's own predictor, which wants routers, finds none in the trace."""
+    asked = "predictor" in dict(case.parts)
+    return bool(system.lookahead) and not asked and not tokens.has_lookahead and system.predictor.made_by.needs_routers
 
 
 def shape_for(tokens: TokenSteps, case: Case) -> ModelShape:
@@ -157,7 +169,7 @@ def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
 
 
 def cases_of(
-    traces: Iterable[str], profile: str, systems: Iterable[str], ratios: Iterable[float], *, fmt: str = "int4",
+    traces: Iterable[str], profile: str, systems: Iterable[str | System], ratios: Iterable[float], *, fmt: str = "int4",
     starts: Iterable[str] = STARTS, lengths: Iterable[int] = (), **common: Any,
 ) -> list[Case]:  # fmt: skip
     """The whole grid: every trace, ratio, start and system.

@@ -15,14 +15,14 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.decide.cache import policy_class
+from hybrimoe_jax.decide.cache import MRS
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import clairvoyant_policies, knows_the_future, least_seconds
-from hybrimoe_jax.simulate.cases import Case, prepared, samples, trace_name
+from hybrimoe_jax.simulate.cases import Case, learns_instead, prepared, samples, trace_name
 from hybrimoe_jax.simulate.records import measures, versions
 from hybrimoe_jax.simulate.replay import Result, replay
 from hybrimoe_jax.simulate.synthetic import PREFIX
@@ -83,7 +83,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "model": costs.describe().get("model", facts.model_type),
         "profile": case.profile if not Path(case.profile).exists() else Path(case.profile).name,
         "format": case.fmt,
-        "system": case.system,
+        "system": case.system_name,
         "cache_ratio": case.ratio,
         "start": case.start,
         "rows": tokens.phase if case.prompt is None else f"prompt of {case.prompt} consecutive tokens",
@@ -112,11 +112,11 @@ def _notes(case: Case, system: System, tokens: TokenSteps, result: Result, buffe
     """What a reader of the figures must know."""
     counters, future = result.counters, knows_the_future(case.system)
     moved = counters.fetched + counters.layer_streamed + counters.prefetch_issued
-    learned = system.predictor == "co-activation" and not dict(case.parts).get("predictor")
+    learned = not future and learns_instead(case, get_system(case.system).override(**dict(case.parts)), tokens)
     flags = ", ".join(f"--{FLAGS.get(name, name)}" for name, _ in case.parts)
     size = f"{buffers / 2e6:.4g} MB each"
     said = {
-        "the trace has no full scores: MRS with p = k": not tokens.has_scores and system.cache == "mrs",
+        "the trace has no full scores: MRS with p = k": not tokens.has_scores and system.cache.made_by is MRS,
         "no prefetch was issued: none was found worth its while, or nothing was predicted": (
             system.lookahead and not counters.prefetch_issued
         ),
@@ -138,7 +138,7 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
         return replay(planner, VirtualMachine(costs, timeline), steps)
 
     slots = tuple(system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies))
-    cold = case.start == "cold" and not policy_class(system.cache).fixed
+    cold = case.start == "cold" and not system.cache.made_by.fixed
     pooled = system.scope == "pooled"
 
     if case.prompt is None:
@@ -186,11 +186,11 @@ def run_cases(cases: Iterable[Case], jobs: int = 1) -> Iterator[dict]:
 
 def timeline_of(cases: Iterable[Case], steps: int) -> Timeline:
     """The first steps of every system's first case side by side, each with lanes of its own from time 0."""
-    first = {case.system: case for case in reversed([c for c in cases if c.prompt is None])}
+    first = {case.system_name: case for case in reversed([c for c in cases if c.prompt is None])}
     lanes = ("cpu", "device", "link")
     names = [case for case in reversed(first.values())]
     whole = Timeline(
-        tuple(f"{case.system} {lane}" for case in names for lane in lanes),
+        tuple(f"{case.system_name} {lane}" for case in names for lane in lanes),
         clock="virtual",
         cases=[dataclasses.asdict(case) for case in names],
     )
@@ -199,5 +199,5 @@ def timeline_of(cases: Iterable[Case], steps: int) -> Timeline:
         run_case(dataclasses.replace(case, steps=steps), own)
         for lane in lanes:
             for start, end, name, args in own.events(lane):
-                whole.add(f"{case.system} {lane}", name, start, end, **args)
+                whole.add(f"{case.system_name} {lane}", name, start, end, **args)
     return whole

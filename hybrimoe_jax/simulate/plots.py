@@ -181,9 +181,8 @@ def gantt(plt, case: Case, prompt: int | None):
     axes.set_ylim(-0.5, 2.5)
     axes.set_xlabel("simulated time [ms]")
     what = f"{GANTT_LAYERS} layers of a decode step" if prompt is None else f"one layer of a prompt of {prompt} tokens"
-    axes.set_title(
-        f"{case.system}, {case.profile}: {what}\nexpert numbers; a attention, s shared; hatched: prefetch", fontsize=6
-    )
+    keys = "expert numbers; a attention, s shared; hatched: prefetch"
+    axes.set_title(f"{case.system_name}, {case.profile}: {what}\n{keys}", fontsize=6)
     return figure
 
 

@@ -5,7 +5,7 @@ the coldest resident that the current step does not need; nothing needed in a st
 sequential replay misstates LRU by 27-29 %, arXiv 2608.07911). Policies know nothing of slots or transfers, so the live
 engine and a replay use the same objects.
 
-A policy of one's own derives from `CachePolicy` and implements `update`; see `cache.policy_class` for how it is named.
+A policy of one's own derives from `CachePolicy` and implements `update`; see `registry` for how it is named.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
+from hybrimoe_jax.decide.registry import Parametric
 from hybrimoe_jax.errors import UserError
 
 
-class CachePolicy(ABC):
-    """One layer's policy.
+class CachePolicy(Parametric, ABC):
+    """One layer's policy. Called with its own parameters alone, a class gives a `registry.Rule`.
 
     Args:
       num_experts: routed experts of the layer.
@@ -127,10 +128,10 @@ class CachePolicy(ABC):
         """How much `expert` is worth keeping; larger is hotter. Comparable within one policy only."""
         return self.heat[expert]
 
-    def loaded(self, experts: Sequence[int]) -> None:  # noqa: B027 - most policies have nothing to note
+    def loaded(self, experts: Sequence[int]) -> None:
         """Told once of what the slots hold before the first step, if anything."""
 
-    def moved(self, entered: int | None, left: int | None) -> None:  # noqa: B027 - as above
+    def moved(self, entered: int | None, left: int | None) -> None:
         """Told of every change of residency after that.
 
         `entered` is None where another layer takes over a shared slot.

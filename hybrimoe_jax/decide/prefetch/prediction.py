@@ -16,6 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax.decide.registry import Parametric
+
 Scores = np.ndarray | Sequence[float]
 """Of every expert, [E]."""
 
@@ -80,8 +82,8 @@ def as_list(scores: Scores | None) -> Sequence[float] | None:
     return scores.tolist() if isinstance(scores, np.ndarray) else scores
 
 
-class Predictor(abc.ABC):
-    """Foresees what coming layers will be asked for.
+class Predictor(Parametric, abc.ABC):
+    """Foresees what coming layers will be asked for. Called with its own parameters alone, a class gives a `Rule`.
 
     Args: num_layers, num_experts, top_k of the model; distances: how many layers ahead at most.
     """
@@ -96,7 +98,7 @@ class Predictor(abc.ABC):
     def predict(self, layer: int, shown: RouterOutlook, depth: int) -> list[Prediction]:
         """Learns from what `layer` shows, and predicts layers layer+1, ... layer+depth, as far as there are such."""
 
-    def finish_step(self) -> None:  # noqa: B027
+    def finish_step(self) -> None:
         """The step has ended, whole or broken off."""
 
     def max_distance(self, layer: int, depth: int) -> int:

@@ -20,6 +20,7 @@ A predictor sees every layer of every step that is looked at, in order: `predict
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.prefetch.co_activation import CoActivation
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, loads_of, predict
+from hybrimoe_jax.decide.registry import Kind, Rule
 from hybrimoe_jax.errors import UserError
 
 
@@ -129,31 +131,52 @@ PREDICTORS: dict[str, type[Predictor]] = {
 RECORDED = "recorded:"
 
 
-def check_predictor(name: str, live: bool = False) -> None:
-    """UserError, listing the names, where there is no predictor of that name; `live`: none that knows the future."""
-    if live and name == "perfect":
+def _try_out(predictor: type[Predictor], parameters: Mapping[str, Any]) -> tuple[Predictor]:
+    return (predictor(4, 8, 2, 3, **parameters),)
+
+
+FORESEEING = Kind(
+    "predictor",
+    "predictor",
+    Predictor,
+    PREDICTORS,
+    {"predict": ("layer", "shown", "depth"), "finish_step": ()},
+    ("num_layers", "num_experts", "top_k", "distances"),
+    _try_out,
+    f", {RECORDED}TRACE",
+)
+
+
+def predictor_rule(spec: Any, live: bool = False) -> Rule:
+    """The predictor that `spec` names, see `registry`; UserError where there is none.
+
+    `live`: none that knows the future.
+    """
+    if isinstance(spec, str) and spec.startswith(RECORDED) and len(spec) > len(RECORDED):
+        return Rule(CoActivation, {}, str(spec))
+    if live and (spec == "perfect" or (isinstance(spec, type) and issubclass(spec, Perfect))):
         raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
-    if name not in PREDICTORS and not (name.startswith(RECORDED) and len(name) > len(RECORDED)):
-        known = ", ".join(predictor for predictor in PREDICTORS if not live or predictor != "perfect")
-        raise UserError(f"predictor {name!r} is unknown (known: {known}, recorded:TRACE)")
+    kind = FORESEEING
+    if live:
+        kind = dataclasses.replace(kind, known={name: made for name, made in kind.known.items() if made is not Perfect})
+    return kind.resolve(spec)
 
 
 def build_predictor(
-    name: str, num_layers: int, num_experts: int, top_k: int, distances: int, recording: Any = None
+    spec: Any, num_layers: int, num_experts: int, top_k: int, distances: int, recording: Any = None
 ) -> Predictor:
-    """The predictor called `name` for a model. UserError where the name, or the recording, does not fit.
+    """The predictor that `spec` names, for a model. UserError where the name, or the recording, does not fit.
 
     `recording` is what `recorded:TRACE` counts, a `trace.tokens.Recording`: facts (layers, experts, top_k), ids [T, L,
     k], and follows [T - 1], see `CoActivation.count`.
     """
-    check_predictor(name)
-    model = (num_layers, num_experts, top_k, distances)
-    if not name.startswith(RECORDED):
-        return PREDICTORS[name](*model)
+    rule, model = predictor_rule(spec), (num_layers, num_experts, top_k, distances)
+    if not rule.startswith(RECORDED):
+        return rule.made_by(*model, **rule.parameters)
     facts = recording.facts
     if (facts.layers, facts.experts, facts.top_k) != model[:3]:
         raise UserError(
-            f"predictor {name}: its trace is of {facts.layers} layers, {facts.experts} experts, {facts.top_k} a token; "
+            f"predictor {rule}: its trace is of {facts.layers} layers, {facts.experts} experts, {facts.top_k} a token; "
             f"this model has {num_layers}, {num_experts} and {top_k}"
         )
     predictor = CoActivation(*model, learn=False)

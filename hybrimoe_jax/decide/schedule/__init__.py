@@ -15,6 +15,10 @@ done by the cost model. Rules live in a table by name:
   optimal          the least makespan, or how near to it
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from hybrimoe_jax.decide.registry import Kind
 from hybrimoe_jax.decide.schedule.optimal import OptimalScheduler
 from hybrimoe_jax.decide.schedule.paper import PaperScheduler, ReleasedScheduler
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay
@@ -25,9 +29,8 @@ from hybrimoe_jax.decide.schedule.splits import (
     DeviceOnlyScheduler,
     FetchMissesScheduler,
 )
-from hybrimoe_jax.errors import UserError
 
-__all__ = ["SCHEDULERS", "Problem", "Schedule", "Scheduler", "get_scheduler", "replay"]
+__all__ = ["RULES", "SCHEDULERS", "Problem", "Schedule", "Scheduler", "get_scheduler", "replay"]
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     rule.name: rule
@@ -45,8 +48,27 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
 """The rules by name."""
 
 
-def get_scheduler(name: str) -> Scheduler:
-    """The rule called `name`; UserError listing the names."""
-    if name not in SCHEDULERS:
-        raise UserError(f"scheduler {name!r} is unknown (known: {', '.join(SCHEDULERS)})")
-    return SCHEDULERS[name]()
+def _try_out(rule: type[Scheduler], parameters: Mapping[str, Any]) -> tuple[Scheduler]:
+    return (rule(**parameters),)
+
+
+RULES = Kind(
+    "scheduler",
+    "scheduler",
+    Scheduler,
+    SCHEDULERS,
+    {
+        "schedule": ("problem",),
+        "forecaster": (),
+        "link_idle_from": ("problem",),
+        "keeps_residents": ("costs", "tokens", "activated"),
+    },
+    (),
+    _try_out,
+)
+
+
+def get_scheduler(spec: Any) -> Scheduler:
+    """A new scheduler that `spec` names, see `registry`; UserError where there is none."""
+    rule = RULES.resolve(spec)
+    return rule.made_by(**rule.parameters)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from hybrimoe_jax.decide.costs import Costs
+from hybrimoe_jax.decide.registry import Parametric
 from hybrimoe_jax.errors import UserError
 
 
@@ -79,7 +80,7 @@ class Schedule(NamedTuple):
         return 1.0 - self.bound / self.makespan if self.makespan else 0.0
 
 
-class Scheduler(ABC):
+class Scheduler(Parametric, ABC):
     """A rule from problems to schedules.
 
     `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident
@@ -88,6 +89,7 @@ class Scheduler(ABC):
     `unit_load_cache`).
     """
 
+    needs_model = False
     name: str
     uses_cpu = True
     uses_link = True
