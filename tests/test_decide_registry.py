@@ -162,7 +162,7 @@ def test_what_cannot_be_sent_is_said():
 
 NOTEBOOK = """
 from hybrimoe_jax.decide import CachePolicy
-import hybrimoe_jax, sys
+import hybrimoe_jax as hj
 from hybrimoe_jax.simulate.cases import Case
 from hybrimoe_jax.simulate.grid import run_cases
 from own_rules import Half
@@ -174,7 +174,7 @@ class Mine(CachePolicy):
 def fresh(heat, used):
     return 0.5 * heat + used
 
-mine = hybrimoe_jax.system("mine", cache=Mine, scheduler=Half(share=0.5))
+mine = hj.system("mine", cache=Mine, scheduler=Half(share=0.5))
 cases = [Case("synthetic:mixtral-8x7b", "a6000-paper", mine, ratio, steps=2) for ratio in (0.25, 0.5)]
 one, two = ([record["hit_rate"]["mean"] for record in run_cases(cases, jobs)] for jobs in (1, 2))
 assert one == two, (one, two)

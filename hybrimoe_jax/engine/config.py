@@ -40,7 +40,7 @@ class EngineConfig:
     """How the engine places, fetches and computes experts. None means: what the system or the machine suggests.
 
     Attributes:
-      system: a named bundle of policies (`hybrimoe_jax.decide.systems`), or one of yours (`hybrimoe_jax.system`).
+      system: a named bundle of policies (`hybrimoe_jax.decide.systems`), or one of yours (`decide.systems.system`).
       cache_ratio: each MoE layer gets floor(cache_ratio * experts) slots in device memory; 0.25 if neither it nor a
         budget is set.
       vram_budget: device bytes (int or "4GiB") for dense weights, KV cache, staging, workspace and slots; instead of
