@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 
-.PHONY: venv demo check test test-slow test-nightly test-engine test-gpu-aot coverage lint types quick docs bench clean
+.PHONY: venv demo check test test-slow test-nightly test-engine test-gpu-aot coverage lint types quick docs notebooks bench clean
 
 # The stamps say which of the two sets of packages .venv holds for these files, the compiled kernels among them.
 BUILT := pyproject.toml setup.py $(wildcard hybrimoe_jax/host_kernels/native/*.cpp hybrimoe_jax/host_kernels/native/*.h hybrimoe_jax/host_kernels/native/*.inc)
@@ -61,7 +61,7 @@ test: venv lint
 	$(PYTEST)
 
 # Also all values of every parameter, more random examples, and a share of the exactness matrix (nightly: all of it).
-test-slow: venv
+test-slow: venv $(VENV)/.notebooks
 	$(PYTEST) --slow
 
 # Also what takes hours, and other random examples in every run.
@@ -120,6 +120,16 @@ docs: $(VENV)/.docs
 	@$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --fresh-env --quiet \
 		--doctree-dir build/docs-trees docs build/docs
 	@echo "build/docs/index.html"
+
+# What executes notebooks, beside what the tests need: `make test` does without.
+$(VENV)/.notebooks: pyproject.toml | $(VENV)/.test
+	@echo "* jupytext, nbclient, a kernel and pandas: some 20 seconds, and 30 MB to fetch"
+	@$(BIN)/python -c '$(subst "docs","notebooks",$(DOCS_NEEDS))' | $(PIP) --requirement /dev/stdin
+	@touch $@
+
+# Those of notebooks/*.py that changed are executed, and what their cells give is kept.
+notebooks: venv $(VENV)/.notebooks
+	$(BIN)/python scripts/notebooks.py
 
 bench: venv
 	$(BIN)/python -m hybrimoe_jax.bench engine

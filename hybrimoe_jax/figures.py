@@ -7,8 +7,9 @@ a marker and a line of its own, each kind of bar a hatch. Widths fit a column of
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,8 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "----", "oo", "++")
 SHADES = "Greys"
 """The colour map of heat maps: its order survives any printer."""
 WIDTH = 3.4
+LETTERS = 40
+"""That fit under the axis of such a picture."""
 STYLE: dict[Any, Any] = {
     "font.size": 7,
     "axes.linewidth": 0.6,
@@ -39,18 +42,51 @@ def check_matplotlib(what: str) -> None:
         raise UserError(f"{what} needs matplotlib: pip install matplotlib, or the extra hybrimoe-jax[plots]")
 
 
+def matplotlib_pyplot() -> Any:
+    """The module; UserError where matplotlib is missing."""
+    check_matplotlib("a plot")
+    return _pyplot()
+
+
+@functools.cache
+def _pyplot() -> Any:
+    """Its backend starts here.
+
+    In a style's context a notebook's backend would have its own settings undone, and show nothing after the first cell.
+    """
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")  # its stubs are incomplete
+    pyplot.switch_backend(pyplot.get_backend())
+    return pyplot
+
+
 @contextlib.contextmanager
 def axes_of(ax: Any = None, height: float = 2.1, width: float = WIDTH) -> Iterator[Any]:
     """The axes to draw into, within the style: `ax`, or those of a new figure (sizes in inches).
 
     A notebook shows a new figure when its cell ends; `ax.figure.savefig(path)` writes it.
     """
-    check_matplotlib("a plot")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")  # its stubs are incomplete
+    pyplot = matplotlib_pyplot()
     with pyplot.rc_context(STYLE):
         if ax is None:
             _, ax = pyplot.subplots(figsize=(width, height), dpi=200, layout="constrained")
         yield ax
+
+
+def panels(titles: Iterable[str], columns: int = 4, height: float = 2.1, width: float = 2.3) -> list[Any]:
+    """Axes in one new figure, one for each title, `columns` in a row at most; sizes of one in inches."""
+    titles = list(titles)
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    pyplot = matplotlib_pyplot()
+    with pyplot.rc_context(STYLE):
+        size = (width * columns, height * rows)
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, dpi=200, layout="constrained", squeeze=False)
+        found = list(grid.flat)
+        for axes, title in zip(found, titles):
+            axes.set_title(title, fontsize=7)
+        for axes in found[len(titles) :]:
+            figure.delaxes(axes)
+    return found[: len(titles)]
 
 
 def line_style(place: int) -> dict[str, Any]:
@@ -91,7 +127,9 @@ def draw_bars(rows: Any, x: str, y: str, by: str = "", ax: Any = None, stacked: 
             at = [place + shift for place in range(len(places))]
             axes.bar(at, heights, width, bottom=below if stacked else None, label=name, **bar_style(number))
             below = [low + height for low, height in zip(below, heights)]
-        axes.set_xticks(range(len(places)), [str(value) for value in places])
+        words = [str(value) for value in places]
+        wide = sum(map(len, words)) > LETTERS
+        axes.set_xticks(range(len(places)), words, rotation=30 * wide, ha="right" if wide else "center")
         _finish(axes, x, y, by)
     return axes
 
@@ -110,4 +148,4 @@ def _finish(axes: Any, x: str, y: str, by: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if by:
-        axes.legend(title=by, fontsize=6, title_fontsize=6)
+        axes.legend(ncols=3, fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.figures import COLOURS, LINES, STYLE, WIDTH, check_matplotlib
+from hybrimoe_jax.figures import COLOURS, LINES, STYLE, WIDTH, matplotlib_pyplot
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.fit import predicted
@@ -22,13 +21,12 @@ def draw(found: Calibration, path: str | Path) -> None:
     figure = figure_of(found)
     with replacing(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
-    importlib.import_module("matplotlib.pyplot").close(figure)
+    matplotlib_pyplot().close(figure)
 
 
 def figure_of(found: Calibration) -> Any:
     """Time by number of experts at one load, by load for one expert, and of a transfer by size. Dots are measured."""
-    check_matplotlib("a plot")
-    plt: Any = importlib.import_module("matplotlib.pyplot")  # its stubs are incomplete
+    plt = matplotlib_pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 2.2), dpi=200, layout="constrained")
         _by_experts(axes[0], found)

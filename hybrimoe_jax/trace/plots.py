@@ -95,5 +95,5 @@ class TracePlots:
             axes.set_ylim(0, 100)
             axes.set_xticks(distances)
             axes.set_xlabel("layers between")
-            axes.legend()
+            axes.legend(loc="upper right")
         return axes
