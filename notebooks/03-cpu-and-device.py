@@ -30,7 +30,7 @@ with hj.load(cache_ratio=0.25, start_cache="off") as engine:
 # %% tags=["measured"]
 from hybrimoe_jax.machine.plots import figure_of
 
-figure_of(found)
+figure = figure_of(found)
 # %% tags=["measured"]
 from hybrimoe_jax.machine.calibration_text import calibration_text
 
@@ -45,28 +45,30 @@ print(f"first expert {first:.0f} us, each further one {next_one:.0f} us; a trans
 # ## The paper's machine
 #
 # The released code of HybriMoE holds fits that were measured on an RTX A6000 and ten cores, for an expert of
-# DeepSeek-V2-Lite in 4 bits. The profile `a6000-paper` has them. Look at where the lines cross: from that load on a
-# missing expert is done sooner by way of the link. These times are computed from the profile.
+# DeepSeek-V2-Lite in 4 bits: the profile `a6000-paper`. `a6000-engineered` is the same machine with kernels that use it
+# fully. Look at where the line of the CPU crosses the dotted one: from that load on a missing expert is done sooner by
+# way of the link. These times are computed from the profiles.
 
 # %%
-from hybrimoe_jax.figures import draw_lines
+from hybrimoe_jax.figures import draw_lines, panels
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.tables import table
 
-paper = load_costs("a6000-paper", get_shape("deepseek-v2-lite"), "int4")
-ways = {
-    "CPU": lambda load: paper.cpu(load),
-    "device, resident": lambda load: paper.device(load),
-    "device, by the link": lambda load: paper.transfer(True) + paper.device(load),
-}
-rows = table(
-    {"load [tokens]": load, "time [ms]": 1e3 * seconds(load), "where": way}
-    for way, seconds in ways.items()
-    for load in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-)
-axes = draw_lines(rows, "load [tokens]", "time [ms]", by="where")
-axes.set_xscale("log", base=2)
+machines = ["a6000-paper", "a6000-engineered", "rtx4090-pcie4", "h100-pcie5", "laptop-8gb"]
+of = {machine: load_costs(machine, get_shape("deepseek-v2-lite"), "int4") for machine in machines}
+
+for axes, machine in zip(panels(machines[:2], width=3.2), machines):
+    costs = of[machine]
+    ways = {"CPU": costs.cpu, "device": costs.device, "by link": lambda n, c=costs: c.transfer(True) + c.device(n)}
+    rows = table(
+        {"load [tokens]": load, "time [ms]": 1e3 * seconds(load), "where": way}
+        for way, seconds in ways.items()
+        for load in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    )
+    draw_lines(rows, "load [tokens]", "time [ms]", by="where", ax=axes)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
 
 # %% [markdown]
 # ## Break-even
@@ -77,8 +79,6 @@ axes.set_xscale("log", base=2)
 # %%
 from hybrimoe_jax.machine.break_even import device_from_load, fetch_from_load, layers_to_hide
 
-machines = ["a6000-paper", "a6000-engineered", "rtx4090-pcie4", "h100-pcie5", "laptop-8gb"]
-of = {machine: load_costs(machine, get_shape("deepseek-v2-lite"), "int4") for machine in machines}
 table(
     {
         "machine": machine,
@@ -93,5 +93,6 @@ table(
 
 # %% [markdown]
 # On the paper's machine a transfer takes less than the CPU needs for an expert of one token, so even in decoding misses
-# are shared between CPU and link. Where the table has "None" or "NaN", the CPU is as fast as the link at any load.
-# Where figures of a profile come from, and which are assumptions: [simulation](../docs/simulation.md).
+# are shared between CPU and link. On the others a CPU with good kernels is faster than the link up to a load of 15 to
+# 28 tokens: there decoding is the CPU's, and the link is for prefetches and prompts. Where figures of a profile come
+# from, and which are assumptions: [simulation](../docs/simulation.md).
