@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-SECONDS = 300
+SECONDS = 900
 """For a cell."""
 LARGEST = 600_000
 """Bytes of a notebook."""

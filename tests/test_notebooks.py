@@ -27,8 +27,11 @@ NEAR = 0.02
 """By which share a number may differ on another processor, where rounding can turn a choice."""
 
 
-def test_there_are_notebooks():
-    assert len(NAMES) >= 1
+def test_every_notebook_has_its_line_in_the_documents():
+    listed = re.findall(
+        r"^\| `([\w-]+)` \|", (notebooks.FOLDER.parent / "docs" / "notebooks.md").read_text(), re.MULTILINE
+    )
+    assert NAMES and listed == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
