@@ -61,7 +61,7 @@ def test_what_tests_and_scripts_import_is_declared():
     own = {path.stem for folder in folders for path in folder.rglob("*.py")}
     modules = set().union(*map(imported, folders)) - own - BROUGHT
     project = PROJECT["project"]
-    extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots")]
+    extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots", "notebooks")]
     assert {DISTRIBUTIONS.get(name, name) for name in modules} <= declared(sum(extras, project["dependencies"]))
 
 
