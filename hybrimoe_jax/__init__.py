@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from hybrimoe_jax.engine.load import bundled_model, load
     from hybrimoe_jax.engine.streaming import StreamChunk, stream_generate
     from hybrimoe_jax.errors import UserError
+    from hybrimoe_jax.simulate.runs import Runs, replay
 
 _PUBLIC = {
+    "Runs": "hybrimoe_jax.simulate.runs",
+    "replay": "hybrimoe_jax.simulate.runs",
     "EngineConfig": "hybrimoe_jax.engine.config",
     "UserError": "hybrimoe_jax.errors",
     "load": "hybrimoe_jax.engine.load",
@@ -35,11 +38,13 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Generation",
+    "Runs",
     "StreamChunk",
     "TorchOffload",
     "UserError",
     "bundled_model",
     "load",
+    "replay",
     "stream_generate",
     "system",
 ]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
 from hybrimoe_jax.errors import DeviceError, UserError
+from hybrimoe_jax.progress import track
 
 T = TypeVar("T")
 
@@ -89,14 +90,8 @@ def fail(message: str) -> int:
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yields `items`, showing a bar on stderr while it is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, description=label, total=total, console=Console(stderr=True), transient=True)
+    """Yields `items`, showing how many have been on stderr while it is a terminal."""
+    return track(items, total, label)
 
 
 def lookahead(text: str) -> int | str:

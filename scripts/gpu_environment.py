@@ -16,7 +16,7 @@ from pathlib import Path
 from gpu_report import report
 
 NEEDED = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "chex", "optax")
-NEEDED += ("tokenizers", "jinja2", "safetensors", "threadpoolctl", "rich")
+NEEDED += ("tokenizers", "jinja2", "safetensors", "threadpoolctl")
 WANTED = ("pytest", "hypothesis", "onednn-cpu-gomp", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
-from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, generate_steps, prefill_chunks, show_steps
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.recording import Recording
@@ -29,9 +29,8 @@ from hybrimoe_jax.errors import DeviceError, UserError
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
+from hybrimoe_jax.progress import Progress
 from hybrimoe_jax.tables import Table
-
-Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
 
 
 class Engine:
@@ -191,7 +190,9 @@ class Engine:
                 self._finish(stats)
         return stats
 
-    def generate(self, prompts: Prompts, *, stop: str | Sequence[str] = (), **options: Any) -> Generation:
+    def generate(
+        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] = (), **options: Any
+    ) -> Generation:
         """New tokens for each prompt.
 
         Ctrl-C, or a notebook's stop button, leaves what was made so far in `partial`, and an engine that goes on.
@@ -200,7 +201,7 @@ class Engine:
           prompts: a text or a list of them, or token ids: of one prompt, or a list of those.
           stop: strings that end a text, which needs a tokenizer; the tokens of the text up to the one that completed a
             stop string are returned.
-          options: `max_new_tokens` (64), `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
+          options: `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
             greedy), `top_k` (0: all) and `top_p` (1: all) of `Sampling`.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -209,9 +210,11 @@ class Engine:
         ids = prompt_ids(prompts, self.tokenizer)
         tokens: list[list[int]] = [[] for _ in ids]
         reasons = ["interrupted"] * len(ids)
-        run, before = self.steps(ids, **options), self._last_stats
+        run, before = self.steps(ids, max_new_tokens=max_new_tokens, **options), self._last_stats
         try:
-            stats = self._collect(run, tokens, reasons, stop)
+            with Progress("reading the prompts", sum(map(len, ids)), "tokens") as progress:
+                shown = show_steps(run, progress, len(ids) * max_new_tokens)
+                stats = self._collect(shown, tokens, reasons, stop)
         except KeyboardInterrupt as interrupt:
             run.close()  # which finishes the statistics
             if self._last_stats is not None and self._last_stats is not before:

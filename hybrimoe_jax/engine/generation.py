@@ -20,6 +20,7 @@ from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import RunStats, StepStats
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.progress import Progress
 
 SMALLEST_CHUNK = 16
 
@@ -92,6 +93,32 @@ class Emitted:
     tokens: list[tuple[int, int]]
     finished: dict[int, str]
     stats: StepStats
+
+
+Steps = Generator[Emitted, int | Sequence[int] | None, RunStats]
+"""A run, step by step; takes the rows that are to stop, and ends with its statistics."""
+
+
+def show_steps(run: Steps, progress: Progress, most_new: int) -> Steps:
+    """The same run; shows how much of the prompts is read, then how many of `most_new` tokens are made."""
+    read = made = 0
+    stopped = None
+    while True:
+        try:
+            emitted = run.send(stopped)
+        except StopIteration as end:
+            return end.value
+        if emitted.stats.phase == "prefill":
+            read += emitted.stats.tokens
+            progress.to(read)
+            made += len(emitted.tokens)
+        else:
+            if read:
+                progress.restart("generating", most_new)
+                read = 0
+            made += len(emitted.tokens)
+            progress.to(made)
+        stopped = yield emitted
 
 
 def capacity_for(prompts, new_tokens: int, max_context: int) -> int:

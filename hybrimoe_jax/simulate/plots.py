@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
-from hybrimoe_jax.figures import COLOURS, LANE_COLOURS, STYLE, WIDTH
+from hybrimoe_jax.figures import COLOURS, LANE_COLOURS, STYLE, WIDTH, bar_style
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
@@ -61,9 +61,15 @@ def write_all(records: Sequence[dict], cases: Sequence[Case], folder: str | Path
 
 def times(plt, records: Sequence[dict]):
     """Bars of the mean time a step, with intervals, grouped by cache ratio."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.1))
+    draw_times(axes, records)
+    return figure
+
+
+def draw_times(axes, records: Sequence[dict]) -> None:
+    """The same into axes."""
     systems = list(dict.fromkeys(r["system"] for r in records))
     ratios = sorted({r["cache_ratio"] for r in records})
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.1))
     width = 0.8 / len(systems)
     for place, system in enumerate(systems):
         rows = {r["cache_ratio"]: r["seconds_per_step"] for r in records if r["system"] == system}
@@ -80,9 +86,8 @@ def times(plt, records: Sequence[dict]):
             width * 0.95,
             yerr=errors,
             label=system,
-            color=COLOURS[place % len(COLOURS)],
-            hatch="//" if place >= len(COLOURS) else None,
             error_kw={"lw": 0.6},
+            **bar_style(place),
         )
     for i, ratio in enumerate(ratios):
         least = 1e3 * min(r["bound_seconds_per_step"] for r in records if r["cache_ratio"] == ratio)
@@ -91,11 +96,12 @@ def times(plt, records: Sequence[dict]):
     axes.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
     axes.set_xlabel("experts that the device holds")
     axes.set_ylabel(("TTFT" if records[0]["prompt_tokens"] else "TBT") + " [ms], simulated")
-    axes.set_title(
-        f"{records[0]['model']}, {records[0]['profile']}, {records[0]['rows']}, {records[0]['start']}", fontsize=6
-    )
+    axes.set_title(title_of(records[0]), fontsize=6)
     axes.legend(ncols=3, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    return figure
+
+
+def title_of(record: dict) -> str:
+    return f"{record['model']}, {record['profile']}, {record['rows']}, {record['start']}"
 
 
 def capacity(plt, case: Case):
