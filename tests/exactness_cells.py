@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tiny
+from torch_models import offload
 
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine.config import EngineConfig
@@ -50,7 +51,8 @@ BUNDLED_TEXTS = {
 
 
 class Cell(NamedTuple):
-    """`executor`: one of the engine's; "stacked", the overlapped one with stacked slots; "paced", on a paced device."""
+    """`executor`: one of the engine's; "stacked", the overlapped one with stacked slots; "paced", on a paced device;
+    "torch", the PyTorch engine, whose kernel is torch's."""
 
     model: str
     system: str
@@ -94,6 +96,13 @@ def quantised_matrix(models) -> list[Cell]:
     systems, executors = ("hybrimoe", "on-demand"), ("overlapped", "callback", "stacked")
     axes = (models, systems, executors, (0.0, 0.5), ("reference", "native"), TINY_LENGTHS, FORMATS)
     return [Cell(*values) for values in itertools.product(*axes)]
+
+
+def torch_matrix(models) -> list[Cell]:
+    """The column of the PyTorch engine: its modes' systems, plain and quantised experts."""
+    systems = ("on-demand", "adapmoe", "ktransformers", "hybrimoe")
+    axes = (models, systems, ("torch",), (0.0, 0.25, 0.5, 1.0), ("torch",))
+    return [Cell(*values) for values in itertools.product(*axes, TINY_LENGTHS, ("f32", *FORMATS))]
 
 
 class Reference(NamedTuple):
@@ -171,6 +180,9 @@ def run_cell(cell: Cell) -> dict:
     """-> whether the tokens agree, the logits' worst error over their scale, and the tokens' margin in the same
     measure."""
     want = reference(cell.model, cell.batch, cell.format)
+    if cell.executor == "torch":
+        options = {"mode": cell.system, "cache_ratio": cell.ratio, **_format(cell.format)}
+        return compared(cell, want, offload(cell.model, debug=True, **options))
     system, _, rule = cell.system.partition("+")
     engine = _engine(
         cell.model,
@@ -182,6 +194,10 @@ def run_cell(cell: Cell) -> dict:
         **_executor(cell),
         **_format(cell.format),
     )
+    return compared(cell, want, engine)
+
+
+def compared(cell: Cell, want: Reference, engine) -> dict:
     try:
         tokens = engine.generate(want.prompts, max_new_tokens=NEW_TOKENS).token_ids
         row = max(range(len(want.prompts)), key=lambda i: len(want.prompts[i]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -86,8 +87,15 @@ def sample() -> list[Cell]:
 
 
 FEW = few()
+TORCH = exactness_cells.torch_matrix(list(tiny.CONFIGS))
 SAMPLE = [*FEW, *(cell for cell in sample() if cell not in FEW)]
 REST = [cell for cell in (*MATRIX, *QUANTISED) if cell not in set(SAMPLE)]
+
+
+def torch_few() -> list[Cell]:
+    """Every model, system, ratio and format of the PyTorch engine once, where another cell needs the reference too."""
+    answered = {(cell.model, cell.batch, cell.format) for cell in FEW}
+    return _round([cell for cell in TORCH if (cell.model, cell.batch, cell.format) in answered], values)
 
 
 def there_is(kernel: str, sample=None) -> bool:
@@ -106,6 +114,8 @@ def missing(cell: Cell) -> str | None:
     """Why a cell cannot run here."""
     if cell.model == BUNDLED and not (bundled_model() / "manifest.json").is_file():
         return "no bundled model in hybrimoe_jax/assets"
+    if cell.executor == "torch" and importlib.util.find_spec("torch") is None:
+        return "torch is not installed (extra baseline)"
     if cell.kernel == "onednn" and not ONEDNN:
         return "oneDNN is not installed (extra onednn)"
     if cell.kernel == "native" and not native.available():

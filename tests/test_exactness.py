@@ -12,7 +12,7 @@ import os
 import exactness_cells
 import exactness_samples
 import pytest
-from exactness_samples import FEW, MATRIX, QUANTISED, SAMPLE, check, format_pairs, missing, pairs, values
+from exactness_samples import FEW, MATRIX, QUANTISED, SAMPLE, check, format_pairs, missing, pairs, torch_few, values
 
 
 def cells(*executors: str):
@@ -43,6 +43,13 @@ def results(request, shared_references):
 
 @overlapped
 def test_overlapped_gives_the_dense_answer(cell):
+    if reason := missing(cell):
+        pytest.skip(reason)
+    check(cell, exactness_cells.run_cell(cell))
+
+
+@pytest.mark.parametrize("cell", torch_few(), ids=lambda cell: cell.label)
+def test_pytorch_gives_the_dense_answer(cell):
     if reason := missing(cell):
         pytest.skip(reason)
     check(cell, exactness_cells.run_cell(cell))

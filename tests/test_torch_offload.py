@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
+import hf_cases
 import numpy as np
 import pytest
 import tiny
 
 pytest.importorskip("torch", reason="the PyTorch baseline needs torch")
 
-from torch_models import offload
+from torch_models import TinyCheckpoint, offload
 
+from hybrimoe_jax.baselines import torch_offload
 from hybrimoe_jax.baselines.torch_offload import MODES, TorchOffload
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.load import load
+from hybrimoe_jax.errors import UserError
 
 LENGTHS = (5, 37, 20)
 
@@ -56,3 +60,94 @@ def test_counts_are_those_of_our_engine(mode):
             assert first | {"seconds": 0, "lanes": 0} == second | {"seconds": 0, "lanes": 0}
             assert there.seconds == pytest.approx(layer.seconds)
     assert got.stats.prefetch.issued == want.stats.prefetch.issued
+
+
+def test_a_paced_device_lasts_as_long_as_its_profile_and_decides_the_same(tmp_path):
+    config = tiny.weights("qwen2_moe")[0]
+    profile, prompts = tmp_path / "machine.json", tiny.prompts(config, LENGTHS)
+    tiny.costs(config).save(profile)
+    runs = []
+    for where in ({"clock": "virtual"}, {"device": f"paced:{profile}:5"}):
+        with offload("qwen2_moe", mode="on-demand", cache_ratio=0.5, **where) as engine:
+            runs.append(engine.generate(prompts, max_new_tokens=3))
+    virtual, paced = runs
+    assert paced.token_ids == virtual.token_ids
+    for name in ("hits", "misses", "bytes_h2d"):
+        assert paced.stats.total(name) == virtual.stats.total(name)
+    assert paced.stats.device == "paced" and paced.stats.overshoot["device"]["count"] > 0
+    for short, long in zip(virtual.stats.steps, paced.stats.steps, strict=True):
+        assert long.seconds > 5 * short.seconds
+
+
+def test_sampling_draws_as_ours():
+    options = {"clock": "virtual", "cache_ratio": 0.5}
+    drawn = {"max_new_tokens": 8, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7}
+    ours = tiny.engine("qwen2_moe", **options)
+    prompts = tiny.prompts(ours.config, LENGTHS)
+    with offload("qwen2_moe", **options) as engine:
+        assert engine.generate(prompts, **drawn).token_ids == ours.generate(prompts, **drawn).token_ids
+    ours.close()
+
+
+def test_an_interrupted_step_leaves_an_engine_that_answers(monkeypatch):
+    prompt = tiny.prompts(tiny.weights("qwen2_moe")[0], (12,))
+    with offload("qwen2_moe", mode="lru", cache_ratio=0.25, debug=True) as engine:
+        want = engine.generate(prompt, max_new_tokens=4).token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine._parts.forward), "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(prompt, max_new_tokens=4)
+        assert engine.generate(prompt, max_new_tokens=4).token_ids == want
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "no GPU"),
+        ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"mode": "nothing"}, "system 'nothing' is unknown"),
+        ({"mode": "freetoken"}, "streams no whole layers"),
+        ({"executor": "dense"}, "no option 'executor'"),
+        ({"precision": "int4"}, "precision 'int4' is unknown"),
+        ({"vram_budget": "1KiB"}, "too small"),
+    ],
+)
+def test_bad_options_are_refused_in_a_line(options, message):
+    with pytest.raises(UserError, match=message):
+        offload("qwen2_moe", **options)
+
+
+def test_without_torch_the_message_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r'pip install "hybrimoe-jax\[baseline\]"'):
+        TorchOffload()
+
+
+def test_on_a_cpu_it_says_so_once(capsys):
+    torch_offload._said.clear()
+    for _ in range(2):
+        with offload("qwen2_moe", mode="static") as engine:
+            assert "this measures PyTorch on the CPU" in engine.notes[0]
+    assert capsys.readouterr().err.count("this measures PyTorch on the CPU") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hf_cases.CASES)
+def test_every_family_gives_the_logits_of_transformers(name):
+    pytest.importorskip("transformers", reason="the families are compared with Hugging Face transformers")
+    import hf
+    import torch
+
+    read = hf.load_folder(hf.hf_folder(name))
+    experts = [tuple(map(np.asarray, layer)) for layer in read.experts if layer is not None]
+    checkpoint = TinyCheckpoint(read.config, {n: np.asarray(a) for n, a in read.params.items()}, experts)
+    prompts = hf.prompts(1)
+    options = {"cache_ratio": 0.5, "debug": True, "profile": tiny.costs(read.config), "threads": 1, "prefill_chunk": 16}
+    with TorchOffload(checkpoint, mode="lru", **options) as engine, torch.inference_mode():
+        new = engine.generate(prompts, max_new_tokens=8).token_ids
+        for prompt, tokens in zip(prompts, new, strict=True):
+            ids = prompt + tokens
+            want = hf.hf_model(name)(torch.tensor([ids])).logits[0].numpy()
+            got = engine.logits(ids)
+            assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()
+            assert tokens == want[len(prompt) - 1 : -1].argmax(1).tolist()

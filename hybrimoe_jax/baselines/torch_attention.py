@@ -123,14 +123,14 @@ class GroupedAttention:
         """X [B, T, D] -> [B, T, D]."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).float()
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
         rotated = (self.heads + self.kv_heads) * self.width
         qk, v = qkv[..., :rotated], qkv[..., rotated:]
         if self.norms is not None and not self.per_head:
             queries = self.heads * self.width
             parts = zip((qk[..., :queries], qk[..., queries:]), self.norms, strict=True)
             qk = torch.cat([functional.rms_norm(part, norm.shape, norm, self.eps) for part, norm in parts], -1)
+        if self.clip is not None:
+            qk, v = qk.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
         qk = qk.reshape(batch, tokens, -1, self.width)
         if self.norms is not None and self.per_head:
             qk = functional.rms_norm(qk, (self.width,), None, self.eps) * self.norms[0]
