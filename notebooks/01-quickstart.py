@@ -36,32 +36,37 @@ result.stats
 #
 # On a CPU alone the CPU computes a missing expert sooner than it could be moved, so nothing moves. With a `machine` the
 # same run is computed for another one: the virtual clock counts what each step would take there, from that machine's
-# profile. These times are computed, not measured; the text is the same.
+# profile, here with the costs of a model of full size. These times are computed, not measured; the text is the same.
 
 # %%
-with hj.load(cache_ratio=0.25, machine="a6000-paper") as engine, engine.recording(timeline=True) as record:
+with (
+    hj.load(cache_ratio=0.25, machine="a6000-paper", cost_shape="deepseek-v2-lite") as engine,
+    engine.recording(timeline=True) as record,
+):
     elsewhere = engine.generate("To be, or not to be", max_new_tokens=tokens)
 
 assert elsewhere.text == result.text
-elsewhere.stats.table()
+elsewhere.stats
 
 # %% [markdown]
 # ## What the cache did
 #
-# A *hit* is an activated expert that was resident when its layer was planned. Look at how the rate rises in the first
-# steps, while the cache finds the experts that this text wants.
+# A *hit* is an activated expert that was resident when its layer was planned. Look at how far the rate goes up and down
+# around its mean: what the next token wants is only half foreseeable.
 
 # %%
 elsewhere.stats.plot.hit_rate()
+
 # %%
 stats = elsewhere.stats
 print(f"{stats.hit_rate:.0%} of the experts were found resident, with slots for 25% of them")
 
 # %% [markdown]
-# Who computed the experts, step by step: hits on the device, and misses that the CPU took or the link brought.
+# Who computed the experts, layer by layer: hits on the device, and misses that the CPU took or the link brought.
 
 # %%
-elsewhere.stats.plot.experts()
+elsewhere.stats.plot.layers()
+
 # %%
 said = stats.summary()
 print(
@@ -70,13 +75,20 @@ print(
 )
 
 # %% [markdown]
-# ## A timeline
-#
-# Each box is an expert or a transfer, on the lane that it kept busy. Look at the link: it works beside the other lanes.
-# Time is that of the profile's machine.
+# The same as a table, a DataFrame where pandas is installed. It can be had by step and by expert, too.
 
 # %%
-record.timeline.plot(last=1, layers=3)
+stats.table(by="layer")
+
+# %% [markdown]
+# ## A timeline
+#
+# Each box is an expert or a transfer, on the lane that it kept busy. Look at all three lanes at once: while the device
+# computes residents, the CPU has taken a miss and the link brings another.
+
+# %%
+record.timeline.plot(last=1, layers=4)
+
 # %%
 timeline = record.timeline
 for lane in timeline.lanes:

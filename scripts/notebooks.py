@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -82,11 +83,10 @@ def notebook(name: str) -> dict[str, Any]:
 
 def execute(name: str) -> dict[str, Any]:
     """The notebook with what its cells give, in a kernel of its own; the exception of the first cell that fails."""
-    import nbformat
-    from nbclient import NotebookClient
-
+    nbformat, nbclient = map(importlib.import_module, ("nbformat", "nbclient"))  # not everywhere, so not for pyright
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of a widget that nobody sees
     node = nbformat.reads(json.dumps(notebook(name)), as_version=4)
-    NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute()
     done = json.loads(nbformat.writes(node))
     for cell in done["cells"]:
         cell["metadata"].pop("execution", None)
@@ -134,7 +134,7 @@ def problems(name: str) -> list[str]:
     code = [cell for cell in kept["cells"] if cell["cell_type"] == "code"]
     if [cell["execution_count"] for cell in code] != list(range(1, 1 + len(code))):
         said.append("its cells were not executed in order")
-    if any(out["output_type"] == "error" or out.get("name") == "stderr" for cell in code for out in cell["outputs"]):
+    if any(out["output_type"] == "error" or warns(out) for cell in code for out in cell["outputs"]):
         said.append("a cell shows an error or a warning")
     shown = json.dumps([without_pictures(cell["outputs"]) for cell in code])
     for found in re.findall(r"(?:/home|/root|/Users|/tmp|/work)/[\w./-]*", shown):
@@ -147,12 +147,18 @@ def problems(name: str) -> list[str]:
     return said
 
 
+def warns(output: dict) -> bool:
+    """Whether it is more than a note on standard error."""
+    said = "".join(output.get("text", "")) if output.get("name") == "stderr" else ""
+    return re.search("warning|error|traceback", said, re.IGNORECASE) is not None
+
+
 def without_pictures(outputs: list[dict]) -> list[dict]:
     return [{k: {**v, "image/png": ""} if k == "data" else v for k, v in output.items()} for output in outputs]
 
 
 def main(argv: list[str] | None = None) -> int:
-    top = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    top = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     top.add_argument("names", nargs="*", metavar="NAME", help="a notebook, without .py (default: those not up to date)")
     top.add_argument("--all", action="store_true", help="all notebooks")
     top.add_argument("--check", action="store_true", help="say what is not up to date")

@@ -21,8 +21,8 @@ notebooks = importlib.import_module("notebooks")
 sys.path.pop(0)
 
 NAMES = notebooks.names()
-LONG: tuple[str, ...] = ()
-"""Those that start engines or processes: their short form, too, takes seconds."""
+LONG = ("01-quickstart", "03-cpu-and-device", "07-end-to-end", "09-own-model")
+"""Those that measure a machine, or need torch: their short form, too, takes tens of seconds."""
 NEAR = 0.02
 """By which share a number may differ on another processor, where rounding can turn a choice."""
 
@@ -54,7 +54,7 @@ def test_a_notebook_that_is_out_of_date_or_shows_the_machine_is_found(tmp_path, 
     made["cells"][1] |= {"execution_count": 1, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["2"]}]}
     notebooks.write("a", made)
     assert notebooks.problems("a") == []
-    made["cells"][1]["outputs"] += [{"output_type": "stream", "name": "stderr", "text": ["in /home/me/x.py"]}]
+    made["cells"][1]["outputs"] += [{"output_type": "stream", "name": "stderr", "text": ["Warning in /home/me/x.py"]}]
     notebooks.write("a", made)
     said = notebooks.problems("a")
     assert said == ["a cell shows an error or a warning", "it shows a path of the machine: /home/me/x.py"]
