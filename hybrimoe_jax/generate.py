@@ -13,6 +13,7 @@ import sys
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.decide.cache import POLICIES
+from hybrimoe_jax.decide.cache_state import CacheState, load_state
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
@@ -121,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--timeline", metavar="FILE", help="write a Chrome trace-event timeline (.json, opens in Perfetto)"
     )
+    top.add_argument(
+        "--save-cache-state", metavar="FILE", help="write who is resident and what the cache has learned at the end"
+    )
+    top.add_argument("--load-cache-state", metavar="FILE", help="go on from what --save-cache-state wrote")
     engine = top.add_argument_group("engine")
     for name, options in ENGINE_FLAGS.items():
         engine.add_argument("--" + name.replace("_", "-"), default=None, dest=name, **options)
@@ -165,13 +170,18 @@ def main(argv: list[str] | None = None) -> int:
         options = dataclasses.replace(options, profile=None, measure_again=True)
     prompt = read_prompt(args)
     check_flags(args, options)
+    state = load_state(args.load_cache_state) if args.load_cache_state else None
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.engine.load import bundled_model, load
 
     checkpoint = open_checkpoint(args.model or bundled_model())
     ids = prompt_ids(prompt, args, checkpoint.tokenizer) if isinstance(prompt, str) else prompt
     check_request(ids, args, options, checkpoint)
+    if state is not None:
+        check_state(state, options, checkpoint)
     engine = load(checkpoint, options)
+    if state is not None:
+        engine.load_cache_state(state)
     if saves_profile:
         engine.save_profile(saves_profile)
     trace, timeline = recorders(args, engine)
@@ -202,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(",".join(map(str, tokens)))
     sys.stdout.write("\n")
     if trace is not None:
-        trace.save(args.trace)
+        _save_trace(trace, args.trace, interrupted)
+    if args.save_cache_state:
+        engine.save_cache_state(args.save_cache_state)
     if timeline is not None:
         timeline.write(args.timeline)
     if engine.stats is not None and args.stats == "json":
@@ -212,6 +224,21 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print("\n" + stats_text(engine.stats), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+def _save_trace(trace, path: str, interrupted: bool) -> None:
+    """Of a run that was interrupted in its first step there is none."""
+    if interrupted and not len(trace.recorder):
+        print(f"{path}: not written; no step was finished", file=sys.stderr)
+    else:
+        trace.save(path)
+
+
+def check_state(state: CacheState, options: EngineConfig, checkpoint) -> None:
+    """UserError for a cache state of another model or system, before weights are read."""
+    from hybrimoe_jax.engine.cache_state import facts_of
+
+    state.check(facts_of(checkpoint.config), options.chosen_system)
 
 
 def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
@@ -242,9 +269,11 @@ def check_files(args: argparse.Namespace) -> None:
     """Files that are written at the end must have a place to go: better said now than after the run."""
     if args.executor == "dense" and (args.trace or args.timeline):
         raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
-    for flag in ("trace", "timeline"):
+    if args.executor == "dense" and (args.save_cache_state or args.load_cache_state):
+        raise UserError("the dense executor has every expert on the device: it keeps no cache state")
+    for flag in ("trace", "timeline", "save_cache_state"):
         if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag}")
+            check_writable(getattr(args, flag), f"--{flag.replace('_', '-')}")
     profile = args.profile
     if profile not in (None, *PROFILES) and (os.path.isdir(profile) or not os.path.exists(profile)):
         check_writable(profile, "--profile")

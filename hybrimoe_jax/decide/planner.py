@@ -92,6 +92,7 @@ class Planner:
         self._experts = frozenset(range(num_experts))
         self._next_clock = self._until_next = 0.0  # the latter: from the latest MoE block's start to the next one's
         self._tokens = 0  # of the latest plan's step; 0: nothing is planned
+        self.began_with: str | None = None  # the digest of a cache state
         # What `costs.handover` must be for `all_on_cpu`; None where nothing would do.
         self.handover_for_all_on_cpu = self._schedule_cache.prove_all_on_cpu(top_k, parts.most_resident)
         if self.all_on_cpu:  # whatever a prefetch might bring, it is not worth leaving the program for
@@ -247,6 +248,30 @@ class Planner:
         self._inflight.abandon()
         self._tokens = 0
         self._inflight.clear_link()
+
+    def under_way(self) -> list[tuple[int, int]]:
+        """Prefetches that have not landed, (layer, expert), in the order in which they should."""
+        transfers = [
+            (t.landing, layer, e) for layer, some in enumerate(self._inflight.in_flight) for e, t in some.items()
+        ]
+        return [(layer, expert) for _, layer, expert in sorted(transfers)]
+
+    def learned(self) -> dict[str, Any]:
+        """The objects that steps have taught something: what a `cache_state` packs, and fills again."""
+        return {"policies": list(self.policies), "predictor": self.predictor, "accuracy": self.accuracy}
+
+    @property
+    def back_off(self) -> int:
+        """For how many more steps of several tokens predicting is left out."""
+        return self._prefetch_planner.back_off
+
+    def go_on(self, resident: Sequence[set[int]], back_off: int, began_with: str) -> None:
+        """Goes on from a cache state, whose digest is `began_with`; `learned` has been filled already.
+
+        ValueError where the slots do not hold the residents.
+        """
+        self._residency.replace(resident)
+        self._prefetch_planner.back_off, self.began_with = back_off, began_with
 
     def _compare_predictions(self, layer: int, loads: Mapping[int, int]) -> None:
         """Counts what was predicted of the layer as true or not."""

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybrimoe_jax.engine import budget, device_memory
+from hybrimoe_jax.decide.cache_state import CacheState
+from hybrimoe_jax.engine import budget, cache_state, device_memory
 from hybrimoe_jax.engine.assembly import assemble
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
@@ -56,8 +57,9 @@ class Engine:
         self._forward = self._parts.forward
         self._last_stats: RunStats | None = None
         self._partial: Generation | None = None
-        self._closed = False
+        self._closed = self._recording = False
         self._sequences = 0
+        self._routers = cache_state.routers_of(dense)
 
     @property
     def costs(self):
@@ -115,6 +117,24 @@ class Engine:
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders, an `EngineTrace` and an `EngineTimeline`, to the steps that follow (None detaches)."""
         self._forward.attach(trace, timeline)
+        self._recording = trace is not None
+
+    def save_cache_state(self, path: str | Path) -> None:
+        """Writes who is resident and what the cache has learned, for `load_cache_state` of another run.
+
+        Waits for the prefetches under way and gives them their slots. UserError where a rule of one's own holds what a
+        file cannot, and for the dense executor.
+        """
+        cache_state.save(path, self._forward, self.config, self._routers)
+
+    def load_cache_state(self, path: str | Path | CacheState) -> None:
+        """Goes on where an engine of the same model, system and slots saved its cache state; answers stay the same.
+
+        UserError for a state of another one, and while a trace is recorded, which would not say how it began.
+        """
+        if self._recording:
+            raise UserError("a cache state is loaded before recording begins: the trace could not be repeated")
+        cache_state.load(path, self._forward, self.config, self._routers)
 
     @contextlib.contextmanager
     def recording(self, *, trace: bool = True, timeline: bool = False) -> Iterator[Recording]:

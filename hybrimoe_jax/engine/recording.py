@@ -147,6 +147,10 @@ class EngineTrace:
         """Notes a prefetch that was committed before layer `before` of the current step was planned."""
         self.recorder.note("landed", (self.recorder.step, before, layer, expert))
 
+    def landed_between_steps(self, layer: int, expert: int) -> None:
+        """Notes a prefetch that was committed after the current step, and so before the next one's first layer."""
+        self.recorder.note("landed", (self.recorder.step + 1, 0, layer, expert))
+
     def __call__(self, layer: int, step, routing) -> None:
         rows = routing.valid
         count, width = step.ids.shape
@@ -226,6 +230,7 @@ def run_record(planner: Planner, profile: Any) -> dict:
         "max_in_flight": planner.max_in_flight,
         "frequencies": None if None in frequencies else frequencies,
         "steps_before": planner.counters.steps,
+        "cache_state": planner.began_with,
         "profile": profile if isinstance(profile, (str, type(None))) else "given",
         "costs": costs.describe(),
         "shape": dataclasses.asdict(costs.shape) if isinstance(costs, MachineCosts) else None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.fused.choice import Switch
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.stats import StepStats
@@ -29,6 +30,12 @@ class RoundedForward(Forward):
 
     def synchronize(self) -> None:
         self.inner.synchronize()
+
+    def between_steps(self) -> Planner:
+        return self.inner.between_steps()
+
+    def fill(self) -> None:
+        self.inner.fill()
 
     def attach(self, trace, timeline) -> None:
         self.inner.attach(trace, timeline)

@@ -23,6 +23,7 @@ from hybrimoe_jax.models.moe import DenseExperts
 from hybrimoe_jax.models.parameters import merge
 
 if TYPE_CHECKING:
+    from hybrimoe_jax.decide.planner import Planner
     from hybrimoe_jax.engine.fused.choice import Switch
 
 
@@ -87,6 +88,17 @@ class Forward(abc.ABC):
         """
 
     @abc.abstractmethod
+    def between_steps(self) -> Planner:
+        """Brings all to where nothing is under way and the slots hold what the planner says; the planner.
+
+        UserError where there is none.
+        """
+
+    @abc.abstractmethod
+    def fill(self) -> None:
+        """Loads every expert that the planner calls resident into empty slots."""
+
+    @abc.abstractmethod
     def attach(self, trace, timeline) -> None:
         """Recorders for the steps that follow, or None. UserError where it has nothing to tell them."""
 
@@ -108,6 +120,12 @@ class DenseForward(Forward):
 
     def synchronize(self) -> None:
         """Its steps end before they return."""
+
+    def between_steps(self) -> Planner:
+        raise UserError("the dense executor has every expert on the device: it keeps no cache state")
+
+    def fill(self) -> None:
+        """Its experts are there."""
 
     def attach(self, trace, timeline) -> None:
         if trace is not None or timeline is not None:

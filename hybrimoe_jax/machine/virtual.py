@@ -78,6 +78,15 @@ class VirtualMachine:
         self._in_flight.difference_update(ready)
         return ready
 
+    def settle(self) -> list[tuple[int, int]]:
+        """Waits until the links are idle; the prefetches that have landed and were not told of, in order."""
+        for lane in self.links:
+            while len(lane):
+                key, began, end = lane.finish_first()
+                self._arrived(key, began, end)
+                self.now = max(self.now, end)
+        return self.landed()
+
     def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None:
         """Carries out a plan and moves the clock to its end."""
         start = self._block = self.now

@@ -10,13 +10,14 @@ import json
 import sys
 
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
+from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.figures import check_matplotlib
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.simulate import grid, plots
-from hybrimoe_jax.simulate.cases import cases_of, parts_of, prepared, trace_names
+from hybrimoe_jax.simulate.cases import LOADED, cases_of, parts_of, prepared, trace_names
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.simulate.records import table
 from hybrimoe_jax.trace.importers import open_trace
@@ -48,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--shape", metavar="NAME", help="the model's sizes, where the trace does not tell")
     top.add_argument("--as-recorded", action="store_true", help="repeat the live runs that the traces were taken from")
+    top.add_argument("--load-cache-state", metavar="FILE", help="begin with what --save-cache-state wrote; one run only")
+    top.add_argument(
+        "--save-cache-state", metavar="FILE", help="who is resident and what the cache has learned at the end; one run only"
+    )
     top.add_argument("--out", metavar="FILE", help="one JSON record a run (.jsonl)")
     top.add_argument("--plots", metavar="DIR", help="pictures; needs matplotlib")
     top.add_argument(
@@ -73,21 +78,28 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_flags(args)
     if args.as_recorded:
-        return repeat(args.trace)
+        return repeat(args.trace, args.load_cache_state, args.save_cache_state)
     cases = cases_of(
         args.trace,
         args.profile,
         _words(args.systems, "--systems"),
         [_number(word, "--cache-ratios", 0, 1) for word in _words(args.cache_ratios, "--cache-ratios")],
         fmt=args.format,
-        starts=_words(args.starts, "--starts"),
+        starts=[LOADED] if args.load_cache_state else _words(args.starts, "--starts"),
         lengths=[_whole(word, "--prompt-lengths") for word in args.prompt_lengths.split(",") if word.strip()],
         prompts=args.prompts,
         parts=parts_of(vars(args)),
         shape=args.shape,
         steps=args.steps,
         sequences=args.sequences,
+        load_state=args.load_cache_state,
+        save_state=args.save_cache_state,
     )
+    if len(cases) > 1 and cases[0].keeps_state:
+        raise UserError(
+            f"a cache state is of one run, and these flags ask for {len(cases)}: give one --trace, --systems, "
+            "--cache-ratios and --starts"
+        )
     if args.plots:
         check_matplotlib("--plots")
     for case in {(c.trace, c.system, c.start): c for c in cases}.values():
@@ -107,9 +119,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for the first flag that cannot be."""
-    for flag in ("out", "timeline"):
+    for flag in ("out", "timeline", "save_cache_state"):
         if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag}")
+            check_writable(getattr(args, flag), f"--{flag.replace('_', '-')}")
+    if args.as_recorded and (args.load_cache_state or args.save_cache_state) and len(args.trace) > 1:
+        raise UserError("a cache state is of one run: give one --trace")
     if args.plots:
         check_folder_to_be(args.plots, "--plots")
     check_lookahead(args.lookahead)
@@ -118,11 +132,12 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1")
 
 
-def repeat(paths: list[str]) -> int:
+def repeat(paths: list[str], load: str | None = None, save: str | None = None) -> int:
     """Replays the very runs that traces were recorded from: a JSON line each."""
+    state = None if load is None else load_state(load)
     for path, name in trace_names(paths).items():
         trace = open_trace(path)
-        planner, result = replay_run(trace, path)
+        planner, result = replay_run(trace, path, state, save)
         c = result.counters
         times = {phase: sum(s.seconds for s in result.steps if s.phase == phase) for phase in ("prefill", "decode")}
         virtual = trace.about.get("clock") == "virtual"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.systems import RULE_PARTS, SYSTEMS, System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_costs
@@ -22,6 +23,8 @@ from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.importers import open_trace
 
 STARTS = ("warm", "cold")
+LOADED = "loaded"
+"""The start of a case that goes on from a cache state."""
 ORACLE = CLAIRVOYANT.name
 OVERRIDES = ("cache", "scheduler", "prefetch", "lookahead", "predictor", "scope", "stream_prefill")
 
@@ -48,6 +51,8 @@ class Case:
       others: frequencies are of so many of the other sequences, evenly spread; None for all. Used with `sequences`.
       blind: static placements and the warm start know no frequencies: each layer's lowest ids, as good as any.
       name: what results call the trace; None for the end of its path.
+      load_state: a file with a cache state to begin with, `start` being "loaded". save_state: a file for the one at the
+        end. With either all sequences are run one after another, once, and no frequencies are known.
     """
 
     trace: str
@@ -66,6 +71,13 @@ class Case:
     sequences: int | None = None
     sequence_tokens: int | None = None
     others: int | None = None
+    load_state: str | None = None
+    save_state: str | None = None
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it begins or ends with a file."""
+        return self.load_state is not None or self.save_state is not None
 
     def __post_init__(self) -> None:
         resolved = [(part, RULE_PARTS[part](value) if part in RULE_PARTS else value) for part, value in self.parts]
@@ -150,6 +162,8 @@ def halves(tokens: TokenSteps) -> list[tuple[list[int], list[list[int]] | None]]
 
 def samples(tokens: TokenSteps, case: Case) -> list[tuple[list[int], list[list[int]] | None]]:
     """(sequences to run, frequencies of others or None) of each run that the case takes."""
+    if case.keeps_state:
+        return [(tokens.sequences, None)]
     if case.sequences is None:
         return halves(tokens)
     every = max(2, len(tokens.sequences) // case.sequences)
@@ -161,11 +175,23 @@ def samples(tokens: TokenSteps, case: Case) -> list[tuple[list[int], list[list[i
 
 def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
     """(trace, system, costs); UserError where they do not fit together."""
-    if case.start not in STARTS:
+    if case.start not in STARTS and (case.start != LOADED or case.load_state is None):
         raise UserError(f"start {case.start!r} is unknown (known: {', '.join(STARTS)})")
     tokens = tokens_of(case.trace)
     system = system_of(case, tokens)
+    if case.keeps_state:
+        _check_state(case, tokens, system)
     return tokens, system, load_costs(case.profile, shape_for(tokens, case), case.fmt)
+
+
+def _check_state(case: Case, tokens: TokenSteps, system: System) -> None:
+    if case.prompt is not None:
+        raise UserError("a cache state goes from token to token; prompts (--prompt-lengths) begin anew each time")
+    if knows_the_future(case.system):
+        raise UserError(f"system {case.system!r} knows the future of its own run: its state is of no use to another")
+    if case.load_state is not None:
+        facts = tokens.facts
+        load_state(case.load_state).check(facts, system, system.slots_per_layer(case.ratio, facts.layers, facts.experts))
 
 
 def cases_of(

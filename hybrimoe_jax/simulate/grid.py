@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax.decide.cache import MRS
+from hybrimoe_jax.decide.cache_state import load_state, take_state
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
@@ -24,7 +25,7 @@ from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.bound import clairvoyant_policies, knows_the_future, least_seconds
 from hybrimoe_jax.simulate.cases import Case, learns_instead, prepared, samples, trace_name
 from hybrimoe_jax.simulate.records import measures, versions
-from hybrimoe_jax.simulate.replay import Result, replay
+from hybrimoe_jax.simulate.replay import Result, replay, settle
 from hybrimoe_jax.simulate.synthetic import PREFIX
 from hybrimoe_jax.simulate.workers import workers
 from hybrimoe_jax.simulate.workload import Step, TokenSteps
@@ -62,7 +63,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     tokens, system, costs = prepared(case)
     began, result, bound, notes = time.process_time(), None, 0.0, []
     for sequences, frequencies in samples(tokens, case):
-        if case.blind:
+        if case.keeps_state:
+            notes.append("all sequences in one run, without frequencies of others: it begins or ends with a cache state")
+        elif case.blind:
             frequencies = None
         elif frequencies is None and case.start == "warm":
             notes.append("one sequence: static placement and warm start take the lowest ids, not frequencies")
@@ -134,8 +137,14 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
     def run(steps: Iterable[Step]) -> Result:
         if knows_the_future(case.system):
             steps = list(steps)
-        planner = planner_for(case, system, costs, tokens, frequencies, steps)
-        return replay(planner, VirtualMachine(costs, timeline), steps)
+        planner, machine = planner_for(case, system, costs, tokens, frequencies, steps), VirtualMachine(costs, timeline)
+        if case.load_state is not None:
+            load_state(case.load_state).restore(planner, tokens.facts)
+        result = replay(planner, machine, steps)
+        if case.save_state is not None:
+            settle(planner, machine)
+            take_state(planner, tokens.facts, f"cache state {case.save_state}").save(case.save_state)
+        return result
 
     slots = tuple(system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts, frequencies))
     cold = case.start == "cold" and not system.cache.made_by.fixed

@@ -63,6 +63,7 @@ class Machine(Protocol):
     def landed(self) -> list[tuple[int, int]]: ...
     def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None: ...
     def prefetch(self, layer: int, expert: int) -> None: ...
+    def settle(self) -> list[tuple[int, int]]: ...
 
 
 def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
@@ -95,3 +96,11 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
             )
         )
     return Result(results, counters, machine.now or 0.0, machine.cpu, machine.device, machine.link, machine.attention)
+
+
+def settle(planner: Planner, machine: Machine) -> None:
+    """Waits, after the latest step, for what is under way, and gives it slots, as a live engine that saves its state."""
+    for landed in machine.settle():
+        planner.landed(*landed)
+    for landed in planner.under_way():  # where no machine tells
+        planner.landed(*landed)

@@ -25,6 +25,10 @@ class TraceRecorder:
         self._rows: list[tuple] = []
         self._notes: dict[str, list[tuple[int, ...]]] = {}
 
+    def __len__(self) -> int:
+        """Rows so far."""
+        return sum(len(row[3]) for row in self._rows)
+
     def next_step(self) -> None:
         """A new forward pass begins."""
         self.step += 1

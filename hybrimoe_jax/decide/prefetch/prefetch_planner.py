@@ -39,7 +39,7 @@ class PrefetchPlanner:
         self.active = system.max_distance > 0
         self._depths: dict[int, int] = {}  # by the tokens of a step
         self._longest: float | None = None
-        self._back_off = 0
+        self.back_off = 0
         self._issued_before: int = 0
         self._predicted = False
 
@@ -73,7 +73,7 @@ class PrefetchPlanner:
         After a step of several tokens in which no prefetch was found worth its while, a few are let pass (predicting
         for hundreds of tokens takes longer than planning).
         """
-        return tokens > 1 and self._back_off > 0
+        return tokens > 1 and self.back_off > 0
 
     @property
     def room(self) -> int:
@@ -138,7 +138,7 @@ class PrefetchPlanner:
         """The step had so many tokens, and so many prefetches have been issued since the start."""
         if tokens > 1:
             fruitless = self._predicted and issued == self._issued_before
-            self._back_off = BACK_OFF_STEPS if fruitless else max(0, self._back_off - 1)
+            self.back_off = BACK_OFF_STEPS if fruitless else max(0, self.back_off - 1)
         self._predicted, self._issued_before = False, issued
         self.predictor.finish_step()
 

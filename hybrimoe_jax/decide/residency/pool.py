@@ -119,6 +119,12 @@ class Pool:
         self.used = sum(map(len, resident))
         self._candidates = VictimCandidates(policies, resident)
 
+    def recount(self) -> None:
+        """The residents of all layers are others now."""
+        self.used = sum(map(len, self.resident))
+        for layer in range(len(self.resident)):
+            self._candidates.changed(layer)
+
     def admit(self, layer: int, expert: int, needed: Collection[int]) -> Fetch:
         """Finds a slot for an expert that the running layer brings in."""
         victim = None

@@ -59,6 +59,20 @@ class Residency:
         self.predictions: list[list[tuple[int, Prediction]]] = [[] for _ in slots]
         self.pool = pool.Pool(sum(slots), policies, self.resident, inflight, bypass) if pooled else None
 
+    def replace(self, resident: Sequence[set[int]]) -> None:
+        """Other residents, of which the policies know already; ValueError where the slots do not hold them."""
+        if self.pool is None:
+            fits = all(len(some) <= room for some, room in zip(resident, self.slots, strict=True))
+        else:
+            fits = sum(map(len, resident)) <= self.pool.total
+        if not fits:
+            raise ValueError("more residents than slots")
+        for mine, some in zip(self.resident, resident, strict=True):
+            mine.clear()
+            mine.update(some)
+        if self.pool is not None:
+            self.pool.recount()
+
     def admit(self, layer: int, expert: int) -> Fetch:
         """Finds a slot for an expert that this step brings in."""
         if self.pool is not None:

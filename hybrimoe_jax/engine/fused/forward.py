@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.fused.choice import Switch, WayChoice
 from hybrimoe_jax.engine.fused.decode import FusedDecode
 from hybrimoe_jax.engine.inputs import StepInput
@@ -55,6 +56,16 @@ class FusedForward(Forward):
         if layered.trace is not None or layered.timeline is not None or layered.link.busy:
             return False
         return step.ids.size == 1 and step.last is not None and not layered.planner.streams(step.phase)
+
+    def between_steps(self) -> Planner:
+        self.synchronize()
+        if self._mid_step:
+            self.layered.repair()
+            self._mid_step = False
+        return self.layered.between_steps()
+
+    def fill(self) -> None:
+        self.layered.fill()
 
     def synchronize(self) -> None:
         self.fused.flush_deferred()

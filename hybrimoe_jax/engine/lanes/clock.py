@@ -56,6 +56,10 @@ class Clock(abc.ABC):
         """Takes the prefetches off the link that have landed by now."""
 
     @abc.abstractmethod
+    def settled(self, link: Link, under_way: Sequence[tuple[int, int]]) -> list[Transfer]:
+        """Waits for all prefetches `under_way`, (layer, expert), between two steps, and takes them off the link."""
+
+    @abc.abstractmethod
     def transfer_seconds(self, transfer: Transfer) -> float | None:
         """How long a transfer held the link, where that was measured."""
 
@@ -110,6 +114,9 @@ class WallClock(Clock):
 
     def landed(self, link: Link) -> list[Transfer]:
         return link.landed()
+
+    def settled(self, link: Link, under_way: Sequence[tuple[int, int]]) -> list[Transfer]:
+        return [link.wait(*key) for key in under_way]
 
     def transfer_seconds(self, transfer: Transfer) -> float:
         return transfer.seconds
@@ -186,6 +193,9 @@ class VirtualClock(Clock):
 
     def landed(self, link: Link) -> list[Transfer]:
         return [link.wait(*key) for key in self.machine.landed()]
+
+    def settled(self, link: Link, under_way: Sequence[tuple[int, int]]) -> list[Transfer]:
+        return [link.wait(*key) for key in self.machine.settle()]
 
     def transfer_seconds(self, transfer: Transfer) -> None:
         return None

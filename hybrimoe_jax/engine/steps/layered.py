@@ -261,6 +261,13 @@ class LayeredForward(Movement):
     def synchronize(self) -> None:
         """Its steps end before they return."""
 
+    def between_steps(self) -> Planner:
+        """Brings all to where nothing is under way and the slots hold what the planner says; the planner."""
+        if self._mid_step:
+            self.repair()
+        self.settle()
+        return self.planner
+
     def repair(self) -> None:
         """Refills the slots with what the planner believes in them.
 

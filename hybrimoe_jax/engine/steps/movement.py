@@ -32,11 +32,21 @@ class Movement(Forward):
             if self.trace is not None:
                 self.trace.landed(run.moe_layer, transfer.layer, transfer.expert)
             run.moved += 1
-            self._note(transfer)
-            measured = self.clock.transfer_seconds(transfer)
-            victim = self.planner.landed(transfer.layer, transfer.expert, measured)
-            if not isinstance(victim, Refused):
-                self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
+            self._landed(transfer)
+
+    def settle(self) -> None:
+        """Waits for all prefetches under way, between two steps, and gives them slots."""
+        for transfer in self.clock.settled(self.link, self.planner.under_way()):
+            if self.trace is not None:
+                self.trace.landed_between_steps(transfer.layer, transfer.expert)
+            self._landed(transfer)
+
+    def _landed(self, transfer: Transfer) -> None:
+        self._note(transfer)
+        measured = self.clock.transfer_seconds(transfer)
+        victim = self.planner.landed(transfer.layer, transfer.expert, measured)
+        if not isinstance(victim, Refused):
+            self.pool.write(transfer.layer, transfer.expert, transfer.staged, victim)
 
     def start_fetch(self, moe_layer: int, fetch: Fetch, after: jax.Array | None = None) -> Transfer:
         """Starts a planned demand fetch, behind `after` where copies wait for compute."""

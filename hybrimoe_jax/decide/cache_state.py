@@ -1,0 +1,159 @@
+"""A cache state: what a planner has learned and who is resident, as a file from which another run goes on.
+
+It is taken between two steps, when nothing is under way. It holds each layer's residents, every cache policy (heat,
+last uses, step counts, queues), the predictor, how often predictions came true, and for how long prefetching is put
+off. It holds no weights and no times, so it serves the same model under another profile. Whatever it says, the answers
+stay the same: placement changes none.
+
+The file is an `.npz`: `meta`, JSON text, and the arrays that it names. Reading it never unpickles. Version 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from hybrimoe_jax.decide.cache import Belady
+from hybrimoe_jax.decide.packing import pack, unpack
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import is_object, replacing
+
+FORMAT, VERSION = "hybrimoe-cache-state", 1
+
+
+class Facts(Protocol):
+    """What is asked of a model, see `trace.facts.TraceFacts`."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheState:
+    """A state in memory. `where` begins every error about it; `digest` tells states apart."""
+
+    meta: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    where: str
+
+    @property
+    def digest(self) -> str:
+        said = hashlib.sha256(json.dumps({**self.meta, "model": None}, sort_keys=True).encode())
+        for name, array in sorted(self.arrays.items()):
+            said.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return said.hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it, whole or not at all."""
+        with replacing(path, "wb") as file:
+            np.savez_compressed(file, meta=np.array(json.dumps(self.meta)), **cast(Any, dict(self.arrays)))
+
+    def check(self, facts: Facts, system: System, slots: list[int] | None = None, routers: str | None = None) -> None:
+        """UserError, in one line, where it is of another model, another system, or of other slots.
+
+        Args: routers: a digest of the model's routers, which tells checkpoints of one shape apart. What is None is not
+        compared.
+        """
+        mine, its = _model(facts, routers), self.meta["model"]
+        if any(mine[name] != its.get(name) for name in mine if name != "routers"):
+            raise UserError(f"{self.where}: it is of {_said(its)}; this model is {_said(mine)}")
+        if routers is not None and its.get("routers") not in (None, routers):
+            raise UserError(f"{self.where}: it is of another checkpoint of this shape: its routers differ")
+        parts = _parts(system)
+        for name, value in parts.items():
+            if self.meta["system"].get(name) != value:
+                there = self.meta["system"].get(name)
+                raise UserError(f"{self.where}: its {name} is {there!r}; this run's is {value!r}")
+        if slots is not None and list(slots) != self.meta["slots"]:
+            layer = next((i for i, (a, b) in enumerate(zip(slots, self.meta["slots"])) if a != b), 0)
+            there = self.meta["slots"][layer]
+            raise UserError(f"{self.where}: it is of {there} slots in layer {layer}; this run has {slots[layer]}")
+
+    def restore(self, planner: Planner, facts: Facts, routers: str | None = None) -> None:
+        """Has a planner, with nothing under way, go on from it. UserError as of `check`, and where it is damaged."""
+        self.check(facts, planner.system, planner.slots, routers)
+        try:
+            resident = [set(map(int, layer)) for layer in self.meta["resident"]]
+            if len(resident) != planner.num_layers or any(r - set(range(planner.num_experts)) for r in resident):
+                raise ValueError("its residents are not experts of this model")
+            unpack(self.meta["learned"], self.arrays, planner.learned())
+            planner.go_on(resident, int(self.meta["back_off"]), self.digest)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.where}: it is damaged ({error})") from None
+
+
+def take_state(planner: Planner, facts: Facts, where: str = "cache state", routers: str | None = None) -> CacheState:
+    """The state of a planner that is between two steps and has nothing under way (RuntimeError where it has)."""
+    if planner.under_way():
+        raise RuntimeError("transfers are under way: a cache state is taken when they have landed")
+    for policy in planner.policies:
+        if isinstance(policy, Belady):
+            raise UserError(f"{where}: the cache policy knows the future of one run: its state is of no use to another")
+    learned, arrays = pack(planner.learned(), where)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": _model(facts, routers),
+        "system": _parts(planner.system),
+        "slots": list(planner.slots),
+        "resident": [sorted(planner.resident(layer)) for layer in range(planner.num_layers)],
+        "back_off": planner.back_off,
+        "learned": learned,
+    }
+    return CacheState(meta, arrays, where)
+
+
+def load_state(path: str | os.PathLike[str]) -> CacheState:
+    """Reads a file; UserError where it is none of ours, or of a version that is not known."""
+    where = f"cache state {path}"
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays: dict[str, np.ndarray] = {name: archive[name] for name in archive.files}
+        meta = json.loads(str(arrays.pop("meta")))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged archive fails in zipfile, zlib, struct, numpy or json
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: not a cache state ({said}); `generate --save-cache-state FILE` writes one") from None
+    if not is_object(meta) or meta.get("format") != FORMAT:
+        raise UserError(f"{where}: not a cache state; `generate --save-cache-state FILE` writes one")
+    if meta.get("version") != VERSION:
+        said = f"version {meta.get('version')!r} is not supported (this program reads {VERSION})"
+        raise UserError(f"{where}: {said}")
+    kinds = {"model": dict, "system": dict, "slots": list, "resident": list, "back_off": int}
+    for name, kind in kinds.items():
+        if not isinstance(meta.get(name), kind):
+            raise UserError(f"{where}: it is damaged (its {name} is missing)")
+    return CacheState(meta, arrays, where)
+
+
+def _model(facts: Facts, routers: str | None) -> dict[str, Any]:
+    said = {name: getattr(facts, name) for name in ("model_type", "layers", "experts", "top_k")}
+    return {**said, "routers": routers}
+
+
+def _said(model: Mapping[str, Any]) -> str:
+    return (
+        f"{model.get('model_type')}, {model.get('layers')} MoE layers of {model.get('experts')} experts, "
+        f"{model.get('top_k')} a token"
+    )
+
+
+def _parts(system: System) -> dict[str, Any]:
+    """A system's parts by name, as texts and numbers; what it is called does not count."""
+    parts = {field.name: getattr(system, field.name) for field in dataclasses.fields(system) if field.name != "name"}
+    return {name: str(part) if isinstance(part, str) else part for name, part in parts.items()}
