@@ -211,12 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     if engine.tokenizer is None:
         sys.stdout.write(",".join(map(str, tokens)))
     sys.stdout.write("\n")
-    if trace is not None:
-        _save_trace(trace, args.trace, interrupted)
-    if args.save_cache_state:
-        engine.save_cache_state(args.save_cache_state)
-    if timeline is not None:
-        timeline.write(args.timeline)
+    _write_files(args, engine, trace, timeline, interrupted)
     if engine.stats is not None and args.stats == "json":
         record = {"token_ids": tokens, "prompt_tokens": len(ids), "finish_reason": reason, **engine.stats.summary()}
         print(json.dumps(record), flush=True)
@@ -226,12 +221,16 @@ def main(argv: list[str] | None = None) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _save_trace(trace, path: str, interrupted: bool) -> None:
-    """Of a run that was interrupted in its first step there is none."""
-    if interrupted and not len(trace.recorder):
-        print(f"{path}: not written; no step was finished", file=sys.stderr)
-    else:
-        trace.save(path)
+def _write_files(args: argparse.Namespace, engine, trace, timeline, interrupted: bool) -> None:
+    """What the flags ask for; of a run that was interrupted in its first step there is no trace."""
+    if trace is not None and interrupted and not len(trace.recorder):
+        print(f"{args.trace}: not written; no step was finished", file=sys.stderr)
+    elif trace is not None:
+        trace.save(args.trace)
+    if args.save_cache_state:
+        engine.save_cache_state(args.save_cache_state)
+    if timeline is not None:
+        timeline.write(args.timeline)
 
 
 def check_state(state: CacheState, options: EngineConfig, checkpoint) -> None:

@@ -49,9 +49,13 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--shape", metavar="NAME", help="the model's sizes, where the trace does not tell")
     top.add_argument("--as-recorded", action="store_true", help="repeat the live runs that the traces were taken from")
-    top.add_argument("--load-cache-state", metavar="FILE", help="begin with what --save-cache-state wrote; one run only")
     top.add_argument(
-        "--save-cache-state", metavar="FILE", help="who is resident and what the cache has learned at the end; one run only"
+        "--load-cache-state", metavar="FILE", help="begin with what --save-cache-state wrote; one run only"
+    )
+    top.add_argument(
+        "--save-cache-state",
+        metavar="FILE",
+        help="who is resident and what the cache has learned at the end; one run only",
     )
     top.add_argument("--out", metavar="FILE", help="one JSON record a run (.jsonl)")
     top.add_argument("--plots", metavar="DIR", help="pictures; needs matplotlib")

@@ -191,7 +191,9 @@ def _check_state(case: Case, tokens: TokenSteps, system: System) -> None:
         raise UserError(f"system {case.system!r} knows the future of its own run: its state is of no use to another")
     if case.load_state is not None:
         facts = tokens.facts
-        load_state(case.load_state).check(facts, system, system.slots_per_layer(case.ratio, facts.layers, facts.experts))
+        load_state(case.load_state).check(
+            facts, system, system.slots_per_layer(case.ratio, facts.layers, facts.experts)
+        )
 
 
 def cases_of(

@@ -64,7 +64,9 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     began, result, bound, notes = time.process_time(), None, 0.0, []
     for sequences, frequencies in samples(tokens, case):
         if case.keeps_state:
-            notes.append("all sequences in one run, without frequencies of others: it begins or ends with a cache state")
+            notes.append(
+                "all sequences in one run, without frequencies of others: it begins or ends with a cache state"
+            )
         elif case.blind:
             frequencies = None
         elif frequencies is None and case.start == "warm":
@@ -163,9 +165,8 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
 
 def _steps_of(case: Case) -> Case:
     """The case, but for what does not change its steps and their costs."""
-    return dataclasses.replace(
-        case, system="on-demand", parts=(), ratio=0.0, start="cold", blind=False, name=None, others=None
-    )
+    usual = dict(system="on-demand", parts=(), ratio=0.0, start="cold", blind=False, name=None, others=None)
+    return dataclasses.replace(case, **usual, load_state=None, save_state=None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -63,6 +63,11 @@ class Machine(Protocol):
     def landed(self) -> list[tuple[int, int]]: ...
     def run(self, plan: LayerPlan, loads: Mapping[int, int], tokens: int) -> None: ...
     def prefetch(self, layer: int, expert: int) -> None: ...
+
+
+class Settling(Protocol):
+    """A machine that tells, after the latest step, what lands of that which is under way: (layer, expert)."""
+
     def settle(self) -> list[tuple[int, int]]: ...
 
 
@@ -98,8 +103,8 @@ def replay(planner: Planner, machine: Machine, steps: Iterable[Step]) -> Result:
     return Result(results, counters, machine.now or 0.0, machine.cpu, machine.device, machine.link, machine.attention)
 
 
-def settle(planner: Planner, machine: Machine) -> None:
-    """Waits, after the latest step, for what is under way, and gives it slots, as a live engine that saves its state."""
+def settle(planner: Planner, machine: Settling) -> None:
+    """Waits for what is under way after the latest step and gives it slots, as an engine that saves its state does."""
     for landed in machine.settle():
         planner.landed(*landed)
     for landed in planner.under_way():  # where no machine tells
