@@ -48,6 +48,13 @@ class Progress:
         """Something else is done from now on."""
         self.label, self.total, self._since = label, total, time.monotonic()
 
+    def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """Yields the items and shows how many have been."""
+        self.restart(label, total)
+        for number, item in enumerate(items):
+            self.to(number)
+            yield item
+
     def to(self, done: int, label: str | None = None) -> None:
         """So many are done."""
         self.label = label or self.label
@@ -67,11 +74,9 @@ class Progress:
 
 
 def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yields the items and shows how many have been."""
+    """The same by itself."""
     with Progress(label, total) as progress:
-        for number, item in enumerate(items):
-            progress.to(number)
-            yield item
+        yield from progress.track(items, total, label)
 
 
 class _Terminal:

@@ -54,6 +54,7 @@ def test_a_table_has_a_row_a_run(runs):
     for row, record in enumerate(runs):
         assert table["ms"][row] == 1e3 * record["seconds_per_step"]["mean"]
         assert table["ms_low"][row] <= table["ms_high"][row] and table["bound_ms"][row] <= table["ms"][row]
+    assert set(table["trace"]) == {"trace"}
     assert set(table["clock"]) == {"virtual"} and set(table["machine"]) == {"a6000-paper"}
     assert "simulated times" in str(runs) and "<table>" in runs._repr_html_()
     assert repr(runs) == "<Runs: 4 of hybrimoe, ktransformers on a6000-paper, virtual clock>"

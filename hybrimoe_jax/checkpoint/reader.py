@@ -112,13 +112,16 @@ class Checkpoint:
             )
         return PackedMatrix(data, layout)
 
-    def experts(self, dtype=None, lazy: bool = True, verify: bool = False, keep: bool = True) -> ExpertStore:
+    def experts(
+        self, dtype=None, lazy: bool = True, verify: bool = False, keep: bool = True, progress: Any = None
+    ) -> ExpertStore:
         """The routed experts.
 
         Args:
           dtype: float32 widens bfloat16 exactly; None keeps the stored type. Quantised experts stay as they are.
           lazy: read each expert on first use; False reads all now.
           verify: hash each expert when it is read; a difference raises UserError naming layer and expert.
+          progress: wraps the walk over all of them, see `ExpertStore.load_all`.
         """
         records = [shard for shard in self.manifest["pieces"] if shard["experts"]]
         if not records:
@@ -145,7 +148,7 @@ class Checkpoint:
         shape = (len(records), self.config.num_experts, self.config.moe_width, self.config.hidden_size)
         store = ExpertStore(read, shape, held, keep, form.layout)
         if not lazy:
-            store.load_all()
+            store.load_all(progress)
         return store
 
 

@@ -12,6 +12,7 @@ from hybrimoe_jax.engine.device_memory import limit_allocator
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.progress import Progress
 
 if TYPE_CHECKING:
     from hybrimoe_jax.checkpoint.reader import Checkpoint
@@ -51,7 +52,11 @@ class Model(NamedTuple):
         return engine
 
 
-def read_model(checkpoint: str | Path | Checkpoint | None = None, options: EngineConfig | None = None) -> Model:
+def read_model(
+    checkpoint: str | Path | Checkpoint | None = None,
+    options: EngineConfig | None = None,
+    progress: Progress | None = None,
+) -> Model:
     """Reads a folder written by `python -m hybrimoe_jax.convert`, or one that is open (the bundled model if None).
 
     Starts jax, as `load` does. Of the options `threads`, `executor`, `lazy`, `verify` and `start_cache` count, and
@@ -78,7 +83,9 @@ def read_model(checkpoint: str | Path | Checkpoint | None = None, options: Engin
     dtype = "float32" if jax.default_backend() == "cpu" else None
     return Model(
         checkpoint.config,
-        store=checkpoint.experts(dtype=dtype, lazy=options.lazy, verify=options.verify),
+        store=checkpoint.experts(
+            dtype=dtype, lazy=options.lazy, verify=options.verify, progress=progress and progress.track
+        ),
         dense=checkpoint.dense(verify=options.verify),
         tokenizer=checkpoint.tokenizer,
         eos=eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config),
@@ -106,7 +113,12 @@ def load(
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
     options = config_of(options, machine, fields)
-    return read_model(path, options).engine(options)
+    with Progress("reading the checkpoint", at_once=True) as progress:
+        progress.to(0)
+        model = read_model(path, options, progress)
+        progress.restart("compiling and measuring", None)
+        progress.to(0)
+        return model.engine(options)
 
 
 def config_of(options: EngineConfig | None, machine: str | None, fields: dict[str, Any]) -> EngineConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -66,6 +67,11 @@ def replay(
         paths, machine, _several(systems), _several(ratios), fmt=format, starts=_several(starts),
         lengths=_several(prompt_lengths), prompts=prompts, parts=_parts(parts), shape=shape, steps=steps,
     )  # fmt: skip
+    here = Path(folder.path)
+    cases = [
+        dataclasses.replace(case, name=Path(case.trace).name) if Path(case.trace).parent == here else case
+        for case in cases
+    ]
     if not cases:
         raise UserError("nothing to replay: give at least one trace, one ratio and one system")
     for case in cases:
