@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrimoe_jax.baselines.torch_offload import TorchOffload
+    from hybrimoe_jax.bench.compare import Comparison, compare
+    from hybrimoe_jax.decide import CachePolicy, Predictor, Scheduler
     from hybrimoe_jax.decide.systems import system
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.engine import Engine
@@ -19,8 +21,15 @@ if TYPE_CHECKING:
     from hybrimoe_jax.engine.streaming import StreamChunk, stream_generate
     from hybrimoe_jax.errors import UserError
     from hybrimoe_jax.simulate.runs import Runs, replay
+    from hybrimoe_jax.trace.importers import open_trace
 
 _PUBLIC = {
+    "CachePolicy": "hybrimoe_jax.decide",
+    "Predictor": "hybrimoe_jax.decide",
+    "Scheduler": "hybrimoe_jax.decide",
+    "open_trace": "hybrimoe_jax.trace.importers",
+    "Comparison": "hybrimoe_jax.bench.compare",
+    "compare": "hybrimoe_jax.bench.compare",
     "Runs": "hybrimoe_jax.simulate.runs",
     "replay": "hybrimoe_jax.simulate.runs",
     "EngineConfig": "hybrimoe_jax.engine.config",
@@ -35,15 +44,21 @@ _PUBLIC = {
     "TorchOffload": "hybrimoe_jax.baselines.torch_offload",
 }
 __all__ = [
+    "CachePolicy",
+    "Comparison",
     "Engine",
     "EngineConfig",
     "Generation",
+    "Predictor",
     "Runs",
+    "Scheduler",
     "StreamChunk",
     "TorchOffload",
     "UserError",
     "bundled_model",
+    "compare",
     "load",
+    "open_trace",
     "replay",
     "stream_generate",
     "system",

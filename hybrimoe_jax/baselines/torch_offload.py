@@ -64,7 +64,7 @@ class TorchOffload:
       without: what to leave out, to see what it brings: "kernels" (int4 ones), "forms" (of computing experts), "pinned"
         (host memory).
 
-    Attributes: `notes`: what a reader of its figures must know; shown once on standard error.
+    Attributes: `notes`: what a reader of its figures must know; shown once on standard error. `given`: the arguments.
 
     Raises UserError where torch is not installed and where the options cannot be met.
     """
@@ -87,6 +87,7 @@ class TorchOffload:
         if unknown:
             known = ", ".join(sorted(OPTIONS))
             raise UserError(f"the PyTorch engine has no option {sorted(unknown)[0]!r} (it has {known})")
+        self.given = {"mode": mode, "device": device, "precision": precision, "without": without, **options}
         system = MODES.get(mode, mode) if isinstance(mode, str) else mode
         paced = device.startswith("paced")
         self.options = EngineConfig(system=system, device=device if paced else "auto", **options)  # pyright: ignore

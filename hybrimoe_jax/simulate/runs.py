@@ -215,7 +215,8 @@ class RunsPlots:
                 mine = sorted((r["cache_ratio"], r["hit_rate"]["mean"]) for r in found if r["system"] == system)
                 at, rates = [100 * ratio for ratio, _ in mine], [100 * rate for _, rate in mine]
                 axes.plot(at, rates, label=system, **line_style(place))
-            axes.set(xlabel="experts that the device holds [%]", ylabel="hit rate [%]", title=plots.title_of(found[0]))
+            axes.set(xlabel="experts that the device holds [%]", ylabel="hit rate [%]")
+            axes.set_title(plots.title_of(found[0]), fontsize=6)
             axes.legend(fontsize=6)
         return axes
 
