@@ -118,7 +118,7 @@ def _counted(system: str, options: dict) -> tuple[dict[str, int], list]:
 def _layer(engine, prompt) -> float:
     """Of decode steps."""
     engine.generate(prompt, max_new_tokens=2)
-    stats = engine.generate(prompt, max_new_tokens=12).stats
+    stats = engine.generate(prompt, max_new_tokens=6).stats
     steps = [step for step in stats.steps if step.phase == "decode" and not step.compile_s]
     assert {(len(layer.cpu), len(layer.fetched)) for step in steps for layer in step.layers} == {(1, 1)}
     return min(step.seconds / len(step.layers) for step in steps)

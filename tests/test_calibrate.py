@@ -267,6 +267,7 @@ def test_the_fastest_host_memory_is_named_and_what_is_refused_left_out(monkeypat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
 def test_a_paced_device_gives_its_profile_back(tmp_path):

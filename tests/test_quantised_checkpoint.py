@@ -203,6 +203,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base))
 """
 
 
+@pytest.mark.slow
 def test_random_weights_take_little_memory(tmp_path):
     """A layer of 16 experts is 7 MB here, the model 40: what is added to the base is less than a layer and the
     buffers of a write."""
