@@ -290,7 +290,8 @@ def test_a_closed_pipe_is_quiet():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_only_on_a_terminal(terminal):
-    code = "from hybrimoe_jax import cli, progress\nprogress.SOON_S = progress.EVERY_S = 0\nprint(list(cli.progress(range(5), 5, 'working')))"
+    code = "from hybrimoe_jax import cli, progress\nprogress.SOON_S = progress.EVERY_S = 0\n"
+    code += "print(list(cli.progress(range(5), 5, 'working')))"
     leader, follower = os.openpty()
     stderr = follower if terminal else subprocess.PIPE
     environment = os.environ | {"TERM": "xterm"}
