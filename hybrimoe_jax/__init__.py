@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hybrimoe_jax.baselines.torch_offload import TorchOffload
     from hybrimoe_jax.bench.compare import Comparison, compare
     from hybrimoe_jax.decide import CachePolicy, Predictor, Scheduler
+    from hybrimoe_jax.decide.check import check
     from hybrimoe_jax.decide.systems import system
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.engine import Engine
@@ -38,6 +39,7 @@ _PUBLIC = {
     "bundled_model": "hybrimoe_jax.engine.load",
     "Engine": "hybrimoe_jax.engine.engine",
     "Generation": "hybrimoe_jax.engine.generation",
+    "check": "hybrimoe_jax.decide.check",
     "system": "hybrimoe_jax.decide.systems",
     "stream_generate": "hybrimoe_jax.engine.streaming",
     "StreamChunk": "hybrimoe_jax.engine.streaming",
@@ -56,6 +58,7 @@ __all__ = [
     "TorchOffload",
     "UserError",
     "bundled_model",
+    "check",
     "compare",
     "load",
     "open_trace",

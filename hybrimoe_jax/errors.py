@@ -10,6 +10,22 @@ class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong, where, and what to do."""
 
 
+class RuleError(UserError):
+    """A cache policy, a scheduler or a predictor broke its contract. The step has ended; nothing of it is kept.
+
+    Args: rule: its name; method: of its class; broken: what it did, with an example; layer: the MoE layer, where
+      known.
+    """
+
+    def __init__(self, rule: str, method: str, broken: str, layer: int | str | None = None):
+        super().__init__(rule, method, broken, layer)
+        self.rule, self.method, self.broken, self.layer = rule, method, broken, layer
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f", layer {self.layer}"
+        return f"{self.rule}{where}: {self.method} {self.broken}"
+
+
 class DeviceError(RuntimeError):
     """The device did not do what it was given. The step has ended; the engine can try the next one."""
 

@@ -32,7 +32,7 @@ from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.resolve import resolve_system
 from hybrimoe_jax.decide.schedule_cache import ScheduleCache
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import RuleError, UserError
 
 _ONE = {1}
 
@@ -160,9 +160,13 @@ class Planner:
             )
         else:
             double_buffered = ()
-            schedule, device = self._schedule_cache.schedule(
-                loads, scores, tokens, resident, hits, misses, in_flight, link_busy, unit_loads
-            )
+            try:
+                schedule, device = self._schedule_cache.schedule(
+                    loads, scores, tokens, resident, hits, misses, in_flight, link_busy, unit_loads
+                )
+            except RuleError as error:
+                error.layer = layer  # which a scheduler is not told
+                raise
             awaited = schedule.awaited
 
         if residency.predictions[layer]:

@@ -158,11 +158,14 @@ class Kind:
         if not rest:
             raise UserError(f"{self.what} {spec!r} is unknown (known: {', '.join(self.known)}{self.also}; or {OWN})")
         of_class, _, rest = rest.partition(":")
-        found = self._imported(spec, name, of_class)
+        found = self.imported(spec)
         self._check_class(spec, found)
         return Rule(found, self._parameters(found, f"{name}:{of_class}", rest), f"{name}:{of_class}")
 
-    def _imported(self, spec: str, module: str, name: str) -> type[Any]:
+    def imported(self, spec: str) -> type[Any]:
+        """The class that "package.module:Class" names; UserError where there is none."""
+        module, _, name = spec.partition(":")
+        name = name.partition(":")[0]
         try:
             found: Any = sys.modules[module] if module in sys.modules else importlib.import_module(module)
             for part in name.split("."):

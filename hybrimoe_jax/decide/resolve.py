@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.cache import CachePolicy, build_policies
+from hybrimoe_jax.decide.cache.watched import watch_policies
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.prefetch.prediction import Predictor
 from hybrimoe_jax.decide.prefetch.predictors import build_predictor
@@ -63,6 +64,8 @@ def resolve_system(
         pooled = system.scope == "pooled"
         capacities = [capacity_of(sum(slots), num_layers, num_experts)] * num_layers if pooled else slots
         policies = build_policies(system.cache, num_experts, capacities, top_k, frequencies=frequencies)
+    else:
+        policies = watch_policies(policies)
     scheduler = with_shared_cores(get_scheduler(system.scheduler), costs)
     model = (num_layers, num_experts, top_k)
     predictor = build_predictor(system.predictor, *model, system.max_distance, recording)

@@ -34,7 +34,7 @@ class ScheduleCache:
         `most_resident`: experts of a layer in slots at most. Returns what `costs.handover` must be for that, None where
         nothing would do.
         """
-        if not isinstance(self.rule, SharedCoresScheduler):
+        if not (isinstance(self.rule, SharedCoresScheduler) and self.rule.depends_on_counts_only):
             return None
         needed, self.all_on_cpu = self.rule.prove_all_on_cpu(cast(SharedCoreCosts, self.costs), top_k, most_resident)
         return needed

@@ -14,6 +14,7 @@ from hybrimoe_jax.decide.cache.echo import Echo
 from hybrimoe_jax.decide.cache.policy import CachePolicy
 from hybrimoe_jax.decide.cache.queues import S3FIFO, SLRU
 from hybrimoe_jax.decide.cache.scored import LFRU, LFU, LRU, MRS, Random, Static
+from hybrimoe_jax.decide.cache.watched import watch_policies
 from hybrimoe_jax.decide.registry import Kind, Rule
 from hybrimoe_jax.errors import UserError
 
@@ -95,4 +96,7 @@ def build_policies(
     Args as of `CachePolicy.for_layers`; `known`: what only some callers know, frequencies or Belady's future.
     """
     rule = spec if isinstance(spec, Rule) else policy_rule(spec)
-    return rule.made_by.for_layers(num_experts, capacities, top_k, **known, **rule.parameters)
+    made = rule.made_by.for_layers(num_experts, capacities, top_k, **known, **rule.parameters)
+    if len(made) != len(capacities):
+        raise UserError(f"cache {rule}: for_layers gave {len(made)} policies for {len(capacities)} layers")
+    return watch_policies(made)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction
 from hybrimoe_jax.decide.schedule import Problem, Scheduler
+from hybrimoe_jax.errors import RuleError
 
 # Simulating a prefill step of 64 experts takes 0.2 ms: a candidate of each of the highest few loads is tried, not each
 # candidate.
@@ -59,7 +60,11 @@ class Forecast:
 
     def _simulate(self, key: tuple[Any, ...], resident: Sequence[int], absent: Sequence[int], tokens: int) -> Outlook:
         loads = dict(enumerate((*resident, *absent)))
-        schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens))
+        try:
+            schedule = self.scheduler.schedule(Problem(loads, range(len(resident)), self.costs, tokens))
+        except RuleError as error:
+            error.layer = "to come"
+            raise
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
         known = self._memo[key] = Outlook(schedule.makespan, schedule.link_seconds)

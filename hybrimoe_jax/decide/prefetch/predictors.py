@@ -28,6 +28,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.prefetch.co_activation import CoActivation
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, loads_of, predict
+from hybrimoe_jax.decide.prefetch.watched import watch_predictor
 from hybrimoe_jax.decide.registry import Kind, Rule
 from hybrimoe_jax.errors import UserError
 
@@ -172,7 +173,7 @@ def build_predictor(
     """
     rule, model = predictor_rule(spec), (num_layers, num_experts, top_k, distances)
     if not rule.startswith(RECORDED):
-        return rule.made_by(*model, **rule.parameters)
+        return watch_predictor(rule.made_by(*model, **rule.parameters))
     facts = recording.facts
     if (facts.layers, facts.experts, facts.top_k) != model[:3]:
         raise UserError(

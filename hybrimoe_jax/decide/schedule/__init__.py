@@ -29,6 +29,7 @@ from hybrimoe_jax.decide.schedule.splits import (
     DeviceOnlyScheduler,
     FetchMissesScheduler,
 )
+from hybrimoe_jax.decide.schedule.watched import watch_scheduler
 
 __all__ = ["RULES", "SCHEDULERS", "Problem", "Schedule", "Scheduler", "get_scheduler", "replay"]
 
@@ -71,4 +72,4 @@ RULES = Kind(
 def get_scheduler(spec: Any) -> Scheduler:
     """A new scheduler that `spec` names, see `registry`; UserError where there is none."""
     rule = RULES.resolve(spec)
-    return rule.made_by(**rule.parameters)
+    return watch_scheduler(rule.made_by(**rule.parameters))

@@ -24,7 +24,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
-from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler
+from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, device_is_sooner
 from hybrimoe_jax.decide.schedule.search import refine
 
 NODES = 400
@@ -59,6 +59,9 @@ class OptimalScheduler(Scheduler):
 
     def forecaster(self) -> Scheduler:
         return OptimalScheduler(nodes=0)
+
+    def keeps_residents(self, costs: Costs, tokens: int, activated: int) -> bool:
+        return device_is_sooner(costs, tokens, activated)
 
     def link_idle_from(self, problem: Problem) -> float:
         """A demand fetch that cannot be computed before all is done without any gains nothing."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from bisect import insort
 from typing import Any
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.problem import (
     Problem,
     Schedule,
     Scheduler,
     cpu_seconds_of_all,
+    device_is_sooner,
     replay,
     require_lane,
     split,
@@ -34,6 +36,9 @@ class PaperScheduler(Scheduler):
     name = "paper"
     steals = True
     depends_on_counts_only = True
+
+    def keeps_residents(self, costs: Costs, tokens: int, activated: int) -> bool:
+        return device_is_sooner(costs, tokens, activated)
 
     def link_idle_from(self, problem: Problem) -> float:
         """The time from which on the link's proposal loses against the CPU's.
@@ -126,6 +131,9 @@ class ReleasedScheduler(Scheduler):
     name = "released"
     steals = True
     depends_on_counts_only = True
+
+    def keeps_residents(self, costs: Costs, tokens: int, activated: int) -> bool:
+        return device_is_sooner(costs, tokens, activated)
 
     def link_idle_from(self, problem: Problem) -> float:
         """An absent expert goes to the device only if it is done there no later than the last one on the CPU."""

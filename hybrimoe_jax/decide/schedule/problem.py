@@ -115,16 +115,22 @@ class Scheduler(Parametric, ABC):
     def keeps_residents(self, costs: Costs, tokens: int, activated: int) -> bool:
         """Whether every schedule of such a step leaves all residents to the device, whatever the routing.
 
-        `activated`: experts in it. For a rule that steals it is proven for one token, whose loads are equal, where the
-        device is done with all of them no later than the CPU with the first that it might take.
+        `activated`: experts in it. A rule that steals and knows better says so, see `device_is_sooner`.
         """
-        if not self.steals:
-            return True
-        return tokens == 1 and costs.shared(1) + activated * costs.device(1) <= costs.cpu(1, True)
+        return not self.steals
 
     def transfer_seconds(self, problem: Problem) -> float:
         """What rules decide by: the slower transfer wherever the CPU may be computing meanwhile."""
         return problem.costs.transfer(self.uses_cpu and problem.allow_cpu)
+
+
+def device_is_sooner(costs: Costs, tokens: int, activated: int) -> bool:
+    """Whether no rule that compares lanes takes a resident expert from the device in such a step.
+
+    It is proven for one token, whose loads are equal, where the device is done with all of them no later than the CPU
+    with the first that it might take.
+    """
+    return tokens == 1 and costs.shared(1) + activated * costs.device(1) <= costs.cpu(1, True)
 
 
 def landings(start: float, cpu_seconds: float, count: int, beside: float, alone: float) -> list[float]:
