@@ -1,6 +1,6 @@
 """Checking a rule before it runs: random layers on random machines, watched as every run is (see `watch`).
 
-    hybrimoe_jax.check(MyRule)
+    import hybrimoe_jax as hj; hj.check(MyRule)
 
 says what a run would say, and tries what the class says of itself: answers that depend on counts only, values that
 depend on the routing only.
