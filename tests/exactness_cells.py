@@ -76,8 +76,8 @@ class Cell(NamedTuple):
         return ROUNDED_TOLERANCE if self.format.endswith("-a8") else TOLERANCE
 
 
-FORMATS = ("int8-g64", "int8-g32-s32-a8", "int4-g32", "int4-g64-a8", "int4z-g128", "int4z-g32-a8")
-"""Quantised ones; the tiny experts are 32 wide and 24 deep, so that groups are whole, short, and fewer than one."""
+FORMATS = ("int8-g64", "int8-g32-s32-a8", "int4-g32", "int4-g64-a8", "bf16", "int4z-g128", "int4z-g32-a8")
+"""But float32; the tiny experts are 32 wide and 24 deep, so that groups are whole, short, and fewer than one."""
 
 
 def matrix(models) -> list[Cell]:

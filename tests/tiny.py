@@ -9,6 +9,7 @@ import numpy as np
 
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.formats.sizes import expert_bytes
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.models.parameters import split
@@ -112,16 +113,21 @@ def engine(family: str = "qwen2_moe", *, seed: int = 0, eos=(), tokenizer=None, 
     """An engine over `weights(family)`, experts rounded to `format`; costs are the invented machine's unless a
     profile is given."""
     from hybrimoe_jax.checkpoint.expert_store import ExpertStore
+    from hybrimoe_jax.engine.checks import device_format
     from hybrimoe_jax.engine.engine import Engine
 
     config, dense, experts = weights(family, seed)
-    options = {"host_kernel": "reference", "profile": costs(config, format=format), "prefill_chunk": 16, **options}
-    if options["executor"] == "dense" if "executor" in options else False:
-        options.pop("profile")
+    on_device = format
+    if format == "bf16":
+        experts = [tuple(matrix.astype(BF16) for matrix in layer) for layer in experts]
+        on_device = device_format(format, "cpu", EngineConfig(slots=options.get("slots", "auto")), config)
+    options = {"host_kernel": "reference", "prefill_chunk": 16, **options}
+    if options.get("executor") != "dense":
+        options.setdefault("profile", costs(config, format=on_device))
     return Engine(
         config,
         dense,
-        ExpertStore.from_arrays(experts, format=None if format == "f32" else format),
+        ExpertStore.from_arrays(experts, format=None if format in ("f32", "bf16") else format),
         EngineConfig(**options),
         tokenizer=tokenizer,
         eos=eos,

@@ -45,6 +45,7 @@ from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.engine.workspace import StepPrograms, StepShape, workspace_bytes
 from hybrimoe_jax.formats.packing import PackedMatrix
+from hybrimoe_jax.formats.plain import to_f32
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.machine.costs import CostModel
@@ -96,7 +97,7 @@ class _HybridAssembly:
         self.model, self.store, self.options, self.system = model, store, options, system
         self.recording = load_recording(system.recording)
         self.cores, self.frequencies, self.device, config = cores, frequencies, device, model.config
-        self.expert_format = device_format(store.format, device.platform)
+        self.expert_format = device_format(store.format, device.platform, options, config)
         model.own_norm = system.predictor == "router-input"
         model.device_kernel = device_kernel(options.device_kernel, self.expert_format)
         self.dtype = np.dtype(np.float32) if self.expert_format == "f32" else store.dtype
@@ -347,13 +348,15 @@ def _dense_parts(model: DeviceModel, store, options, device, cores, max_context:
     flat = {"model.embed_tokens.weight": model.table, "model.norm.weight": model.norm, "lm_head.weight": model.head}
     for index, layer in enumerate(model.layers):
         flat |= {f"model.layers.{index}.{name}": array for name, array in layer.params.items()}
-    weights = []
+    weights, on_device = [], device_format(store.format, device.platform, options, model.config)
     for layer in model.layers:
         if layer.moe_layer is None:
             weights.append(None)
             continue
         experts = [store.get(layer.moe_layer, expert) for expert in range(config.num_experts)]
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *map(parts_of, experts))
+        if on_device == "f32":
+            stacked = jax.tree.map(to_f32, stacked)
         weights.append(jax.device_put(stacked, device))
     held = sum(a.nbytes for a in jax.tree.leaves(weights))
     return Parts(
@@ -365,7 +368,7 @@ def _dense_parts(model: DeviceModel, store, options, device, cores, max_context:
         clock=clock,
         footprint=budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, 0, held),
         cores=cores,
-        expert_format=device_format(store.format, device.platform),
+        expert_format=on_device,
         device_kernel="xla",
         slots=[config.num_experts] * len(model.moe_layers),
     )

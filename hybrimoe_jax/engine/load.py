@@ -68,19 +68,16 @@ def read_model(
     limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     programs = keep_programs(start_cache)
-    import jax
-
     from hybrimoe_jax.checkpoint.reader import Checkpoint, open_checkpoint
-    from hybrimoe_jax.engine.checks import check_budget, check_options
+    from hybrimoe_jax.engine.checks import check_budget, check_options, host_format
     from hybrimoe_jax.text import eos_ids
 
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint or bundled_model())
-    check_options(options, checkpoint.config, checkpoint.format)
+    held = host_format(checkpoint.format, options)
+    check_options(options, checkpoint.config, held)
     check_budget(options, checkpoint)
-    # XLA:CPU converts bfloat16 weights at every call, so on the CPU backend both sides hold float32 (exactly the same
-    # values).
-    dtype = "float32" if jax.default_backend() == "cpu" else None
+    dtype = "float32" if held == "f32" else None  # exactly the same values
     return Model(
         checkpoint.config,
         store=checkpoint.experts(

@@ -176,7 +176,9 @@ def empty_expert(shapes, dtype, layout: ExpertLayout | None, *stack: int) -> Dev
 
 
 def _overwrite(slot: DeviceExpert, new: DeviceExpert) -> DeviceExpert:
-    return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, (0,) * old.ndim), slot, new)
+    return jax.tree.map(
+        lambda old, part: jax.lax.dynamic_update_slice(old, part.astype(old.dtype), (0,) * old.ndim), slot, new
+    )
 
 
 write_slot = jax.jit(_overwrite, donate_argnums=0)

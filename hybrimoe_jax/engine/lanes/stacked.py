@@ -81,7 +81,11 @@ class StackedSlots(SlotPool):
 def _write(pool, table, slot, new: DeviceExpert, layer, expert, old_layer, old_expert):
     zero = jnp.int32(0)
     pool = jax.tree.map(
-        lambda all_, part: jax.lax.dynamic_update_slice(all_, part[None], (slot, *[zero] * part.ndim)), pool, new
+        lambda all_, part: jax.lax.dynamic_update_slice(
+            all_, part[None].astype(all_.dtype), (slot, *[zero] * part.ndim)
+        ),
+        pool,
+        new,
     )
     table = table.at[old_layer, old_expert].set(NOWHERE, mode="drop")
     return pool, table.at[layer, expert].set(slot, mode="drop")
