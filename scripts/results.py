@@ -91,11 +91,12 @@ def engine(record: dict) -> str:
 
 
 def e2e(record: dict) -> str:
-    """A table of each model, format and prompt, then the bars."""
-    from hybrimoe_jax.bench.e2e.table import HEAD, bar_line, lines_of
+    """A table of each model, format and prompt, the savings by part, and the bars."""
+    from hybrimoe_jax.bench.e2e import parts, table
 
-    parts = [markdown([title, *HEAD[1:]], rows) for title, rows in lines_of(record)]
-    return "\n".join([*parts, "".join(f"* {bar_line(bar)}\n" for bar in record["bars"])])
+    made = [markdown([title, *table.HEAD[1:]], rows) for title, rows in table.lines_of(record)]
+    made.append(markdown(parts.HEAD, map(parts.line, record["parts"])))
+    return "\n".join([*made, "".join(f"* {table.bar_line(bar)}\n" for bar in record["bars"])])
 
 
 def formats(record: dict) -> str:

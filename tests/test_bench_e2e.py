@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from hybrimoe_jax.bench import __main__ as bench
-from hybrimoe_jax.bench.e2e import bars, command, grid, rounds, table
+from hybrimoe_jax.bench.e2e import bars, command, grid, parts, rounds, table
 from hybrimoe_jax.bench.e2e.floor import work_floor
 from hybrimoe_jax.bench.e2e.grid import Entry, Files, Options
 from hybrimoe_jax.errors import UserError
@@ -68,7 +68,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(Fake, "asked", [], raising=False)
     monkeypatch.setattr(Fake, "refuses", None, raising=False)
     speeds = {"hybrimoe": 0.01, "on-demand": 0.04, "transformers": 0.03}
-    speeds |= {f"torch {mode}": 0.02 for mode in grid.MODES}
+    speeds |= {f"torch {mode}": 0.02 for mode in grid.TORCH_MODES}
     monkeypatch.setattr(Fake, "speeds", speeds, raising=False)
     monkeypatch.setattr(rounds, "Contender", start)
     monkeypatch.setattr(rounds, "SETTLE_S", 0)
@@ -154,9 +154,27 @@ def test_paced_ratios_are_held_against_the_virtual_clock_s(wall, virtual, met):
     assert simulated["met"] is met
 
 
+def test_the_same_policies_in_both_engines_separate_policy_from_engine():
+    """Torch takes 20 ms, ours with torch's policies 12, ours 10; the busiest lanes 10, 6 and 8 of them."""
+
+    def row(name: str, ms: float, busiest: float) -> dict:
+        lanes = {"cpu": busiest / ms, "device": 0.1, "link": 0.0}
+        about = {"contender": name, "model": "mid", "format": "f32", "device": "auto", "cache_ratio": 0.25}
+        return {**about, "prompt_tokens": 4, "rounds": {"tbt_ms": [ms], "ttft_ms": [ms]}, "lanes": {"decode": lanes}}
+
+    rows = [row("torch static", 20, 10), row("torch lru", 30, 10), row("ktransformers", 12, 6), row("hybrimoe", 10, 8)]
+    rows = [{**row, "lanes": {**row["lanes"], "prefill": row["lanes"]["decode"]}} for row in rows]
+    found = {part["phase"]: part for part in parts.parts(rows)}["decode"]
+    assert (found["mode"], found["same_system"]) == ("static", "ktransformers")
+    saved = found["kernels_ms"], found["dispatch_ms"], found["policy_ms"]
+    assert saved == pytest.approx((4, 4, 2)) and sum(saved) == pytest.approx(found["torch_ms"] - found["hybrimoe_ms"])
+    assert found["overlap"]["torch"] == pytest.approx(0.6)
+    assert parts.line(found)[:3] == ["mid f32: a token after 4", "static", "20.00"]
+
+
 def test_the_table_has_what_was_left_out_and_every_bar(fakes):
     made = measured(ratios=(0.25,))
-    shown = table.text({**made, "bars": bars.bars(made["rows"])})
+    shown = table.text({**made, "bars": bars.bars(made["rows"]), "parts": list(parts.parts(made["rows"]))})
     assert "mid f32, prompt of 4" in shown and "hybrimoe, 25 %" in shown and "2 of 10" in shown
     assert "left out: llama.cpp, mid f32: not here" in shown and shown.count("bar: ") >= 7
 
@@ -167,7 +185,7 @@ def test_a_paced_part_asks_the_virtual_clock_the_same_and_shows_the_machine_s_ti
     rows = {row["contender"]: row for row in measured(device="paced:a6000-paper:10", ratios=(0.25,))["rows"]}
     assert rows["hybrimoe"]["ttft_ms"] == pytest.approx(10)  # a tenth of the wall's
     assert rows["hybrimoe"]["computed"]["tbt_ms"] == pytest.approx(1)
-    assert rows["torch lru"]["computed"]["tbt_ms"] == pytest.approx(5)  # as on-demand, which decides by the same
+    assert rows["torch on-demand"]["computed"]["tbt_ms"] == pytest.approx(5)  # it decides as ours of that name
     assert "transformers" not in rows and {row["device"] for row in rows.values()} == {"paced:a6000-paper:10"}
 
 

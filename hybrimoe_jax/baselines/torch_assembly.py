@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -187,10 +188,21 @@ def memory(options: EngineConfig, system: System, model: TorchModel, expert_byte
     return slots, dataclasses.replace(fixed, slots=expert_bytes * sum(slots))
 
 
-def host_banks(checkpoint: Checkpoint, kind: ExpertKind, pinned: bool, verify: bool) -> list[Bank]:
-    """Every MoE layer's experts in host memory."""
+class HostBanks(list[Bank]):
+    """The experts of each MoE layer in host memory; can be held weakly."""
+
+
+_held: weakref.WeakValueDictionary[tuple, HostBanks] = weakref.WeakValueDictionary()
+"""Of the process: engines of one checkpoint share its experts, which nobody writes to."""
+
+
+def host_banks(checkpoint: Checkpoint, kind: ExpertKind, pinned: bool, verify: bool) -> HostBanks:
+    """Every MoE layer's experts in host memory: those of another engine where there is one of this checkpoint."""
+    key = checkpoint.path.resolve(), kind, pinned
+    if (found := _held.get(key)) is not None:
+        return found
     store, cpu = checkpoint.experts(lazy=True, verify=verify, keep=False), torch.device("cpu")
-    banks = []
+    banks = _held[key] = HostBanks()
     for layer in range(store.num_layers):
         bank = Bank(kind, store.num_experts, cpu, pinned)
         for expert in range(store.num_experts):

@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.bench.peers import LlamaCppContender, TransformersContender
-from hybrimoe_jax.bench.served import Served, prompt, ran
+from hybrimoe_jax.bench.peers import LlamaCppContender, TorchContender, TransformersContender
+from hybrimoe_jax.bench.served import StepsContender, prompt
 from hybrimoe_jax.cli import INTERRUPTED
 from hybrimoe_jax.errors import UserError
 
 
-class EngineContender(Served):
+class EngineContender(StepsContender):
     """Our engine under several systems, in one process that shares host weights and executables.
 
     Args: systems: opened at once, at `cache_ratio`; `open` takes an EngineConfig's options. device: of all of them.
@@ -53,16 +53,10 @@ class EngineContender(Served):
             self.open(name, {"system": name, "cache_ratio": cache_ratio, "max_context": 1024})
         self.about = self.sizes() if systems else {}
 
-    def open(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    def make(self, options: dict[str, Any]) -> Any:
         from hybrimoe_jax.engine.config import EngineConfig
 
-        start = time.perf_counter()
-        self.engines[name] = self.model.engine(EngineConfig(**{**self.usual, **options}))
-        return {"load_s": time.perf_counter() - start}
-
-    def close(self, name: str) -> dict[str, Any]:
-        self.engines.pop(name).close()
-        return {}
+        return self.model.engine(EngineConfig(**{**self.usual, **options}))
 
     def sizes(self) -> dict[str, Any]:
         """What a token takes, by whatever engine is open: bytes, and multiplications with additions."""
@@ -86,9 +80,6 @@ class EngineContender(Served):
             "cache_bytes_per_token": held.cache_bytes(1, 2048) - held.cache_bytes(1, 2047),
         }
 
-    def names(self) -> list[str]:
-        return list(self.engines)
-
     def counts(self, prompts: list[list[int]]) -> dict[str, Any]:
         """How often prompts activate each expert, [MoE layer][expert]."""
         engine = next(iter(self.engines.values()))
@@ -98,19 +89,6 @@ class EngineContender(Served):
                 for layer in step.layers:
                     table[layer.layer, list(layer.loads)] += list(layer.loads.values())
         return {"counts": table.tolist()}
-
-    def generate(self, name: str, ids: list[int], new: int) -> dict[str, Any]:
-        engine = self.engines[name]
-        made, seen = [], [time.perf_counter()]
-        for emitted in engine.steps([ids], max_new_tokens=new + 1):
-            if emitted.tokens:
-                seen.append(time.perf_counter())
-            made += [token for _, token in emitted.tokens]
-        return {"ttft_s": seen[1] - seen[0], "decode_s": time.perf_counter() - seen[1], **self.ran(engine, made)}
-
-    def ran(self, engine: Any, made: list[int]) -> dict[str, Any]:
-        modelled = engine.options.paced is not None or engine.options.clock == "virtual"
-        return ran(engine.stats, made, engine.costs if modelled else None)
 
     def overhead(self, name: str, tokens: int, new: int) -> dict:
         """The engine's own time per MoE layer at decode.
@@ -190,7 +168,12 @@ def device_kernel_seconds(engine, repeats: int = 30) -> dict[str, float]:
     }
 
 
-CONTENDERS = {"engine": EngineContender, "transformers": TransformersContender, "llama.cpp": LlamaCppContender}
+CONTENDERS = {
+    "engine": EngineContender,
+    "torch": TorchContender,
+    "transformers": TransformersContender,
+    "llama.cpp": LlamaCppContender,
+}
 """By the name that a process is started with."""
 
 

@@ -1,4 +1,4 @@
-"""Contenders that are not our engine: transformers and llama.cpp."""
+"""Contenders that are not our engine: PyTorch's offload engine, transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,8 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.bench.served import Served, stepwise
+from hybrimoe_jax.bench.served import Served, StepsContender, stepwise
 from hybrimoe_jax.errors import UserError
+
+
+class TorchContender(StepsContender):
+    """PyTorch's offload engine; `open` takes a mode and the engine's other options. Its modes share the experts."""
+
+    def __init__(self, model: str, threads: int, device: str = "cpu"):
+        from hybrimoe_jax.baselines.torch_offload import require_torch
+        from hybrimoe_jax.checkpoint.reader import open_checkpoint
+
+        self.about = {"torch": require_torch().__version__}
+        self.usual = {"threads": threads, "device": device}
+        self.checkpoint, self.engines = open_checkpoint(model), {}
+        self.vocab = self.checkpoint.config.vocab_size
+
+    def make(self, options: dict[str, Any]) -> Any:
+        from hybrimoe_jax.baselines.torch_offload import TorchOffload
+
+        return TorchOffload(self.checkpoint, **{**self.usual, **options})
+
 
 DECODE_ONLY = "batched_mm"
 """It copies an expert's weights for every token routed to it: 13 GB for a prompt of 512 on the mid model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -110,3 +111,37 @@ def stepwise(ids: list[int], new: int, step: Callable[[list[int]], int]) -> dict
         seen.append(time.perf_counter())
     times = [after - before for before, after in itertools.pairwise(seen)]
     return {"ttft_s": times[0], "decode_s": seen[-1] - seen[1], "tbt_s": times[1:], "token_ids": made}
+
+
+class StepsContender(Served):
+    """What has engines with `steps`, `stats` and `costs`: ours and PyTorch's. `engines`: those that are open."""
+
+    engines: dict[str, Any]
+
+    def make(self, options: dict[str, Any]) -> Any:
+        """An engine with these options beside the process's own."""
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        return list(self.engines)
+
+    def open(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.engines[name] = self.make(options)
+        return {"load_s": time.perf_counter() - start}
+
+    def close(self, name: str) -> dict[str, Any]:
+        self.engines.pop(name).close()
+        gc.collect()
+        return {}
+
+    def generate(self, name: str, ids: list[int], new: int) -> dict[str, Any]:
+        engine = self.engines[name]
+        made, seen = [], [time.perf_counter()]
+        for emitted in engine.steps([ids], max_new_tokens=new + 1):
+            if emitted.tokens:
+                seen.append(time.perf_counter())
+            made += [token for _, token in emitted.tokens]
+        done = {"ttft_s": seen[1] - seen[0], "decode_s": time.perf_counter() - seen[1]}
+        by_costs = engine.options.paced is not None or engine.options.clock == "virtual"
+        return {**done, **ran(engine.stats, made, engine.costs if by_costs else None)}

@@ -13,6 +13,7 @@ from typing import Any
 from hybrimoe_jax.bench.e2e import grid
 from hybrimoe_jax.bench.e2e.bars import bars
 from hybrimoe_jax.bench.e2e.grid import Options
+from hybrimoe_jax.bench.e2e.parts import parts
 from hybrimoe_jax.bench.e2e.rounds import measure
 from hybrimoe_jax.bench.engine import processor
 from hybrimoe_jax.decide.systems import get_system
@@ -24,7 +25,7 @@ from hybrimoe_jax.simulate.records import commit
 
 VERSION = 1
 QUICK = {"formats": ("f32", "int4-g64"), "ratios": (0.25,), "prompts": (128,), "new": 16}
-QUICK |= {"systems": ("hybrimoe", "ktransformers", "on-demand")}
+QUICK |= {"systems": ("hybrimoe", "ktransformers", "adapmoe", "on-demand")}
 """What `--quick` measures less of."""
 PACED = {"models": ("bundled",), "formats": ("f32",), "prompts": (32,), "rounds": 2, "device": "paced:a6000-paper:8"}
 """The part of a quick run that a paced device does."""
@@ -80,12 +81,12 @@ def check(options: Options) -> None:
     check_device(options.device)
 
 
-def run(parts: list[Options], workdir: Path | None, note: Callable[[str], None]) -> dict[str, Any]:
+def run(asked: list[Options], workdir: Path | None, note: Callable[[str], None]) -> dict[str, Any]:
     """-> the record of all parts. Models are written to `workdir`, or to a folder that goes when it ends."""
     started, rows, figures = time.perf_counter(), [], {}
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for options in parts:
+        for options in asked:
             for model in options.models:
                 for format in options.formats if model in grid.MODELS else (own_format(model),):
                     note(f"{model} {format}: writing the model")
@@ -103,11 +104,12 @@ def run(parts: list[Options], workdir: Path | None, note: Callable[[str], None])
         "python": platform.python_version(),
         "commit": commit(),
         "seconds": time.perf_counter() - started,
-        "options": [dataclasses.asdict(options) for options in parts],
+        "options": [dataclasses.asdict(options) for options in asked],
         "figures": figures,
         "left_out": left_out,
         "rows": rows,
         "bars": bars(rows),
+        "parts": list(parts(rows)),
     }
 
 

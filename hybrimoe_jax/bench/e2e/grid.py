@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.baselines.torch_offload import MODES as TORCH_MODES
 from hybrimoe_jax.bench.engine import Contender
 from hybrimoe_jax.errors import UserError
 
@@ -23,12 +24,9 @@ FORMATS = ("f32", "bf16", "int8-g64", "int4-g64")
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 PROMPTS = (32, 128, 512, 1024)
 SYSTEMS = ("hybrimoe", "ktransformers", "adapmoe", "fiddler", "on-demand", "device-only")
-MODES = {"on-demand": "device-only", "lru": "on-demand", "static": "ktransformers", "hybrid": "hybrimoe"}
-"""The torch engine's modes, and the system of ours that decides by the same policies."""
 PEERS = ("torch", "transformers", "accelerate", "llama.cpp")
 GGUF = {"f32": "F32", "int8-g64": "Q8_0", "int4-g64": "Q4_0"}
 """llama.cpp's types of about the same bits a weight: 8.5 and 4.5 where ours have 8.25 and 4.25."""
-TORCH_ENGINE = Path(__file__).parents[2] / "baselines" / "torch_offload.py"
 OTHER_PROMPTS, OTHER_TOKENS = 16, 128
 """From which static placements are learned where a model comes without counts: prompts that are not measured."""
 REFERENCE = "hybrimoe"
@@ -87,8 +85,6 @@ def absent(peer: str) -> str | None:
         if not found(module):
             name = "llama-cpp-python" if module == "llama_cpp" else module
             return f"{name} is not installed: pip install {name}"
-    if peer == "torch" and not TORCH_ENGINE.exists():
-        return "the PyTorch engine is not there"
     return None
 
 
@@ -106,7 +102,8 @@ def entries(options: Options, files: Files, ratio: float, context: int, left_out
         if why:
             left_out[f"{peer}, {files.name} {files.format}"] = why
         elif peer == "torch":
-            made += [Entry(f"torch {mode}", peer, {"mode": mode, **common, **shape}) for mode in MODES]
+            rounds = {} if files.format == "f32" else {"precision": "bfloat16"}  # which its fast kernels are for
+            made += [Entry(f"torch {mode}", peer, {"mode": mode, **rounds, **common, **shape}) for mode in TORCH_MODES]
         elif ratio == reference_ratio(options):
             made.append(Entry(peer, peer, {}, cached=False))
     return made

@@ -13,7 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybrimoe_jax.bench.e2e.floor import machine_figures, work_floor
-from hybrimoe_jax.bench.e2e.grid import MODES, REFERENCE, Entry, Files, Options, entries, process_options, prompt_maker
+from hybrimoe_jax.bench.e2e.grid import (
+    REFERENCE,
+    TORCH_MODES,
+    Entry,
+    Files,
+    Options,
+    entries,
+    process_options,
+    prompt_maker,
+)
 from hybrimoe_jax.bench.engine import SETTLE_S, Contender
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.paced import parse_device
@@ -172,7 +181,7 @@ def cell(
             "tbt": 1e3 / row["tokens_s"] / row["floor_ms"]["tbt"],
         }
         if device is not None:
-            same = f"{MODES.get(entry.name.removeprefix('torch '), entry.name)} {VIRTUAL}"
+            same = f"{TORCH_MODES.get(entry.name.removeprefix('torch '), entry.name)} {VIRTUAL}"
             if (same, tokens) in answers:
                 row["computed"] = computed_times(answers[same, tokens], options.new)
         rows.append(row)

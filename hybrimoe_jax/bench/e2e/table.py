@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrimoe_jax.bench.e2e import parts
+
 HEAD = ("contender", "TTFT ms", "TBT ms", "p90", "p99", "tokens/s", "over floor", "hits", "moved MB", "device MB")
 HEAD = (*HEAD, "cpu/device/link", "differ")
 CELL = ("model", "format", "device", "prompt_tokens")
@@ -38,15 +40,22 @@ def text(record: dict[str, Any]) -> str:
     """What was measured, then the bars."""
     made = []
     for title, rows in lines_of(record):
-        widths = [max(len(line[i]) for line in (HEAD, *rows)) for i in range(len(HEAD))]
-        made += [title, *(aligned(line, widths) for line in (HEAD, *rows)), ""]
+        made += [title, *columns([HEAD, *rows]), ""]
+    if record["parts"]:
+        made += ["why hybrimoe is faster than torch's fastest mode: milliseconds saved by each part"]
+        made += [*columns([parts.HEAD, *map(parts.line, record["parts"])]), ""]
     for name, why in record["left_out"].items():
         made.append(f"left out: {name}: {why}")
     return "\n".join([*made, *map(bar_line, record["bars"])])
 
 
-def aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+def columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells under one another: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))])
+        for line in lines
+    ]
 
 
 def bar_line(bar: dict[str, Any]) -> str:
