@@ -29,6 +29,8 @@ from hybrimoe_jax.machine.paced import parse_device
 
 Note = Callable[[str], None]
 VIRTUAL = "virtual"
+CONTEXT = 512
+"""Tokens of the longest sequence at least: engines time attention at load."""
 PHASES = ("prefill", "decode")
 EXTRA_CORES = 0.25
 """By which the cores that a contender was seen to use may be above its threads."""
@@ -74,7 +76,7 @@ def measure(files: Files, options: Options, note: Note) -> dict[str, Any]:
     """-> {"rows": one of each cache ratio, prompt and contender, "figures", "left_out"}."""
     make, limit = prompt_maker(files)
     prompts = [tokens for tokens in options.prompts if tokens + options.new < limit]
-    context = max(prompts, default=0) + options.new + 1
+    context = min(limit, max(CONTEXT, max(prompts, default=0) + options.new + 1))
     session, rows = Session(files, options, context), []
     figures: dict[str, float] = {}
     for tokens in sorted(set(options.prompts) - set(prompts)):
