@@ -106,8 +106,11 @@ def _opened(path: Path, descriptions: dict[str, Any]) -> dict[str, Any]:
     engines: dict[str, Any] = {}
     try:
         for name, options in descriptions.items():
-            ready = model is not None and isinstance(options, EngineConfig)
-            engines[name] = model.engine(options) if ready else TorchOffload(path, **options)
+            if isinstance(options, EngineConfig):
+                assert model is not None
+                engines[name] = model.engine(options)
+            else:
+                engines[name] = TorchOffload(path, **options)
     except BaseException:
         for engine in engines.values():
             engine.close()

@@ -125,6 +125,10 @@ class Trace:
                 {d: ahead[rows] for d, ahead in self.lookahead.items() if has_ahead[d][rows].all()},
             )
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes it as `.npz`, which `open_trace` reads; see `save_trace`."""
+        save_trace(self, path)
+
     def select(self, rows: np.ndarray) -> Trace:
         """The trace of these rows (a mask, or their numbers in order); additions that have a row each go with them."""
         names = ("weights", "scores", BATCH)
