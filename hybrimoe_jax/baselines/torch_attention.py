@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hybrimoe_jax.baselines.torch_linear import Linear, Tensor, plain, tensor_of
+from hybrimoe_jax.baselines.torch_linear import Linear, Tensor, as_type, plain, tensor_of
 
 LATENT_EPS = 1e-6  # as in models.families.deepseek_v2
 
@@ -82,9 +82,9 @@ class RotaryTable:
 def write(cache: Tensor, new: Tensor, places: Places) -> None:
     """Puts `new` [B, K, T, d] at its places of a cache [B, K, S + 1, d]; padding goes to the last one."""
     if places.start is not None:
-        cache[:, :, places.start : places.end] = new
+        cache.narrow(2, places.start, places.end - places.start).copy_(new)
         return
-    rows = torch.arange(len(new), device=new.device)[:, None]
+    rows = torch.arange(new.shape[0], device=new.device)[:, None]
     cache[rows, :, places.positions] = new.transpose(1, 2)
 
 
@@ -95,14 +95,23 @@ class GroupedAttention:
       config: a ModelConfig. layer: the decoder layer's index.
       weights: the layer's dense weights below `self_attn.`.
       dtype: of the activations that matrices are given.
+      norm: [D], the layer's norm, which x lacks.
     """
 
-    def __init__(self, config: Any, layer: int, weights: Mapping[str, Any], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: Any,
+        layer: int,
+        weights: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        norm: Tensor,
+    ):
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.head_width
         self.eps, self.window, self.clip = config.rms_norm_eps, config.window(layer), getattr(config, "clip_qkv", None)
         names = ("q_proj", "k_proj", "v_proj")
         biases = [weights.get(f"{name}.bias") for name in names]
-        self.qkv = Linear([weights[f"{name}.weight"] for name in names], biases, dtype, device)
+        self.qkv = Linear([weights[f"{name}.weight"] for name in names], biases, dtype, device, norm)
         self.out = Linear([weights["o_proj.weight"]], [weights.get("o_proj.bias")], dtype, device)
         norms = [weights[name] for name in ("q_norm.weight", "k_norm.weight") if name in weights]
         self.norms = [tensor_of(norm, torch.float32).to(device) for norm in norms] or None
@@ -120,9 +129,9 @@ class GroupedAttention:
         return {"k": shape, "v": shape}
 
     def __call__(self, x: Tensor, cache: dict[str, Tensor], places: Places) -> Tensor:
-        """X [B, T, D] -> [B, T, D]."""
+        """Of x [B, T, D] float32, normed but for the norm's weights: float32 [B, T, D]."""
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).float()
+        qkv = as_type(self.qkv(x), torch.float32)
         rotated = (self.heads + self.kv_heads) * self.width
         qk, v = qkv[..., :rotated], qkv[..., rotated:]
         if self.norms is not None and not self.per_head:
@@ -138,7 +147,7 @@ class GroupedAttention:
         write(cache["k"], qk[:, self.heads :], places)
         write(cache["v"], v.reshape(batch, tokens, self.kv_heads, self.width).transpose(1, 2), places)
         out = self._attend(qk[:, : self.heads], cache["k"], cache["v"], places)
-        return self.out(out.transpose(1, 2).reshape(batch, tokens, -1).to(x.dtype))
+        return as_type(self.out(out.transpose(1, 2).reshape(batch, tokens, -1)), torch.float32)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         """Q [B, H, T, d] over k, v [B, K, S + 1, d] -> [B, H, T, d]."""
@@ -156,7 +165,8 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Q [1, H, 1, d], k and v [1, K, S, d] -> [1, H, 1, v]: two batched products, keys read once for a whole group."""
     heads, kv_heads = q.shape[1], k.shape[1]
     grouped = q.reshape(kv_heads, heads // kv_heads, -1)
-    probabilities = torch.softmax(torch.bmm(grouped, k[0].transpose(1, 2)) * scale, -1)
+    logits = torch.baddbmm(grouped[:, :, :1], grouped, k[0].transpose(1, 2), beta=0, alpha=scale)
+    probabilities = torch.softmax(logits, -1)
     return torch.bmm(probabilities, v[0]).view(1, heads, 1, -1)
 
 
@@ -175,12 +185,19 @@ class LatentAttention:
     one key/value head of torch's own attention, or the expanded ones are. Args as of `GroupedAttention`.
     """
 
-    def __init__(self, config: Any, layer: int, weights: Mapping[str, Any], dtype: torch.dtype, device: torch.device):
-        def linear(*names: str) -> Linear:
-            biases = [weights.get(f"{name}.bias") for name in names]
-            return Linear([weights[f"{name}.weight"] for name in names], biases, dtype, device)
+    def __init__(
+        self,
+        config: Any,
+        layer: int,
+        weights: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        norm: Tensor,
+    ):
+        def linear(name: str, before: Tensor | None = None) -> Linear:
+            return Linear([weights[f"{name}.weight"]], [weights.get(f"{name}.bias")], dtype, device, before)
 
-        def norm(name: str) -> Tensor:
+        def own_norm(name: str) -> Tensor:
             return tensor_of(weights[f"{name}.weight"], torch.float32).to(device)
 
         self.heads, self.nope, self.rotary = (
@@ -191,18 +208,18 @@ class LatentAttention:
         self.latent, self.value, self.scale = config.kv_lora_rank, config.v_head_dim, config.attention_scale
         self.query: Callable[[Tensor], Tensor]
         if config.q_lora_rank is None:
-            self.query = linear("q_proj")
+            self.query = linear("q_proj", norm)
             self._parts = [self.query]
         else:
-            inner, outer, weight = linear("q_a_proj"), linear("q_b_proj"), norm("q_a_layernorm")
+            inner, outer, weight = linear("q_a_proj", norm), linear("q_b_proj"), own_norm("q_a_layernorm")
             self._parts = [inner, outer]
 
             def query(x: Tensor) -> Tensor:
-                return outer(functional.rms_norm(inner(x).float(), weight.shape, weight, LATENT_EPS).to(x.dtype))
+                return outer(functional.rms_norm(inner(x).float(), weight.shape, weight, LATENT_EPS))
 
             self.query = query
-        self.inward, self.out = linear("kv_a_proj_with_mqa"), linear("o_proj")
-        self.norm = norm("kv_a_layernorm")
+        self.inward, self.out = linear("kv_a_proj_with_mqa", norm), linear("o_proj")
+        self.norm = own_norm("kv_a_layernorm")
         up = plain(weights["kv_b_proj.weight"], torch.float32).to(device)
         self.up = up.contiguous()
         by_head = up.view(self.heads, self.nope + self.value, self.latent)
@@ -223,7 +240,7 @@ class LatentAttention:
         return absorbed <= expanded
 
     def __call__(self, x: Tensor, cache: dict[str, Tensor], places: Places) -> Tensor:
-        """X [B, T, D] -> [B, T, D]."""
+        """Of x [B, T, D] float32, normed but for the norm's weights: float32 [B, T, D]."""
         batch, tokens, _ = x.shape
         q = self.query(x).float().reshape(batch, tokens, self.heads, -1)
         inward = self.inward(x).float()
@@ -234,7 +251,7 @@ class LatentAttention:
         seen = cache["latent"][:, :, : places.end]
         attend = self._absorbed if self.absorbs(tokens, places.end) else self._expanded
         out = attend(q, seen, places)
-        return self.out(out.transpose(1, 2).reshape(batch, tokens, -1).to(x.dtype))
+        return as_type(self.out(out.transpose(1, 2).reshape(batch, tokens, -1)), torch.float32)
 
     def _absorbed(self, q: Tensor, seen: Tensor, places: Places) -> Tensor:
         absorbed = torch.cat([torch.matmul(q[..., : self.nope], self.keys), q[..., self.nope :]], -1)

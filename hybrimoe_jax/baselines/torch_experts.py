@@ -134,16 +134,19 @@ def one_token(work: Work, out: Tensor) -> None:
     """`out` [1, D] plus all experts of a single token: matrix-vector products into rows of one buffer."""
     kind, views, count = work.bank.kind, work.bank.views, len(work.places)
     x = rounded(work.x, kind.rounds)[0] if kind.rounds else work.x[0]
-    weights = torch.from_numpy(np.concatenate(work.weights))[:, None].to(x.device, non_blocking=True)
+    weights = torch.from_numpy(np.concatenate(work.weights))[:, None]
+    if x.device.type != "cpu":
+        weights = weights.to(x.device, non_blocking=True)
     both = torch.empty((count, 2 * kind.hidden), dtype=kind.dtype, device=x.device)
     for place, row in zip(work.places, both.unbind()):
         torch.mv(views[place][0], x, out=row)
-    inner = functional.silu(both[:, : kind.hidden]) * both[:, kind.hidden :]
+    gate, up = both.chunk(2, 1)
+    inner = functional.silu(gate).mul_(up)
     if kind.rounds:
         inner = rounded(inner, kind.rounds)
     if kind.dtype == torch.float32:
-        inner, total = inner * weights, out[0]
-        for place, row in zip(work.places, inner.unbind()):
+        total = out[0]
+        for place, row in zip(work.places, inner.mul_(weights).unbind()):
             total.addmv_(views[place][1], row)
         return
     parts = torch.empty((count, kind.width), dtype=kind.dtype, device=x.device)
@@ -154,7 +157,7 @@ def one_token(work: Work, out: Tensor) -> None:
 
 def loop(work: Work, out: Tensor) -> None:
     """`out` [N, D] plus one expert behind the other."""
-    kind, whole = work.bank.kind, len(work.x)
+    kind, whole = work.bank.kind, work.x.shape[0]
     for place, rows, weights in zip(work.places, work.rows, work.weights):
         index, mix = (torch.from_numpy(part).to(out.device, non_blocking=True) for part in (rows, weights))
         x = work.x if len(rows) == whole else work.x[index]
@@ -234,7 +237,7 @@ class Experts:
         """Adds them to `out` float32 [N, D]."""
         if not work.places:
             return
-        if len(work.x) == 1 and self.kind.int4 is None:
+        if work.x.shape[0] == 1 and self.kind.int4 is None:
             one_token(work, out)
         else:
             FORMS[self.form(work.most)](work, out)

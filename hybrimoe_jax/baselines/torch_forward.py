@@ -39,6 +39,7 @@ class Run:
     valid: np.ndarray
     places: Places
     caches: list[dict[str, Tensor]]
+    context: int
     routers: int
     looks: bool
     h: Tensor
@@ -57,7 +58,7 @@ class Run:
 def stream(h: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """The residual stream."""
     for part in parts:
-        h = h + part.to(h.device, non_blocking=True).view(h.shape)
+        h = h + (part if part.device == h.device else part.to(h.device, non_blocking=True)).view(h.shape)
     return h
 
 
@@ -132,7 +133,7 @@ class TorchForward:
         run.h, routed = self._on_device(program, self._front_seconds(run)).wait()
         packed = routed.packed.cpu().numpy()
         routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid)
-        self.clock.front(run.layer, run.tokens, run.step.context, run.routers > 0)
+        self.clock.front(run.layer, run.tokens, run.context, run.routers > 0)
         return routed, routing
 
     def land(self, run: Run) -> None:
@@ -160,8 +161,7 @@ class TorchForward:
         x, transfers = routed.x, {}
         for fetch in plan.fetch[:AHEAD]:
             transfers[fetch.expert] = self._start_fetch(run.layer, fetch)
-        acc = torch.zeros((len(x), self.model.config.hidden_size), device=x.device)
-        self._opening(run, layer, acc, x, routing, plan)
+        acc = self._opening(run, layer, x, routing, plan)
         host_part, pending = self._start_host(run.layer, acc, x, routing, plan)
         self._arrivals(run, acc, x, routing, plan, transfers)
         if self.debug:
@@ -206,6 +206,7 @@ class TorchForward:
             step=step,
             valid=valid,
             places=self.model.rotary.places(positions, step.capacity),
+            context=step.context,
             caches=caches,
             routers=planner.routers_wanted(len(valid)),
             looks=planner.should_predict(len(valid)),
@@ -237,10 +238,10 @@ class TorchForward:
     def _front_seconds(self, run: Run) -> float:
         if self.costs is None:
             return 0.0
-        return self.costs.layer(run.tokens, run.step.context) + (self.costs.look if run.routers else 0.0)
+        return self.costs.layer(run.tokens, run.context) + (self.costs.look if run.routers else 0.0)
 
-    def _opening(self, run: Run, layer: Layer, acc: Tensor, x: Tensor, routing: HostRouting, plan: LayerPlan) -> None:
-        """The shared experts and the residents that the plan gives to the device, as one program."""
+    def _opening(self, run: Run, layer: Layer, x: Tensor, routing: HostRouting, plan: LayerPlan) -> Tensor:
+        """The shared experts and the residents that the plan gives to the device, as one program: their sum."""
         places = [self.slots.place(run.layer, expert) for expert in plan.device]
         work = self._work(self.slots.bank, places, plan.device, x, routing)
         seconds = 0.0
@@ -248,15 +249,20 @@ class TorchForward:
             loads = routing.loads
             seconds = self.costs.shared(run.tokens) + sum([self.costs.device(loads[e]) for e in plan.device])
 
-        def program() -> None:
-            shared = layer.shared(x)
-            if shared is not None:
-                acc.add_(shared)
-            self.experts(work, acc)
+        acc = torch.zeros(x.shape, device=x.device) if layer.mlp is None or self.device.later else None
+
+        def program() -> Tensor:
+            part = layer.shared(x)
+            if part is None or acc is not None:
+                assert acc is not None
+                part = acc if part is None else acc.add_(part)
+            self.experts(work, part)
+            return part
 
         done = self._on_device(program, seconds)
         for place in places:
             self.slots.readers[place] = done
+        return done.wait() if acc is None else acc
 
     def _work(self, bank: Bank, places: list[int], experts: Sequence[int], x: Tensor, routing: HostRouting) -> Work:
         rows, weights = ([of[e] for e in experts] for of in (routing.rows, routing.weights))

@@ -33,14 +33,20 @@ class Program:
 
     def __init__(self, run: Callable[[], Any], seconds: float = 0.0, needs: Iterable[Transfer] = ()):
         self.run, self.seconds, self.needs, self.issued = run, seconds, tuple(needs), now()
-        self.done = threading.Event()
+        self.done: threading.Event | None = None  # of one that another thread runs
         self.result: Any = None
         self.error: BaseException | None = None
         self.event: Any = None  # a GPU's
 
+    @property
+    def running(self) -> bool:
+        """Whether another thread has not ended it yet."""
+        return self.done is not None and not self.done.is_set()
+
     def wait(self) -> Any:
         """The result, once it is there."""
-        self.done.wait()
+        if self.done is not None:
+            self.done.wait()
         if self.error is not None:
             raise self.error
         return self.result
@@ -50,6 +56,8 @@ class Device(abc.ABC):
     """Runs programs in order. `busy`: seconds that it has so far."""
 
     busy = 0.0
+    later = False
+    """Whether programs may run after `submit` has returned, on another thread."""
 
     @abc.abstractmethod
     def submit(self, program: Program) -> Program:
@@ -68,7 +76,6 @@ class InlineDevice(Device):
         began = now()
         program.result = program.run()
         self.busy += now() - began
-        program.done.set()
         return program
 
 
@@ -86,18 +93,20 @@ class CudaDevice(Device):
         program.result = program.run()
         program.event = stream.record_event()
         self.busy += now() - began
-        program.done.set()
         return program
 
 
 class PacedDevice(Device):
     """A thread that runs programs in order, each as long as it should last. `late`, `overrun`: how well it did."""
 
+    later = True
+
     def __init__(self):
         self.late, self.overrun, self.overran_s, self._free = Lateness(), 0, 0.0, 0.0
         self._worker = Worker(self._serve, "torch-device")
 
     def submit(self, program: Program) -> Program:
+        program.done = threading.Event()
         self._worker.put(program)
         return program
 
@@ -135,6 +144,7 @@ class PacedDevice(Device):
             self._free = max(end, ended)
         except BaseException as error:  # handed to the thread that waits for it
             program.error = error
+        assert program.done is not None
         program.done.set()
 
 
@@ -157,8 +167,8 @@ class Host:
             began = now()
             program.run()
             self.busy += now() - began
-            program.done.set()
             return program
+        program.done = threading.Event()
         if self.pace is not None and ids:
             program.seconds = self.pace.start(ids, [len(rows) for rows in work.rows], wide)[-1][-1]
         self._worker.put(program)
@@ -177,4 +187,5 @@ class Host:
             self.busy += now() - program.issued
         except BaseException as error:  # handed to the thread that waits for it
             program.error = error
+        assert program.done is not None
         program.done.set()

@@ -94,10 +94,30 @@ class Int4Matrix:
 
 
 def int4_product(x: Tensor, codes: Tensor, scales: Tensor, group: int, twice: bool) -> Tensor:
-    """X [N, K] times the transpose of an `Int4Matrix`'s tensors -> [N, R] of x's type."""
+    """Of x [N, K], times the transpose of an `Int4Matrix`'s tensors -> [N, R] of x's type."""
     if twice:
         x = torch.cat([x, x], 1)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, scales)
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without a call of torch where it is so already."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+class Norm:
+    """x / sqrt(mean(x^2) + eps) over the last axis, as products: torch's own on a CPU is seven operations.
+
+    One token of 192, one core: 5 us instead of 12.
+    """
+
+    def __init__(self, width: int, eps: float, device: torch.device):
+        self.eps = torch.tensor([eps], device=device)
+        self.mean = torch.full((width,), 1 / width, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X float32 [N, D] -> [N, D]."""
+        return x * torch.addmv(self.eps, x * x, self.mean).rsqrt_()[:, None]
 
 
 class Linear:
@@ -106,9 +126,18 @@ class Linear:
     Args:
       biases: of each matrix, or None; together or not at all.
       dtype: of the activations, float32 or bfloat16.
+      norm: [K] float32, that x is to be multiplied with before; it becomes part of plain matrices.
     """
 
-    def __init__(self, matrices: list[Any], biases: list[Any], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        matrices: list[Any],
+        biases: list[Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        norm: Tensor | None = None,
+    ):
+        self.dtype = dtype
         self.bias = None if biases[0] is None else torch.cat([tensor_of(b, dtype) for b in biases]).to(device)
         self.weight: Tensor | None = None
         self.int4: Int4Matrix | None = None
@@ -120,7 +149,11 @@ class Linear:
         if kernel and all(fits_int4(*m.shape, m.layout.format) for m in packed):
             self.int4 = Int4Matrix(packed)
         else:
-            self.weight = torch.cat([plain(m, dtype) for m in matrices]).to(device)
+            self.weight = torch.cat([plain(m, torch.float32) for m in matrices]).to(device)
+            if norm is not None and not self.group and dtype == torch.float32:
+                self.weight, norm = self.weight * norm, None
+            self.weight = as_type(self.weight, dtype)
+        self.norm = norm
 
     @property
     def rows(self) -> int:
@@ -133,6 +166,9 @@ class Linear:
         return sum(t.nbytes for t in (*tensors, self.bias) if t is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            x = x * self.norm
+        x = as_type(x, self.dtype)
         if self.int4 is not None:
             y = self.int4(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias

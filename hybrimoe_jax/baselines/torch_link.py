@@ -152,7 +152,7 @@ class PacedLink(ThreadLink):
         try:
             issued = transfer.issued
             for program in (transfer.after, transfer.behind if self._waits else None):
-                if program is not None and not program.done.is_set():
+                if program is not None and program.running:
                     program.wait()
                     issued = now()
             with self._changed:

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from hybrimoe_jax.baselines.torch_attention import GroupedAttention, LatentAttention, Places, RotaryTable
-from hybrimoe_jax.baselines.torch_linear import Linear, Tensor, plain, tensor_of
+from hybrimoe_jax.baselines.torch_linear import Linear, Norm, Tensor, as_type, plain, tensor_of
+from hybrimoe_jax.formats.layout import PackedMatrix
 from hybrimoe_jax.models.registry import family_of
 
 
@@ -25,12 +26,17 @@ class Routed(NamedTuple):
 
 
 class SwiGLU:
-    """`down(silu(gate(x)) * up(x))`, gate and up as one product. `more`: matrices whose rows come behind theirs."""
+    """`down(silu(gate(x)) * up(x))`, gate and up as one product; times sigmoid(`mix` x) where that is given, [1, D]."""
 
-    def __init__(self, weights: Mapping[str, Any], dtype: torch.dtype, device: torch.device):
+    def __init__(self, weights: Mapping[str, Any], dtype: torch.dtype, device: torch.device, mix: Any = None):
         names = ("gate_proj", "up_proj")
         biases = [weights.get(f"{name}.bias") for name in names]
-        self.gate_up = Linear([weights[f"{name}.weight"] for name in names], biases, dtype, device)
+        matrices = [weights[f"{name}.weight"] for name in names]
+        self.hidden = matrices[0].shape[0]
+        together = mix is not None and not any(isinstance(matrix, PackedMatrix) for matrix in matrices)
+        self.mix = None if mix is None or together else Linear([mix], [None], dtype, device)
+        self.sizes = [self.hidden, self.hidden, 1] if together else None
+        self.gate_up = Linear([*matrices, mix] if together else matrices, biases, dtype, device)
         self.down = Linear([weights["down_proj.weight"]], [weights.get("down_proj.bias")], dtype, device)
 
     @property
@@ -38,8 +44,15 @@ class SwiGLU:
         return self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(functional.silu(gate) * up)
+        """Of x [N, D]: float32 [N, D]."""
+        both = self.gate_up(x)
+        if self.sizes is not None:
+            gate, up, mix = both.split_with_sizes(self.sizes, -1)
+        else:
+            gate, up = both.chunk(2, -1)
+            mix = None if self.mix is None else self.mix(x)
+        y = as_type(self.down(functional.silu(gate).mul_(up)), torch.float32)
+        return y if mix is None else y * torch.sigmoid(mix)
 
 
 class Router:
@@ -83,45 +96,37 @@ class Layer:
             return tensor_of(weights[f"{name}.weight"], torch.float32).to(device)
 
         attention = below("self_attn.")
-        latent = "kv_a_proj_with_mqa.weight" in attention
-        self.attention = (LatentAttention if latent else GroupedAttention)(config, index, attention, dtype, device)
-        self.eps, self.dtype = config.rms_norm_eps, dtype
-        self.norm, self.ffn_norm = norm("input_layernorm"), norm("post_attention_layernorm")
+        kind = LatentAttention if "kv_a_proj_with_mqa.weight" in attention else GroupedAttention
+        self.attention = kind(config, index, attention, dtype, device, norm("input_layernorm"))
+        self.normed, self.dtype = Norm(config.hidden_size, config.rms_norm_eps, device), dtype
+        self.ffn_norm = norm("post_attention_layernorm")
         self.moe_layer: int | None = None
         self.mlp: SwiGLU | None = None
         self.gate: Tensor | None = None
-        self.shared_gate: Linear | None = None
         if not config.is_moe(index):
             self.mlp = SwiGLU(below(f"{block}."), dtype, device)
             return
         self.gate = plain(weights[f"{block}.gate.weight"], torch.float32).to(device)
         for name in ("shared_expert.", "shared_experts."):
             if shared := below(f"{block}.{name}"):
-                self.mlp = SwiGLU(shared, dtype, device)
-        if f"{block}.shared_expert_gate.weight" in weights:
-            self.shared_gate = Linear([weights[f"{block}.shared_expert_gate.weight"]], [None], dtype, device)
+                self.mlp = SwiGLU(shared, dtype, device, weights.get(f"{block}.shared_expert_gate.weight"))
 
     @property
     def nbytes(self) -> int:
-        parts = (self.attention, self.mlp, self.shared_gate, self.norm, self.ffn_norm, self.gate)
+        parts = (self.attention, self.mlp, self.ffn_norm, self.gate)
         return sum(part.nbytes for part in parts if part is not None)
 
     def attend(self, h: Tensor, cache: dict[str, Tensor], places: Places) -> Tensor:
         """H [B, T, D] -> h with the attention's part."""
-        x = functional.rms_norm(h, self.norm.shape, self.norm, self.eps).to(self.dtype)
-        return h + self.attention(x, cache, places)
+        return h + self.attention(self.normed(h.view(-1, h.shape[-1])).view(h.shape), cache, places)
 
     def ffn_input(self, h: Tensor) -> Tensor:
         """The normed input [N, D] of the residual stream [B, T, D]."""
-        flat = h.view(-1, h.shape[-1])
-        return functional.rms_norm(flat, self.ffn_norm.shape, self.ffn_norm, self.eps).to(self.dtype)
+        return as_type(self.normed(h.view(-1, h.shape[-1])) * self.ffn_norm, self.dtype)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' part [N, D] of a MoE layer, or a dense layer's; None where there is none."""
-        if self.mlp is None:
-            return None
-        y = self.mlp(x)
-        return y if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * y
+        return None if self.mlp is None else self.mlp(x)
 
 
 class TorchModel:
@@ -185,26 +190,25 @@ class TorchModel:
 
     def embed(self, ids: np.ndarray) -> Tensor:
         """Ids [B, T] -> float32 [B, T, D]."""
-        return self.table[torch.from_numpy(ids).to(self.device)].float()
+        return as_type(self.table[torch.from_numpy(ids).to(self.device)], torch.float32)
 
     def front(self, layer: Layer, h: Tensor, cache: dict, places: Places, distance: int) -> tuple[Tensor, Routed]:
         """Attention, norm and router, and the next `distance` MoE layers' routers on the same state."""
         h = layer.attend(h, cache, places)
-        flat = h.view(-1, h.shape[-1])
-        normed = functional.rms_norm(flat, layer.ffn_norm.shape, None, layer.eps)
-        experts = self.router.experts
+        normed = layer.normed(h.view(-1, h.shape[-1]))
+        rows, experts = normed.shape[0], self.router.experts
         logits = functional.linear(normed, self._stacked(layer, distance))
-        scores = torch.softmax(logits.view(len(flat), distance + 1, experts), -1)
-        weights, ids = self.router.select(scores[:, 0])
-        packed = torch.cat([ids.float(), weights, scores.view(len(flat), -1)], 1)
-        return h, Routed((normed * layer.ffn_norm).to(self.dtype), packed)
+        scores = torch.softmax(logits.view(rows, distance + 1, experts) if distance else logits, -1)
+        weights, ids = self.router.select(scores[:, 0] if distance else scores)
+        packed = torch.cat([ids.float(), weights, scores.view(rows, -1)], 1)
+        return h, Routed(as_type(normed * layer.ffn_norm, self.dtype), packed)
 
     def logits(self, h: Tensor, last: np.ndarray | None) -> Tensor:
         """float32 [B, V] of each row's token `last`, or [B, T, V] of all."""
         if last is not None:
             h = h[torch.arange(len(h), device=self.device), torch.from_numpy(last).to(self.device)]
         x = functional.rms_norm(h, self.norm.shape, self.norm, self.config.rms_norm_eps)
-        return self.head(x.to(self.dtype)).float()
+        return as_type(self.head(x), torch.float32)
 
     def _stacked(self, layer: Layer, distance: int) -> Tensor:
         """The routers of this layer and the coming ones behind one another, [(1 + distance) E, D], norms folded in.
