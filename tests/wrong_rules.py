@@ -1,5 +1,8 @@
 """Rules with one thing wrong each: `WRONG` says of each class what is said of it."""
 
+# What is wrong here is meant to be.
+# pyright: reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from own_rules import Fading, Half, Popular

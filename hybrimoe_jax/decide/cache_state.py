@@ -8,6 +8,9 @@ stay the same: placement changes none.
 The file is an `.npz`: `meta`, JSON text, and the arrays that it names. Reading it never unpickles. Version 1.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -6,6 +6,9 @@ says what a run would say, and tries what the class says of itself: answers that
 depend on the routing only.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import collections

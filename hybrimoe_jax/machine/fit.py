@@ -8,6 +8,9 @@ load an expert takes as long as reading its weights, and a front as reading its 
 Units: seconds, bytes; loads in tokens.
 """
 
+# NumPy 2.5 types some functions by what its stubs leave unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
