@@ -94,7 +94,7 @@ def line_style(place: int) -> dict[str, Any]:
     return {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
-        "ls": LINES[place % len(LINES)],
+        "ls": LINES[(place + place // len(COLOURS)) % len(LINES)],  # colours and markers begin anew, lines do not
         "ms": 3,
         "lw": 1,
     }
@@ -148,4 +148,6 @@ def _finish(axes: Any, x: str, y: str, by: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if by:
+        rows = -(-len(axes.get_legend_handles_labels()[1]) // 3)
+        axes.set_title(axes.get_title(), fontsize=7, pad=6 + 10 * rows)  # above the legend
         axes.legend(ncols=3, fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))

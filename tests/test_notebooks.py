@@ -21,7 +21,7 @@ notebooks = importlib.import_module("notebooks")
 sys.path.pop(0)
 
 NAMES = notebooks.names()
-LONG = ("01-quickstart", "03-cpu-and-device", "07-end-to-end", "09-own-model")
+LONG = ("01-quickstart", "03-cpu-and-device", "07-end-to-end", "08-own-policy", "09-own-model")
 """Those that measure a machine, or need torch: their short form, too, takes tens of seconds."""
 NEAR = 0.02
 """By which share a number may differ on another processor, where rounding can turn a choice."""
@@ -58,10 +58,17 @@ def test_a_notebook_that_is_out_of_date_or_shows_the_machine_is_found(tmp_path, 
     notebooks.write("a", made)
     said = notebooks.problems("a")
     assert said == ["a cell shows an error or a warning", "it shows a path of the machine: /home/me/x.py"]
-    (tmp_path / "a.py").write_text(source.replace("x = 1", "x = 3"))
-    assert "its outputs are not those of the present source" in notebooks.problems("a")
     (tmp_path / "a.py").write_text(source.replace("x = 2", "x = 3"))
     assert "its cells are not those of the .py" in notebooks.problems("a")
+    assert notebooks.reworded("a") is None
+    (tmp_path / "a.py").write_text(source.replace("text", "words"))
+    assert "its cells are not those of the .py" in notebooks.problems("a")
+    notebooks.write("a", notebooks.reworded("a"))
+    assert notebooks.problems("a") == said, "outputs stay where only the text has changed"
+    kept = notebooks.stored("a")
+    kept["metadata"]["source"] = "another"
+    notebooks.write("a", kept)
+    assert "its outputs are not those of the present source" in notebooks.problems("a")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES])

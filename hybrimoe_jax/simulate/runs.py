@@ -217,7 +217,7 @@ class RunsPlots:
                 axes.plot(at, rates, label=system, **line_style(place))
             axes.set(xlabel="experts that the device holds [%]", ylabel="hit rate [%]")
             axes.set_title(plots.title_of(found[0]), fontsize=6)
-            axes.legend(fontsize=6)
+            axes.legend(ncols=4, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.26))
         return axes
 
     def _times(self, ax: Any, prompts: bool) -> Any:
