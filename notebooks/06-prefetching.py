@@ -51,8 +51,8 @@ for machine, found in runs.items():
 # %% [markdown]
 # ## What becomes of prefetches
 #
-# Look at the engineered machine: its layers are much shorter than a transfer. One layer ahead nothing is worth starting,
-# two layers ahead some arrive late.
+# Look at the engineered machine: its layers are much shorter than a transfer. One layer ahead nothing is worth
+# starting, two layers ahead some arrive late.
 
 # %%
 for axes, found in zip(panels(runs, columns=3), runs.values()):
