@@ -74,6 +74,7 @@ def test_pictures_compare_what_can_be_compared(runs, trace):
     axes = runs.plot.tbt()
     assert axes.get_ylabel() == "TBT [ms], simulated"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lower bound", "hybrimoe", "ktransformers"]
+    assert [bars.get_label() for bars in runs.plot.lanes().containers] == ["cpu", "device", "link"]
     assert runs.plot.hit_rate().get_ylabel() == "hit rate [%]"
     pyplot.close("all")
     with pytest.raises(UserError, match="none of these runs"):

@@ -73,6 +73,7 @@ def test_a_timeline_is_read_back(timeline, tmp_path):
     for lane in timeline.lanes:
         for one, two in zip(timeline.events(lane), again.events(lane), strict=True):
             assert two[:2] == pytest.approx(one[:2], abs=1e-8) and two[2:] == one[2:]
+    assert again.tracks(event[:2] for event in again.events("device")) == [0] * len(again.events("device"))
     (tmp_path / "other.json").write_text('{"traceEvents": [{}]}')
     with pytest.raises(UserError, match=r"other\.json"):
         Timeline.read(tmp_path / "other.json")

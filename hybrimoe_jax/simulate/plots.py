@@ -97,7 +97,7 @@ def draw_times(axes, records: Sequence[dict]) -> None:
     axes.set_xlabel("experts that the device holds")
     axes.set_ylabel(("TTFT" if records[0]["prompt_tokens"] else "TBT") + " [ms], simulated")
     axes.set_title(title_of(records[0]), fontsize=6)
-    axes.legend(ncols=3, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    axes.legend(ncols=3, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 
 
 def title_of(record: dict) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from hybrimoe_jax import tables
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.figures import axes_of, line_style
+from hybrimoe_jax.figures import LANE_COLOURS, LANE_HATCHES, axes_of, line_style
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.progress import track
 from hybrimoe_jax.simulate import grid, plots, records
@@ -218,6 +218,24 @@ class RunsPlots:
             axes.set(xlabel="experts that the device holds [%]", ylabel="hit rate [%]")
             axes.set_title(plots.title_of(found[0]), fontsize=6)
             axes.legend(ncols=4, fontsize=5.5, loc="upper center", bbox_to_anchor=(0.5, -0.26))
+        return axes
+
+    def lanes(self, ax: Any = None) -> Any:
+        """The share of the time that each lane was busy, by system and cache ratio."""
+        found = self._of_one_kind(self._runs.records)
+        several = len({record["cache_ratio"] for record in found}) > 1
+        names = [f"{r['system']} {r['cache_ratio']:.0%}" if several else r["system"] for r in found]
+        width = 0.8 / len(LANE_COLOURS)
+        with axes_of(ax) as axes:
+            for place, (lane, colour) in enumerate(LANE_COLOURS.items()):
+                at = [number + (place - 1) * width for number in range(len(found))]
+                style = {"color": colour, "hatch": LANE_HATCHES[lane], "edgecolor": "white"}
+                axes.bar(at, [100 * r["occupancy"][lane] for r in found], width, label=lane, **style)
+            turned = {"rotation": 40, "ha": "right"} if len(names) > 4 else {}
+            axes.set_xticks(range(len(names)), names, fontsize=6, **turned)
+            axes.set_ylabel("busy, simulated [%]")
+            axes.set_title(plots.title_of(found[0]), fontsize=6)
+            axes.legend(ncols=3, fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.08))
         return axes
 
     def _times(self, ax: Any, prompts: bool) -> Any:

@@ -83,9 +83,14 @@ class Timeline:
                 until = end
         return total
 
+    @property
+    def device_lane(self) -> str:
+        """The lane by which steps and layers are told: the first system's, where there are several."""
+        return next((lane for lane in self.lanes if lane.endswith("device")), self.lanes[0])
+
     def steps(self) -> list[tuple[float, float]]:
         """(start, end) of every step, in seconds from the first event, by the event that each begins with."""
-        device = self.events(next((lane for lane in self.lanes if lane.endswith("device")), self.lanes[0]))
+        device = self.events(self.device_lane)
         names = {name for _, _, name, _ in device}
         mark = next((name for name in STEP_MARKS if name in names), None)
         begins = [start for start, _, name, _ in device if name == mark]
@@ -139,8 +144,8 @@ class Timeline:
             about = {name: value for name, value in file["otherData"].items() if name not in ("span_s", "busy_s")}
             timeline = cls(tuple(lanes), **about)
             for event in events:
-                start = event["ts"] / 1e6
-                timeline.add(event["cat"], event["name"], start, start + event["dur"] / 1e6, **event["args"])
+                start, took = round(1e3 * event["ts"]), round(1e3 * event["dur"])  # what touched touches again
+                timeline.add(event["cat"], event["name"], start / 1e9, (start + took) / 1e9, **event["args"])
         return timeline
 
     def write(self, path: str | os.PathLike) -> None:

@@ -26,7 +26,7 @@ def draw(shown: View, ax: Any = None) -> Any:
         axes.set_ylim(-0.5, len(shown.lanes) - 0.5)
         axes.set_xlabel(f"milliseconds, {shown.kind}")
         axes.set_title(shown.title, fontsize=7)
-        _legend(axes)
+        _legend(axes, -0.9 / len(shown.lanes))
     return axes
 
 
@@ -48,7 +48,7 @@ def _bar(axes: Any, bar: Any, shown: View) -> None:
         axes.text(begin + width / 2, middle, text, ha="center", va="center", fontsize=5.5, color=colour)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, below: float) -> None:
     patch = importlib.import_module("matplotlib.patches").Patch
     handles = [
         patch(color=COLOURS["cpu"], label="expert on the CPU"),
@@ -57,4 +57,4 @@ def _legend(axes: Any) -> None:
         patch(facecolor="white", edgecolor=COLOURS["link"], hatch="/////", label="prefetch"),
         patch(color=PLAIN, label="attention, shared experts, head"),
     ]
-    axes.legend(handles=handles, ncols=5, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    axes.legend(handles=handles, ncols=5, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, below))

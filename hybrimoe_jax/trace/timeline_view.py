@@ -93,8 +93,8 @@ def window(timeline: Timeline, step: int | None, last: int, layers: int | None) 
 
 def layer_starts(timeline: Timeline) -> list[float]:
     """When attention begins."""
-    events = (event for lane in timeline.lanes for event in timeline.events(lane))
-    return [start for start, _, name, _ in events if name.startswith("attention")]
+    device = timeline.events(timeline.device_lane)
+    return [start for start, _, name, _ in device if name.startswith("attention")]
 
 
 def bars_of(timeline: Timeline, lane: str, begin: float, end: float) -> Iterator[Bar]:
