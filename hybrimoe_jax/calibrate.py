@@ -19,6 +19,7 @@ from hybrimoe_jax.engine.config import KERNELS, EngineConfig
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.calibration_text import SCREEN, calibration_text
+from hybrimoe_jax.records import stamped
 
 DEFAULT_RATIO = 0.25
 
@@ -66,7 +67,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     print(calibration_text(found) + "\n\n" + meaning_text(meaning, found) + "\n", flush=True)
     record = {
-        "kind": "hybrimoe-jax calibration",
         "seconds": time.perf_counter() - start,
         **found.origin.describe(),
         "costs": found.costs.describe(),
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         **meaning,
         "points": [found.row(point) for point in found.points],
     }
-    print(json.dumps(record), flush=True)
+    print(json.dumps(stamped("calibration", record)), flush=True)
     return 0
 
 

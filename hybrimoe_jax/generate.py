@@ -34,6 +34,7 @@ from hybrimoe_jax.machine.costs import CostModel, is_profile
 from hybrimoe_jax.machine.paced import example
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
 from hybrimoe_jax.machine.shapes import SHAPES
+from hybrimoe_jax.records import stamped
 
 ENGINE_FLAGS = {
     "system": dict(metavar="NAME", help=f"policies: {', '.join(SYSTEMS)}"),
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     _write_files(args, engine, trace, timeline, interrupted)
     if engine.stats is not None and args.stats == "json":
         record = {"token_ids": tokens, "prompt_tokens": len(ids), "finish_reason": reason, **engine.stats.summary()}
-        print(json.dumps(record), flush=True)
+        print(json.dumps(stamped("generation", record)), flush=True)
     elif engine.stats is not None and args.stats == "text":
         sys.stdout.flush()
         print("\n" + stats_text(engine.stats), file=sys.stderr)

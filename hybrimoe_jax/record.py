@@ -15,6 +15,7 @@ from hybrimoe_jax.cli import progress
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids
+from hybrimoe_jax.records import stamped
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -93,7 +94,7 @@ def _say(args: argparse.Namespace, trace: Any, prompt_tokens: int, new_tokens: i
         "lacks": lacks(trace),
     }
     print(f"{args.out}: {said['sequences']} sequences, {said['steps']} steps, {said['rows']} rows")
-    print(json.dumps(said))
+    print(json.dumps(stamped("trace recording", said)))
 
 
 def read_prompts(path: str | Path) -> list[str | list[int]]:

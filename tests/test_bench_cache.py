@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import golden
 import numpy as np
 import pytest
 import tiny
@@ -65,7 +66,9 @@ def test_the_table_and_the_line_for_programs(tmp_path):
     ids, weights = routing(ESFT, 24)
     trace = esft_folder(tmp_path / "esft", ids, weights, [14, 10])
     done = run("--trace", trace, "--ratios", "0.125,0.5", "--jobs", "2", cwd=tmp_path)
-    record = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(done.stdout.splitlines()[-1])
+    golden.check(said)
+    record = said["traces"]
     assert list(record) == [str(trace)] and list(record[str(trace)]) == ["0.125", "0.5"]
     row = record[str(trace)]["0.5"]
     assert set(row) == {*(spec.partition(":")[0] for spec in bench.DEFAULT)}
@@ -107,7 +110,7 @@ def test_a_policy_of_one_s_own(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     trace = small_trace(tmp_path / "t.npz")
     done = run("--trace", trace, "--policies", "lru", "mine:Oldest", "--ratios", "0.5", cwd=tmp_path)
-    row = json.loads(done.stdout.splitlines()[-1])[str(trace)]["0.5"]
+    row = json.loads(done.stdout.splitlines()[-1])["traces"][str(trace)]["0.5"]
     assert row["mine:Oldest"] == row["lru"] and row["lru"]["gap_closed"] is None
     from hybrimoe_jax.decide.systems import get_system
     from hybrimoe_jax.engine.config import EngineConfig

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
+import golden
 import pytest
 
 from hybrimoe_jax.bench import __main__ as bench
@@ -245,6 +246,7 @@ def test_a_whole_run_of_the_bundled_model(tmp_path, capsys):
     chosen = "--models bundled --formats f32 --ratios 0.5 --prompts 8 --systems hybrimoe,on-demand --peers transformers"
     assert bench.main(["e2e", *chosen.split(), "--rounds", "1", "--new", "3", "--workdir", str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    golden.check(record)
     ours = [row for row in record["rows"] if row["kind"] == "engine"]
     assert {row["contender"] for row in ours} == {"hybrimoe", "on-demand"} and record["commit"] is not None
     for row in ours:

@@ -2,6 +2,7 @@
 
 import json
 
+import golden
 import pytest
 import tiny_checkpoint
 
@@ -26,6 +27,7 @@ def test_a_table_and_one_json_line(folder, capsys):
     assert bench.main(["formats", "--formats", names, *options]) == 0
     *lines, last = capsys.readouterr().out.strip().splitlines()
     record = json.loads(last)
+    golden.check(record)
     rows = {(row["format"], row["calibrated"]): row for row in record["formats"]}
     assert list(rows) == [(name, False) for name in names.split(",")] + [("int4-g32", True)]
     assert len(lines) == len(rows) + 3 and lines[-1].startswith("bars: int8 within 0.1 % ")

@@ -2,6 +2,7 @@
 
 import json
 
+import golden
 import numpy as np
 import pytest
 
@@ -46,6 +47,7 @@ def test_it_prints_limits_tables_ratios_and_one_json_line(monkeypatch, capsys):
     assert bench.main(["kernels", *options, "--threads", "1", "--seconds", "0.01"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     record = json.loads(lines[-1])
+    golden.check(record)
     assert {(r["contender"], r["load"]) for r in record["rows"]} == {
         (name, load) for name in ("native f32", "native int4-g32-a8", "numpy f32") for load in (1, 9)
     }

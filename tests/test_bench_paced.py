@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import golden
 import pytest
 
 from hybrimoe_jax.bench import paced
@@ -59,6 +60,7 @@ def test_the_command_prints_a_table_and_a_line():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
+    golden.check(record)
     assert record["device"] == "paced" and record["clock"] == "wall"
     found = record["machines"]["a6000-engineered:2"]
     assert set(found["systems"]) == {"ktransformers", "on-demand"} and found["slowdown"] == 2

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import golden
 import pytest
 
 from hybrimoe_jax.bench import schedule as bench
@@ -21,6 +22,7 @@ def test_the_last_line_is_the_record():
     done = command("--instances", "12", "--seed", "3")
     assert done.returncode == 0 and done.stderr == ""
     record = json.loads(done.stdout.splitlines()[-1])
+    golden.check(record)
     assert set(record["gap"]) == {workload.name for workload in bench.WORKLOADS}
     for name, gaps in record["gap"].items():
         assert set(gaps) == set(SCHEDULERS)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 
+import golden
 import pytest
 import tiny_checkpoint
 
@@ -36,6 +37,7 @@ def test_the_last_line_is_the_record(monkeypatch, capsys):
     assert main(["start", "--rounds", "2"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)
+    golden.check(record)
     assert record["times_faster"]["next"] > 1 and len(record["runs"]["next"]) == 2
     assert caches[0] == "off" and caches[1] == caches[2] != caches[4] == caches[5], "an empty folder in each round"
     assert any(line.startswith("compiling") for line in lines)

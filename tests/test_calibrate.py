@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import tiny
@@ -240,6 +241,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert command.main(["--out", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(printed.splitlines()[-1])
+    golden.check(record)
     assert [line for line in printed.splitlines()[:-1] if len(line) > 80] == [] and "CPU expert" in printed
     assert {each["system"] for each in record["expected"]} >= {"hybrimoe", "cpu-only", "ktransformers"}
     assert record["lookahead"] >= 1 and record["machine"]["device"] == "cpu" and len(record["points"]) > 20

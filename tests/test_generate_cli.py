@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import golden
 import pytest
 import tiny_checkpoint
 
@@ -101,6 +102,7 @@ def first(command, tmp_path_factory):
 
 def test_the_last_line_holds_the_statistics(first, profile):
     _, stats, _ = first
+    golden.check(stats)
     assert stats.keys() >= KEYS
     assert len(stats["token_ids"]) == stats["new_tokens"] == TOKENS and stats["finish_reason"] == "length"
     assert stats["tbt_ms"].keys() >= {"median", "p90"} and 0 < stats["tbt_ms"]["median"] <= stats["tbt_ms"]["p90"]

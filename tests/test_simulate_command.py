@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 
@@ -69,6 +70,7 @@ def test_a_table_for_people_and_a_record_for_every_run(trace, tmp_path):
         (s, ratio, start, n) for s in systems for ratio in (0.25, 0.5) for start in ("warm", "cold") for n in (None, 8)
     }
     for record in records:
+        golden.check(record)
         assert record["clock"] == "virtual" and record["versions"]["hybrimoe_jax"] and record["choices"]["cache"]
         assert record["seconds_per_step"]["mean"] > 0 and record["steps"] == (
             20 if record["prompt_tokens"] is None else 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,6 +107,7 @@ def test_every_layout_imports_to_a_trace_that_checks(layout, tmp_path):
     done = command("import", path, tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
+    golden.check(said)
     sound, back = open_trace(path), open_trace(tmp_path / "out.npz")
     assert said["rows"] == len(back) == len(sound) and said["lacks"] == lacks(sound)
     for column in ("step", "layer", "phase", "sequence", "position", "ids", "weights"):
@@ -196,6 +198,7 @@ def test_info_counts_as_one_would_by_hand(tmp_path):
     done = command("info", tmp_path / "t.npz")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
+    golden.check(said)
     assert said["steps"] == {"prefill": 1, "decode": 9} and said["tokens"] == {"prefill": 10, "decode": 18}
     assert said["lookahead"] == [1, 2] and said["lacks"] == [] and said["sequences"] == 2
     chosen = {}

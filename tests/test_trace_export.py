@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 
+import golden
 import numpy as np
 import pytest
 from test_trace_command import recorded, written
@@ -47,8 +48,12 @@ def test_tables_hold_everything(name, tmp_path, capsys):
     save_trace(trace, tmp_path / "t.npz")
     assert command_main("trace")(["export", str(tmp_path / "t.npz"), str(tmp_path / name)]) == 0
     out = capsys.readouterr()
-    assert json.loads(out.out.splitlines()[-1])["left_out"] == [] and out.err == ""
+    said = json.loads(out.out.splitlines()[-1])
+    golden.check(said)
+    assert said["left_out"] == [] and out.err == ""
     same(open_trace(tmp_path / name), trace)
+    assert command_main("trace")(["check", str(tmp_path / name)]) == 0
+    golden.check(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
 
 def test_a_table_is_what_other_programs_take_it_for(tmp_path):

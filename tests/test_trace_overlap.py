@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import golden
 import numpy as np
 import pytest
 from test_trace_command import recorded
@@ -21,6 +22,7 @@ def test_it_counts_as_one_would_by_hand(tmp_path, capsys):
     save_trace(trace, tmp_path / "t.npz")
     command_main("trace")(["overlap", str(tmp_path / "t.npz")])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    golden.check(said)
     groups = [r for r in trace.records() if r.phase == "decode" and len(r.ids) > 1]
     distinct = [len(set(r.ids.ravel().tolist())) for r in groups]
     (row,) = said["side_by_side"]

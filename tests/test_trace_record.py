@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
+import golden
 import numpy as np
 import pytest
 import tiny_checkpoint
 
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.info import lacks
 
@@ -33,6 +33,7 @@ def test_each_prompt_is_a_sequence_and_batches_are_marked(checkpoint, tmp_path, 
     flags = ("--batch", "2", "--max-tokens", "4", "--clock", "virtual")
     assert command_main("trace")(record(checkpoint, prompts, out, *flags)) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    golden.check(said)
     trace = open_trace(out)
     assert lacks(trace) == said["lacks"] == [] and sorted(trace.lookahead) == [1, 2]
     assert said["sequences"] == 3 and said["new_tokens"] == 12 and said["rows"] == len(trace)
@@ -43,8 +44,10 @@ def test_each_prompt_is_a_sequence_and_batches_are_marked(checkpoint, tmp_path, 
         first = mine & (trace.phase == 0)
         assert first.sum() == len(tokenizer.encode(prompt).ids) and mine.sum() == first.sum() + 3
         assert sorted(trace.position[mine].tolist()) == list(range(mine.sum()))
-    _, again = replay_run(trace)
-    assert (again.counters.hits, again.counters.misses) == (said["hits"], said["misses"])
+    assert command_main("simulate")(["--trace", str(out), "--as-recorded"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    golden.check(again)
+    assert (again["hits"], again["misses"]) == (said["hits"], said["misses"])
 
 
 def test_a_prompt_alone_is_routed_as_in_a_batch(checkpoint, tmp_path):

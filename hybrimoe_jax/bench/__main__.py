@@ -14,6 +14,7 @@ from pathlib import Path
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be
+from hybrimoe_jax.records import stamped
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from hybrimoe_jax.bench import schedule
 
-    print(json.dumps(schedule.run(args.instances, args.seed, progress)))
+    _print("schedule", schedule.run(args.instances, args.seed, progress))
     return 0
 
 
@@ -81,7 +82,7 @@ def _start(args: argparse.Namespace) -> int:
     record = start.run(args.model, args.rounds, _note)
     _note("")
     print(start.table(record) + "\n")
-    print(json.dumps(record))
+    _print("start", record)
     return 0
 
 
@@ -98,7 +99,7 @@ def _engine(args: argparse.Namespace) -> int:
     workdir = Path(args.workdir) if args.workdir else None
     record = benchmark.run(args.models.split(","), options, workdir, _note)
     _note("")
-    print(json.dumps(record))
+    _print("engine", record)
     return 0
 
 
@@ -124,7 +125,7 @@ def _e2e(args: argparse.Namespace) -> int:
     record = command.run(parts, Path(args.workdir) if args.workdir else None, _note)
     _note("")
     print(table.text(record) + "\n")
-    print(json.dumps(record))
+    _print("e2e", record)
     return 0
 
 
@@ -137,6 +138,11 @@ def _check_models(args: argparse.Namespace) -> None:
         raise UserError(f"--cache-ratio {args.cache_ratio} is outside 0..1")
     if args.workdir:
         check_folder_to_be(args.workdir, "--workdir")
+
+
+def _print(name: str, record: dict) -> None:
+    """The line for programs."""
+    print(json.dumps(stamped(f"bench {name}", record)))
 
 
 def _note(text: str) -> None:
@@ -164,7 +170,7 @@ def _llamacpp(args: argparse.Namespace) -> int:
             raise UserError(f"--{option} {unknown[0]!r} is not known (known: {', '.join(known)})")
     _check_models(args)
     options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
-    print(json.dumps(benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note)))
+    _print("llamacpp", benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note))
     return 0
 
 
@@ -194,7 +200,7 @@ def _paced(args: argparse.Namespace) -> int:
     record = paced.run(paced.Options(machines, systems, rounds=args.rounds, new=args.new), _note)
     _note("")
     print(paced.tables(record) + "\n")
-    print(json.dumps(record))
+    _print("paced", record)
     return 0
 
 
@@ -228,7 +234,7 @@ def _cache(args: argparse.Namespace) -> int:
         raise UserError(f"--ratios {args.ratios}: a ratio is above 0 and at most 1")
     policies = tuple(args.policies or benchmark.DEFAULT)
     options = benchmark.Options(ratios, policies, args.sequences, args.layers, args.pooled)
-    print(json.dumps(benchmark.run(args.trace, options, args.jobs, progress)))
+    _print("cache", {"traces": benchmark.run(args.trace, options, args.jobs, progress)})
     return 0
 
 
@@ -268,7 +274,7 @@ def _kernels(args: argparse.Namespace) -> int:
     if not 0 < args.seconds < math.inf:
         raise UserError(f"--seconds {args.seconds} must be a number above 0")
     options = benchmark.Options(peers, formats, shapes, loads, threads, args.seconds)
-    print(json.dumps(benchmark.run(options, lambda line: print(line, flush=True))))
+    _print("kernels", benchmark.run(options, lambda line: print(line, flush=True)))
     return 0
 
 
@@ -300,7 +306,7 @@ def _formats(args: argparse.Namespace) -> int:
 
     names = tuple(args.formats.split(",")) if args.formats else formats.DEFAULT
     texts = path(args.model), path(args.text), path(args.calibrate)
-    print(json.dumps(formats.run(formats.Options(names, not args.no_calibrate, *texts), progress)))
+    _print("formats", formats.run(formats.Options(names, not args.no_calibrate, *texts), progress))
     return 0
 
 

@@ -16,6 +16,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.figures import check_matplotlib
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.profile import PROFILES
+from hybrimoe_jax.records import stamped
 from hybrimoe_jax.simulate import grid, plots
 from hybrimoe_jax.simulate.cases import LOADED, cases_of, parts_of, prepared, trace_names
 from hybrimoe_jax.simulate.recorded import replay_run
@@ -159,7 +160,7 @@ def repeat(paths: list[str], load: str | None = None, save: str | None = None) -
             "prefill_s": times["prefill"] if virtual else None,
             "decode_s": times["decode"] if virtual else None,
         }
-        print(json.dumps(record))
+        print(json.dumps(stamped("repeated run", record)))
     return 0
 
 

@@ -22,6 +22,7 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.virtual import VirtualMachine
+from hybrimoe_jax.records import stamped
 from hybrimoe_jax.simulate.bound import clairvoyant_policies, knows_the_future, least_seconds
 from hybrimoe_jax.simulate.cases import Case, learns_instead, prepared, samples, trace_name
 from hybrimoe_jax.simulate.records import measures, versions
@@ -32,7 +33,6 @@ from hybrimoe_jax.simulate.workload import Step, TokenSteps
 from hybrimoe_jax.trace.timeline import Timeline
 from hybrimoe_jax.trace.tokens import load_recording
 
-KIND, VERSION = "hybrimoe-jax simulation", 1
 FLAGS = {"scope": "cache-scope", "stream_prefill": "stream-prefill"}
 """Flags of `simulate` that are not called as their override is."""
 
@@ -80,9 +80,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
     buffers = BUFFERED_LAYERS * tokens.facts.experts * costs.expert_bytes if system.stream_prefill else 0
     notes += _notes(case, system, tokens, result, buffers)
     facts, slots = tokens.facts, system.slots_per_layer(case.ratio, tokens.facts.layers, tokens.facts.experts)
-    return {
-        "kind": KIND,
-        "version": VERSION,
+    record = {
         "clock": "virtual",
         "trace": trace_name(case),
         "model": costs.describe().get("model", facts.model_type),
@@ -111,6 +109,7 @@ def run_case(case: Case, timeline: Timeline | None = None) -> dict:
         "versions": versions(),
         "replay_cpu_s": time.process_time() - began,
     }
+    return stamped("simulation", record)
 
 
 def _notes(case: Case, system: System, tokens: TokenSteps, result: Result, buffers: int) -> list[str]:

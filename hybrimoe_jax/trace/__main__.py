@@ -13,6 +13,7 @@ from hybrimoe_jax import record
 from hybrimoe_jax.cli import Parser, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.records import stamped
 from hybrimoe_jax.trace.export import EXPORTS, export_trace, layout_of
 from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
 
@@ -62,7 +63,7 @@ def _import(args) -> int:
     steps = int(trace.step.max()) + 1 if len(trace) else 0
     record = {"file": str(out), "steps": steps, "rows": len(trace), "lacks": lacks(trace)}
     _say(f"{out}: {steps} steps, {len(trace)} rows", record["lacks"])
-    print(json.dumps(record))
+    print(json.dumps(stamped("trace import", record)))
     return 0
 
 
@@ -80,7 +81,8 @@ def _export(args) -> int:
     for what in lost:
         print(f"{layout} cannot hold {what}", file=sys.stderr)
     print(f"{out}: {len(trace)} rows")
-    print(json.dumps({"file": str(out), "layout": layout, "rows": len(trace), "left_out": lost}))
+    said = {"file": str(out), "layout": layout, "rows": len(trace), "left_out": lost}
+    print(json.dumps(stamped("trace export", said)))
     return 0
 
 
@@ -91,7 +93,7 @@ def _check(args) -> int:
         trace = open_trace(source)
         record = {"file": source, "rows": len(trace), "lacks": lacks(trace)}
         _say(f"{source}: all {len(trace)} rows are sound", record["lacks"])
-        print(json.dumps(record))
+        print(json.dumps(stamped("trace check", record)))
     return 0
 
 
@@ -102,7 +104,7 @@ def _info(args) -> int:
         record = {"file": source, **info(open_trace(source))}
         for label, text in _lines(record):
             print(f"{label:<16}{text}")
-        print(json.dumps(record))
+        print(json.dumps(stamped("trace info", record)))
     return 0
 
 
@@ -121,7 +123,7 @@ def _overlap(args) -> int:
                 f"{row['sequences']:9d}  {row['asked']:6.0f}  {row['distinct']:8.2f}  {row['shared']:6.1%}  "
                 f"{row['uniform']:27.2f}  {row['popularity']:13.2f}"
             )
-        print(json.dumps(said))
+        print(json.dumps(stamped("trace overlap", said)))
     return 0
 
 

@@ -23,7 +23,6 @@ from hybrimoe_jax.formats.layout import check_format
 from hybrimoe_jax.machine.paced import check_device
 from hybrimoe_jax.simulate.records import commit
 
-VERSION = 1
 QUICK = {"formats": ("f32", "int4-g64"), "ratios": (0.25,), "prompts": (128,), "new": 16}
 QUICK |= {"systems": ("hybrimoe", "ktransformers", "adapmoe", "on-demand")}
 """What `--quick` measures less of."""
@@ -97,7 +96,6 @@ def run(asked: list[Options], workdir: Path | None, note: Callable[[str], None])
                     figures[f"{files.name} {format}, {options.device}"] = made["figures"]
     return {
         "benchmark": "e2e",
-        "version": VERSION,
         "clock": "wall",
         "machine": platform.machine(),
         "processor": processor(),
