@@ -19,6 +19,8 @@ from hybrimoe_jax.baselines.torch_offload import MODES, TorchOffload
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.load import load
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.layout import Format
+from hybrimoe_jax.formats.packing import dequantise, pack, quantise
 
 LENGTHS = (5, 37, 20)
 
@@ -77,6 +79,31 @@ def test_a_paced_device_lasts_as_long_as_its_profile_and_decides_the_same(tmp_pa
     assert paced.stats.device == "paced" and paced.stats.overshoot["device"]["count"] > 0
     for short, long in zip(virtual.stats.steps, paced.stats.steps, strict=True):
         assert long.seconds > 5 * short.seconds
+
+
+@pytest.mark.parametrize("format", ["int4-g64", "int4z-g32", "int8-g64"])
+def test_torch_kernels_mean_what_the_formats_mean(format):
+    """Within bfloat16's rounding, by its int4 kernel and by unpacking first."""
+    import torch
+
+    from hybrimoe_jax.baselines.torch_linear import Int4Matrix, int4_product, int4_widened, unpacks_int4
+
+    rng = np.random.default_rng(0)
+    matrix = pack(Format.parse(format), *quantise(rng.standard_normal((128, 256), np.float32), Format.parse(format)))
+    x = torch.from_numpy(rng.standard_normal((32, 256), np.float32)).to(torch.bfloat16)
+    want, held = x.float() @ torch.from_numpy(dequantise(matrix)).T, Int4Matrix([matrix])
+    for product in (int4_product, int4_widened) if unpacks_int4() else (int4_product,):
+        got = product(x, held.codes, held.scales, held.group, held.twice).float()
+        assert (got - want).abs().max() < 1e-2 * want.abs().max()
+
+
+@pytest.mark.parametrize("form", ["loop", "grouped", "batched"])
+def test_every_form_of_computing_experts_gives_the_same(form):
+    prompts = tiny.prompts(tiny.weights("qwen2_moe")[0], LENGTHS)
+    with offload("qwen2_moe", mode="static", cache_ratio=0.5) as engine:
+        want = engine.logits(prompts[1])
+        engine.experts.forms = dict.fromkeys(engine.experts.forms, form)
+        assert np.abs(engine.logits(prompts[1]) - want).max() < 2e-5 * np.abs(want).max()
 
 
 def test_sampling_draws_as_ours():

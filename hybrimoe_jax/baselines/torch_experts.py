@@ -18,7 +18,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hybrimoe_jax.baselines.torch_linear import Int4Matrix, Tensor, fits_int4, int4_product, rounded, tensor_of
+from hybrimoe_jax.baselines.torch_linear import (
+    PANEL,
+    Int4Matrix,
+    Tensor,
+    fits_int4,
+    int4_product,
+    int4_widened,
+    rounded,
+    tensor_of,
+    unpacks_int4,
+)
 from hybrimoe_jax.formats.layout import Format, PackedExpert, is_format
 from hybrimoe_jax.formats.packing import HostExpert, plain_expert
 
@@ -155,25 +165,30 @@ def one_token(work: Work, out: Tensor) -> None:
     out.addmm_(weights.t(), parts.float())
 
 
-def loop(work: Work, out: Tensor) -> None:
-    """`out` [N, D] plus one expert behind the other."""
+def loop(work: Work, out: Tensor, product: Callable[..., Tensor] = int4_product) -> None:
+    """`out` [N, D] plus one expert behind the other. Args: product: of int4 matrices."""
     kind, whole = work.bank.kind, work.x.shape[0]
     for place, rows, weights in zip(work.places, work.rows, work.weights):
         index, mix = (torch.from_numpy(part).to(out.device, non_blocking=True) for part in (rows, weights))
         x = work.x if len(rows) == whole else work.x[index]
-        y = forward(kind, work.bank.views[place], x).float() * mix[:, None]
+        y = forward(kind, work.bank.views[place], x, product).float() * mix[:, None]
         if len(rows) == whole:  # in order, as routing is read
             out.add_(y)
         else:
             out.index_add_(0, index, y)
 
 
-def forward(kind: ExpertKind, parts: Sequence[Tensor], x: Tensor) -> Tensor:
+def widened(work: Work, out: Tensor) -> None:
+    """The same with each int4 matrix unpacked first."""
+    loop(work, out, int4_widened)
+
+
+def forward(kind: ExpertKind, parts: Sequence[Tensor], x: Tensor, product: Callable[..., Tensor]) -> Tensor:
     """One expert of x [N, D] -> [N, D]."""
     if kind.int4 is not None:
         group, twice = kind.int4.group, kind.int4.bits == 8
-        gate, up = int4_product(x, parts[0], parts[1], group, twice).chunk(2, -1)
-        return int4_product(functional.silu(gate) * up, parts[2], parts[3], group, twice)
+        gate, up = product(x, parts[0], parts[1], group, twice).chunk(2, -1)
+        return product(functional.silu(gate) * up, parts[2], parts[3], group, twice)
     if kind.rounds:
         x = rounded(x, kind.rounds)
     gate, up = functional.linear(x, parts[0]).chunk(2, -1)
@@ -212,7 +227,18 @@ def batched(work: Work, out: Tensor) -> None:
     out.index_add_(0, index, y.float() * mix[:, None])
 
 
-FORMS: dict[str, Callable[[Work, Tensor], None]] = {"loop": loop, "grouped": grouped, "batched": batched}
+Form = Callable[[Work, Tensor], None]
+FORMS: dict[str, Form] = {"loop": loop, "grouped": grouped, "batched": batched, "widened": widened}
+
+
+def forms_of(kind: ExpertKind) -> dict[str, Form]:
+    """Those that compute such experts."""
+    if kind.int4 is None:
+        names = ("loop",) if kind.rounds else ("loop", "grouped", "batched")
+    else:
+        whole = 2 * kind.hidden % PANEL == 0 and kind.width % PANEL == 0
+        names = ("loop", "widened") if whole and unpacks_int4() else ("loop",)
+    return {name: FORMS[name] for name in names}
 
 
 class Experts:
@@ -244,17 +270,18 @@ class Experts:
 
     def choose_forms(self, bank: Bank, budget_s: float) -> None:
         """Measures each form on a bank's experts at each load; a class that would take too long has the one below's."""
-        if self.kind.int4 is not None or self.kind.rounds or not bank.count:
+        forms = forms_of(self.kind)
+        if len(forms) == 1 or not bank.count:
             return
         began = time.perf_counter()
         for before, load in zip((LOADS[0], *LOADS), LOADS):
             if time.perf_counter() - began > budget_s:
                 self.forms[load] = self.forms[before]
                 continue
-            self.measured[load] = {name: self._seconds(form, bank, load) for name, form in FORMS.items()}
+            self.measured[load] = {name: self._seconds(form, bank, load) for name, form in forms.items()}
             self.forms[load] = min(self.measured[load], key=self.measured[load].__getitem__)
 
-    def _seconds(self, form: Callable[[Work, Tensor], None], bank: Bank, load: int) -> float:
+    def _seconds(self, form: Form, bank: Bank, load: int) -> float:
         """The best of a few runs; of a form that this torch has not, infinity."""
         count = min(bank.count, 8)
         rows = max(2, load)

@@ -11,6 +11,7 @@ Shapes: a matrix is [R, K], R outputs by K inputs; N rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +119,37 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """X float32 [N, D] -> [N, D]."""
         return x * torch.addmv(self.eps, x * x, self.mean).rsqrt_()[:, None]
+
+
+PANEL = 64
+"""Rows that torch packs together for AVX-512: inputs one after the other, the first 32 rows in the low halves."""
+
+
+def int4_widened(x: Tensor, codes: Tensor, scales: Tensor, group: int, twice: bool) -> Tensor:
+    """`int4_product` by unpacking the matrix to bfloat16 first: for many rows, whose product torch has a fast kernel.
+
+    Behind one another, since torch writes a transposed result several times slower.
+    """
+    rows = codes.shape[0]
+    columns, half = 2 * codes.shape[1], PANEL // 2
+    packed = codes.view(rows // PANEL, columns // group, group, half)
+    by_panel = scales.view(columns // group, 1, rows // PANEL, PANEL, 2).permute(2, 0, 1, 3, 4)
+    scale, zero = (part.contiguous() for part in (by_panel[..., 0], by_panel[..., 1] - 8 * by_panel[..., 0]))
+    panels = torch.empty((rows // PANEL, columns // group, group, PANEL), dtype=scales.dtype)
+    for part, at in ((packed & 15, slice(half)), (packed >> 4, slice(half, None))):
+        torch.addcmul(zero[..., at], part.to(scales.dtype), scale[..., at], out=panels[..., at])
+    wide = panels.view(-1, columns, PANEL).transpose(0, 1).reshape(columns, rows)
+    return torch.mm(torch.cat([x, x], 1) if twice else x, wide)
+
+
+@functools.cache
+def unpacks_int4() -> bool:
+    """Whether this torch packs as `int4_widened` reads it; another CPU's may not."""
+    codes = torch.arange(PANEL * PANEL, dtype=torch.int32).view(PANEL, PANEL) * 7 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.stack([torch.ones(2, PANEL), torch.zeros(2, PANEL)], 2).to(torch.bfloat16)
+    found = int4_widened(torch.eye(PANEL, dtype=torch.bfloat16), packed, scales, PANEL // 2, False)
+    return torch.equal(found.t().float(), codes.float() - 8)
 
 
 class Linear:
