@@ -153,14 +153,33 @@ def results(records: Records) -> str:
     """README's table: measured runs first, then computed ones."""
     rows = []
     for row in records.get("engine", ()):
-        machine = f"measured: {row['processor'].split(' cpu family')[0]}, {row['cores']} cores"
+        machine = measured_on(row)
         for result in row["record"]["results"]:
             if "ratios" in result:
                 rows.append([*decoding(result), row["commit"]])
                 rows[-1].insert(1, machine)
+    rows += [beside for row in records.get("e2e", ()) for beside in beside_torch(row)]
     for experiment, prompt in (("decode", None), ("prefill", PREFILL)):
         rows += [simulated(records[experiment], model, prompt) for model in MODELS]
     return markdown(["what", "clock: machine", "`hybrimoe`", "others", "commit"], rows)
+
+
+def measured_on(row: dict) -> str:
+    return f"measured: {row['processor'].split(' cpu family')[0]}, {row['cores']} cores"
+
+
+def beside_torch(row: dict) -> list[list[str]]:
+    """A row for each format of the mid model: a token, beside the fastest mode of PyTorch's offload engine."""
+    rows = []
+    for part in row["record"]["parts"]:
+        if (part["model"], part["device"], part["phase"]) == ("mid", "auto", "decode"):
+            what = f"a token of a random model, {part['format']}, after {part['prompt_tokens']}, a quarter in slots"
+            ours, theirs = (
+                f"{part['hybrimoe_ms']:.2f} ms",
+                f"offloading in torch, {part['mode']}: {part['torch_ms']:.2f}",
+            )
+            rows.append([what, measured_on(row), ours, theirs, row["commit"]])
+    return rows
 
 
 def decoding(result: dict) -> list[str]:

@@ -34,7 +34,7 @@ class Fake:
     refuses: ClassVar[str | None]
 
     def __init__(self, kind: str, **options):
-        self.kind, self.ended = kind, False
+        self.kind, self.ended, self.about = kind, False, {"names": []}
 
     def ask(self, run: str, name: str = "", ids: list[int] | None = None, new: int = 0, options: dict | None = None):
         if run == "open" and name == self.refuses:
@@ -51,7 +51,8 @@ class Fake:
         if self.kind == "transformers":
             return made
         phases = {"prefill": phase(1, 4 * len(ids or ()), 10 * speed), "decode": phase(new, 4 * new, new * speed)}
-        counted = {"hits": 3, "misses": 1, "bytes_h2d": 8, "compile_s": 0.0, "peak_device_bytes": 6, "host_bytes": 7}
+        counted = {"hits": 3, "misses": 1, "bytes_h2d": 8, "compile_s": 0.0, "host_bytes": 7}
+        counted["peak_device_bytes"] = 60 if self.kind == "torch" else 50
         return {**made, **counted, "phases": phases, "slots": [2]}
 
     def close(self) -> None:
@@ -110,7 +111,11 @@ def test_turns_rotate_and_one_round_counts_for_nothing(fakes):
 
 
 def test_who_uses_more_cores_than_it_was_given_is_marked(fakes):
-    assert not measured(threads=1)["rows"][0]["threads_kept"] and measured(threads=3)["rows"][0]["threads_kept"]
+    one, three = measured(threads=1)["rows"], measured(threads=3)["rows"]
+    assert not one[0]["threads_kept"] and three[0]["threads_kept"]
+    assert "threads: hybrimoe, mid f32, prompt of 4: 2.1 cores were used" in table.doubts(one)
+    said = table.doubts(three)  # all keep to their threads, but torch has more device bytes
+    assert len(said) == 8 and "device bytes: torch lru, mid f32, prompt of 4: 1.20 of the first one's" in said
 
 
 def test_a_contender_that_cannot_be_opened_is_left_out_and_the_others_run(fakes, monkeypatch):

@@ -56,3 +56,13 @@ def test_a_record_is_kept_with_its_machine_and_replaces_the_one_before(script, t
     assert new[0]["processor"] and new[0]["cores"] and new[0]["jax"] and new[0]["date"]
     text = (tmp_path / "docs/results.md").read_text()
     assert f"commit {new[0]['commit']}, {new[0]['date']}" in text
+
+
+def test_the_readme_has_a_row_of_each_format_beside_torch(script):
+    part = {"model": "mid", "device": "auto", "phase": "decode", "format": "f32", "prompt_tokens": 128, "mode": "lru"}
+    part |= {"hybrimoe_ms": 10.0, "torch_ms": 25.5}
+    parts = [part, {**part, "phase": "prefill"}, {**part, "model": "bundled"}]
+    row = {"processor": "A CPU cpu family 6", "cores": 2, "commit": "abcdef1", "record": {"parts": parts}}
+    ((_, machine, ours, theirs, commit),) = script.beside_torch(row)
+    assert (machine, ours, commit) == ("measured: A CPU, 2 cores", "10.00 ms", "abcdef1")
+    assert theirs == "offloading in torch, lru: 25.50"

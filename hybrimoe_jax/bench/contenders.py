@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.bench.peers import LlamaCppContender, TorchContender, TransformersContender
+from hybrimoe_jax.bench.peers import AccelerateContender, LlamaCppContender, TorchContender, TransformersContender
 from hybrimoe_jax.bench.served import StepsContender, prompt
 from hybrimoe_jax.cli import INTERRUPTED
 from hybrimoe_jax.errors import UserError
@@ -172,6 +172,7 @@ CONTENDERS = {
     "engine": EngineContender,
     "torch": TorchContender,
     "transformers": TransformersContender,
+    "accelerate": AccelerateContender,
     "llama.cpp": LlamaCppContender,
 }
 """By the name that a process is started with."""

@@ -86,6 +86,22 @@ class TransformersContender(Served):
         return stepwise(ids, new, step)
 
 
+class AccelerateContender(TransformersContender):
+    """The same with accelerate's offload: weights in host memory, each module's on the device while it runs.
+
+    The device is a GPU where torch has one. Else it is the CPU: then nothing is copied, and what is seen is what the
+    hooks take.
+    """
+
+    def __init__(self, folder: str, threads: int, dtype: str = "float32"):
+        super().__init__(folder, threads, dtype=dtype)
+        import accelerate  # pyright: ignore[reportMissingImports]  # where it is installed
+
+        device = self.torch.device("cuda" if self.torch.cuda.is_available() else "cpu")
+        self.model = accelerate.cpu_offload(self.model, execution_device=device)
+        self.about |= {"accelerate": accelerate.__version__, "device": device.type}
+
+
 class LlamaCppContender(Served):
     """llama.cpp on a GGUF file, by llama-cpp-python's low-level interface: greedy, its default cache type (float16)."""
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
-
 
 def prompt(tokens: int, vocab: int) -> list[int]:
     """The same prompt for every contender."""
@@ -97,7 +95,8 @@ class Served:
         return {"seconds": seconds, **{key: value for key, value in made.items() if key not in IN_DETAIL}}
 
     def open(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        raise UserError(f"{name} takes no options")
+        """What there is to say of a name from now on; where a process has one form only, nothing."""
+        return {}
 
     def close(self, name: str) -> dict[str, Any]:
         return {}

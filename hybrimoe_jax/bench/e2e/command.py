@@ -84,6 +84,7 @@ def run(asked: list[Options], workdir: Path | None, note: Callable[[str], None])
     """-> the record of all parts. Models are written to `workdir`, or to a folder that goes when it ends."""
     started, rows, figures = time.perf_counter(), [], {}
     left_out: dict[str, str] = {}
+    versions: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for options in asked:
             for model in options.models:
@@ -93,6 +94,7 @@ def run(asked: list[Options], workdir: Path | None, note: Callable[[str], None])
                     made = measure(files, options, note)
                     rows += made["rows"]
                     left_out |= made["left_out"]
+                    versions |= {kind: about for kind, about in made["versions"].items() if about}
                     figures[f"{files.name} {format}, {options.device}"] = made["figures"]
     return {
         "benchmark": "e2e",
@@ -103,6 +105,7 @@ def run(asked: list[Options], workdir: Path | None, note: Callable[[str], None])
         "commit": commit(),
         "seconds": time.perf_counter() - started,
         "options": [dataclasses.asdict(options) for options in asked],
+        "versions": versions,
         "figures": figures,
         "left_out": left_out,
         "rows": rows,

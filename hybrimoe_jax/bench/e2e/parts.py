@@ -3,7 +3,8 @@
 From PyTorch's fastest mode to hybrimoe there are two steps. The first keeps the policies and changes the engine; its
 time is that of the busiest lane ("kernels": computing and moving experts) and of the rest of the step ("dispatch":
 attention, router, calls, waiting). The second keeps our engine and changes the policy. "overlap" is what share of a
-step all lanes together were busy: above 1 they hid behind each other.
+step all lanes together were busy: above 1 they hid behind each other. (Our device's and link's are upper bounds, until
+they were seen to have ended.)
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def split(theirs: dict, same: dict, ours: dict, phase: str, measure: str) -> dic
     """Milliseconds of a prompt or a token: what each step saves, and by what."""
     whole = {name: statistics.median(row["rounds"][measure]) for name, row in named(theirs, same, ours)}
     lanes = {name: row["lanes"][phase] for name, row in named(theirs, same, ours)}
-    busiest = {name: max(lanes[name].values()) * whole[name] for name in whole}
+    busiest = {name: min(1.0, max(lanes[name].values())) * whole[name] for name in whole}
     rest = {name: whole[name] - busiest[name] for name in whole}
     return {
         "torch_ms": whole["torch"],

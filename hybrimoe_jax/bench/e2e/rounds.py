@@ -73,12 +73,13 @@ class Session:
 
 
 def measure(files: Files, options: Options, note: Note) -> dict[str, Any]:
-    """-> {"rows": one of each cache ratio, prompt and contender, "figures", "left_out"}."""
+    """-> {"rows": one of each cache ratio, prompt and contender, "figures", "left_out", "versions"}."""
     make, limit = prompt_maker(files)
     prompts = [tokens for tokens in options.prompts if tokens + options.new < limit]
     context = min(limit, max(CONTEXT, max(prompts, default=0) + options.new + 1))
     session, rows = Session(files, options, context), []
     figures: dict[str, float] = {}
+    versions: dict[str, dict] = {}
     for tokens in sorted(set(options.prompts) - set(prompts)):
         session.left_out[f"a prompt of {tokens}, {files.name}"] = f"the model takes {limit} tokens in all"
     with contextlib.closing(session):
@@ -92,9 +93,10 @@ def measure(files: Files, options: Options, note: Note) -> dict[str, Any]:
             for entry in taking:
                 if entry.cached:
                     session.running[entry.kind].ask("close", name=entry.name)
+            versions |= {kind: run.about for kind, run in session.running.items()}
             for tokens in prompts:
                 rows += cell(session, taking, tokens, ratio, answers, figures)
-    return {"rows": rows, "figures": figures, "left_out": session.left_out}
+    return {"rows": rows, "figures": figures, "left_out": session.left_out, "versions": versions}
 
 
 def computed(wanted: Sequence[Entry], options: Options) -> list[Entry]:
@@ -187,7 +189,15 @@ def cell(
             if (same, tokens) in answers:
                 row["computed"] = computed_times(answers[same, tokens], options.new)
         rows.append(row)
+    same_bytes(rows)
     return rows
+
+
+def same_bytes(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds what share of the first one's device bytes each other takes, slots, buffers, cache and dense weights."""
+    told = [row for row in rows if row.get("peak_device_bytes")]
+    for row in told:
+        row["device_bytes_share"] = row["peak_device_bytes"] / told[0]["peak_device_bytes"]
 
 
 def floor(session: Session, phase: dict, name: str, tokens: int, figures: dict[str, float]) -> float:

@@ -9,7 +9,8 @@ from hybrimoe_jax.bench.e2e import parts
 
 HEAD = ("contender", "TTFT ms", "TBT ms", "p90", "p99", "tokens/s", "over floor", "hits", "moved MB", "device MB")
 HEAD = (*HEAD, "cpu/device/link", "differ")
-CELL = ("model", "format", "device", "prompt_tokens")
+BYTES_APART = 0.05
+"""From what difference on it is said that contenders have not the same device bytes."""
 
 
 def lines_of(record: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
@@ -44,9 +45,23 @@ def text(record: dict[str, Any]) -> str:
     if record["parts"]:
         made += ["why hybrimoe is faster than torch's fastest mode: milliseconds saved by each part"]
         made += [*columns([parts.HEAD, *map(parts.line, record["parts"])]), ""]
+    made += doubts(record["rows"])
     for name, why in record["left_out"].items():
         made.append(f"left out: {name}: {why}")
     return "\n".join([*made, *map(bar_line, record["bars"])])
+
+
+def doubts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where contenders had not the same device bytes or kept not to their threads."""
+    found = []
+    for row in rows:
+        name = f"{row['contender']}, {row['model']} {row['format']}, prompt of {row['prompt_tokens']}"
+        share = row.get("device_bytes_share", 1.0)
+        if abs(share - 1) > BYTES_APART:
+            found.append(f"device bytes: {name}: {share:.2f} of the first one's")
+        if not row["threads_kept"]:
+            found.append(f"threads: {name}: {row['cores_used']:.1f} cores were used")
+    return found
 
 
 def columns(lines: Sequence[Sequence[str]]) -> list[str]:
