@@ -44,15 +44,17 @@ ENGINE_FLAGS = {
     "vram_budget": dict(metavar="SIZE", help='device memory instead of a ratio, e.g. "4GiB"'),
     "cache": dict(
         metavar="NAME",
-        help=f"replace the system's cache policy: {', '.join(POLICIES)}, or a class of yours as package.module:Class",
+        help=f"replace the system's cache policy: {', '.join(POLICIES)}, with parameters if wanted (mrs:alpha=0.3), "
+        "or a class of yours as package.module:Class:param=1",
     ),
     "cache_scope": dict(choices=SCOPES, help="pooled: all layers share their slots"),
-    "scheduler": dict(metavar="NAME", help=f"replace its scheduler: {', '.join(SCHEDULERS)}"),
+    "scheduler": dict(metavar="NAME", help=f"replace its scheduler, likewise: {', '.join(SCHEDULERS)}"),
     "prefetch": dict(metavar="MODE", help=f"replace its prefetcher: {', '.join(PREFETCH_MODES)}"),
     "lookahead": dict(type=lookahead, metavar="N", help='layers predicted ahead, or "adaptive"'),
     "predictor": dict(
         metavar="NAME",
-        help=f"what predicts them: {', '.join(name for name in PREDICTORS if name != 'perfect')}, recorded:TRACE",
+        help=f"what predicts them, likewise: {', '.join(name for name in PREDICTORS if name != 'perfect')}, "
+        "recorded:TRACE",
     ),
     "stream_prefill": dict(
         action=argparse.BooleanOptionalAction,

@@ -12,10 +12,12 @@ from pathlib import Path
 import golden
 import numpy as np
 import pytest
+from own_rules import Fading, Popular
 
 from hybrimoe_jax.decide import SYSTEMS
 from hybrimoe_jax.simulate import __main__ as simulate
-from hybrimoe_jax.simulate.cases import trace_names
+from hybrimoe_jax.simulate import plots
+from hybrimoe_jax.simulate.cases import Case, tokens_of, trace_names
 from hybrimoe_jax.trace.facts import MODELS
 from hybrimoe_jax.trace.file import Trace, save_trace
 
@@ -224,6 +226,20 @@ def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
     for path in (tmp_path / "p").glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.shape[1] > 400 and pixels.std() > 10
+
+
+def test_pictures_compare_what_is_asked_for(trace, monkeypatch):
+    """Not a fixed few: rules of one's own too, however many."""
+    plt = pytest.importorskip("matplotlib.pyplot", reason="the extra `plots` is not installed")
+    policies = ["lru", Fading(decay=0.5), Fading(decay=0.9), "mrs:alpha=0.3", "random", "slru", "echo:window=9"]
+    case = Case(trace, "a6000-paper", "hybrimoe", 0.5, steps=2, parts=(("cache", Fading), ("predictor", Popular)))
+    monkeypatch.setattr(plots, "CAPACITIES", (0.25, 0.5))
+    figure = plots.capacity(plt, case, policies)
+    assert [line.get_label() for line in figure.axes[0].lines] == [*map(str, policies), "belady"]
+    plt.close(figure)
+    assert plots.asked([case], "cache", plots.POLICIES) == ["own_rules:Fading"]
+    found = plots.recall_by_distance(tokens_of(trace), 3, 2, ["previous", Popular])
+    assert list(found) == ["previous", "own_rules:Popular"] and all(found.values())
 
 
 def test_without_matplotlib_plots_say_what_to_install(trace, monkeypatch):

@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         "--instances", type=int, default=1000, metavar="N", help="problems of each kind (default 1000)"
     )
     schedule.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (default 0)")
+    schedule.add_argument(
+        "--own", nargs="+", metavar="CLASS", help="rules of yours beside the built-in ones, as package.module:Class"
+    )
     _kernel_arguments(commands.add_parser("kernels", help="host expert kernels by format and load against peers"))
     _format_arguments(commands.add_parser("formats", help="size, logits error and perplexity of each weight format"))
     start = commands.add_parser("start", help="seconds of a process's start by part, with and without what is kept")
@@ -69,7 +72,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from hybrimoe_jax.bench import schedule
 
-    _print("schedule", schedule.run(args.instances, args.seed, progress))
+    _print("schedule", schedule.run(args.instances, args.seed, progress, args.own or ()))
     return 0
 
 
@@ -211,7 +214,8 @@ def _cache_arguments(cache) -> None:
         "--policies",
         nargs="+",
         metavar="NAME",
-        help="default: all; also with parameters (mrs:alpha=0.3), belady, or a class of yours (package.module:Class)",
+        help="default: all; also with parameters (mrs:alpha=0.3), belady, or a class of yours "
+        "(package.module:Class:param=1)",
     )
     cache.add_argument("--sequences", default="all", choices=("all", "even", "odd"), help="every second one only")
     cache.add_argument("--layers", type=int, metavar="N", help="the first N layers only")

@@ -14,11 +14,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule import RULES, SCHEDULERS, Problem, get_scheduler
 from hybrimoe_jax.machine.costs import CostModel
 
 EXPERTS, TOP_K = 64, 8
@@ -120,10 +121,15 @@ def draw_problem(generator: random.Random, workload: Workload, loads: dict[int, 
     return Problem(loads, resident, machine, workload.tokens, scores, in_flight)
 
 
-def gaps(workload: Workload, instances: int, seed: int, progress: Progress) -> dict[str, dict[str, float]]:
-    """{rule: {mean, p99, worst, optimal}} of the gap on random problems; `optimal` is the share of them with none."""
+def gaps(
+    workload: Workload, instances: int, seed: int, progress: Progress, names: Sequence[Any] = tuple(SCHEDULERS)
+) -> dict[str, dict[str, float]]:
+    """{rule: {mean, p99, worst, optimal}} of the gap on random problems; `optimal` is the share of them with none.
+
+    `names`: of the rules, "optimal" among them.
+    """
     generator = random.Random(f"{seed} {workload.name}")
-    rules = {name: get_scheduler(name) for name in SCHEDULERS}
+    rules = {str(name): get_scheduler(name) for name in names}
     found: dict[str, list[float]] = {name: [] for name in rules}
     for _ in progress(range(instances), instances, workload.name):
         problem = draw_problem(generator, workload)
@@ -144,7 +150,14 @@ def _summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def decision_times(active: int, loads: str, problems_timed: int, seed: int, progress: Progress) -> dict[str, float]:
+def decision_times(
+    active: int,
+    loads: str,
+    problems_timed: int,
+    seed: int,
+    progress: Progress,
+    names: Sequence[Any] = tuple(SCHEDULERS),
+) -> dict[str, float]:
     """{rule: microseconds of CPU time, median over problems}, for `active` experts of equal loads, or prefill's.
 
     `optimal` answers equal loads from memory: "optimal, first time" has nothing to remember yet.
@@ -157,15 +170,15 @@ def decision_times(active: int, loads: str, problems_timed: int, seed: int, prog
         chosen = generator.sample(sorted(of_all), min(active, len(of_all)))
         problems.append(draw_problem(generator, workload, {expert: of_all[expert] for expert in chosen}))
     times = {}
-    labels = [*SCHEDULERS, *(["optimal, first time"] if loads == "equal" else [])]
+    labels = [*names, *(["optimal, first time"] if loads == "equal" else [])]
     for label in progress(labels, len(labels), f"timing {active} experts, {loads}"):
-        name = label.split(",")[0]
+        name = "optimal" if label == "optimal, first time" else label
         rule, taken = get_scheduler(name), []
         for problem in problems:
             if label != "optimal, first time":
                 rule.schedule(problem)
             taken.append(min(_seconds(rule, problem) for _ in range(3 if label == name else 1)))
-        times[label] = statistics.median(taken) * 1e6
+        times[str(label)] = statistics.median(taken) * 1e6
     return times
 
 
@@ -178,27 +191,29 @@ def _seconds(rule, problem: Problem) -> float:
 TIMINGS = tuple(itertools.product((TOP_K, EXPERTS), ("equal", "prefill, device constant", "prefill, device by load")))
 
 
-def run(instances: int, seed: int, progress: Progress) -> dict:
-    """Measures all, prints two tables and returns the record."""
-    table = {workload.name: gaps(workload, instances, seed, progress) for workload in WORKLOADS}
+def run(instances: int, seed: int, progress: Progress, own: Sequence[Any] = ()) -> dict:
+    """Measures all built-in rules and `own` ones (see `decide.registry`), prints two tables and returns the record."""
+    names = [*SCHEDULERS, *map(RULES.resolve, own)]
+    table = {workload.name: gaps(workload, instances, seed, progress, names) for workload in WORKLOADS}
     times = {
-        f"{active} experts, {loads}": decision_times(active, loads, min(instances, TIMED), seed, progress)
+        f"{active} experts, {loads}": decision_times(active, loads, min(instances, TIMED), seed, progress, names)
         for active, loads in TIMINGS
     }
     print(
         f"gap to the least makespan in % of it, {instances} problems each; none: how often the makespan is "
         "proven to be the least"
     )
+    width = max(18, *map(len, names))
     bounded = {workload.name for workload in WORKLOADS if workload.by_load}
     for name, rules in table.items():
         print(
             f"\n{name}"
             + (": gap to a lower bound, since the least makespan is not always known" if name in bounded else "")
         )
-        print(f"  {'':18} {'mean':>9} {'p99':>9} {'worst':>9}   {'none':>6}")
+        print(f"  {'':{width}} {'mean':>9} {'p99':>9} {'worst':>9}   {'none':>6}")
         for rule, gap in rules.items():
             mean, p99, worst = (100 * gap[key] for key in ("mean", "p99", "worst"))
-            print(f"  {rule:18} {mean:9.2f} {p99:9.1f} {worst:9.1f}   {100 * gap['optimal']:5.1f}%")
+            print(f"  {rule:{width}} {mean:9.2f} {p99:9.1f} {worst:9.1f}   {100 * gap['optimal']:5.1f}%")
     print(
         "\nmicroseconds of CPU time a decision, median; equal: all loads 1; const: a prompt's loads, device "
         "time constant; by load: device time grows with the load"
@@ -206,9 +221,9 @@ def run(instances: int, seed: int, progress: Progress) -> dict:
     heads = [
         name.replace(" experts, ", " ").replace("prefill, device ", "").replace("constant", "const") for name in times
     ]
-    print(f"  {'active experts, loads':21}", *(f"{head:>10}" for head in heads))
+    print(f"  {'active experts, loads':{width + 3}}", *(f"{head:>10}" for head in heads))
     rules = list(dict.fromkeys(rule for row in times.values() for rule in row))
     for rule in rules:
         cells = (f"{row[rule]:10.1f}" if rule in row else f"{'-':>10}" for row in times.values())
-        print(f"  {rule:21}", *cells)
+        print(f"  {rule:{width + 3}}", *cells)
     return {"instances": instances, "seed": seed, "gap": table, "cpu_us": times}

@@ -155,7 +155,7 @@ def _run(part: str, rule: Rule, draws: random.Random) -> Iterator[Mapping[str, i
     if policies is not None:
         _try_what_it_sees(rule, experts, top_k, draws)
     found = {"cache": planner.policies, "scheduler": [planner.scheduler], "predictor": [planner.predictor]}[part]
-    yield from (each.__dict__["_watched"].calls for each in found)
+    yield from (each.__dict__["_watched"]() for each in found)
 
 
 def _step(planner: Planner, draws: random.Random) -> None:

@@ -86,7 +86,8 @@ class Parametric:
         if cls.needs_model and not args and "num_experts" not in parameters:
             return cast(Self, Rule(cls, parameters))
         self = super().__new__(cls)
-        self._called_with = args, parameters
+        if not cls.needs_model:
+            self._called_with = args, parameters
         return self
 
     def __getnewargs__(self) -> tuple[None]:

@@ -45,7 +45,11 @@ class Watch:
         for method in self.methods:
             setattr(rule, method, getattr(self, method))
         self.calls: dict[str, int] = {}
-        rule.__dict__["_watched"] = self
+        rule.__dict__["_watched"] = self.counts  # a method, which no file of the rule's state holds
+
+    def counts(self) -> Mapping[str, int]:
+        """How often each method was asked."""
+        return self.calls
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The rule's own answer; what its code does wrong becomes a `RuleError` that says where."""

@@ -10,7 +10,9 @@ import json
 import sys
 
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
+from hybrimoe_jax.decide.cache import policy_rule
 from hybrimoe_jax.decide.cache_state import load_state
+from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.figures import check_matplotlib
@@ -61,13 +63,26 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", metavar="FILE", help="one JSON record a run (.jsonl)")
     top.add_argument("--plots", metavar="DIR", help="pictures; needs matplotlib")
     top.add_argument(
+        "--policies",
+        nargs="+",
+        metavar="NAME",
+        help=f"cache policies that --plots compares, with Belady's (default {', '.join(plots.POLICIES)} and --cache)",
+    )
+    top.add_argument(
+        "--predictors",
+        nargs="+",
+        metavar="NAME",
+        help=f"predictors that --plots compares (default {', '.join(plots.PREDICTED)} and --predictor)",
+    )
+    top.add_argument(
         "--timeline", metavar="FILE", help=f"the first {TIMELINE_STEPS} steps of every system, for Perfetto"
     )
     top.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
     parts = top.add_argument_group("parts, replaced in every system")
-    parts.add_argument("--cache", metavar="NAME")
+    own = "a name, with parameters if wanted (mrs:alpha=0.3), or a class of yours as package.module:Class:param=1"
+    parts.add_argument("--cache", metavar="NAME", help=f"cache policy: {own}")
     parts.add_argument("--cache-scope", dest="scope", choices=SCOPES, help="pooled: all layers share their slots")
-    parts.add_argument("--scheduler", metavar="NAME")
+    parts.add_argument("--scheduler", metavar="NAME", help="likewise")
     parts.add_argument("--prefetch", metavar="MODE")
     parts.add_argument("--lookahead", type=lookahead, metavar="N", help='layers, or "adaptive"')
     parts.add_argument(
@@ -75,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="prompts run on the device, whole layers streamed through two buffers (FreeToken's way)",
     )
-    parts.add_argument("--predictor", metavar="NAME", help="as of generate; perfect, too, knows what is to come")
+    parts.add_argument("--predictor", metavar="NAME", help="likewise; perfect, too, which knows what is to come")
     return top
 
 
@@ -117,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.timeline:
         grid.timeline_of(cases, TIMELINE_STEPS).write(args.timeline)
     if args.plots:
-        written = plots.write_all(records, cases, args.plots)
+        written = plots.write_all(records, cases, args.plots, args.policies or (), args.predictors or ())
         print(f"{len(written)} pictures in {args.plots}", file=sys.stderr)
     return 0
 
@@ -131,6 +146,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("a cache state is of one run: give one --trace")
     if args.plots:
         check_folder_to_be(args.plots, "--plots")
+    for flag, resolve in (("policies", policy_rule), ("predictors", predictor_rule)):
+        if getattr(args, flag):
+            if not args.plots:
+                raise UserError(f"--{flag} is for --plots")
+            setattr(args, flag, list(map(resolve, getattr(args, flag))))
     check_lookahead(args.lookahead)
     for name in ("prompts", "jobs", "steps", "sequences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

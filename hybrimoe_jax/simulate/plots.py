@@ -9,28 +9,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from hybrimoe_jax.decide.prefetch.predictors import build_predictor
-from hybrimoe_jax.figures import COLOURS, LANE_COLOURS, STYLE, WIDTH, bar_style
+from hybrimoe_jax.decide.prefetch.predictors import RECORDED, Perfect, build_predictor, predictor_rule
+from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.figures import LANE_COLOURS, STYLE, WIDTH, bar_style, line_style
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
 from hybrimoe_jax.simulate.workload import TokenSteps
 from hybrimoe_jax.trace.timeline import Timeline
+from hybrimoe_jax.trace.tokens import load_recording
 
 CAPACITIES = (0.125, 0.25, 0.375, 0.5, 0.75)
 POLICIES = ("lru", "lfu", "mrs", "echo")
+"""What the hit-rate picture draws, beside those that are asked for."""
+PREDICTED = ("co-activation", "previous", "router-reuse", "corrected")
+"""What the picture of predictions draws, likewise."""
 GANTT_STEPS, GANTT_LAYERS, PROMPT = 6, 4, 128
 DISTANCES = 6
 
 
-def write_all(records: Sequence[dict], cases: Sequence[Case], folder: str | Path) -> list[Path]:
-    """Writes what the records and their cases give: PNG files in `folder`, which is made."""
+def write_all(
+    records: Sequence[dict],
+    cases: Sequence[Case],
+    folder: str | Path,
+    policies: Iterable[Any] = (),
+    predictors: Iterable[Any] = (),
+) -> list[Path]:
+    """Writes what the records and their cases give: PNG files in `folder`, which is made.
+
+    `policies`, `predictors`: what the pictures of hits and of predictions compare. Without them: a few built-in ones,
+    and those that the cases ask for.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    policies = list(policies) or [*POLICIES, *asked(cases, "cache", POLICIES)]
+    predictors = list(predictors) or [*PREDICTED, *asked(cases, "predictor", PREDICTED)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -50,13 +68,20 @@ def write_all(records: Sequence[dict], cases: Sequence[Case], folder: str | Path
         for trace in dict.fromkeys(case.trace for case in cases):
             case = next(c for c in cases if c.trace == trace and c.prompt is None)
             word = words[trace_name(case)]
-            save(capacity(plt, case), f"hits-{word}")
+            save(capacity(plt, case, policies), f"hits-{word}")
             tokens = tokens_of(trace)
             prompt = min(PROMPT, *(tokens.count(sequences) for sequences, _ in halves(tokens)))
             for length, name in ((None, "decode"), (prompt, "prefill")):
                 save(gantt(plt, case, length), f"lanes-{name}-{word}")
-            save(accuracy(plt, case), f"prediction-{word}")
+            save(accuracy(plt, case, predictors), f"prediction-{word}")
     return written
+
+
+def asked(cases: Iterable[Case], part: str, known: Iterable[str]) -> list[Any]:
+    """The rules that the cases name beside those of built-in systems, but for the `known`."""
+    given = [dict(case.parts).get(part) for case in cases]
+    given += [getattr(case.system, part) for case in cases if isinstance(case.system, System)]
+    return [rule for rule in dict.fromkeys(given) if rule is not None and rule not in known]
 
 
 def times(plt, records: Sequence[dict]):
@@ -104,29 +129,27 @@ def title_of(record: dict) -> str:
     return f"{record['model']}, {record['profile']}, {record['rows']}, {record['start']}"
 
 
-def capacity(plt, case: Case):
-    """Hit rate against capacity with every miss fetched and kept, under Belady's rule too."""
+def capacity(plt, case: Case, policies: Iterable[Any] = POLICIES):
+    """Hit rate against capacity with every miss fetched and kept, of `policies` and under Belady's rule."""
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
-    for place, policy in enumerate((*POLICIES, "belady")):
+    for place, policy in enumerate((*policies, BELADY)):
+        ends = policy is BELADY
         rates = []
         for ratio in CAPACITIES:
-            parts = () if policy == "belady" else (("cache", policy),)
-            system = BELADY.name if policy == "belady" else "on-demand"
             one = Case(
                 case.trace,
                 case.profile,
-                system,
+                BELADY.name if ends else "on-demand",
                 ratio,
                 case.fmt,
-                parts=parts,
+                parts=() if ends else (("cache", policy),),
                 shape=case.shape,
                 steps=case.steps or 300,
             )
             rates.append(100 * grid.run_case(one)["hit_rate"]["mean"])
-        style = {"color": "0.2", "ls": "--"} if policy == "belady" else {"color": COLOURS[place]}
-        axes.plot(
-            [100 * ratio for ratio in CAPACITIES], rates, marker="osv^D"[place], ms=3, lw=1, label=policy, **style
-        )
+        style = {**line_style(place), **({"color": "0.2", "ls": "--"} if ends else {})}
+        label = BELADY.name if ends else str(policy)
+        axes.plot([100 * ratio for ratio in CAPACITIES], rates, **style, label=label)
     axes.set_xlabel("slots [% of a layer's experts]")
     axes.set_ylabel("hit rate [%]")
     axes.set_title(f"{trace_name(case)}: one token a step, every miss kept, warm start", fontsize=6)
@@ -192,20 +215,13 @@ def gantt(plt, case: Case, prompt: int | None):
     return figure
 
 
-def accuracy(plt, case: Case):
+def accuracy(plt, case: Case, predictors: Iterable[Any]):
     """Share of predicted experts that were asked for, by distance, for each predictor that the trace allows."""
     figure, axes = plt.subplots(figsize=(WIDTH, 2.0))
     tokens = tokens_of(case.trace)
-    for place, (name, shares) in enumerate(recall_by_distance(tokens, steps=case.steps or 300).items()):
-        axes.plot(
-            range(1, len(shares) + 1),
-            [100 * share for share in shares],
-            marker="osv^D"[place],
-            ms=3,
-            lw=1,
-            label=name,
-            color=COLOURS[place],
-        )
+    found = recall_by_distance(tokens, steps=case.steps or 300, predictors=predictors)
+    for place, (name, shares) in enumerate(found.items()):
+        axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], **line_style(place), label=name)
     axes.axhline(100 * tokens.facts.top_k / tokens.facts.experts, color="0.4", ls=":", lw=0.8, label="chance")
     axes.set_xlabel("lookahead distance [layers]")
     axes.set_ylabel("predicted experts\nthat were asked for [%]")
@@ -215,16 +231,19 @@ def accuracy(plt, case: Case):
     return figure
 
 
-def recall_by_distance(tokens: TokenSteps, steps: int = 300, distances: int = DISTANCES) -> dict[str, list[float]]:
+def recall_by_distance(
+    tokens: TokenSteps, steps: int = 300, distances: int = DISTANCES, predictors: Iterable[Any] = PREDICTED
+) -> dict[str, list[float]]:
     """Per predictor that the trace allows, the share of activated experts that it named, at distances 1, 2, ...
 
     One token a step; nothing is planned.
     """
-    facts = tokens.facts
-    names = ["co-activation", "previous"] + (["router-reuse", "corrected"] if tokens.has_lookahead else [])
-    shares = {}
-    for name in names:
-        predictor = build_predictor(name, facts.layers, facts.experts, facts.top_k, distances)
+    facts, shares = tokens.facts, {}
+    for rule in map(predictor_rule, predictors):
+        if rule.made_by is Perfect or (rule.made_by.needs_routers and not tokens.has_lookahead):
+            continue
+        recording = load_recording(rule.removeprefix(RECORDED)) if rule.startswith(RECORDED) else None
+        predictor = build_predictor(rule, facts.layers, facts.experts, facts.top_k, distances, recording)
         hits, asked = [0] * distances, [0] * distances
         for step in tokens.steps(tokens.sequences, steps):
             loads = {a.layer: a.loads for a in step.layers}
@@ -235,7 +254,7 @@ def recall_by_distance(tokens: TokenSteps, steps: int = 300, distances: int = DI
                         hits[d - 1] += len(wanted.keys() & prediction.loads.keys())
                         asked[d - 1] += len(wanted)
             predictor.finish_step()
-        shares[name] = [h / a for h, a in zip(hits, asked) if a]
+        shares[str(rule)] = [h / a for h, a in zip(hits, asked) if a]
     return shares
 
 
