@@ -64,7 +64,7 @@ def test_bench_cache_takes_a_policy_with_parameters(tmp_path, capsys):
     trace = str(small_trace(tmp_path / "t.npz"))
     names = ["own_rules:Fading:decay=0.5", "own_rules:Fading:decay=0.9", "wrong_rules:EvictsAbsent"]
     command_main("bench")(["cache", "--trace", trace, "--ratios", "0.5", "--policies", *names[:2]])
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])[trace]["0.5"]
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["traces"][trace]["0.5"]
     assert list(row) == names[:2] and all(found["hits"] > 0 for found in row.values())
     with pytest.raises(RuleError, match=r"EvictsAbsent, layer \d: victim gave expert \d, which is not resident"):
         command_main("bench")(["cache", "--trace", trace, "--ratios", "0.5", "--policies", names[2]])
