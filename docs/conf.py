@@ -60,6 +60,7 @@ nitpick_ignore_regex = [
     ("py:class", r"\w+"),  # where a signature names what is imported for type checkers only
     # not for callers
     ("py:class", r"hybrimoe_jax\.(decide\.cache\.echo\.Memory|machine\.origin\.Machine|models\.registry\.Config)"),
+    ("py:class", r"hybrimoe_jax\.(decide\.cache_state\.Facts|simulate\.runs\.Folder|simulate\.synthetic\.Knobs)"),
 ]
 
 

@@ -53,8 +53,10 @@ def test_the_pytorch_engine_takes_its_turn():
         prompt_tokens=8,
         max_new_tokens=3,
         cache_ratio=0.5,
+        machine="a6000-paper",
     )
     table = found.table()
     assert list(table["contender"]) == ["hybrimoe", "cpu-only", "torch hybrid"]
+    assert set(table["clock"]) == {"virtual clock, a6000-paper"}
     assert all(table["same_tokens"]) and table["slots"][0] == table["slots"][2] == 96
     assert found.runs["torch hybrid"][0].stats.prefetch.issued == 0

@@ -31,10 +31,11 @@ Given = str | System | TorchOffload
 def compare(
     checkpoint: str | Path | None = None,
     *,
-    against: Given | Sequence[Given] = f"{TORCH}hybrid",
+    against: Given | Sequence[Given] = "torch hybrid",
     systems: str | System | Sequence[str | System] = ("hybrimoe",),
     budget: int | str | None = None,
     cache_ratio: float | None = None,
+    machine: str | None = None,
     prompt_tokens: int = 64,
     max_new_tokens: int = 32,
     rounds: int = 3,
@@ -47,6 +48,7 @@ def compare(
       against: "torch MODE", a `TorchOffload` (whatever it was opened on, its mode and options are taken), or systems.
       systems: of ours, by name or your own.
       budget, cache_ratio: device bytes (int or "4GiB") or a share of the experts, the same for all; 0.25 if neither.
+      machine: a profile: times of all are computed for it, under the virtual clock.
       prompt_tokens, max_new_tokens: of each round, whose prompt is another one.
       options: of all of them: `device`, `threads`, `cost_shape`, `profile` ...; see `EngineConfig`.
 
@@ -55,6 +57,7 @@ def compare(
     if rounds < 1 or prompt_tokens < 1 or max_new_tokens < 2:
         raise UserError("compare wants at least 1 round, 1 prompt token and 2 new tokens")
     sizes = {"vram_budget": budget, "cache_ratio": cache_ratio}
+    sizes |= {} if machine is None else {"profile": machine, "clock": "virtual"}
     common = options | {name: value for name, value in sizes.items() if value is not None}
     path = Path(checkpoint) if checkpoint is not None else bundled_model()
     given = [*_several(systems), *_several(against)]
