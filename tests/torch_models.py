@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from pathlib import Path
 from typing import Any
 
 import tiny
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore
+
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass
@@ -19,6 +23,8 @@ class TinyCheckpoint:
     arrays: list
     format: str = "f32"
     tokenizer: Any = None
+    path: Path = dataclasses.field(default_factory=lambda: Path(f"tiny-{next(_numbers)}"))
+    """Engines of one folder share its experts; no two of these do."""
 
     @classmethod
     def of(cls, family: str, format: str = "f32") -> TinyCheckpoint:
@@ -35,7 +41,10 @@ class TinyCheckpoint:
         return self.weights
 
     def experts(self, lazy: bool, verify: bool, keep: bool) -> ExpertStore:
-        return ExpertStore.from_arrays(self.arrays, format=None if self.format == "f32" else self.format)
+        arrays, plain = self.arrays, self.format in ("f32", "bf16")
+        if self.format == "bf16":
+            arrays = [tuple(matrix.astype(tiny.BF16) for matrix in layer) for layer in arrays]
+        return ExpertStore.from_arrays(arrays, format=None if plain else self.format)
 
 
 def offload(family: str, *, format: str = "f32", **options):
