@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import golden
 import pytest
@@ -27,6 +28,7 @@ KEYS = {
     *("executor", "cache_ratio", "clock", "peak_device_bytes"),
 }
 TOKENS = 24
+STATE = Path(__file__).parent / "data" / "formats" / "cache-state-1.npz"
 VIRTUAL = ("--prompt", "x", "--clock", "virtual", "--profile", "laptop-8gb")
 # As a user's shell has it: the tests' own division of the cores is not inherited.
 ENVIRONMENT = {
@@ -293,6 +295,10 @@ def one_line(done) -> bool:
         ((), "--prompt"),
         (("--prompt", "x", "--nonsense"), "--nonsense"),
         (("--prompt", "x", "--executor", "dense", "--trace", "trace.npz"), "dense"),
+        (("--prompt", "x", "--executor", "dense", "--save-cache-state", "s.npz"), "it keeps no cache state"),
+        (("--prompt", "x", "--save-cache-state", "/tmp"), "--save-cache-state /tmp: it is a folder"),
+        (("--prompt", "x", "--load-cache-state", "/nowhere/s.npz"), "cache state /nowhere/s.npz: cannot be read"),
+        (("--prompt", "x", "--load-cache-state", str(STATE)), "it is of toy, 3 MoE layers of 8 experts, 2 a token"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
@@ -301,6 +307,18 @@ def test_bad_input_is_one_line_and_said_before_weights_are_read(flags, named, he
     monkeypatch.delattr(Checkpoint, "dense")
     done = here(*flags)
     assert one_line(done) and named in done.stderr.decode()
+
+
+def test_a_run_goes_on_from_a_saved_state(here, tmp_path, monkeypatch):
+    """The same tokens; and a state of another system is refused before weights are read."""
+    state, flags = tmp_path / "s.npz", (*VIRTUAL, "--max-tokens", "6", "--stats", "json", "--cache-ratio", "0.5")
+    saved = parsed(here(*flags, "--save-cache-state", state))[1]
+    warm = parsed(here(*flags, "--load-cache-state", state))[1]
+    assert warm["token_ids"] == saved["token_ids"]
+    assert warm["hits"] + warm["misses"] == saved["hits"] + saved["misses"]
+    monkeypatch.delattr(Checkpoint, "experts")
+    done = here(*flags, "--load-cache-state", state, "--cache", "lru")
+    assert one_line(done) and b"its cache is 'mrs'; this run's is 'lru'" in done.stderr
 
 
 def test_a_budget_that_the_compiled_workspace_exceeds_is_one_line(here):

@@ -14,6 +14,7 @@ from test_trace_command import recorded, written
 
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.export import export_trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
 from hybrimoe_jax.trace.file import Trace, arrays_of, save_trace
@@ -108,6 +109,8 @@ def test_what_is_empty_is_an_error_everywhere(tmp_path):
             open_trace(tmp_path / name)
     with pytest.raises(UserError, match="it is empty: no token"):
         save_trace(nothing, tmp_path / "t.npz")
+    with pytest.raises(UserError, match="it is empty: no token"):
+        replay_run(nothing)
     (tmp_path / "t.txt").write_text("")
     for command in ("check", "info"):
         with pytest.raises(UserError, match="an empty file"):
