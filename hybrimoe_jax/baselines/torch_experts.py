@@ -35,7 +35,7 @@ from hybrimoe_jax.formats.packing import HostExpert, plain_expert
 ALIGNED = 64
 LOADS = (1, 4, 16, 64, 256)
 """Load classes: a form is chosen for loads up to each, and the last one's for all above."""
-REPEATS = 5
+REPEATS = 4
 
 Rows = Sequence[np.ndarray]
 
@@ -283,7 +283,7 @@ class Experts:
 
     def _seconds(self, form: Form, bank: Bank, load: int) -> float:
         """The best of a few runs; of a form that this torch has not, infinity."""
-        count = min(bank.count, 8)
+        count = min(bank.count, 4)
         rows = max(2, load)
         x = torch.full((rows, self.kind.width), 0.01, dtype=self.kind.dtype, device=bank.data.device)
         ids, mix = np.arange(load), np.full(load, 0.1, np.float32)
