@@ -51,7 +51,7 @@ class Fake:
         if self.kind == "transformers":
             return made
         phases = {"prefill": phase(1, 4 * len(ids or ()), 10 * speed), "decode": phase(new, 4 * new, new * speed)}
-        counted = {"hits": 3, "misses": 1, "bytes_h2d": 8, "compile_s": 0.0, "host_bytes": 7}
+        counted = {"hits": 3, "misses": 1, "bytes_h2d": 8, "compile_s": 0.0, "host_bytes": 7, "device": "cpu"}
         counted["peak_device_bytes"] = 60 if self.kind == "torch" else 50
         return {**made, **counted, "phases": phases, "slots": [2]}
 

@@ -106,6 +106,20 @@ def test_every_form_of_computing_experts_gives_the_same(form):
         assert np.abs(engine.logits(prompts[1]) - want).max() < 2e-5 * np.abs(want).max()
 
 
+def test_engines_of_one_open_checkpoint_share_its_experts():
+    checkpoint = TinyCheckpoint.of("qwen2_moe")
+    one, other = (
+        TorchOffload(checkpoint, mode="static", threads=1, profile=tiny.costs(checkpoint.config)) for _ in range(2)
+    )
+    third = TorchOffload(
+        TinyCheckpoint.of("qwen2_moe"), mode="static", threads=1, profile=tiny.costs(checkpoint.config)
+    )
+    banks = [engine._parts.forward.host_banks for engine in (one, other, third)]
+    assert banks[0] is banks[1] is not banks[2]
+    for engine in (one, other, third):
+        engine.close()
+
+
 def test_sampling_draws_as_ours():
     options = {"clock": "virtual", "cache_ratio": 0.5}
     drawn = {"max_new_tokens": 8, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7}

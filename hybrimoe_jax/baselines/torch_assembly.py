@@ -107,6 +107,10 @@ def assemble(
     model = TorchModel(config, dense, getattr(torch, precision), device, max_context, own_norm)
     expert_bytes = Bank(kind, 0, torch.device("cpu")).expert_bytes
     slots, footprint = memory(options, system, model, expert_bytes, max_context, frequencies)
+    moved = cost_bytes if cost_bytes is not None else expert_bytes
+    if options.cost_shape is not None:  # of that model slots and buffers count, as in our own engine
+        buffers = moved * (STAGING + IN_FLIGHT)
+        footprint = budget.Footprint(dense=0, kv=0, staging=buffers, workspace=0, slots=moved * sum(slots))
 
     host = host_banks(checkpoint, kind, pinned=device.type == "cuda" and "pinned" not in trial, verify=options.verify)
     places = Slots(Bank(kind, sum(slots) + STAGING + IN_FLIGHT, device), len(host))
@@ -132,7 +136,6 @@ def assemble(
         max_in_flight=IN_FLIGHT,
     )
     paced = costs if options.paced is not None else None
-    moved = cost_bytes if cost_bytes is not None else expert_bytes
     layered = (model, planner, places, host, link, lane, cpu, experts, clock, paced, moved, options.debug)
     forward = TorchForward(*layered)
     forward.fill()
@@ -189,25 +192,29 @@ def memory(options: EngineConfig, system: System, model: TorchModel, expert_byte
 
 
 class HostBanks(list[Bank]):
-    """The experts of each MoE layer in host memory; can be held weakly."""
+    """The experts of each MoE layer in host memory; can be held weakly. `checkpoint`: that they are of."""
+
+    checkpoint: Checkpoint
 
 
 _held: weakref.WeakValueDictionary[tuple, HostBanks] = weakref.WeakValueDictionary()
-"""Of the process: engines of one checkpoint share its experts, which nobody writes to."""
+"""Of the process: engines of one open checkpoint share its experts, which nobody writes to."""
 
 
 def host_banks(checkpoint: Checkpoint, kind: ExpertKind, pinned: bool, verify: bool) -> HostBanks:
-    """Every MoE layer's experts in host memory: those of another engine where there is one of this checkpoint."""
-    key = checkpoint.path.resolve(), kind, pinned
+    """Every MoE layer's experts in host memory: those of another engine where one has the same open checkpoint."""
+    key = id(checkpoint), kind, pinned
     if (found := _held.get(key)) is not None:
         return found
     store, cpu = checkpoint.experts(lazy=True, verify=verify, keep=False), torch.device("cpu")
-    banks = _held[key] = HostBanks()
+    banks = HostBanks()
+    banks.checkpoint = checkpoint  # so that the number stays its own
     for layer in range(store.num_layers):
         bank = Bank(kind, store.num_experts, cpu, pinned)
         for expert in range(store.num_experts):
             bank.fill(expert, store.get(layer, expert))
         banks.append(bank)
+    _held[key] = banks
     return banks
 
 

@@ -225,7 +225,9 @@ class TorchOffload:
         counters, accuracy = self.planner.counters, self.planner.accuracy
         self._before = dataclasses.replace(counters), list(zip(accuracy.predicted, accuracy.came_true))
         experts = self.config.num_experts * len(parts.slots)
-        footprint = dataclasses.replace(parts.footprint, kv=parts.model.cache_bytes(batch, capacity))
+        footprint = parts.footprint
+        if options.cost_shape is None:
+            footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity))
         return RunStats(
             system=parts.system.name,
             executor="torch",

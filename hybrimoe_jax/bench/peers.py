@@ -15,7 +15,7 @@ from hybrimoe_jax.errors import UserError
 class TorchContender(StepsContender):
     """PyTorch's offload engine; `open` takes a mode and the engine's other options. Its modes share the experts."""
 
-    def __init__(self, model: str, threads: int, device: str = "cpu"):
+    def __init__(self, model: str, threads: int, device: str = "auto"):
         from hybrimoe_jax.baselines.torch_offload import require_torch
         from hybrimoe_jax.checkpoint.reader import open_checkpoint
 

@@ -29,7 +29,7 @@ def ran(stats: Any, made: list[int], costs: Any = None) -> dict[str, Any]:
         "lanes",
         "compile_s",
     )
-    kept += ("hits", "misses", "peak_device_bytes", "host_bytes", "cores", "slots", "overshoot")
+    kept += ("hits", "misses", "peak_device_bytes", "host_bytes", "cores", "slots", "overshoot", "device")
     decoded = [step.seconds - step.compile_s for step in stats.steps if step.phase == "decode"]
     phases = {phase: phase_work(stats, phase, costs) for phase in ("prefill", "decode")}
     return {"token_ids": made, "tbt_s": decoded, "phases": phases, **{key: told[key] for key in kept}}
@@ -142,5 +142,5 @@ class StepsContender(Served):
                 seen.append(time.perf_counter())
             made += [token for _, token in emitted.tokens]
         done = {"ttft_s": seen[1] - seen[0], "decode_s": time.perf_counter() - seen[1]}
-        by_costs = engine.options.paced is not None or engine.options.clock == "virtual"
+        by_costs = engine.stats.device != "cpu" or engine.options.clock == "virtual"
         return {**done, **ran(engine.stats, made, engine.costs if by_costs else None)}

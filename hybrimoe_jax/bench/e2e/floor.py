@@ -1,9 +1,9 @@
 """The least time that a machine's own figures allow: for each lane bytes over bandwidth, or operations over the peak.
 
 Two kinds. Where all lanes are one processor's, the floor is that of the work itself: every activated expert and every
-other matrix is read once in a step, whoever computes it; copies are not needed, so they count for nothing. On a paced
-device it is that of the plan: the busiest lane's seconds by the profile. Kernels that round activations (`-a8`) have
-another peak, which is not measured: there bytes alone count.
+other matrix is read once in a step, whoever computes it; copies are not needed, so they count for nothing. On a GPU or
+a paced device it is that of the plan: the busiest lane's seconds by the measured costs, or by the profile. Kernels that
+round activations (`-a8`) have another peak, which is not measured: there bytes alone count.
 """
 
 from __future__ import annotations

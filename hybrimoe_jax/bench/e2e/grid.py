@@ -127,10 +127,8 @@ def reference_ratio(options: Options) -> float:
 
 def process_options(kind: str, files: Files, options: Options, context: int) -> dict[str, Any]:
     """What the process of a kind is started with."""
-    if kind == "engine":
+    if kind in ("engine", "torch"):
         return {"model": str(files.checkpoint), "device": options.device}
-    if kind == "torch":
-        return {"model": str(files.checkpoint), "device": options.device if options.device != "auto" else "cpu"}
     if kind == "llama.cpp":
         return {"file": str(files.gguf), "context": context}
     dtype = {"bf16": "bfloat16"}.get(files.format, "float32")

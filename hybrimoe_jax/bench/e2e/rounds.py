@@ -201,7 +201,7 @@ def same_bytes(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def floor(session: Session, phase: dict, name: str, tokens: int, figures: dict[str, float]) -> float:
-    """Seconds: by the profile's lanes on a paced device, else by the machine's figures."""
+    """Seconds: by the lanes' costs on a GPU or a paced device, else by the machine's figures."""
     if "lane_floor_s" in phase:
         return max(phase["lane_floor_s"].values())
     shown = {key: value for key, value in figures.items() if key != "peak" or "-a8" not in session.files.format}
@@ -242,6 +242,7 @@ def counts(runs: Sequence[dict], threads: int) -> dict[str, Any]:
     if "phases" not in last:
         return told
     told |= {key: last[key] for key in ("peak_device_bytes", "host_bytes", "slots") if key in last}
+    told["ran_on"] = last["device"]
     for name in ("hits", "misses", "bytes_h2d", "compile_s"):
         told[name] = sum(made[name] for made in runs)
     told["hit_rate"] = told["hits"] / max(1, told["hits"] + told["misses"])
