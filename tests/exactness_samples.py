@@ -66,8 +66,7 @@ def few() -> list[Cell]:
     callback = [cell for cell in (*MATRIX, *QUANTISED) if cell.executor == "callback" and cell.system == "hybrimoe"]
     callback = [cell for cell in callback if (cell.model, cell.batch, cell.format) in answered]
     first, _, last = tiny.CONFIGS
-    for model, batch, format in ((first, "ragged", "f32"), (last, "one", "f32")):
-        chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (model, batch, format, 0.5)))
+    chosen.append(next(c for c in callback if (c.model, c.batch, c.format, c.ratio) == (last, "one", "f32", 0.5)))
     chosen.append(next(c for c in callback if c.model == first and c.format != "f32"))
     stacked = [cell for cell in MATRIX if cell.executor == "stacked" and cell.model == first and cell.ratio]
     stacked = [cell for cell in stacked if cell.system in ("hybrimoe", "adapmoe", "on-demand", "freetoken")]
