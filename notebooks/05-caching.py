@@ -78,7 +78,8 @@ from hybrimoe_jax.tables import table
 models = {"bundled model": runs, **larger}
 for axes, one in zip(panels(models, width=3.0, height=2.6), models.values()):
     above = table(
-        {"slots [%]": 100 * ratio, "points above LRU's hit rate": 100 * (rate - hits(one, ratio)["lru"]), "policy": policy}
+        {"slots [%]": 100 * ratio, "policy": policy}
+        | {"points above LRU's hit rate": 100 * (rate - hits(one, ratio)["lru"])}
         for ratio in ratios
         for policy, rate in hits(one, ratio).items()
         if policy not in ("belady", "random")
@@ -91,8 +92,8 @@ for name, one in models.items():
     print(f"{name}, 25%: MRS {mrs - lru:+.1f} points, Belady's rule {belady - lru:+.1f} of LRU's {lru:.1f}%")
 
 # %% [markdown]
-# MRS is above LRU nearly everywhere, by 1.3 points at most, and on none of these traces it is the best. `echo`, a policy of
-# ours that remembers what followed similar tokens, is above it, and so is plain frequency with recency, `lfru`. With a
-# quarter of the slots an `alpha` of 0.3 is better too: the newest scores weigh less than with the paper's 0.5. What is
-# left up to Belady's rule is far more than what lies between all of them. A policy of your own takes one method:
-# [notebook 8](08-own-policy.ipynb).
+# MRS is above LRU nearly everywhere, by 1.3 points at most, and on none of these traces it is the best. `echo`, a
+# policy of ours that remembers what followed similar tokens, is above it, and so is frequency with recency, `lfru`.
+# With a quarter of the slots an `alpha` of 0.3 is better too: the newest scores weigh less than with the paper's 0.5.
+# What is left up to Belady's rule is far more than what lies between all of them. A policy of your own takes one
+# method: [notebook 8](08-own-policy.ipynb).
