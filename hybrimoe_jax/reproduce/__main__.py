@@ -1,32 +1,40 @@
-"""`python -m hybrimoe_jax.reproduce`: the paper's experiments: tables in docs/reproduction.md, records in results/.
+"""`python -m hybrimoe_jax.reproduce`: the paper's experiments: docs/reproduction.md, and records in results/.
 
-Every time is simulated, see `simulate`. Traces of Mixtral and Qwen2-57B by token are not public: their rows come from
-synthetic routing and say so.
+Times are simulated, see `simulate`, but for those of the bundled model, which say what they are. Traces of Mixtral and
+Qwen2-57B by token are not public: their rows come from synthetic routing and say so.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
-from hybrimoe_jax.reproduce import experiments
-from hybrimoe_jax.reproduce.tables import all_tables, places, renewed
+from hybrimoe_jax.machine.identity import cores
+from hybrimoe_jax.reproduce import analysis, experiments
+from hybrimoe_jax.reproduce.page import NOT_RUN, page
+from hybrimoe_jax.reproduce.sources import BUNDLED, inputs, public_traces
 from hybrimoe_jax.simulate import grid
-from hybrimoe_jax.trace.file import Trace, load_trace
+from hybrimoe_jax.simulate.cases import Case
+from hybrimoe_jax.trace.file import load_trace
 
-TRACES = {
-    "deepseek-v2-lite": "trace-deepseek-v2-lite-esft/law.npz",
-    "gpt-oss-20b": "trace-gpt-oss-20b/decode.npz",
+Records = list[dict]
+ANALYSES: dict[str, Callable[[Mapping[str, str], int | None], Records]] = {
+    "inputs": lambda traces, steps: inputs(traces),
+    "links": lambda traces, steps: analysis.link_beliefs(steps),
+    "reuse": lambda traces, steps: analysis.reuse_by_rank(traces),
+    "traces": lambda traces, steps: analysis.fitted_knobs(traces),
 }
-
-PROMPT = "To be, or not to be, that is the question:"
+"""Experiments that are no list of runs."""
+LIVE = ("live", "similarity")
+"""Those that run the bundled model."""
+NAMES = (*LIVE, *ANALYSES, *experiments.all_runs({}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,78 +45,95 @@ def main(argv: list[str] | None = None) -> int:
         "--docs",
         default="docs/reproduction.md",
         metavar="FILE",
-        help="the document in which tables are renewed (default docs/reproduction.md)",
+        help="the page that is written (default docs/reproduction.md)",
     )
-    top.add_argument("--tables-only", action="store_true", help="renew the tables from the records that are there")
-    top.add_argument("--steps", type=int, default=150, metavar="N", help="tokens of each half of a trace (default 150)")
-    top.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    top.add_argument("--text-only", action="store_true", help="write the page from the records that are there")
+    top.add_argument("--only", metavar="NAME,...", help=f"run these experiments ({', '.join(NAMES)}); keep the others")
+    top.add_argument("--steps", type=int, metavar="N", help="at most N tokens a run, a quick look (default: all)")
+    top.add_argument("--jobs", type=int, default=cores(), metavar="N", help="runs at once (default: one a core)")
     args = top.parse_args(argv)
     for name in ("steps", "jobs"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    names = chosen(args.only)
     check_writable(args.docs, "--docs")
-    if not args.tables_only:
+    results, runs = Path(args.results), 0
+    if not args.text_only:
         check_folder_to_be(args.results, "--results")
-    traces = {} if args.tables_only else public_traces(args.data)
-    text = document(args.docs)
-    runs = 0
-    if not args.tables_only:
-        results, runs = measured(traces, args.steps, args.jobs)
-        write_records(Path(args.results), results)
-    tables = all_tables(read_records(Path(args.results)))
-    for name in places(text):
-        if name not in tables:
-            print(f"table {name}: no records of it in {args.results}; it stays as it is", file=sys.stderr)
+        for name, rows in measured(public_traces(args.data), names, args.steps, args.jobs):
+            write_records(results, name, rows)
+            runs += sum("run" in row for row in rows)
+    text = page(read_records(results))
+    if missing := text.count(NOT_RUN):
+        print(f"{missing} places of {args.docs} say {NOT_RUN}: {args.results} has no records of them", file=sys.stderr)
     with replacing(args.docs) as file:
-        file.write(renewed(text, tables))
+        file.write(text)
     print(json.dumps({"docs": args.docs, "results": args.results, "runs": runs, "clock": "virtual"}))
     return 0
 
 
-def public_traces(folder: str | None) -> dict[str, str]:
-    """The traces at hand, by model; UserError where `folder` is given and holds none."""
-    data = Path(folder or os.environ.get("HYBRIMOE_DATA") or "../shared/data")
-    traces = {model: str(data / path) for model, path in TRACES.items() if (data / path).is_file()}
-    if folder and not traces:
-        raise UserError(f"--data {data}: holds none of {', '.join(TRACES.values())}")
-    for model in TRACES.keys() - traces.keys():
-        print(f"{data / TRACES[model]} is not there: rows of {model} are left out", file=sys.stderr)
-    return traces
+def chosen(only: str | None) -> tuple[str, ...]:
+    """The experiments to run; UserError for one that is none."""
+    names = NAMES if only is None else tuple(word.strip() for word in only.split(",") if word.strip())
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"--only: there is no experiment {name!r} (known: {', '.join(NAMES)})")
+    return names
 
 
-def document(path: str) -> str:
-    """Its text; UserError where it has no place for a table."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--docs {path}: cannot be read ({error})") from None
-    if not places(text):
-        raise UserError(f"--docs {path}: has no place for a table (`<!-- table: NAME -->` to `<!-- end -->`)")
-    return text
+def measured(
+    traces: dict[str, str], names: Sequence[str], steps: int | None, jobs: int
+) -> Iterator[tuple[str, Records]]:
+    """(experiment, its records), each as soon as it is done."""
+    with tempfile.TemporaryDirectory() as folder:
+        if any(name in names for name in (*LIVE, "traces", "reuse", "alpha", "hits")):
+            rows, recorded = bundled_model(Path(folder), "live" in names)
+            if rows:
+                yield "live", rows
+            if recorded:
+                traces = {**traces, BUNDLED: str(recorded)}
+                if "similarity" in names:
+                    yield "similarity", analysis.layer_similarity(load_trace(recorded))
+        for name, make in ANALYSES.items():
+            if name in names:
+                yield name, make(traces, steps)
+        runs = {name: rows for name, rows in experiments.all_runs(traces).items() if name in names}
+        yield from simulated(runs if steps is None else experiments.shortened(runs, steps), jobs)
 
 
-def measured(traces: dict[str, str], steps: int, jobs: int) -> tuple[dict[str, list[dict]], int]:
-    """(records by experiment, how many runs they took)."""
-    named = experiments.all_cases(traces, steps)
-    flat = [case for cases in named.values() for case in cases]
-    records = iter(list(progress(grid.run_cases(flat, jobs), len(flat), "reproducing")))
-    results = {name: [next(records) for _ in cases] for name, cases in named.items()}
-    results["links"] = experiments.link_beliefs(steps)
-    results["reuse"] = experiments.reuse_by_rank(traces)
-    if recorded := run_bundled_model():
-        results["similarity"] = experiments.layer_similarity(recorded)
-    return results, len(flat)
+def simulated(runs: Mapping[str, list[tuple[str, Case]]], jobs: int) -> Iterator[tuple[str, Records]]:
+    """The records of experiments, each run of them done once, whoever asks for it."""
+    cases = list(dict.fromkeys(case for rows in runs.values() for _, case in rows))
+    found: dict[Case, dict] = {}
+    waiting = dict(runs)
+    for case, record in zip(cases, progress(grid.run_cases(cases, jobs), len(cases), "reproducing")):
+        found[case] = {name: value for name, value in record.items() if name not in ("costs", "replay_cpu_s")}
+        for name, rows in list(waiting.items()):
+            if all(case in found for _, case in rows):
+                yield name, [{"run": run, **found[case]} for run, case in waiting.pop(name)]
 
 
-def write_records(folder: Path, results: dict[str, list[dict]]) -> None:
-    """One file an experiment, one line a record; without what differs from run to run."""
+def bundled_model(folder: Path, table: bool) -> tuple[Records, Path | None]:
+    """(its rows of Table III if `table`, the file of its routing); nothing where it cannot run.
+
+    It runs in a process of its own: this one does without jax.
+    """
+    command = [sys.executable, "-m", "hybrimoe_jax.reproduce.live", str(folder), *(["--table"] if table else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        return [json.loads(line) for line in done.stdout.splitlines()], folder / "bundled.npz"
+    print("the bundled model did not run, see above: what is of it stays as it is", file=sys.stderr)
+    return [], None
+
+
+def write_records(folder: Path, name: str, rows: Sequence[dict]) -> None:
+    """One file an experiment, one line a record."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in results.items():
-        with replacing(folder / f"{name}.jsonl") as file:
-            file.writelines(json.dumps({k: v for k, v in row.items() if k != "replay_cpu_s"}) + "\n" for row in rows)
+    with replacing(folder / f"{name}.jsonl") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read_records(folder: Path) -> dict[str, list[dict]]:
+def read_records(folder: Path) -> dict[str, Records]:
     """Records by experiment; UserError where a file holds something else."""
     results = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -117,22 +142,6 @@ def read_records(folder: Path) -> dict[str, list[dict]]:
         except ValueError as error:
             raise UserError(f"{path}: not a file of records ({error})") from None
     return results
-
-
-def run_bundled_model() -> Trace | None:
-    """A trace of the bundled model with full scores and lookahead; None where it cannot run.
-
-    It is made in a process of its own: this one does without jax.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.npz"
-        command = [sys.executable, "-m", "hybrimoe_jax.generate", "--prompt", PROMPT, "--max-tokens", "200", "--trace"]
-        done = subprocess.run([*command, str(path), "--stats", "none"], capture_output=True, text=True)
-        if done.returncode == 0:
-            return load_trace(path)
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    print(f"the bundled model did not run ({said}): the table of it stays as it is", file=sys.stderr)
-    return None
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--sequences",
         type=int,
         metavar="N",
-        help="run N whole sequences or more, evenly spread, with frequencies of all others (default: both halves)",
+        help="run N whole sequences, evenly spread, with frequencies of all others (default: both halves)",
     )
     top.add_argument("--shape", metavar="NAME", help="the model's sizes, where the trace does not tell")
     top.add_argument("--as-recorded", action="store_true", help="repeat the live runs that the traces were taken from")

@@ -45,7 +45,7 @@ class Case:
       prompts: how many prompts in each half.
       shape: a name in `shapes.SHAPES`, where the trace alone does not tell.
       steps: at most so many steps of each half, None for all.
-      sequences: run at least so many sequences, all or half of them where there are fewer than twice as many, and take
+      sequences: run so many sequences, evenly spread, half of them where there are fewer than twice as many, and take
         frequencies of the others; None for both halves.
       sequence_tokens: of each sequence the first so many tokens, None for all.
       others: frequencies are of so many of the other sequences, evenly spread; None for all. Used with `sequences`.
@@ -166,11 +166,13 @@ def samples(tokens: TokenSteps, case: Case) -> list[tuple[list[int], list[list[i
         return [(tokens.sequences, None)]
     if case.sequences is None:
         return halves(tokens)
-    every = max(2, len(tokens.sequences) // case.sequences)
-    others = [sequence for i, sequence in enumerate(tokens.sequences) if i % every]
+    number = len(tokens.sequences)
+    count = min(case.sequences, (number + 1) // 2)
+    chosen = {i * number // count for i in range(count)}
+    others = [sequence for i, sequence in enumerate(tokens.sequences) if i not in chosen]
     if case.others is not None:
         others = [others[i * len(others) // case.others] for i in range(min(case.others, len(others)))]
-    return [(tokens.sequences[::every], tokens.frequencies(others) if others else None)]
+    return [([tokens.sequences[i] for i in sorted(chosen)], tokens.frequencies(others) if others else None)]
 
 
 def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
