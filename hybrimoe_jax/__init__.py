@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hybrimoe_jax.engine.generation import Generation
     from hybrimoe_jax.engine.load import bundled_model, load
     from hybrimoe_jax.engine.streaming import StreamChunk, stream_generate
-    from hybrimoe_jax.errors import UserError
+    from hybrimoe_jax.errors import RuleError, UserError
     from hybrimoe_jax.simulate.runs import Runs, replay
     from hybrimoe_jax.trace.importers import open_trace
 
@@ -35,6 +35,7 @@ _PUBLIC = {
     "replay": "hybrimoe_jax.simulate.runs",
     "EngineConfig": "hybrimoe_jax.engine.config",
     "UserError": "hybrimoe_jax.errors",
+    "RuleError": "hybrimoe_jax.errors",
     "load": "hybrimoe_jax.engine.load",
     "bundled_model": "hybrimoe_jax.engine.load",
     "Engine": "hybrimoe_jax.engine.engine",
@@ -52,6 +53,7 @@ __all__ = [
     "EngineConfig",
     "Generation",
     "Predictor",
+    "RuleError",
     "Runs",
     "Scheduler",
     "StreamChunk",
