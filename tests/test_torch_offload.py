@@ -16,6 +16,7 @@ from torch_models import TinyCheckpoint, offload
 
 from hybrimoe_jax.baselines import torch_offload
 from hybrimoe_jax.baselines.torch_offload import MODES, TorchOffload
+from hybrimoe_jax.decide import POLICIES
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.load import load
 from hybrimoe_jax.errors import UserError
@@ -118,6 +119,20 @@ def test_engines_of_one_open_checkpoint_share_its_experts():
     assert banks[0] is banks[1] is not banks[2]
     for engine in (one, other, third):
         engine.close()
+
+
+def test_a_cache_policy_of_ones_own_plugs_in():
+    class Mine(POLICIES["lru"]):
+        pass
+
+    options = {"mode": "hybrid", "cache_ratio": 0.5, "clock": "virtual"}
+    found = []
+    for cache in ("lru", Mine):
+        with offload("qwen2_moe", cache=cache, **options) as engine:
+            found.append(engine.generate(tiny.prompts(engine.config, LENGTHS), max_new_tokens=4))
+            assert cache == "lru" or all(isinstance(policy, Mine) for policy in engine.planner.policies)
+    assert found[0].token_ids == found[1].token_ids
+    assert found[0].stats.total("hits") == found[1].stats.total("hits")
 
 
 def test_sampling_draws_as_ours():
