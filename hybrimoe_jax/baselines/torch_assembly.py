@@ -138,7 +138,7 @@ def assemble(
     paced = costs if options.paced is not None else None
     layered = (model, planner, places, host, link, lane, cpu, experts, clock, paced, moved, options.debug)
     forward = TorchForward(*layered)
-    forward.fill()
+    forward.movement.fill()
     host_bytes = len(host) * config.num_experts * moved
     notes = notes_of(options, device, checkpoint.format, kind)
     return Parts(

@@ -19,8 +19,9 @@ from hybrimoe_jax.baselines.torch_lanes import Device, Host, Program
 from hybrimoe_jax.baselines.torch_linear import Tensor
 from hybrimoe_jax.baselines.torch_link import ThreadLink, Transfer
 from hybrimoe_jax.baselines.torch_model import Layer, Routed, TorchModel
+from hybrimoe_jax.baselines.torch_movement import Movement
 from hybrimoe_jax.baselines.torch_slots import Slots
-from hybrimoe_jax.decide.plan import Fetch, LayerPlan, Refused
+from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.clock import Clock
@@ -91,7 +92,7 @@ class TorchForward:
         self.link, self.device, self.host, self.experts, self.clock = link, device, host, experts, clock
         self.costs, self.expert_bytes, self.debug = costs, expert_bytes, debug
         self._mid_step = False
-        self._last: Program | None = None
+        self.movement = Movement(planner, slots, host_banks, link, clock)
 
     def forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         if self._mid_step:
@@ -111,7 +112,7 @@ class TorchForward:
                 continue
             run.layer, run.began, run.busy = layer.moe_layer, self.clock.now(), self._busy()
             routed, routing = self.front(run, index, layer)
-            self.land(run)
+            run.moved = self.movement.land()
             plan = self.plan(run, routing)
             self.carry_out(run, layer, routed, routing, plan)
             self.record(run, routing, plan)
@@ -136,20 +137,6 @@ class TorchForward:
         self.clock.front(run.layer, run.tokens, run.context, run.routers > 0)
         return routed, routing
 
-    def land(self, run: Run) -> None:
-        """Prefetches that have landed become resident."""
-        run.moved = 0
-        if not self.link.busy:
-            return
-        for transfer in self.clock.landed(self.link):  # pyright: ignore[reportArgumentType]  has what clocks ask
-            run.moved += 1
-            measured = self.clock.transfer_seconds(transfer)  # pyright: ignore[reportArgumentType]
-            victim = self.planner.landed(transfer.layer, transfer.expert, measured)
-            if isinstance(victim, Refused):
-                self.slots.drop(transfer.layer, transfer.expert)
-            else:
-                self.slots.keep(transfer.layer, transfer.expert, victim)
-
     def plan(self, run: Run, routing: HostRouting) -> LayerPlan:
         now = self.clock.planning_time()
         plan = self.planner.plan(run.layer, routing.loads, routing.scores, run.tokens, now)
@@ -160,13 +147,14 @@ class TorchForward:
         """The layer's routed and shared parts, `run.parts`."""
         x, transfers = routed.x, {}
         for fetch in plan.fetch[:AHEAD]:
-            transfers[fetch.expert] = self._start_fetch(run.layer, fetch)
+            transfers[fetch.expert] = self.movement.start_fetch(run.layer, fetch)
         acc = self._opening(run, layer, x, routing, plan)
         host_part, pending = self._start_host(run.layer, acc, x, routing, plan)
         self._arrivals(run, acc, x, routing, plan, transfers)
         if self.debug:
-            self._verify(run.layer)
-        self._prefetch(run, routing)
+            self.movement.verify(run.layer)
+        if run.looks and not self.planner.backing_off(run.tokens):
+            self.movement.prefetch(run.layer, routing)
         if pending is not None:
             pending.wait()
         run.parts = (acc,) if host_part is None else (acc, host_part)
@@ -232,8 +220,8 @@ class TorchForward:
     # what plans are carried out with
 
     def _on_device(self, run, seconds: float, needs: Sequence[Transfer] = ()) -> Program:
-        self._last = self.device.submit(Program(run, seconds, needs))
-        return self._last
+        self.movement.last = self.device.submit(Program(run, seconds, needs))
+        return self.movement.last
 
     def _front_seconds(self, run: Run) -> float:
         if self.costs is None:
@@ -289,13 +277,13 @@ class TorchForward:
             if expert in fetches:
                 while expert not in transfers:
                     later = next(on_link)
-                    transfers[later.expert] = self._start_fetch(run.layer, later)
+                    transfers[later.expert] = self.movement.start_fetch(run.layer, later)
                 transfer = transfers.pop(expert)
                 self._arrival(acc, x, routing, transfer)
                 if (later := next(on_link, None)) is not None:
-                    transfers[later.expert] = self._start_fetch(run.layer, later)
+                    transfers[later.expert] = self.movement.start_fetch(run.layer, later)
             elif expert in awaited:
-                self._arrival(acc, x, routing, self._wait_for(run.layer, awaited[expert]))
+                self._arrival(acc, x, routing, self.movement.wait_for(run.layer, awaited[expert]))
 
     def _arrival(self, acc: Tensor, x: Tensor, routing: HostRouting, transfer: Transfer) -> None:
         work = self._work(self.slots.bank, [transfer.place], [transfer.expert], x, routing)
@@ -303,64 +291,17 @@ class TorchForward:
         done = self._on_device(lambda: self.experts(work, acc), seconds, [transfer])
         self.slots.readers[transfer.place] = done
 
-    def _start_fetch(self, moe_layer: int, fetch: Fetch) -> Transfer:
-        slots = self.slots
-        place = slots.staging() if fetch.stream else slots.enter(moe_layer, fetch.expert, fetch.victim)
-        return self.link.fetch(Transfer(moe_layer, fetch.expert, place, slots.readers.get(place), self._last))
-
-    def _wait_for(self, moe_layer: int, fetch: Fetch) -> Transfer:
-        """A prefetch that this layer runs: waits until it has landed, and gives it its slot."""
-        began = self.clock.now()
-        transfer = self.link.wait(moe_layer, fetch.expert)
-        measured = self.clock.transfer_seconds(transfer)  # pyright: ignore[reportArgumentType]  has what clocks ask
-        if measured is not None:
-            self.planner.waited(moe_layer, fetch.expert, measured, self.clock.now() - began)
-        if fetch.stream:
-            self.slots.drop(moe_layer, fetch.expert)
-        else:
-            self.slots.keep(moe_layer, fetch.expert, fetch.victim)
-        return transfer
-
-    def _prefetch(self, run: Run, routing: HostRouting) -> None:
-        """Starts the transfers that the planner wants for coming layers."""
-        if not run.looks or self.planner.backing_off(run.tokens):
-            return
-        for wanted in self.planner.prefetch(run.layer, routing.shown()):
-            place = self.slots.reserve(wanted.layer, wanted.expert)
-            self.link.prefetch(Transfer(wanted.layer, wanted.expert, place, self.slots.readers.get(place)))
-            self.clock.prefetch(wanted.layer, wanted.expert)
-
     def _busy(self) -> tuple[float, float, float]:
         return self.host.busy, self.device.busy, self.link.busy_s
 
-    def _verify(self, moe_layer: int) -> None:
-        """Debug: RuntimeError where a slot does not hold the expert it should."""
-        if self._last is not None:
-            self._last.wait()
-        if self.slots.residents(moe_layer) != self.planner.resident(moe_layer):
-            raise RuntimeError(f"MoE layer {moe_layer}: the slots and the planner disagree about what is resident")
-        for expert in self.slots.residents(moe_layer):
-            held = self.slots.bank.data[self.slots.place(moe_layer, expert)].cpu()
-            if not torch.equal(held, self.host_banks[moe_layer].data[expert]):
-                raise RuntimeError(f"slot of MoE layer {moe_layer} does not hold expert {expert}")
-
     # between steps
-
-    def fill(self) -> None:
-        """Loads every expert that the planner calls resident into empty slots."""
-        self.slots.clear()
-        with torch.inference_mode():
-            for layer in range(self.planner.num_layers):
-                for expert in sorted(self.planner.resident(layer)):
-                    place = self.slots.enter(layer, expert, None)
-                    self.slots.bank.data[place].copy_(self.host_banks[layer].data[expert])
 
     def repair(self) -> None:
         """Refills the slots with what the planner believes in them, after a step that was broken off."""
-        if self._last is not None:
-            self._last.wait()
+        if self.movement.last is not None:
+            self.movement.last.wait()
         self.link.drain()
         self.clock.drain()
         self.planner.abandon_step()
-        self.fill()
+        self.movement.fill()
         self._mid_step = False

@@ -60,7 +60,7 @@ class ThreadLink:
     """Args: host: by MoE layer, the bank of its experts in host memory. slots: the device's.
 
     Attributes: `inline_s`: copies expected to be shorter are made at once, by `expected_s` (set once measured);
-    `busy_s`: seconds of copies so far; `prefetches`: None is started where False (for ablations).
+    `busy_s`: seconds of copies so far.
     """
 
     def __init__(self, host: list[Bank], slots: Bank):

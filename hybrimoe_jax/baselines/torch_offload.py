@@ -29,7 +29,7 @@ MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", 
 """Modes by the system whose decisions they are; any other system's name, or a `System`, is a mode too."""
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
-ABLATIONS = ("prefetch", "kernels", "forms", "pinned")
+ABLATIONS = ("kernels", "forms", "pinned")
 LOGIT_ROWS = 16
 INSTALL = 'pip install "hybrimoe-jax[baseline]"'
 
@@ -62,7 +62,7 @@ class TorchOffload:
       precision: "float32": answers are the dense model's. "bfloat16": activations are rounded, as torch deployments do,
         and its fast kernels for bfloat16, int8 and int4 weights compute.
       without: what to leave out, to see what it brings: "kernels" (int4 ones), "forms" (of computing experts), "pinned"
-        (host memory).
+        (host memory); prefetch="none" leaves out prefetching.
 
     Attributes: `notes`: what a reader of its figures must know; shown once on standard error. `given`: the arguments.
 
