@@ -88,8 +88,10 @@ def measure(files: Files, options: Options, note: Note) -> dict[str, Any]:
             wanted += computed(wanted, options)
             note(f"{files.name} {files.format}, cache {ratio:.1%}: loading")
             taking = [entry for entry in wanted if session.open(entry, make(min(prompts), 99))]
-            figures = figures or machine_figures(session.sizes["bytes_per_token"])
+            before = machine_figures(session.sizes["bytes_per_token"])
             answers = turns(session, taking, prompts, make, ratio, note)
+            after = machine_figures(session.sizes["bytes_per_token"])
+            figures = {key: max(figures.get(key, 0.0), before[key], after[key]) for key in before}
             for entry in taking:
                 if entry.cached:
                     session.running[entry.kind].ask("close", name=entry.name)
