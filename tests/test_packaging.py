@@ -23,8 +23,8 @@ DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "xdist":
 """Distributions whose name is not their module's."""
 OPTIONAL = {"gguf", "matplotlib", "torch", "transformers"}
 """Imported where an extra is installed."""
-PEERS = {"llama_cpp"}
-"""Imported where a person has installed it; no extra names it, since it is compiled for a quarter of an hour."""
+PEERS = {"accelerate", "llama_cpp"}
+"""Imported where a person has installed them for a benchmark; no extra names them."""
 BROUGHT = {"scipy", "PIL"}
 """Imported by tests alone; jax needs the one, matplotlib the other."""
 SOURCE_ENDINGS = {".py", ".cpp", ".h", ".inc", ".so", ".pyc"}
