@@ -187,6 +187,12 @@ def test_on_a_cpu_it_says_so_once(capsys):
     assert capsys.readouterr().err.count("this measures PyTorch on the CPU") == 1
 
 
+@pytest.mark.parametrize("context", [12, 300])
+def test_costs_are_measured_within_the_context(context):
+    with offload("qwen2_moe", mode="hybrid", max_context=context, profile=None) as engine:
+        assert len(engine.generate([[3, 5, 7]], max_new_tokens=4).token_ids[0]) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", hf_cases.CASES)
 def test_every_family_gives_the_logits_of_transformers(name):

@@ -36,6 +36,7 @@ class Probe:
     def __init__(self, model: TorchModel, host: list[Bank], slots: Bank, link: ThreadLink, experts: Experts):
         self.model, self.host, self.slots, self.link, self.experts = model, host, slots, link, experts
         self.layer = model.moe_layers[0]
+        self.context = min(CONTEXT, len(model.rotary.cos))
         self._turns = itertools.count()
 
     def costs(self, distances: int) -> CostModel:
@@ -52,7 +53,8 @@ class Probe:
             for tokens in TOKENS:
                 if self.layer.mlp is not None:
                     samples.add("device", (tokens, 0), self._block(tokens, 0))
-                samples.add("layer", (tokens, CONTEXT), self._front(tokens, 0))
+                tokens = min(tokens, self.context)
+                samples.add("layer", (tokens, self.context), self._front(tokens, 0))
             samples.add("transfer", (samples.expert_bytes,), timed(self._fetch))
             with Beside(lambda: self._run(self.host[0], 1, 1)):
                 samples.add("transfer_cpu_busy", (samples.expert_bytes,), timed(self._fetch))
@@ -86,9 +88,10 @@ class Probe:
 
     def _front(self, tokens: int, distances: int) -> float:
         model, layer = self.model, self.layer
-        positions = np.arange(CONTEXT - tokens, CONTEXT, dtype=np.int32)[None]
-        places = model.rotary.places(positions, CONTEXT)
-        shapes = layer.attention.cache_shapes(1, CONTEXT)
+        context = self.context
+        positions = np.arange(context - tokens, context, dtype=np.int32)[None]
+        places = model.rotary.places(positions, context)
+        shapes = layer.attention.cache_shapes(1, context)
         cache = {name: torch.zeros(shape, device=model.device) for name, shape in shapes.items()}
         h = torch.full((1, tokens, model.config.hidden_size), 0.01, device=model.device)
         return timed(lambda: model.front(layer, h, cache, places, distances)[1].packed.cpu())
