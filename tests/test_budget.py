@@ -21,7 +21,14 @@ from hybrimoe_jax.errors import UserError
 EXPERT = 3 * tiny.COMMON["hidden_size"] * tiny.CONFIGS[budget_cases.FAMILY]["moe_intermediate_size"] * 4
 
 
-SLOW = ("no slots, device only", "every expert", "one slot a layer and something over", "next-layer prefetch")
+SLOW = (
+    "no slots, device only",
+    "every expert",
+    "one slot a layer and something over",
+    "next-layer prefetch",
+    "whole layers",
+    "measured at load",
+)
 every_case = pytest.mark.parametrize(
     "case", few([case for case in budget_cases.CASES if case not in SLOW], budget_cases.CASES)
 )

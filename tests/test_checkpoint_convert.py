@@ -327,6 +327,7 @@ print(peak() - base)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
 def test_peak_memory_is_below_one_layer(tmp_path):
     layers, experts, width, hidden, vocab = 6, 8, 512, 816, 20000

@@ -162,6 +162,7 @@ def test_a_budget_of_memory_and_of_threads_gives_the_same_tokens(command, first)
     assert stats["cores"]["total"] == 1 and stats["peak_device_bytes"] <= 24 * 2**20
 
 
+@pytest.mark.slow
 def test_the_callback_executor_gives_the_same_tokens_and_a_timeline_of_transfers_and_blocks(command, first, tmp_path):
     path = tmp_path / "timeline.json"
     flags = ("--executor", "callback", "--system", "hybrimoe", "--cache-ratio", "0.5", "--timeline", path)

@@ -353,6 +353,7 @@ def test_a_thread_may_use_two_openmp_threads_while_another_uses_one():
     assert_close(got[2], exact(weights, x))
 
 
+@pytest.mark.slow
 @needs_onednn
 def test_onednn_lives_beside_torch():
     """torch carries a oneDNN of its own; the two must not be mixed up, whichever is loaded first."""

@@ -142,6 +142,7 @@ def test_no_product_may_be_rounded_to_tf32(family):
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 def test_models_run_with_nnx_tree_mode():
     """`NNX_GRAPH_MODE=false` forbids shared submodules; no family has any."""
     code = """

@@ -21,7 +21,7 @@ notebooks = importlib.import_module("notebooks")
 sys.path.pop(0)
 
 NAMES = notebooks.names()
-LONG = ("01-quickstart", "03-cpu-and-device", "07-end-to-end", "08-own-policy", "09-own-model")
+LONG = ("01-quickstart", "03-cpu-and-device", "06-prefetching", "07-end-to-end", "08-own-policy", "09-own-model")
 """Those that measure a machine, or need torch: their short form, too, takes tens of seconds."""
 NEAR = 0.02
 """By which share a number may differ on another processor, where rounding can turn a choice."""

@@ -117,6 +117,7 @@ def test_a_run_says_paced_and_never_measured_there():
     assert "this machine" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
 def test_the_command_runs_the_bundled_model_on_a_paced_device(tmp_path):
     flags = ["--device", "paced:a6000-engineered:2", "--cost-shape", "deepseek-v2-lite", "--stats", "json"]

@@ -161,6 +161,7 @@ def test_random_codes_and_scales_are_what_the_format_allows(name):
 CONFIG = {**tiny.CONFIGS["qwen2_moe"], "torch_dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     first, same, other = (
@@ -176,7 +177,10 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert {entry["dtype"] for shard in first.manifest["pieces"] for entry in shard["dense"].values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize(("family", "fmt"), [("qwen2_moe", "int4-g32"), ("mixtral", None), ("deepseek_v2", "int8-g64")])
+@pytest.mark.parametrize(
+    ("family", "fmt"),
+    few([("qwen2_moe", "int4-g32")], [("qwen2_moe", "int4-g32"), ("mixtral", None), ("deepseek_v2", "int8-g64")]),
+)
 def test_a_random_model_gives_finite_and_varied_logits(tmp_path, family, fmt):
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.engine import Engine

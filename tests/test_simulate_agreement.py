@@ -194,6 +194,7 @@ def test_a_step_that_was_broken_off_is_not_in_the_trace(tmp_path, clock, monkeyp
         replay_run(load_trace(tmp_path / "run.npz"))
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_bundled_model_on_a_named_machine(tmp_path):
     def run(*flags):
         arguments = ["--prompt", "My lord,", "--max-tokens", "8", "--stats", "json", *flags]

@@ -69,6 +69,7 @@ def test_it_ships_expert_frequencies_for_static_placements(model):
     assert counts.shape == (6, config.num_experts) and (counts.sum(1) == counts.sum(1)[0]).all() and counts.sum() > 1e5
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_greedy_tokens(model, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

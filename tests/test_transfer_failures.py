@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from fake_device import Fault
+from grids import few
 
 from hybrimoe_jax.engine.lanes import slots as separate
 from hybrimoe_jax.engine.lanes import stacked
@@ -105,7 +106,7 @@ def slow_copy(seconds: float):
     return lambda arrays: slowly(arrays, rounds)
 
 
-@pytest.mark.parametrize("slots", ["separate", "stacked"])
+@pytest.mark.parametrize("slots", few(["separate"], ["separate", "stacked"]))
 def test_a_demand_fetch_that_hangs_on_the_device_ends_one_step(slots, monkeypatch):
     engine = tiny.engine(system="on-demand", cache_ratio=0.5, slots=slots)
     want, link = run(engine), engine._parts.link
