@@ -43,8 +43,8 @@ def require_torch() -> Any:
         return importlib.import_module("torch")
     except ImportError:
         raise UserError(
-            f"the PyTorch baseline needs torch, which is not installed: {INSTALL} (CPU only: add "
-            "--extra-index-url https://download.pytorch.org/whl/cpu)"
+            f"the PyTorch baseline needs torch, which is not installed: {INSTALL} (on a machine "
+            "without a GPU PyTorch's build for CPUs first)"
         ) from None
 
 
