@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import gc
 import itertools
 import time
@@ -73,18 +74,18 @@ def planned_seconds(steps: list[Any], costs: Any) -> dict[str, float]:
 IN_DETAIL = ("ttft_s", "tbt_s", "phases")
 
 
-class Served:
+class Served(abc.ABC):
     """What all contenders have: `generate` says how it went, and the other requests are made of it."""
 
     vocab: int
     about: dict[str, Any]
 
-    def names(self) -> list[str]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def names(self) -> list[str]: ...
 
+    @abc.abstractmethod
     def generate(self, name: str, ids: list[int], new: int) -> dict[str, Any]:
         """Greedy: the first token and `new` more."""
-        raise NotImplementedError
 
     def prefill(self, name: str, tokens: int) -> dict[str, Any]:
         return {"seconds": self.generate(name, prompt(tokens, self.vocab), 0)["ttft_s"]}
@@ -117,9 +118,9 @@ class StepsContender(Served):
 
     engines: dict[str, Any]
 
+    @abc.abstractmethod
     def make(self, options: dict[str, Any]) -> Any:
         """An engine with these options beside the process's own."""
-        raise NotImplementedError
 
     def names(self) -> list[str]:
         return list(self.engines)
