@@ -1,13 +1,76 @@
-"""What commands turn into one line on stderr: bad input (exit code 2), and a device that does not do its part (1)."""
+"""What commands turn into one line on stderr: bad input (exit code 2), and a device that does not do its part (1).
+
+What a message quotes out of a file or from a caller goes through `shown` (a value) or `shown_name` (a name).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import reprlib
 from collections.abc import Iterator
+from typing import Any
+
+LONGEST_MESSAGE = 4000  # characters
+
+
+class _Short(reprlib.Repr):
+    """`repr` of the first of a value's parts, with the number of them where some are left out."""
+
+    def __init__(self, characters: int):
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxother, self.characters = 3, self.maxlist, characters, characters
+
+    def repr_str(self, x: str, level: int) -> str:
+        return self._cut(repr(x[: self.characters]), len(x), "characters")
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return self._cut(repr(x[: self.characters]), len(x), "bytes")
+
+    def repr_int(self, x: int, level: int) -> str:
+        fits = x.bit_length() < 3 * self.characters  # past some thousand digits `repr` refuses
+        return repr(x) if fits else f"an integer of {x.bit_length():,} bits"
+
+    def _cut(self, start: str, length: int, unit: str) -> str:
+        return start if length <= self.characters else f"{start}... ({length:,} {unit})"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, lone surrogates and what turns a terminal's writing round as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any, characters: int = 100) -> str:
+    """A value as a message quotes it: like `repr`, printable, in one line, and cut, with its length, where it is long.
+
+    Takes whatever a file or a caller can give: megabytes, deep nesting, an object that has no `repr`.
+    """
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = str(value) if isinstance(value, str) else value  # that of NumPy has another repr
+    short = _Short(characters)
+    many = isinstance(value, (list, tuple, dict)) and len(value) > short.maxlist
+    text = _cut(short.repr(value).replace("\n", " "), 5 * characters)
+    return printable(f"{text} ({len(value):,} items)" if many else text)
+
+
+def shown_name(value: Any, characters: int = 100) -> str:
+    """The name of a tensor, a key or a model as it is; like `shown` where it is long, not printable or no text."""
+    fine = isinstance(value, str) and value.isprintable() and 0 < len(value) <= characters
+    return value if fine else shown(value, characters)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 class UserError(ValueError):
-    """Something the caller can put right. The message says what was wrong, where, and what to do."""
+    """Something the caller can put right. The message says what was wrong, where, and what to do.
+
+    It is printable and of a bounded length whatever it quotes.
+    """
+
+    def __str__(self) -> str:
+        return printable(_cut(super().__str__(), LONGEST_MESSAGE))
 
 
 class RuleError(UserError):
@@ -23,7 +86,7 @@ class RuleError(UserError):
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f", layer {self.layer}"
-        return f"{self.rule}{where}: {self.method} {self.broken}"
+        return printable(_cut(f"{self.rule}{where}: {self.method} {self.broken}", LONGEST_MESSAGE))
 
 
 class DeviceError(RuntimeError):

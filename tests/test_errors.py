@@ -1,0 +1,57 @@
+"""What messages quote: printable, short, with its length."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from hybrimoe_jax.errors import RuleError, UserError, printable, shown, shown_name
+
+nested: list = []
+for _ in range(100_000):
+    nested = [nested]
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("silu", "'silu'"),
+        (np.str_("silu"), "'silu'"),
+        (2.5, "2.5"),
+        (None, "None"),
+        ([1, "a"], "[1, 'a']"),
+        (pathlib.Path("a/b"), "'a/b'"),
+        ("\x1b[2Jé\udce9\u202e\n", r"'\x1b[2Jé\udce9\u202e\n'"),
+        ("x" * 1_000_000, f"'{'x' * 100}'... (1,000,000 characters)"),
+        (b"\0" * 200, "b'" + r"\x00" * 100 + "'... (200 bytes)"),
+        (10**5000, "an integer of 16,610 bits"),
+        (list(range(1000)), "[0, 1, 2, 3, 4, 5, ...] (1,000 items)"),
+        ({"a": "x" * 300}, "{'a': '" + "x" * 100 + "'... (300 characters)}"),
+        (nested, "[[[[...]]]]"),
+    ],
+    ids=lambda value: "",
+)
+def test_a_quoted_value_is_printable_and_short(value, text):
+    assert shown(value) == text
+
+
+def test_a_value_without_a_repr_is_shown():
+    assert "Unprintable" in shown(Unprintable())
+
+
+def test_a_name_is_quoted_only_where_it_must_be():
+    assert shown_name("model.layers.0.mlp.gate.weight") == "model.layers.0.mlp.gate.weight"
+    assert shown_name("a\x1b]0;b\x07") == r"'a\x1b]0;b\x07'"
+    assert shown_name("") == "''" and shown_name(3) == "3"
+
+
+def test_what_an_error_says_is_printable_and_bounded():
+    assert str(UserError("a\x1bb\nc")) == "a\\x1bb\nc"
+    assert len(str(UserError("x" * 10_000_000))) < 5000
+    assert str(RuleError("own", "victims", "gave \x1b", 3)) == "own, layer 3: victims gave \\x1b"
+    assert printable("naïve 日本 🙂\t\0") == "naïve 日本 🙂\\t\\x00"
