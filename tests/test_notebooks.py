@@ -1,6 +1,6 @@
 """Notebooks: each is that of its `.py`, its outputs are those of the present source, and it runs.
 
-By default their cells run one after the other in this process with smaller numbers, without jupyter. The slow test
+By default their cells run one after the other with smaller numbers, without jupyter. The slow test
 executes them whole, by nbclient, and compares what they give with what is kept.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,21 +73,39 @@ def test_a_notebook_that_is_out_of_date_or_shows_the_machine_is_found(tmp_path, 
     assert "its outputs are not those of the present source" in notebooks.problems("a")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NAMES])
-def test_a_notebook_runs_in_short(name, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed").use("Agg")
-    from matplotlib import pyplot
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYBRIMOE_DATA", str(tmp_path))  # of the public traces none: reading them takes seconds
+def run_in_short(name: str) -> None:
+    """Its cells, one after the other in this process, as in a kernel."""
     space = {"__name__": "__main__"}
-    try:
-        for number, cell in enumerate(notebooks.cells(name), 1):
-            if cell.kind == "code":
-                for part in (cell.source, cell.metadata.get("short", "")):
-                    exec(compile(part, f"{name}.py, cell {number}", "exec"), space)
-    finally:
-        pyplot.close("all")
+    for number, cell in enumerate(notebooks.cells(name), 1):
+        if cell.kind == "code":
+            for part in (cell.source, cell.metadata.get("short", "")):
+                exec(compile(part, f"{name}.py, cell {number}", "exec", dont_inherit=True), space)
+
+
+@pytest.fixture
+def no_traces(monkeypatch, tmp_path):
+    """An empty folder to run in, and of the public traces none: reading them takes seconds."""
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYBRIMOE_DATA", str(tmp_path))
+    yield
+    importlib.import_module("matplotlib.pyplot").close("all")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LONG])
+def test_a_notebook_runs_in_short(name, no_traces, capsys):
+    run_in_short(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_notebook_runs_in_short(name, no_traces, monkeypatch):
+    """In a process of its own: a paced device is there before any other use of jax, with two threads of XLA's."""
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    code = f"import test_notebooks; test_notebooks.run_in_short({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
