@@ -129,6 +129,17 @@ def test_shards_are_plain_orbax_items_with_an_expert_to_a_chunk(tmp_path):
     assert len(list((dst / "pieces" / "layer_00001" / "state" / "experts" / "c").iterdir())) == 4
 
 
+def test_the_same_conversion_gives_the_same_bytes(tmp_path):
+    """Also where it was killed and went on, and whatever the destination's name."""
+    src = folders.write_hf(tmp_path / "hf", folders.tensors())
+    first, second = convert(src, tmp_path / "first"), tmp_path / "second"
+    with pytest.raises(Killed):
+        convert(src, second, progress=stop_after(2))
+    convert(src, second)
+    files = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in (first, second)]
+    assert files[0] == files[1]
+
+
 def test_large_dense_tensors_are_written_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "row_block", lambda shape, dtype: 5)  # 24 rows: four blocks and a shorter one
     weights = folders.tensors()
