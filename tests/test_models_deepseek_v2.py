@@ -129,13 +129,6 @@ def test_group_limited_selection_against_brute_force():
     assert differs > 20, "the group limit never mattered"
 
 
-def test_normalised_weights_are_not_scaled():
-    block = DeepseekV2Block(config(norm_topk_prob=True, routed_scaling_factor=3.0), nnx.Rngs(0))
-    scores = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(8), size=5), jnp.float32)
-    _, weights = block.select(scores)
-    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
-
-
 def test_shared_experts_are_one_wide_mlp_or_absent():
     x = jnp.asarray(normal(0, 3, 16))
     block = DeepseekV2Block(config(n_shared_experts=2), nnx.Rngs(0))
@@ -153,6 +146,8 @@ def test_which_layers_have_experts():
     "bad, message",
     [
         (dict(topk_method="noaux_tc"), "topk_method 'noaux_tc'"),
+        (dict(norm_topk_prob=True), "norm_topk_prob true"),
+        (dict(qk_rope_head_dim=0), "qk_rope_head_dim must be at least 1"),
         (dict(scoring_func="sigmoid"), "scoring_func 'sigmoid'"),
         (dict(topk_method="group_limited_greedy", n_group=3, topk_group=1), "n_group 3"),
         (dict(topk_method="group_limited_greedy", n_group=None, topk_group=None), "n_group None"),

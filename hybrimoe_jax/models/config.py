@@ -1,6 +1,6 @@
 """What every family's configuration shares: field names are the `config.json` keys, unknown keys are dropped.
 
-A key that would change the answer is either a field (honoured) or listed in `NEUTRAL` with the values that change
+A key that would change the answer is either a field (honoured) or in `config_keys.NEUTRAL` with the values that change
 nothing (anything else is refused by name): a checkpoint never loads into a model that silently computes something else.
 Defaults are those of Hugging Face transformers' class of the family, for a `config.json` that leaves a key out.
 """
@@ -9,44 +9,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from flax.core import FrozenDict
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.models.rope import Rope, make_rope
+from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.models.config_keys import NEUTRAL
+from hybrimoe_jax.models.rope import LARGEST, PARAMETERS, Rope, make_rope
 
-# Keys that no common code honours -> the values under which they change nothing. A family with such a field honours it.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "qkv_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_qk_norm": (False, None),
-    "clip_qkv": (None,),
-    "sliding_window": (None, 0),
-    "partial_rotary_factor": (1, None),
-    "scoring_func": ("softmax", None),
-    "topk_method": ("greedy", None),
-    "n_group": (0, 1, None),
-    "topk_group": (0, 1, None),
-    "routed_scaling_factor": (1, None),
-    "n_shared_experts": (0, None),
-    "shared_expert_intermediate_size": (0, None),
-    "first_k_dense_replace": (0, None),
-    "mlp_only_layers": ([], None),
-    "decoder_sparse_step": (1, None),
-    "num_nextn_predict_layers": (0, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logit_scale": (1, None),
-    "logits_scaling": (1, None),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
-    "attention_multiplier": (None,),
-    "quantization_config": (None, {}),
-}
 KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
 SIZES = (
     "vocab_size",
@@ -91,6 +63,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
 
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of a key -> the field it fills."""
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """What this family has beside `NEUTRAL`, or instead."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # lists and dictionaries of JSON become hashable
@@ -105,8 +79,10 @@ class ModelConfig(RoutedExperts, abc.ABC):
         """Parses a `config.json` mapping; raises UserError naming a missing key or an unsupported value."""
         raw = unify_rope(raw)
         for other, name in cls.aliases.items():
-            if other in raw:
-                raw.setdefault(name, raw[other])
+            if other in raw and raw.setdefault(name, raw[other]) != raw[other]:
+                raise UserError(
+                    f"config.json: {name} {shown(raw[name])} and {other} {shown(raw[other])} are one number and differ"
+                )
         fields = dataclasses.fields(cls)
         nullable = {f.name for f in fields if "None" in str(f.type)}
         values = {
@@ -142,10 +118,12 @@ class ModelConfig(RoutedExperts, abc.ABC):
                 f"config.json: quantization_config ({method}) is not supported; use an unquantised checkpoint"
             )
         honoured = {f.name for f in dataclasses.fields(self)}
-        for key, neutral in NEUTRAL.items():
-            unused = key == "sliding_window" and raw.get("use_sliding_window") is False
-            if key in raw and key not in honoured and raw[key] not in neutral and not unused:
-                raise UserError(f"config.json: {key} {raw[key]!r} is not supported for model_type {self.model_type!r}")
+        for key, neutral in (NEUTRAL | dict(self.neutral)).items():
+            if key in raw and key not in honoured and raw[key] not in neutral:
+                raise UserError(
+                    f"config.json: {key} {shown(raw[key])} is not supported for model_type {self.model_type!r} "
+                    f"({' or '.join(json.dumps(value) for value in neutral)} is)"
+                )
 
     def _check_sizes(self, raw: Mapping[str, Any]) -> None:
         for name in SIZES:
@@ -162,6 +140,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.kv_heads}"
             )
+        if getattr(self, "head_dim", None) == 0:
+            raise UserError("config.json: head_dim must be at least 1, not 0")
         if "head_dim" in raw and raw["head_dim"] is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 "config.json: hidden_size is not a multiple of num_attention_heads and head_dim is not given"
@@ -232,8 +212,8 @@ def check_kind(name: str, kind: str, value: Any) -> None:
             raise UserError(f"config.json: {name} must be of type {kind}, not {value!r}")
         if kind == "int" and value < 0 and not name.endswith("token_id"):
             raise UserError(f"config.json: {name} must be at least 0, not {value}")
-        if kind == "float" and not abs(value) <= sys.float_info.max:
-            raise UserError(f"config.json: {name} must be a finite number, not {value!r}")
+        if kind == "float" and not abs(value) <= LARGEST:
+            raise UserError(f"config.json: {name} must be a number that float32 holds, not {shown(value)}")
 
 
 def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +230,8 @@ def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise UserError(f"config.json: rope_parameters per layer type ({', '.join(nested)}) are not supported")
+    if unknown := [key for key in rope if key not in PARAMETERS and rope[key] is not None]:
+        raise UserError(f"config.json: rope_scaling has {shown(unknown[0])}, which no rule here reads; take it out")
     theta = rope.pop("rope_theta", None)
     if theta is not None:
         raw["rope_theta"] = theta

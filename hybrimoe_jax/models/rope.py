@@ -86,8 +86,14 @@ def make_rope(
         value = scaling.get(name)
         if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
             raise UserError(f"config.json: rope_scaling {kind!r}: {name} must be a number above 0, not {value!r}")
+    for name in ("mscale", "mscale_all_dim"):
+        value = scaling.get(name)
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= LARGEST):
+            raise UserError(f"config.json: rope_scaling {kind!r}: {name} must be a number of at least 0, not {value!r}")
     try:
         frequencies, factor = SCALINGS[kind](base, width, float(theta), scaling, max_position_embeddings)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"config.json: rope_scaling {kind!r} is incomplete or malformed ({error!r})") from error
     if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
@@ -107,6 +113,11 @@ def linear(base, width, theta, scaling, max_positions):
 def llama3(base, width, theta, scaling, max_positions):
     """Llama 3.1: wavelengths beyond the trained context slowed by `factor`, short ones kept, a linear blend between."""
     factor, low, high = (np.float32(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise UserError(
+            f"config.json: rope_scaling 'llama3': high_freq_factor {high:g} must be above low_freq_factor {low:g}; are "
+            "they swapped?"
+        )
     rotations = np.float32(scaling["original_max_position_embeddings"]) * base / np.float32(2 * math.pi)
     keep = np.clip((rotations - low) / (high - low), 0.0, 1.0).astype(np.float32)
     return (1 - keep) * base / factor + keep * base, 1.0
@@ -155,6 +166,11 @@ POSITIVE = (
     "beta_slow",
     "attention_factor",
 )
+PARAMETERS = {
+    *POSITIVE,
+    *("type", "rope_type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", "truncate"),
+    *("short_factor", "long_factor", "mrope_section"),  # of rules that are refused, and of images' positions
+}
 Scaling = Callable[[np.ndarray, int, float, Mapping[str, Any], int | None], tuple[np.ndarray, float]]
 """(base frequencies [d/2], d, theta, the rule's numbers, max_position_embeddings) -> frequencies, attention factor."""
 SCALINGS: dict[str, Scaling] = {"default": plain, "linear": linear, "llama3": llama3, "yarn": yarn}

@@ -41,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys that would change the answer and that no configuration here can say -> the
 values under which they change nothing."""
 HONOURED = {
-    "deepseek2": ("expert_weights_scale", "expert_weights_norm", "expert_gating_func", "rope.dimension_count"),
+    "deepseek2": ("expert_weights_scale", "expert_gating_func", "rope.dimension_count"),
     "olmoe": ("attention.clamp_kqv",),
 }
 """By architecture: those that are read all the same."""
@@ -167,7 +167,7 @@ def deepseek(get: Get, need: Need, heads: int, experts: int, where: object) -> d
         "qk_rope_head_dim": rotary,
         "qk_nope_head_dim": key - rotary,
         "v_head_dim": get("attention.value_length_mla") or need("attention.value_length"),
-        "norm_topk_prob": bool(get("expert_weights_norm", False)),
+        "norm_topk_prob": False,  # llama.cpp normalises and scales, others do one of the two: refused in `check_rest`
         "routed_scaling_factor": rounded(get("expert_weights_scale") or 1.0),
         **(limited if groups > 1 else {}),
     }

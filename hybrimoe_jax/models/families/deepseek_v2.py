@@ -65,6 +65,7 @@ class DeepseekV2Config(ModelConfig):
     eos_token_id: int | list[int] | None = 2
 
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rope_interleave": (True, None)}
 
     def check(self, raw: Mapping[str, Any]) -> None:
         if self.moe_layer_freq < 1:
@@ -78,8 +79,14 @@ class DeepseekV2Config(ModelConfig):
             )
         if self.kv_heads != self.num_attention_heads:
             raise UserError("config.json: num_key_value_heads must equal num_attention_heads in latent attention")
-        if raw.get("rope_interleave") is False:
-            raise UserError("config.json: rope_interleave false is not supported for deepseek_v2")
+        if self.norm_topk_prob:  # no published one sets it; the model's own code, transformers and llama.cpp differ
+            raise UserError(
+                "config.json: norm_topk_prob true is not supported for deepseek_v2: programs differ in what it does to "
+                "routed_scaling_factor"
+            )
+        for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) == 0:
+                raise UserError(f"config.json: {name} must be at least 1, not 0")
         if self.topk_method == "group_limited_greedy":
             groups, kept = self.n_group or 0, self.topk_group or 0
             if groups < 1 or not 1 <= kept <= groups or self.num_experts % groups:
@@ -244,7 +251,7 @@ class DeepseekV2Block(MoEBlock):
 
     def __init__(self, config: DeepseekV2Config, rngs: nnx.Rngs | None):
         sizes = config.hidden_size, config.num_experts, config.num_experts_per_tok
-        super().__init__(*sizes, normalise=config.norm_topk_prob and config.num_experts_per_tok > 1, rngs=rngs)
+        super().__init__(*sizes, normalise=False, rngs=rngs)
         limited = config.topk_method == "group_limited_greedy"
         self.groups, self.kept_groups = (config.n_group or 1, config.topk_group or 1) if limited else (1, 1)
         self.scaling = config.routed_scaling_factor
@@ -252,18 +259,14 @@ class DeepseekV2Block(MoEBlock):
         self.shared_experts = SwiGLU(config.hidden_size, hidden, bias=config.mlp_bias, rngs=rngs) if hidden else None
 
     def select(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Top-k within the `kept_groups` groups whose best expert scores highest.
-
-        Weights are normalised or scaled by `routed_scaling_factor`, never both: the published model's rule
-        (transformers ignores `norm_topk_prob` here; no published DeepSeek-V2 sets it).
-        """
+        """Top-k within the `kept_groups` groups whose best expert scores highest, scaled and not normalised."""
         if self.groups > 1:
             grouped = scores.reshape(-1, self.groups, self.num_experts // self.groups)
             _, best = jax.lax.top_k(jnp.max(grouped, axis=-1), self.kept_groups)
             kept = jnp.any(jax.nn.one_hot(best, self.groups, dtype=jnp.bool_), axis=-2)
             scores = jnp.where(kept[..., None], grouped, 0.0).reshape(scores.shape)
         ids, weights = super().select(scores)
-        return ids, weights if self.normalise else weights * self.scaling
+        return ids, weights * self.scaling
 
     def shared(self, x: jax.Array) -> jax.Array | None:
         return None if self.shared_experts is None else self.shared_experts(x)

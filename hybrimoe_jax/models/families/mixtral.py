@@ -30,11 +30,12 @@ class MixtralConfig(ModelConfig):
     eos_token_id: int | list[int] | None = 2
 
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"norm_topk_prob": (True, None)}
 
     def check(self, raw: Mapping[str, Any]) -> None:
         super().check(raw)
-        if raw.get("norm_topk_prob") is False:
-            raise UserError("config.json: norm_topk_prob false is not supported for mixtral, which always normalises")
+        if self.sliding_window == 0:
+            raise UserError("config.json: sliding_window must be null or at least 1, not 0")
 
     @property
     def num_experts(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  config.json has another name
@@ -48,7 +49,7 @@ class MixtralConfig(ModelConfig):
         return True
 
     def window(self, layer: int) -> int | None:
-        return self.sliding_window or None
+        return self.sliding_window
 
 
 def build(config: MixtralConfig, rngs: nnx.Rngs | None) -> CausalLM:
