@@ -214,3 +214,12 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(UserError, match=rf"tokenizer_config\.json: {why}"):
             Tokenizer(tmp_path)
+
+
+def test_truncation_and_padding_saved_in_the_file_are_for_batches_not_prompts(tmp_path):
+    backend = byte_level()
+    plain = saved(tmp_path / "plain", backend).encode("hi there")
+    backend.enable_truncation(4)
+    backend.enable_padding(length=80)
+    assert saved(tmp_path / "saved", backend).encode("hi there") == plain
+    assert len(plain) not in (4, 80)

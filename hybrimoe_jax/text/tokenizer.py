@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax.errors import UserError
-
-REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are not (yet) UTF-8
+from hybrimoe_jax.text.stream import DecodeStream
 
 
 class Tokenizer:
@@ -37,6 +36,8 @@ class Tokenizer:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer ({error}); download or save it again") from None
+        self._backend.no_truncation()  # both are saved with a tokenizer that made batches; a prompt is taken whole
+        self._backend.no_padding()
         self.config = read_object(self.folder / "tokenizer_config.json")
         saved = read_object(self.folder / "special_tokens_map.json")
         self.special_tokens = {
@@ -84,7 +85,7 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
-        return DecodeStream(self, skip_special_tokens)
+        return DecodeStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens))
 
     @property
     def has_chat_template(self) -> bool:
@@ -131,41 +132,6 @@ class Tokenizer:
                 f"{self.folder / 'tokenizer_config.json'}: chat_template is no text; download or save it again"
             )
         return template
-
-
-class DecodeStream:
-    """Text as its tokens come: `push` gives what has become readable, `flush` what never did.
-
-    A character's bytes may be split over tokens, so text is held back while it ends in an incomplete one.
-    The tokens since the last emitted text are decoded together with those just before them, because a
-    decoder may treat the first token of a text differently (a leading space dropped, for one). Together the
-    pieces are what `decode` gives for all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._context = 0  # decoding starts here
-        self._shown = 0  # ids before this have been emitted
-
-    def push(self, token: int) -> str:
-        """The text that this token completes, possibly empty."""
-        self._ids.append(int(token))
-        text = self._fresh()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """What is held back, an unfinished character as U+FFFD; the stream then starts anew."""
-        text = self._fresh()
-        self._ids, self._context, self._shown = [], 0, 0
-        return text
-
-    def _fresh(self) -> str:
-        before = self._decode(self._ids[self._context : self._shown])
-        return self._decode(self._ids[self._context :])[len(before) :]
 
 
 def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, config) -> tuple[int, ...]:
