@@ -75,7 +75,7 @@ def few() -> list[Cell]:
     chosen.append(
         next(cell for cell in stacked if (cell.batch, cell.ratio, cell.format) == ("ragged", 0.5, FORMATS[3]))
     )
-    return [*chosen, Cell(BUNDLED, "hybrimoe", "overlapped", 0.25, "auto", "one")]
+    return chosen
 
 
 def sample() -> list[Cell]:

@@ -22,6 +22,7 @@ EXPERT = 3 * tiny.COMMON["hidden_size"] * tiny.CONFIGS[budget_cases.FAMILY]["moe
 
 
 SLOW = (
+    "no slots",
     "no slots, device only",
     "every expert",
     "one slot a layer and something over",

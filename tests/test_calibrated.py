@@ -156,6 +156,7 @@ def test_windows_are_spread_over_the_text(monkeypatch):
         windows([1, 2, 3, 4, 5], 4096)
 
 
+@pytest.mark.slow
 def test_the_command_and_a_resumed_conversion_agree(tmp_path, monkeypatch, capsys):
     source = tiny_checkpoint.write_hf(tmp_path / "hf")
     text = tmp_path / "text.txt"

@@ -377,6 +377,7 @@ def test_peak_memory_is_below_one_layer(tmp_path):
     assert extra < layer_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", few(["qwen3"], ["mixtral", "qwen2-mixed", "qwen3", "olmoe", "deepseek-lite"]))
 def test_transformers_loads_what_is_exported(tmp_path, case):
     torch = pytest.importorskip("torch")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grids import few
 from planner_cases import planner_of, prefetch
 
 from hybrimoe_jax.decide.cache import policy_class
@@ -54,16 +55,19 @@ def scores_of(ids, weights) -> list[float]:
     return scores.tolist()
 
 
+RATES = [
+    ("law", "lru", {}, 0.401),
+    ("law", "lfu", {"decay": 0.999}, 0.422),
+    ("law", "mrs", {"alpha": 0.3, "p": 6}, 0.413),
+    ("intent", "lru", {}, 0.453),
+    ("intent", "lfu", {"decay": 0.999}, 0.523),
+    ("intent", "mrs", {"alpha": 0.3, "p": 6}, 0.460),
+]
+
+
 @pytest.mark.parametrize(
     ("task", "name", "params", "hit_rate"),
-    [
-        ("law", "lru", {}, 0.401),
-        ("law", "lfu", {"decay": 0.999}, 0.422),
-        ("law", "mrs", {"alpha": 0.3, "p": 6}, 0.413),
-        ("intent", "lru", {}, 0.453),
-        ("intent", "lfu", {"decay": 0.999}, 0.523),
-        ("intent", "mrs", {"alpha": 0.3, "p": 6}, 0.460),
-    ],
+    few(RATES[3:], RATES),
 )
 def test_hit_rates_on_real_routing(task, name, params, hit_rate):
     """First six layers, 16 slots of 64, one token a step, every miss admitted, cold start."""

@@ -50,6 +50,7 @@ def table_of(out: str, error: str) -> dict[str, list[str]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
 def test_three_systems_race_in_real_time_and_keep_the_text(checkpoint):
     command = [sys.executable, "-m", "hybrimoe_jax.demo", "--model", str(checkpoint), *FLAGS]

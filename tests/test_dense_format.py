@@ -66,6 +66,7 @@ def test_what_latent_attention_multiplies_from_both_sides_takes_no_rounded_activ
     assert dense_packing.format_of("x.kv_a_proj_with_mqa.weight", asked) == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fmt", "dense_format"),
     few(

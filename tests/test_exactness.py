@@ -12,6 +12,7 @@ import os
 import exactness_cells
 import exactness_samples
 import pytest
+from exactness_cells import BUNDLED
 from exactness_samples import FEW, MATRIX, QUANTISED, SAMPLE, check, format_pairs, missing, pairs, torch_few, values
 
 
@@ -69,7 +70,9 @@ def covered(cells, by=pairs):
 
 
 def test_the_few_cover_every_value():
-    assert covered(FEW, values) == covered([*MATRIX, *QUANTISED], values) and len(FEW) < 45
+    """All but the bundled model, whose answers the command's tests know."""
+    every = [cell for cell in (*MATRIX, *QUANTISED) if cell.model != BUNDLED]
+    assert covered(FEW, values) == covered(every, values) and len(FEW) < 45
 
 
 def test_the_sample_covers_every_pair_of_values():

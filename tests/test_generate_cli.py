@@ -153,6 +153,7 @@ def test_other_executors_and_systems_give_the_same_tokens(system, here, first):
     assert stats.keys() >= KEYS
 
 
+@pytest.mark.slow
 def test_a_budget_of_memory_and_of_threads_gives_the_same_tokens(command, first):
     flags = ("--vram-budget", "48MiB", "--cache", "lru", "--scheduler", "released", "--lazy", "--verify")
     done = command("--prompt", PROMPT, "--max-tokens", TOKENS, "--stats", "json", "--threads", 1, *flags)

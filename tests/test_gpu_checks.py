@@ -29,6 +29,7 @@ def call(out: Path, *words: str, python: str = sys.executable) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=out)
 
 
+@pytest.mark.slow
 def test_a_dry_run_fills_the_figures_of_a_call(tmp_path):
     """Two parts by themselves; `--slow` runs both calls whole."""
     done = call(tmp_path, "first", "environment", "transfers", "--dry-run")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from grids import each_once
+from grids import each_once, few
 
 from hybrimoe_jax.models.attention import (
     Attention,
@@ -123,7 +123,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", few(OPTIONS[3:], OPTIONS), ids=str)
 def test_attention_in_pieces_equals_attention_at_once(options):
     """Chunks, single tokens and right padding give what one whole call gives; padding leaves no trace in the cache."""
     attention = Attention(16, 4, 2, 8, rope=make_rope(8, 10000.0, None), rngs=nnx.Rngs(0), **options)
@@ -144,6 +144,7 @@ def test_attention_in_pieces_equals_attention_at_once(options):
         np.testing.assert_allclose(cache[name], whole_cache[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_attention_options_change_the_answer():
     """Every option matters on this input, so the parity above is not vacuous."""
     x, positions = jnp.asarray(normal(3, 1, 7, 16)), jnp.arange(7)[None]

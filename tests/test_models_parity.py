@@ -44,6 +44,7 @@ def assert_parity(prefill, tokens, rows, expected):
         assert new == theirs.tokens
 
 
+@pytest.mark.slow
 @every_family
 def test_seed_has_no_near_ties(name):
     config = hf.loaded(name).config

@@ -73,6 +73,7 @@ def test_every_executor_gives_the_widened_models_answer(family, tied, tmp_path, 
         assert np.abs(found - logits).max() <= TOLERANCE * np.abs(logits).max()
 
 
+@pytest.mark.slow
 def test_only_what_is_multiplied_or_looked_up_stays_narrow_and_takes_half_the_memory(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path, "qwen2_moe")
     types, held, dense, _, tokens = answers(folder)
@@ -87,6 +88,7 @@ def test_only_what_is_multiplied_or_looked_up_stays_narrow_and_takes_half_the_me
     assert wide - dense == more - held == saved > 0.4 * wide
 
 
+@pytest.mark.slow
 def test_small_matrices_and_those_of_the_reference_are_widened(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path, "qwen2_moe")
 

@@ -98,6 +98,7 @@ def test_a_step_takes_as_long_as_the_slower_lane(slowed_engine):
     assert seconds < LIMIT * most
 
 
+@pytest.mark.slow
 def test_without_overlap_the_same_step_takes_the_sum(slowed_engine, monkeypatch):
     """So that the test above is about something: waiting for the device at dispatch makes every step miss the limit."""
     dispatch = programs.dense_rows

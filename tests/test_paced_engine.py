@@ -102,6 +102,7 @@ def results(request):
     return {found["cell"]: found for found in process("exactness_cells.py", "paced", given=labels)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", paced_cells(), ids=lambda cell: cell.label)
 def test_a_paced_device_gives_the_dense_answer(cell, results):
     if reason := missing(cell):

@@ -182,6 +182,7 @@ def test_documented_statistics_and_tokens_are_those_that_generate_prints():
     assert printed["token_ids"] == [int(token) for token in shown[1].split(",")]
 
 
+@pytest.mark.slow
 @needs_bundled
 def test_the_python_examples_run(tmp_path):
     """Every Python block of every page, in order; those of a page share their names."""

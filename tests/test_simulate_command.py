@@ -206,6 +206,7 @@ def test_an_interrupt_ends_the_workers_too(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_pictures_are_written_and_hold_something(trace, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     from PIL import Image

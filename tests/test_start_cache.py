@@ -47,6 +47,7 @@ def second_process(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="the cache folder is another one")
 def test_programs_are_found_by_the_next_process(second_process, tmp_path):
     found, compiled = second_process()

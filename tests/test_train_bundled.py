@@ -45,6 +45,7 @@ def test_it_is_what_the_readme_says_and_small(model):
     assert sum(p.stat().st_size for p in bundled_model().rglob("*") if p.is_file()) <= 25e6
 
 
+@pytest.mark.slow
 def test_loss_on_unseen_text_is_below_the_recorded_figure(measured):
     assert measured.bytes == len(EXCERPT.read_bytes()) > 20000
     assert measured.loss < EXCERPT_LOSS

@@ -51,6 +51,7 @@ def finished(texts, tmp_path_factory) -> tuple[Path, list[str]]:
     return run, flags
 
 
+@pytest.mark.slow
 def test_run_leaves_a_log_and_a_model_that_evaluates_to_the_same(finished, capsys):
     run, flags = finished
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -70,6 +70,7 @@ def assert_same_params(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_logits_and_greedy_tokens(model):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -113,6 +114,7 @@ def test_folder_reads_back_also_after_conversion(model, tmp_path):
     assert read_tokenizer.to_str() == tokenizer.to_str()
 
 
+@pytest.mark.slow
 def test_of_a_quantised_checkpoint_the_numbers_are_read_that_its_codes_stand_for(model, tmp_path):
     folder, config, params, _ = model
     quantised = convert(folder, tmp_path / "quantised", "int4-g32", dense_format="int8-g32")

@@ -72,6 +72,7 @@ def whole(tmp_path_factory, stream):
     return train(tmp_path_factory.mktemp("whole"), stream)
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(whole):
     _, losses = whole
     assert losses[1] == pytest.approx(np.log(CONFIG.vocab_size), abs=0.2), "before training every id is as likely"

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from grids import each_once
 
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
@@ -79,8 +80,7 @@ def wrap_layers(engine, counter) -> None:
         )
 
 
-@pytest.mark.parametrize("batch", (1, 8))
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(("system", "batch"), each_once(SYSTEMS, (8, 1)))
 def test_a_decode_layer_is_two_programs_and_a_copy_each_way(system, batch, counter):
     engine = tiny.engine("qwen2_moe", system=system, slots="stacked", cache_ratio=0.5, max_batch=8)
     wrap_layers(engine, counter)
