@@ -185,11 +185,22 @@ def test_older_profiles_are_still_read(tmp_path, more):
         (lambda raw: raw.update(version=99), "version 99"),
         (lambda raw: raw.pop("cpu_token"), "missing cpu_token"),
         (lambda raw: raw.update(cpu_tokens=1), "unknown cpu_tokens"),
-        (lambda raw: raw.update(cpu_token=-1), "cpu_token must be a finite number"),
-        (lambda raw: raw.update(cpu_token="fast"), "cpu_token must be a finite number"),
-        (lambda raw: raw.update(cpu_token=float("nan")), "cpu_token must be a finite number"),
-        (lambda raw: raw.update(cpu_token=10**400), "cpu_token must be a finite number"),
-        (lambda raw: raw.update(bandwidth=0), "bandwidth must be above 0"),
+        (lambda raw: raw.update(cpu_token=-1), "cpu_token must be 0 or seconds from 1e-30 to"),
+        (lambda raw: raw.update(cpu_token="fast"), "cpu_token must be 0 or seconds from 1e-30 to"),
+        (lambda raw: raw.update(cpu_token=float("nan")), "cpu_token must be 0 or seconds from 1e-30 to"),
+        (lambda raw: raw.update(cpu_token=10**400), "cpu_token must be 0 or seconds from 1e-30 to"),
+        *(
+            (lambda raw, value=value: raw.update(layer_place=value), "layer_place must be 0 or seconds from 1e-30 to")
+            for value in (1e-310, 1e308, 1e9, True, None, [1.0])
+        ),
+        *(
+            (lambda raw, value=value: raw.update(bandwidth=value), "bandwidth must be a number a second from 1e-06 to")
+            for value in (0, 1e-310, 1e308, 1e30, float("inf"), "1e9")
+        ),
+        *(
+            (lambda raw, value=value: raw.update(expert_bytes=value), "expert_bytes must be a whole number above 0")
+            for value in (0, -1, 4e6, 1e308, 10**40, True)
+        ),
         (
             lambda raw: raw.update(bandwidth_cpu_busy=2 * raw["bandwidth"]),
             "bandwidth_cpu_busy must not be above bandwidth",

@@ -16,12 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import is_object, replacing
 
 PROFILE_VERSION = 5
@@ -35,11 +34,24 @@ _TEXTS = ("source", "host_memory")
 ORIGIN, POINTS = "origin", "points"
 """What a file may hold besides: what was measured where (`machine.origin`), and the measurements themselves."""
 _KIND = "hybrimoe-jax cost model"
+DURATIONS = 1e-30, 1e6
+RATES = 1e-6, 1e21
+"""Within these, sums, products and quotients of figures stay numbers. No machine comes near them."""
+
+
+def check_figure(name: str, value: Any, rate: bool) -> float:
+    """A figure of a machine: a rate in units a second, or 0 or a duration in seconds. UserError where it is none."""
+    least, most = RATES if rate else DURATIONS
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if least <= value <= most or (value == 0 and not rate):
+            return float(value)
+    what = "a number a second" if rate else "0 or seconds"
+    raise UserError(f"{name} must be {what} from {least:g} to {most:g}, not {shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Seconds for everything a layer can do. UserError where a coefficient is negative or not a number.
+    """Seconds for everything a layer can do. UserError where a coefficient is no figure of a machine.
 
     `cpu_expert + cpu_token * load` for an expert on the CPU, no less than `cpu_floor`, and `cpu_first` more for the
     first one of a run; likewise for the device. `device_block` is what running experts on the device takes beside them,
@@ -92,12 +104,11 @@ class CostModel:
         for name, value in dataclasses.asdict(self).items():
             if name in _TEXTS:
                 if not isinstance(value, str):
-                    raise UserError(f"cost model: {name} must be a text, not {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-                raise UserError(f"cost model: {name} must be a finite number of at least 0, not {repr(value)[:40]}")
-        for name in ("bandwidth", "bandwidth_cpu_busy"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"cost model: {name} must be above 0 bytes per second")
+                    raise UserError(f"cost model: {name} must be a text, not {shown(value)}")
+            elif name != "expert_bytes":
+                check_figure(f"cost model: {name}", value, name.startswith("bandwidth"))
+            elif type(value) is not int or not 0 < value < 2**50:
+                raise UserError(f"cost model: expert_bytes must be a whole number above 0, not {shown(value)}")
         if self.bandwidth_cpu_busy > self.bandwidth:
             raise UserError(
                 "cost model: bandwidth_cpu_busy must not be above bandwidth: the CPU only takes from the link"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.costs import CostModel
+from hybrimoe_jax.machine.costs import DURATIONS, RATES, CostModel
 
 KINDS = {
     "cpu": ("load", "experts"),
@@ -217,7 +217,7 @@ def _link(alone: _Medians, busy: _Medians) -> tuple[float, float, float]:
     """(latency, seconds a byte, seconds a byte beside a computing CPU)."""
     found, _ = _solve(alone, _LINK)
     latency, per_byte = found["latency"], found["byte"]
-    if per_byte <= 0:  # noise hid the slope: charge the whole time to the bytes
+    if per_byte * RATES[1] <= 1:  # noise hid the slope: charge the whole time to the bytes
         (size, *_), seconds = alone[-1]
         latency, per_byte = 0.0, seconds / size
     slopes = [max(seconds - latency, 0.0) / at[0] for at, seconds in busy]
@@ -248,7 +248,8 @@ def _solve(points: _Medians, columns: _Columns) -> tuple[dict[str, float], float
             values, error = _least_squares(table[:, chosen])
             if min(values) >= 0 and error < least:
                 least = error
-                found = dict.fromkeys(columns, 0.0) | {names[i]: v / float(scale[i]) for i, v in zip(chosen, values)}
+                sure = {names[i]: v / float(scale[i]) for i, v in zip(chosen, values)}
+                found = dict.fromkeys(columns, 0.0) | {n: v for n, v in sure.items() if v >= DURATIONS[0]}
     return found, math.sqrt(least / len(points))
 
 

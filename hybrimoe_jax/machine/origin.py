@@ -72,7 +72,7 @@ class Origin:
                 raise TypeError("not an object")
             machine, model = Machine(**raw["machine"]), ModelShape(**raw["model"])
             return cls(machine, model, str(raw["format"]), tuple(map(str, raw.get("software", ()))))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: its record of where it was measured is damaged ({error})") from None
 
     def check_model(self, name: str | Path, model: ModelShape, fmt: str) -> None:

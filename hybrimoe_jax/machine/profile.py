@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.files import is_object
-from hybrimoe_jax.machine.costs import CostModel, is_profile, slower
+from hybrimoe_jax.machine.costs import CostModel, check_figure, is_profile, slower
 from hybrimoe_jax.machine.origin import Machine, Origin
 from hybrimoe_jax.machine.shapes import ModelShape
 
@@ -40,7 +39,7 @@ DENSE_BYTES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The figures of a machine; units in the module docstring."""
+    """The figures of a machine; units in the module docstring. UserError where one is none."""
 
     cpu_overhead: float
     cpu_first: float
@@ -57,6 +56,12 @@ class Figures:
     link_bandwidth_cpu_busy: float
     layer_overhead: float
     look_overhead: float
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            check_figure(name, value, is_rate(name))
+        if self.link_bandwidth_cpu_busy > self.link_bandwidth:
+            raise UserError("link_bandwidth_cpu_busy must not be above link_bandwidth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +213,7 @@ def load_profile(name: str | Path) -> MachineProfile:
         raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
     if raw.get("version") != VERSION:
         raise UserError(
-            f"profile {name}: version {raw.get('version')!r} is not supported (this program reads {VERSION})"
+            f"profile {name}: version {shown(raw.get('version'))} is not supported (this program reads {VERSION})"
         )
     figures, combine = raw.get("figures"), raw.get("combine", {})
     if not is_object(figures) or not is_object(combine):
@@ -216,37 +221,31 @@ def load_profile(name: str | Path) -> MachineProfile:
     values, sources = _figures(figures, name)
     for lane, how in combine.items():
         if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
-            raise UserError(f"profile {name}: combine.{lane} is {how!r}; cpu and device may be max, sum or hidden")
+            raise UserError(
+                f"profile {name}: combine.{shown_name(lane)} is {shown(how)}; cpu and device may be max, sum or hidden"
+            )
     about, waits = str(raw.get("about", "")), raw.get("copies_wait", False)
     if not isinstance(waits, bool):
-        raise UserError(f"profile {name}: copies_wait must be true or false, not {repr(waits)[:40]}")
-    return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine, waits)
+        raise UserError(f"profile {name}: copies_wait must be true or false, not {shown(waits)}")
+    try:
+        return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine, waits)
+    except UserError as error:
+        raise UserError(f"profile {name}: {error}") from None
 
 
 def _figures(figures: dict[str, Any], name: str | Path) -> tuple[dict[str, float], dict[str, tuple[str, str]]]:
     """A file's figures by name, and their sources; UserError for the first thing wrong."""
     names = [field.name for field in dataclasses.fields(Figures)]
     for missing in [n for n in names if n not in figures] + [n for n in figures if n not in names]:
-        raise UserError(f"profile {name}: figure {missing!r} is {'missing' if missing in names else 'unknown'}")
+        raise UserError(f"profile {name}: figure {shown(missing)} is {'missing' if missing in names else 'unknown'}")
     values: dict[str, float] = {}
     sources: dict[str, tuple[str, str]] = {}
     for field in names:
         entry: dict[str, Any] = figures[field] if is_object(figures[field]) else {}
-        value = entry.get("value")
-        rate = is_rate(field)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 <= value <= sys.float_info.max
-            or (rate and not value)
-        ):
-            least = "above 0" if rate else "of at least 0"
-            raise UserError(f"profile {name}: {field}.value must be a finite number {least}, not {repr(value)[:40]}")
+        values[field] = check_figure(f"profile {name}: {field}.value", entry.get("value"), is_rate(field))
         if not isinstance(entry.get("source"), str) or not entry["source"].strip():
             raise UserError(f"profile {name}: {field} has no source; every figure says where it comes from")
-        values[field], sources[field] = float(value), (str(entry.get("kind", "unstated")), entry["source"])
-    if values["link_bandwidth_cpu_busy"] > values["link_bandwidth"]:
-        raise UserError(f"profile {name}: link_bandwidth_cpu_busy must not be above link_bandwidth")
+        sources[field] = str(entry.get("kind", "unstated")), entry["source"]
     return values, sources
 
 

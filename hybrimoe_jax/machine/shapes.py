@@ -11,14 +11,14 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.files import is_object
 from hybrimoe_jax.formats.sizes import expert_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one model; "weights" are numbers of parameters, not bytes.
+    """Sizes of one model; "weights" are numbers of parameters, not bytes. UserError where one is no size.
 
     Attributes:
       name: what it is called in results.
@@ -44,6 +44,15 @@ class ModelShape:
     scores: int = 0
     leading: int = 0
     head: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            value, least = getattr(self, field.name), 1 if field.default is dataclasses.MISSING else 0
+            if type(value) is not int or not least <= value < 2**62:
+                raise UserError(
+                    f"model shape {shown_name(self.name)}: {field.name} must be a whole number of at least {least}, "
+                    f"not {shown(value)}"
+                )
 
     @property
     def expert(self) -> int:

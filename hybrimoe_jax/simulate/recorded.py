@@ -83,7 +83,7 @@ def replay_run(
                 f"{where}: the run went on after a step that was broken off, before step {broken_off}: "
                 "it cannot be repeated"
             )
-        costs = _costs(run)
+        costs = _costs(run, where)
         system = System(**run["system"])
         facts = trace.facts
         planner = Planner(
@@ -121,9 +121,12 @@ def _begin(planner: Planner, began: str | None, state: CacheState | None, facts,
     state.restore(planner, facts)
 
 
-def _costs(run: dict) -> CostModel | MachineCosts:
+def _costs(run: dict, where: str | Path) -> CostModel | MachineCosts:
     said = run["costs"]
-    if "figures" not in said:
-        return CostModel(**said)
-    profile = MachineProfile(said["profile"], "", Figures(**said["figures"]), {}, said["combine"])
-    return MachineCosts(profile, ModelShape(**run["shape"]), said["format"])
+    try:
+        if "figures" not in said:
+            return CostModel(**said)
+        profile = MachineProfile(said["profile"], "", Figures(**said["figures"]), {}, said["combine"])
+        return MachineCosts(profile, ModelShape(**run["shape"]), said["format"])
+    except UserError as error:
+        raise UserError(f"{where}: its record of the run is damaged ({error})") from None
