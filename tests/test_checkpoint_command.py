@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.checkpoint.convert import convert
-from hybrimoe_jax.checkpoint.safetensors import read_header
 from hybrimoe_jax.errors import UserError
 
 command = importlib.import_module("hybrimoe_jax.convert")
@@ -230,34 +229,6 @@ def test_a_long_list_of_names_is_cut_with_its_count(tmp_path):
     weights = {n: a for n, a in folders.tensors().items() if ".experts." not in n}
     with pytest.raises(UserError, match=r"24 missing: (model\S+ ){19}model\S+ and 4 more$"):
         convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt")
-
-
-def write_raw(path, header: bytes, body: bytes = b"\0" * 8) -> None:
-    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
-
-
-@pytest.mark.parametrize(
-    ("header", "why"),
-    [
-        (b"[]", "not a JSON object"),
-        (b"\xff\xfe", "not JSON"),
-        (b'{"a": {"dtype": "F32", "shape": [2]}}', "entry for a is incomplete"),
-        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "does not match its byte range"),
-        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "does not match its byte range"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}', "does not match its byte range"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "it should have"),
-    ],
-)
-def test_headers_that_lie_are_refused(tmp_path, header, why):
-    write_raw(tmp_path / "x.safetensors", header)
-    with pytest.raises(UserError, match=why):
-        read_header(tmp_path / "x.safetensors")
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="0 bytes is too short"):
-        read_header(tmp_path / "x.safetensors")
 
 
 def exit_of(main, capsys) -> tuple[int, str]:

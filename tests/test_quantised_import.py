@@ -27,9 +27,9 @@ def coded(**options):
     return lambda rng, module, rows, columns: Coded(rng, rows, columns, group, **options)
 
 
-def int8(settings):
-    weights = {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-    return {**settings, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+def symmetric_bits(bits):
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
 
 
 CASES = {
@@ -42,8 +42,8 @@ CASES = {
     "gptq-static-groups": ("gptq", {}, {"desc_act": True}, "int4z-g32"),
     "awq": ("awq", {"make": coded(group=64)}, {}, "int4z-g64"),
     "ct-bf16-scales": ("compressed-tensors", {"make": coded(scale=folders.BF16)}, {}, "int4z-g32-s32"),
-    "ct-sym": ("compressed-tensors", {"make": coded(symmetric=True)}, {}, "int4-g32"),
-    "ct-int8": ("compressed-tensors", {"make": coded(symmetric=True, bits=8)}, int8({}), "int8-g32"),
+    "ct-sym": ("compressed-tensors", {"make": coded(symmetric=True)}, symmetric_bits(4), "int4-g32"),
+    "ct-int8": ("compressed-tensors", {"make": coded(symmetric=True, bits=8)}, symmetric_bits(8), "int8-g32"),
 }
 
 
@@ -195,13 +195,36 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
         made.codes[0, 0] = 0
         return made
 
-    write(tmp_path / "least", "compressed-tensors", make=least, settings=int8({}))
+    write(tmp_path / "least", "compressed-tensors", make=least, settings=symmetric_bits(8))
     weights = open_hf(tmp_path / "least")
     with pytest.raises(UserError, match="codes of -128"):
         packed_expert(weights.shards[1].experts, quantised_format(weights), 0)
 
 
+def parts(encoded: dict, **changed) -> dict:
+    """The stored parts of a matrix, some of another type (a dtype), or left out (None)."""
+    kept = {name: array for name, array in encoded.items() if changed.get(name, array) is not None}
+    return {name: array.astype(changed.get(name, array.dtype)) for name, array in kept.items()}
+
+
 REFUSED = [
+    ("gptq", {}, {"encode": lambda c: parts(c.gptq(), qweight=np.int64)}, "qweight is stored as I64.* words are I32"),
+    ("gptq", {}, {"encode": lambda c: parts(c.gptq(), qzeros=np.int16)}, "qzeros is stored as I16"),
+    ("gptq", {}, {"encode": lambda c: parts(c.gptq(), scales=np.int32)}, "scales is stored as I32; only F32"),
+    ("awq", {}, {"encode": lambda c: parts(c.awq(), qweight=np.uint32)}, "qweight is stored as U32"),
+    ("awq", {}, {"encode": lambda c: parts(c.awq(), qzeros=None)}, "has no qzeros"),
+    (
+        "compressed-tensors",
+        {},
+        {"encode": lambda c: parts(c.compressed(), weight_packed=np.int64)},
+        "weight_packed is stored as I64",
+    ),
+    (
+        "compressed-tensors",
+        {},
+        {"encode": lambda c: parts(c.compressed(), weight_zero_point=None)},
+        "has no weight_zero_point, though config.json calls its 4 bits asymmetric",
+    ),
     ("gptq", {"checkpoint_format": "marlin"}, {}, "checkpoint_format 'marlin' is not supported"),
     ("gptq", {"bits": 3}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "g_idx"}}, "has 3 bits"),
     ("gptq", {}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "qzeros"}}, "has no qzeros"),
@@ -259,7 +282,8 @@ def test_agrees_with_the_library_of_compressed_tensors(tmp_path, symmetric):
             parts["weight_zero_point"] = helpers.pack_to_int32(zeros, 4, packed_dim=0).numpy()
         return parts
 
-    values, _ = write(tmp_path / "hf", "compressed-tensors", make=coded(symmetric=symmetric), encode=encode)
+    settings = symmetric_bits(4) if symmetric else {}
+    values, _ = write(tmp_path / "hf", "compressed-tensors", encode, coded(symmetric=symmetric), settings)
     for have, part in zip(open_hf(tmp_path / "hf").shards[2].experts.read(3), ("gate", "up", "down"), strict=True):
         np.testing.assert_array_equal(have, values[f"{EXPERT}.{part}_proj.weight"])
 

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hybrimoe_jax.checkpoint.safetensors_header import read_entries
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 
@@ -26,9 +27,6 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 READABLE = {"F32": np.dtype(np.float32), "BF16": BF16, "F16": np.dtype(np.float16)}
 INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 WRITABLE = {dtype: name for name, dtype in READABLE.items()}
-BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F32": 32, "BF16": 16, "F16": 16}
-MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,42 +79,8 @@ class FileTensor:
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of one file by name; raises UserError where the file is truncated or not safetensors."""
-
-    def refuse(why: str):
-        return UserError(f"{path}: {why}; the file is truncated or corrupt, download or save it again")
-
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise refuse(f"{size} bytes is too short for a safetensors file")
-        (length,) = struct.unpack("<Q", start)
-        if length > MAX_HEADER or 8 + length > size:
-            raise refuse(f"its header claims {length} bytes but the file has {size}")
-        try:
-            header = json.loads(file.read(length).decode())
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise refuse("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise refuse("its header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in header.items():
-        try:
-            kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            begin, stop = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise refuse(f"its entry for {name} is incomplete") from None
-        bits = BITS.get(kind)
-        bad_length = bits is not None and (stop - begin) * 8 != bits * math.prod(shape)
-        if begin < 0 or stop < begin or any(n < 0 for n in shape) or bad_length:
-            raise refuse(f"its entry for {name} (dtype {kind}, shape {list(shape)}) does not match its byte range")
-        tensors[name] = FileTensor(path, name, kind, shape, 8 + length + begin)
-        end = max(end, stop)
-    if 8 + length + end != size:
-        raise refuse(f"it should have {8 + length + end} bytes but has {size}")
-    return tensors
+    """The tensors of one file by name; UserError where the file is truncated or not safetensors (`read_entries`)."""
+    return {name: FileTensor(path, name, *entry) for name, entry in read_entries(path).items()}
 
 
 @dataclasses.dataclass(frozen=True)

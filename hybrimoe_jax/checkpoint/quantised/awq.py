@@ -20,6 +20,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     Kind,
     QuantisedTensor,
     centred,
+    check_stored,
     fitting_group,
     gathered,
     groups_in_order,
@@ -42,6 +43,7 @@ class AwqTensor(QuantisedTensor):
     scales: FileTensor
 
     def __post_init__(self):
+        check_stored(self.where, (self.qweight, self.qzeros), self.scales)
         (groups, rows), columns = self.scales.shape, self.qweight.shape[0]
         want = (columns, rows // 8), (groups, rows // 8)
         have = self.qweight.shape, self.qzeros.shape

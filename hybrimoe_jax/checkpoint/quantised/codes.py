@@ -148,6 +148,17 @@ def gathered(
     return out
 
 
+def check_stored(where: str, words: Sequence[Any], scales: Any) -> None:
+    """UserError where packed words are no int32, or scales no floats: their bits would mean something else."""
+    for part in words:
+        if part is not None and part.kind != "I32":
+            raise UserError(
+                f"{where}: {part.name.rpartition('.')[2]} is stored as {part.kind}, and packed words are I32; "
+                "download or save it again"
+            )
+    _ = scales.dtype  # refuses what is no float
+
+
 def groups_listed(g_idx: Any, groups: int, where: str) -> np.ndarray:
     """The stored group of each column, [K]; UserError where one is not in 0..groups-1."""
     of = g_idx.integers()

@@ -25,6 +25,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     QuantisedTensor,
     centred,
     check_group_size,
+    check_stored,
     fitting_group,
     gathered,
     groups_in_order,
@@ -52,6 +53,7 @@ class PackedTensor(QuantisedTensor):
     group_sizes: tuple[Any, ...]  # those of the configuration; -1 is a whole row
 
     def __post_init__(self):
+        check_stored(self.where, (self.packed, self.zero_point), self.scale)
         rows, columns = self.shape
         fields = 32 // self.bits
         groups = self.scale.shape[1] if len(self.scale.shape) == 2 else 0
@@ -116,6 +118,8 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         if settings.get(key):
             raise UserError(f"config.json: compressed-tensors {key} is not supported; save it without")
     weights = [group["weights"] for group in groups.values()]
+    asymmetric = {one.get("num_bits") for one in weights if one.get("symmetric") is False}
+    asymmetric -= {one.get("num_bits") for one in weights if one.get("symmetric") is not False}
     sizes = tuple(-1 if one["strategy"] == "channel" else one.get("group_size") for one in weights)
 
     def matrix(found: dict[str, FileTensor], stem: str) -> PackedTensor:
@@ -123,6 +127,11 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         rows, columns = (int(n) for n in found["weight_shape"].integers())
         bits = 8 if packed.shape[1] * 4 >= columns else 4
         optional = found.get("weight_zero_point"), found.get("weight_g_idx")
+        if optional[0] is None and bits in asymmetric:
+            raise UserError(
+                f"{packed.path}: {stem} has no weight_zero_point, though config.json calls its {bits} bits asymmetric; "
+                "download it again"
+            )
         return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits, sizes)
 
     return gathered(stored, PARTS, ("weight_packed", "weight_scale", "weight_shape"), matrix)

@@ -25,6 +25,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     QuantisedTensor,
     centred,
     check_group_size,
+    check_stored,
     fitting_group,
     gathered,
     groups_in_order,
@@ -56,6 +57,7 @@ class GptqTensor(QuantisedTensor):
     group_size: Any  # as the configuration has it; without `g_idx` it is all that tells where a group ends
 
     def __post_init__(self):
+        check_stored(self.where, (self.qweight, self.qzeros), self.scales)
         groups, rows = self.scales.shape
         fields = 32 // self.bits
         columns = self.qweight.shape[0] * fields
