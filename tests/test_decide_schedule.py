@@ -172,7 +172,7 @@ def test_every_expert_once_and_the_times_are_true(rule, problem):
 
 
 @pytest.mark.parametrize("rule", SCHEDULERS)
-@given(problem=problems(), shared=st.floats(0.0, 3.0), device=st.floats(0.0, 0.5))
+@given(problem=problems(), shared=st.floats(1e-9, 3.0), device=st.floats(1e-9, 0.5))
 def test_residents_that_a_rule_promises_to_keep_are_never_the_cpus(rule, problem, shared, device):
     """Short device times, so that the promise of a rule that steals is often given."""
     problem.loads, problem.tokens = dict.fromkeys(problem.loads, 1), 1

@@ -103,7 +103,7 @@ def planner_for(costs, system="hybrimoe", slots=2):
 
 def test_a_step_is_all_on_the_cpu_only_where_no_routing_is_worth_leaving_the_program():
     """Residents would save more than the handover here: only a dearer handover makes the step all on the CPU."""
-    costs = dataclasses.replace(SHARED, device_expert=0.1, device_token=0.0, look=1e9)
+    costs = dataclasses.replace(SHARED, device_expert=0.1, device_token=0.0, look=1e6)
     rule = with_shared_cores(get_scheduler("paper"), costs)
     saved = max(
         rule.all_on_cpu(p).makespan - rule.charged(p, rule.rule.schedule(p))
@@ -118,14 +118,14 @@ def test_a_step_is_all_on_the_cpu_only_where_no_routing_is_worth_leaving_the_pro
 
 
 def test_residents_that_must_stay_on_the_device_leave_nothing_all_on_the_cpu():
-    costs = dataclasses.replace(SHARED, handover=1e9, look=1e9)
+    costs = dataclasses.replace(SHARED, handover=1e6, look=1e6)
     assert planner_for(costs).all_on_cpu and planner_for(costs, "cpu-only", 0).all_on_cpu
     assert not planner_for(costs, "ktransformers").all_on_cpu and not planner_for(costs, "on-demand").all_on_cpu
-    assert not planner_for(dataclasses.replace(COSTS, handover=1e9)).all_on_cpu  # a device with cores of its own
+    assert not planner_for(dataclasses.replace(COSTS, handover=1e6)).all_on_cpu  # a device with cores of its own
 
 
 def test_a_step_of_several_tokens_is_planned_as_ever():
-    costs = dataclasses.replace(SHARED, alone_expert=100.0, handover=1e9, look=1e9)
+    costs = dataclasses.replace(SHARED, alone_expert=100.0, handover=1e6, look=1e6)
     planner = planner_for(costs)
     assert planner.all_on_cpu
     assert planner.plan(0, {0: 2, 5: 1}, None, 3).schedule.uses_all_cores is False
