@@ -63,11 +63,21 @@ hypothesis.settings.register_profile("nightly", COMMON, max_examples=100, derand
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
     parser.addoption("--nightly", action="store_true", help="run all tests, those marked nightly as well")
+    parser.addoption("--fuzz-seconds", type=float, help="of the fuzz campaign (30, with --nightly 1200)")
 
 
 def pytest_configure(config):
     chosen = [name for name in ("nightly", "slow") if config.getoption(name)]
     hypothesis.settings.load_profile([*chosen, "default"][0])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the fuzz campaign has tried."""
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in report.user_properties:
+            if name == "fuzz" and report.when == "call":
+                terminalreporter.section("the fuzz campaign")
+                terminalreporter.write_line(value)
 
 
 def pytest_unconfigure(config):

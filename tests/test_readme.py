@@ -23,7 +23,7 @@ PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
 README = TEXTS["README.md"]
 FLAG = r"(?<![^\s`(])--[a-z][a-z-]+"
-OTHERS = {"--n-gpu-layers", "--slow", "--add", "--step", "--layers", "--dry-run"}
+OTHERS = {"--n-gpu-layers", "--slow", "--fuzz-seconds", "--add", "--step", "--layers", "--dry-run"}
 """Flags of other programs, and of scripts/, that the documents mention."""
 needs_bundled = pytest.mark.skipif(
     not (bundled_model() / "manifest.json").is_file(), reason="no bundled model in hybrimoe_jax/assets"

@@ -1,0 +1,137 @@
+"""A fault for each kind, put into the package in the worker's memory: what the campaign must find.
+
+Four of them are no wrong answers: one hangs, one takes memory, one aborts the process, one writes beside its input.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def after(owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """`owner.name` gives what `change(result, *args)` makes of its result."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def changed(*args: Any, **more: Any) -> Any:
+        return change(original(*args, **more), *args)
+
+    setattr(owner, name, changed)
+
+
+def config() -> None:
+    """Keys that change the numbers are not looked at."""
+    from hybrimoe_jax.models.config import ModelConfig
+
+    ModelConfig.check = lambda self, raw: None
+
+
+def safetensors() -> None:
+    """A tensor's last row is its first."""
+    from hybrimoe_jax.checkpoint.safetensors import FileTensor
+
+    def change(array: np.ndarray, *_: Any) -> np.ndarray:
+        if array.ndim and len(array) > 1:
+            array[-1] = array[0]
+        return array
+
+    after(FileTensor, "read", change)
+
+
+def gguf() -> None:
+    """The process ends at a file of which it cannot make sense."""
+    from hybrimoe_jax.checkpoint.gguf import file
+
+    original = file.open_gguf
+
+    def changed(path: Any) -> Any:
+        try:
+            return original(path)
+        except Exception:
+            os.abort()
+
+    file.open_gguf = changed
+
+
+def tokenizer() -> None:
+    """The last token of a long text is lost."""
+    from hybrimoe_jax.text import Tokenizer
+
+    after(Tokenizer, "encode", lambda ids, *_: ids[:-1] if len(ids) > 40 else ids)
+
+
+def template() -> None:
+    """What a template with a macro gives never comes."""
+    from hybrimoe_jax.text import Tokenizer
+
+    def change(text: str, *_: Any) -> str:
+        while "<y>" in text:
+            pass
+        return text
+
+    after(Tokenizer, "apply_chat_template", change)
+
+
+def profile() -> None:
+    """Costs that are read fill memory."""
+    from hybrimoe_jax.machine.costs import CostModel
+
+    def change(costs: Any, *_: Any) -> Any:
+        np.ones(3 << 26)
+        return costs
+
+    CostModel.load = classmethod(lambda cls, path, load=CostModel.load.__func__: change(load(cls, path)))
+
+
+def trace() -> None:
+    """A trace that is opened leaves a file beside it."""
+    from hybrimoe_jax.trace import importers
+
+    after(importers, "open_trace", lambda trace, path: (path.with_name("stray").touch(), trace)[1])
+
+
+def flags() -> None:
+    """A refusal ends with another exit code."""
+    from hybrimoe_jax import cli
+
+    after(cli, "fail", lambda code, message: code if len(message) % 3 else 1)
+
+
+def api() -> None:
+    """A number of tokens that is no whole number is cut off."""
+    from hybrimoe_jax.engine.engine import Engine
+
+    original = Engine.steps
+
+    def changed(self: Any, prompts: Any, *, max_new_tokens: Any = 64, **more: Any) -> Any:
+        whole = int(max_new_tokens) if isinstance(max_new_tokens, float) else max_new_tokens
+        return original(self, prompts, max_new_tokens=whole, **more)
+
+    Engine.steps = changed
+
+
+def policy() -> None:
+    """Whether a class is a policy is not checked."""
+    from hybrimoe_jax.decide.registry import Kind
+
+    Kind._check = lambda self, rule: None
+    Kind._check_class = lambda self, name, made_by: None
+
+
+FAULTS = {
+    "config": config,
+    "safetensors": safetensors,
+    "gguf": gguf,
+    "tokenizer": tokenizer,
+    "template": template,
+    "profile": profile,
+    "trace": trace,
+    "flags": flags,
+    "api": api,
+    "policy": policy,
+}

@@ -1,0 +1,213 @@
+"""Routing traces, in every form they are written in, and cache states. The reference is what NumPy reads in the file.
+
+What is accepted holds those arrays, keeps every rule of the format (written down again below), says the same after it
+is saved again, and can be replayed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+import random
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fuzz.mutate import NUMBERS, brief, change_bytes, change_json
+from fuzz.worker import Case, Wrong
+
+DATA = Path(__file__).parents[1] / "data" / "formats"
+TEXTS = ("t.csv", "t.jsonl")
+TABLES = ("t.parquet",) if importlib.util.find_spec("pyarrow") else ()
+
+
+def small(layers: int = 2, experts: int = 6, top_k: int = 2) -> Any:
+    """Four steps of two sequences, with everything that a trace may hold."""
+    from hybrimoe_jax.trace.facts import TraceFacts
+    from hybrimoe_jax.trace.file import Trace
+
+    rng = np.random.default_rng(0)
+    places = {0: (0, 1), 1: (2,), 2: (3,), 3: (4,)}
+    rows = [(s, m, q, p) for s, at in places.items() for m in range(layers) for q in range(2) for p in at]
+    step, layer, sequence, position = np.array(rows, np.int32).T
+    scores, ahead = rng.random((2, len(rows), experts), np.float32)
+    ids = np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
+    ahead[layer == layers - 1] = np.nan
+    facts = TraceFacts("qwen2_moe", layers, experts, top_k, {"int4-g64": 1000})
+    phase, weights = (step > 0).astype(np.uint8), np.take_along_axis(scores, ids, 1)
+    about = {"clock": "wall"}
+    return Trace(facts, step, layer, phase, sequence, position, ids, weights, scores, {1: ahead}, about)
+
+
+class Kind:
+    """Traces of a few rows."""
+
+    def __init__(self, base: Path):
+        from hybrimoe_jax.trace.export import export_trace
+        from hybrimoe_jax.trace.file import save_trace
+
+        trace = small()
+        save_trace(trace, base / "t.npz")
+        for name in TEXTS + TABLES:
+            export_trace(trace, base / name)
+        self.files = {name: (base / name).read_bytes() for name in ("t.npz", *TEXTS, *TABLES)}
+        self.files["state.npz"] = (DATA / "cache-state-1.npz").read_bytes()
+        with np.load(base / "t.npz") as archive:
+            self.arrays = {name: archive[name] for name in archive.files}
+        for name in self.files:
+            if name != "state.npz":
+                self.compare(base, base / name, None, True)
+
+    def case(self, rng: random.Random, folder: Path) -> Case:
+        name = rng.choice(("t.npz",) * 6 + (*TEXTS, *TABLES, "state.npz"))
+        arrays, harmless = None, False
+        if name == "t.npz" and rng.random() < 0.85:
+            arrays, what = self.changed(rng)
+            harmless = what.startswith("harmless")
+            data = packed(arrays, rng)
+            if rng.random() < 0.05:
+                data, arrays = bomb(rng), None
+                what = "an array that is said to be huge, or inflates to it"
+        elif name in TEXTS and rng.random() < 0.8:
+            data, what = changed_text(rng, self.files[name])
+        else:
+            data, what = change_bytes(rng, self.files[name])
+        if name in TEXTS and rng.random() < 0.1:
+            name, data = name + ".gz", gzip.compress(data)
+        path = folder / name
+        path.write_bytes(data)
+        if name == "state.npz":
+            return Case(what, lambda: self.state(path), (name,))
+        return Case(f"{name}: {what}", lambda: self.compare(folder, path, arrays, harmless), (name, "trace facts"))
+
+    def changed(self, rng: random.Random) -> tuple[dict[str, np.ndarray], str]:
+        arrays = {name: array.copy() for name, array in self.arrays.items()}
+        how = rng.choice(("value",) * 5 + ("meta",) * 3 + ("type", "shape", "drop", "add", "rows", "harmless"))
+        name = rng.choice([n for n in arrays if n != "meta"])
+        array = arrays[name]
+        if how == "meta":
+            meta, what = change_json(rng, json.loads(str(arrays["meta"])), ("format", "version", "facts", "about"))
+            arrays["meta"] = np.array(json.dumps(meta).replace("\x00", "x"))
+            return arrays, f"meta: {what}"
+        if how == "value":
+            at = rng.randrange(array.size)
+            near = (array.flat[at] + 1, array.flat[at] - 1, array.flat[at - 1], 0, 1, 127)
+            values = [n for n in NUMBERS if abs(n) < 2**31 and n == int(n)] if array.dtype.kind in "iu" else [*NUMBERS]
+            value = rng.choice((*near, *values, *[np.nan, np.inf] * (array.dtype.kind == "f")))
+            with np.errstate(all="ignore"):
+                array.flat[at] = np.array(value).astype(array.dtype)
+            return arrays, f"{name}[{at}] = {array.flat[at]}"
+        if how == "harmless":
+            arrays["x_more"] = np.arange(3)
+            arrays["ids"] = arrays["ids"].astype(rng.choice((np.int64, np.int16, np.uint8)))
+            return arrays, f"harmless: ids as {arrays['ids'].dtype}, an addition"
+        kinds = ("f8", "i8", "u8", "S3", "U3", "?", "c8", "M8[s]", "f2", ">i4")
+        with np.errstate(all="ignore"):
+            arrays[name] = {
+                "type": lambda: array.astype("f4" if array.dtype.kind == "f" else "i8").astype(rng.choice(kinds)),
+                "shape": lambda: rng.choice((array[:-1], array[None], array.ravel(), array[..., None], array[:0])),
+                "rows": lambda: array[::-1],
+                "drop": lambda: array[0],
+                "add": lambda: array,
+            }[how]()
+        if how == "drop":
+            del arrays[name]
+        if how == "add":
+            arrays[rng.choice(("more", "lookahead_2", "lookahead_0", "lookahead_99", "x_", "batch", "../x"))] = array
+        return arrays, f"{how} {name}: {arrays[name].dtype if name in arrays else ''}"
+
+    def compare(self, folder: Path, path: Path, arrays: dict | None, harmless: bool) -> None:
+        from hybrimoe_jax.errors import UserError
+        from hybrimoe_jax.trace.file import save_trace
+        from hybrimoe_jax.trace.importers import open_trace
+        from hybrimoe_jax.trace.info import info
+
+        try:
+            trace = open_trace(path)
+        except UserError as error:
+            if harmless:
+                raise Wrong(f"a sound trace is refused: {error}") from None
+            raise
+        sound(trace)
+        for name in ("step", "layer", "phase", "sequence", "position", "ids", "weights", "scores") if arrays else ():
+            if not np.array_equal(getattr(trace, name), arrays[name], equal_nan=name in ("weights", "scores")):
+                raise Wrong(f"{name}: other values than in the file")
+        (folder / "out").mkdir(exist_ok=True)
+        save_trace(trace, folder / "out" / "again.npz")
+        again = open_trace(folder / "out" / "again.npz")
+        if again.facts != trace.facts or not np.array_equal(again.ids, trace.ids):
+            raise Wrong("saved and read again it is another trace")
+        json.dumps(info(trace), allow_nan=False)
+
+    def state(self, path: Path) -> None:
+        from hybrimoe_jax.decide.cache_state import CacheState
+        from hybrimoe_jax.engine.cache_state import load_state
+
+        state = load_state(path)
+        if not isinstance(state, CacheState):
+            raise Wrong(f"a {type(state).__name__}")
+        state.check(state.facts, state.system)
+
+
+def sound(trace: Any) -> None:
+    """Every rule of the format, row by row."""
+    facts, seen, last = trace.facts, set(), (0, 0)
+    for row, ids in enumerate(trace.ids.tolist()):
+        here = int(trace.step[row]), int(trace.layer[row])
+        token = (*here, int(trace.sequence[row]), int(trace.position[row]))
+        if min(token) < 0 or here[1] >= facts.layers or here < last or token in seen or trace.phase[row] not in (0, 1):
+            raise Wrong(f"row {row} is taken: {token}")
+        if len(ids) != facts.top_k or len(set(ids)) != len(ids) or not all(0 <= e < facts.experts for e in ids):
+            raise Wrong(f"row {row} is taken with experts {ids}")
+        last = here
+        seen.add(token)
+    for array in (trace.weights, trace.scores, *trace.lookahead.values()):
+        rows = [] if array is None else array[~np.isnan(array).all(axis=1)]
+        if len(rows) and not (np.isfinite(rows).all() and (rows >= 0).all()):
+            raise Wrong("probabilities that are none are taken")
+
+
+def packed(arrays: dict[str, np.ndarray], rng: random.Random) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def bomb(rng: random.Random) -> bytes:
+    """A header that claims too much, with or without the zeros that it claims."""
+    rows = rng.choice((10**8, 10**12, 2**62))
+    head = str({"descr": rng.choice(("<i4", "<f8", "|O")), "fortran_order": False, "shape": (rows,)}).encode()
+    head += b" " * (-(len(head) + 11) % 64) + b"\n"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("meta.npy", "w") as member:
+            np.lib.format.write_array(member, np.array("{}"))
+        with archive.open(rng.choice(("step.npy", "ids.npy", "x_more.npy")), "w", force_zip64=True) as member:
+            member.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head)
+            for _ in range(rng.choice((0, 3000))):
+                member.write(bytes(1 << 20))
+    return file.getvalue()
+
+
+def changed_text(rng: random.Random, data: bytes) -> tuple[bytes, str]:
+    """A table with a line or a field changed."""
+    lines = data.decode().split("\n")
+    at = rng.randrange(len(lines))
+    how = rng.choice(("drop", "twice", "field", "field", "field", "cut", "swap", "blank"))
+    if how == "field":
+        fields = lines[at].split(",")
+        one = rng.randrange(len(fields))
+        fields[one] = rng.choice(("", "-1", "1e308", "nan", "9" * 5000, "x", "\x1b[2J", '"', "0.5", "99", "[" * 9999))
+        lines[at] = ",".join(fields)
+    else:
+        other = rng.randrange(len(lines))
+        new = {"drop": [], "twice": [lines[at]] * 2, "cut": [lines[at][:-2]], "blank": ["", lines[at]]}
+        lines[at : at + 1] = new.get(how, [lines[other]])
+    return "\n".join(lines).encode(), f"{how} line {at}: {brief(lines[at] if at < len(lines) else '')}"
