@@ -154,7 +154,7 @@ def test_no_character_is_split(tmp_path, make):
     parts = pushed(tokenizer, ids)
     assert "".join(parts) == text == tokenizer.decode(ids)
     assert not any("\ufffd" in part for part in parts)
-    assert "你" in parts and "🙂" in parts and "" in parts, "wide characters must come whole, once"
+    assert any("你" in part for part in parts) and any("🙂" in part for part in parts) and "" in parts
     assert sum(bool(part) for part in parts[:4]) >= 3, "plain text must not be held back"
 
 

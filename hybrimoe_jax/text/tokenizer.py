@@ -7,15 +7,19 @@ so they run in jinja2's immutable sandbox.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.text.stream import DecodeStream
+from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.text.added_tokens import ADDED, CONFIG, MAP, AddedTokens
+from hybrimoe_jax.text.backend import library, load_backend
+from hybrimoe_jax.text.render import TemplateError, render
+from hybrimoe_jax.text.stream import DecodeStream, stream_for
+from hybrimoe_jax.text.templates import choose, conversation, objects, templates_of
 
 
 class Tokenizer:
@@ -25,27 +29,25 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        from tokenizers import Tokenizer as Backend
-
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             hint = " (tokenizer.model alone is not read: load it with transformers and save_pretrained)"
             raise UserError(f"{path}: no such file{hint if (self.folder / 'tokenizer.model').is_file() else ''}")
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a tokenizer ({error}); download or save it again") from None
-        self._backend.no_truncation()  # both are saved with a tokenizer that made batches; a prompt is taken whole
-        self._backend.no_padding()
-        self.config = read_object(self.folder / "tokenizer_config.json")
-        saved = read_object(self.folder / "special_tokens_map.json")
-        self.special_tokens = {
-            key: content(value)
-            for key, value in {**saved, **self.config}.items()
-            if key.endswith("_token") and content(value) is not None
-        }
-        self._template = self._find_template()
+        self._backend = load_backend(path)
+        files = {name: read_object(self.folder / name) for name in (CONFIG, MAP, ADDED)}
+        self.config = files[CONFIG]
+        for key in ("add_bos_token", "split_special_tokens"):
+            if not isinstance(self.config.get(key), (bool, type(None))):
+                raise UserError(f"{self.folder / CONFIG}: {key} is {shown(self.config[key])}, neither true nor false")
+        added = AddedTokens.read(self.folder, files, self._backend)
+        with library(f"{self.folder}: its added tokens do not fit tokenizer.json"):
+            added.add_to(self._backend, self.folder)
+        self.special_tokens = {role: token.content for role, token in added.named.items()}
+        added_tokens = self._backend.get_added_tokens_decoder().values()
+        self._special_texts = {token.content for token in added_tokens if token.special}
+        self._backend.encode_special_tokens = self.config.get("split_special_tokens") is True
+        self.chat_templates = templates_of(self.folder, self.config)
 
     @property
     def vocab_size(self) -> int:
@@ -72,66 +74,82 @@ class Tokenizer:
         set; transformers 4 follows the flag, transformers 5 does not). Pass `add_special_tokens=False` for the
         text of a chat template, which has its own.
         """
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._encode(text, add_special_tokens)
         wants, bos = self.config.get("add_bos_token"), self.bos_id
         if not add_special_tokens or wants is None or bos is None:
             return ids
         if wants:
             return ids if ids[:1] == [bos] else [bos, *ids]
-        plain = self._backend.encode(text, add_special_tokens=False).ids
+        plain = self._encode(text, False)
         return ids[1:] if ids[:1] == [bos] and len(ids) > len(plain) else ids
 
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        with library(f"{self.folder}: tokenizer.json cannot encode this text"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of token ids; those that the vocabulary lacks give none. Raises UserError for what is no id."""
+        try:
+            ids = [operator.index(number) for number in ids]
+            with library(f"{self.folder}: tokenizer.json cannot decode these ids"):
+                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except TypeError as error:
+            raise UserError(f"token ids must be whole numbers ({error})") from None
 
     def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
-        return DecodeStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens))
+        """Text as its tokens come: the pieces together are `decode` of all ids."""
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        text_of = self._text_unless_special if skip_special_tokens else self._backend.id_to_token
+        return stream_for(self._backend.decoder, decode, text_of)
+
+    def _text_unless_special(self, token: int) -> str | None:
+        text = self._backend.id_to_token(token)
+        return None if text in self._special_texts else text
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return bool(self.chat_templates)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """The prompt text for a conversation, [{"role": ..., "content": ...}, ...].
 
-        Raises UserError where there is no template, it is malformed, or it refuses the conversation.
+        Args: chat_template: which of several, by name, or the text of another; without it the one named "tool_use"
+          if `tools` are given and there is such a one, else the default one; tools: JSON schemas of functions that
+          the model may call; documents: objects with a title and a text; variables: whatever else the template reads,
+          such as `enable_thinking=False`.
+
+        Templates run in a process of their own, within limits: see `text.render`. Raises UserError where there is no
+        such template, it is malformed, passes a limit, or refuses the conversation.
         """
-        import jinja2
-
-        if self._template is None:
-            raise UserError(f"{self.folder}: the tokenizer has no chat template")
+        where, template = choose(self.chat_templates, chat_template, tools, self.folder)
+        given = {
+            **self.special_tokens,
+            **variables,
+            "messages": conversation(messages),
+            "tools": objects(tools, "tools", template),
+            "documents": objects(documents, "documents", template),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return (
-                template_environment()
-                .from_string(self._template)
-                .render(
-                    messages=list(messages),
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.special_tokens,
-                )
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{self.folder}: chat template: {error}") from None
+            return render(template, given)
+        except TemplateError as error:
+            raise UserError(f"{where}: {error}") from None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation; the template has written the special tokens already."""
-        return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
-
-    def _find_template(self) -> str | None:
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # several by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        if template is not None and not isinstance(template, str):
-            raise UserError(
-                f"{self.folder / 'tokenizer_config.json'}: chat_template is no text; download or save it again"
-            )
-        return template
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+    ) -> list[int]:
+        """Ids of a conversation: the template has written the special tokens. `options` as of `apply_chat_template`."""
+        text = self.apply_chat_template(messages, add_generation_prompt, **options)
+        return self.encode(text, add_special_tokens=False)
 
 
 def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, config) -> tuple[int, ...]:
@@ -145,13 +163,6 @@ def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, c
     return ()
 
 
-def content(token: Any) -> str | None:
-    """The text of a special token, which may be stored as a string or as {"content": ...}."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file; raises UserError where it is malformed."""
     if not path.is_file():
@@ -163,39 +174,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; download or save it again")
     return value
-
-
-@functools.cache
-def template_environment():
-    """The sandbox in which chat templates run, with the names that published templates use."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks the assistant's part for training.
-
-        Here it is just its body.
-        """
-
-        tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]  # jinja2 only reads it
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def refuse(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json  # jinja's own escapes HTML
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
