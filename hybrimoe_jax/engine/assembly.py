@@ -126,6 +126,7 @@ class _HybridAssembly:
         self.measured = Measurements() if options.measure_again else self.kept.read()
         self.costs = given.costs or self._measured_costs()
         self.link.patience_s = PATIENCE * self.costs.transfer(True)
+        self.host.expected = self.wake_s, self.costs
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 
     def give_up_before_the_start(self, why: str) -> None:

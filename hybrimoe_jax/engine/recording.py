@@ -46,7 +46,7 @@ class EngineTimeline:
             about["profile"] = engine.options.profile
         self._timeline = Timeline(**about)
         self._ends: dict[str, float] = {}
-        self._worker = Worker(self._serve, "timeline")
+        self._worker = Worker(self._serve, "timeline", self._lost)
         self._finished = False
         self.add = self._timeline.add
 
@@ -83,6 +83,11 @@ class EngineTimeline:
     def write(self, path) -> None:
         """Chrome trace-event JSON, which Perfetto opens."""
         self.finish().write(path)
+
+    def _lost(self, task, error: BaseException) -> None:
+        """The watcher has died: an event that it watched is not in the timeline, and nobody waits for it."""
+        if isinstance(task, threading.Event):
+            task.set()
 
     def _serve(self, task) -> None:
         if isinstance(task, threading.Event):

@@ -13,9 +13,11 @@ import threading
 
 import numpy as np
 
+from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
-from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.engine.lanes.workers import PATIENCE, SLICES, Worker, ended
+from hybrimoe_jax.errors import DeviceError
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
 
 
@@ -59,7 +61,12 @@ class HostExecutor:
         `wide`.
       detailed: time every expert on its own (for the timeline) instead of every share.
       pace: how long experts last; None: as long as they take.
+
+    Attributes: `expected`: the seconds that waking a thread takes, and the costs of experts, once they are known. Work
+    that takes PATIENCE times as long is given up.
     """
+
+    expected: tuple[float, Costs] | None = None
 
     def __init__(
         self,
@@ -120,6 +127,24 @@ class HostExecutor:
             run_experts(self.kernel, [handle], work.x, [rows], [mix], part.out, part.threads)
             part.spans.append((expert, start, now()))
 
+    def join(self, number: int, part: Part) -> None:
+        """Waits until the share of a worker is done, and raises what it raised; DeviceError where it does not end."""
+        if self.expected is None:
+            part.done.wait()
+        else:
+            wake_s, costs = self.expected
+            if not part.done.wait(PATIENCE * wake_s / SLICES):  # most are done by then: nothing to add up
+                seconds = sum(costs.cpu(len(rows), first=not i) for i, rows in enumerate(part.work.tokens))
+                patience_s = PATIENCE * (wake_s + seconds)
+                if not ended(part.done, patience_s):
+                    self._workers[number].abandon()
+                    raise DeviceError(
+                        f"the host experts of MoE layer {part.work.layer} have not been computed in {patience_s:.3g} "
+                        f"s, {PATIENCE:,} times what they take: the host kernel may hang"
+                    )
+        if part.error is not None:
+            raise part.error
+
     def close(self) -> None:
         for worker in self._workers:
             worker.stop()
@@ -161,13 +186,11 @@ class Pending:
 
     def result(self) -> np.ndarray:
         """The sum over experts, [N, D], a fresh array each time (jax may alias it). Raises what a worker raised."""
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             if self._inline:
                 self._executor.compute(part)
-                continue
-            part.done.wait()
-            if part.error is not None:
-                raise part.error
+            else:
+                self._executor.join(number, part)
         total = self.parts[0].out
         for part in self.parts[1:]:
             total += part.out

@@ -69,6 +69,10 @@ class PacedLink(Link):
         super()._give_up(stuck)
         self._clear()
 
+    def _lost(self, transfer: Transfer, error: BaseException) -> None:
+        self._clear()
+        super()._lost(transfer, error)
+
     def _clear(self) -> None:
         with self._changed:
             self._lane.clear()

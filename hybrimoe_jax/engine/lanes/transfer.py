@@ -21,17 +21,12 @@ import numpy as np
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host_memory import HostMemory
-from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.engine.lanes.workers import PATIENCE, SLICES, Worker, ended
 from hybrimoe_jax.engine.programs import Device
 from hybrimoe_jax.errors import DeviceError
 from hybrimoe_jax.formats.packing import HostExpert
 from hybrimoe_jax.formats.plain import aligned_copy
 from hybrimoe_jax.models.moe import DeviceExpert
-
-PATIENCE = 50_000
-"""A transfer that takes so many times what the costs say hangs. Seconds for a large expert, and no less than what a
-busy machine keeps a thread waiting for a small one."""
-SLICES = 50
 
 
 @dataclasses.dataclass
@@ -80,7 +75,7 @@ class Link:
         self._gave_up = False
         self._oldest: tuple[int, int, float] | None = None
         self._seen_s = self._looked = self._free = 0.0
-        self._worker = Worker(self._serve, "link")
+        self._worker = Worker(self._serve, "link", self._lost)
 
     def put(self, weights: HostExpert) -> DeviceExpert:
         """Demand fetch: device arrays, asynchronously.
@@ -199,14 +194,8 @@ class Link:
             self.memory.close()
 
     def _join(self, transfer: Transfer) -> None:
-        """Waits until a transfer has ended, well or not.
-
-        The time is waited for in slices, so that a process that was stopped meanwhile, or had no core, counts as having
-        waited for one of them.
-        """
-        if self.patience_s is None:
-            transfer.done.wait()
-        elif not any(transfer.done.wait(self.patience_s / SLICES) for _ in range(SLICES)):
+        """Waits until a transfer has ended, well or not."""
+        if not ended(transfer.done, self.patience_s):
             self._give_up(transfer)
 
     def _look_after(self) -> None:
@@ -227,7 +216,6 @@ class Link:
         )
         self._gave_up = True
         self._worker.abandon()
-        self._worker = Worker(self._serve, "link")
         for transfer in (stuck, *self._in_flight.values(), *(t for of in self._streamed.values() for t in of.values())):
             if not transfer.done.is_set():
                 transfer.error = error
@@ -250,6 +238,13 @@ class Link:
             transfer.error = error
         transfer.landed = self._free = self.clock.now()
         transfer.done.set()
+
+    def _lost(self, transfer: Transfer, error: BaseException) -> None:
+        """The link's thread has died and left a transfer undone."""
+        if not transfer.done.is_set():
+            where = f"expert {transfer.expert} of MoE layer {transfer.layer}"
+            transfer.error = DeviceError(f"{where} has not reached the device: {error}")
+            transfer.done.set()
 
     def _copy(self, transfer: Transfer) -> None:
         parts = self.memory.source(transfer.weights)

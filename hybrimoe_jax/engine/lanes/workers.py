@@ -6,45 +6,118 @@ unwound through C++ frames, which aborts the process. Imports no jax.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from hybrimoe_jax.errors import DeviceError
+
+PATIENCE = 50_000
+"""A task that takes so many times what the costs say hangs. Seconds for a large expert, and no less than what a busy
+machine keeps a thread waiting for a small one."""
+SLICES = 50
+
+
+def ended(done: threading.Event, patience_s: float | None) -> bool:
+    """Waits for a task's end, `patience_s` at most (None: as long as it takes); whether it came.
+
+    The time is waited for in slices, so that a process that was stopped meanwhile, or had no core, counts as having
+    waited for one of them.
+    """
+    if patience_s is None:
+        return done.wait()
+    return any(done.wait(patience_s / SLICES) for _ in range(SLICES))
+
+
+def tell_lost(task: Any, error: BaseException) -> None:
+    """Ends a task that has an event `done` and room for its `error`."""
+    done = getattr(task, "done", None)
+    if done is not None and not done.is_set():
+        task.error = error
+        done.set()
+
 
 class Worker:
-    """One thread that calls `serve(task)` for each task in turn, until `stop` or the end of the program."""
+    """One thread that calls `serve(task)` for each task in turn, until `stop` or the end of the program.
 
-    def __init__(self, serve: Callable[[Any], None], name: str):
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        thread = threading.Thread(target=_loop, args=(self._tasks, serve), name=name, daemon=True)
+    A thread may die: `serve` raises, or someone raises in it. Then `lost(task, error)` is called for every task that it
+    was given and has not served, so that nobody waits for them, and the next task has a new thread.
+    """
+
+    def __init__(self, serve: Callable[[Any], None], name: str, lost: Callable[[Any, BaseException], None] = tell_lost):
+        self._serve, self._name, self._lost = serve, name, lost
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tasks = _Tasks()
+        arguments = (self._tasks, self._serve, self._lost, self._name)
+        thread = threading.Thread(target=_loop, args=arguments, name=self._name, daemon=True)
         thread.start()
         self._stop = weakref.finalize(self, _finish, self._tasks, thread)  # also runs at exit
 
     def put(self, task: Any) -> None:
-        self._tasks.put(task)
+        while not self._tasks.put(task):
+            self._begin()
 
     def stop(self) -> None:
         """Returns when the tasks put before have been served. Calling it again does nothing."""
         self._stop()
 
     def abandon(self) -> None:
-        """For a thread that does not come back: what waits behind its task is dropped, and nobody waits for it."""
+        """For a thread that does not come back: what waits behind its task is dropped, and nobody waits for it.
+
+        The next task has a new thread.
+        """
         self._stop.detach()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()
-        self._tasks.put(None)
+        self._tasks.close()
 
 
-def _loop(tasks: queue.SimpleQueue, serve: Callable[[Any], None]) -> None:
-    while (task := tasks.get()) is not None:
-        serve(task)
-        task = None  # else what it holds, an expert on the device perhaps, would stay until the next one comes
+class _Tasks:
+    """What a thread was given: `unserved`, by identity, is what it has not ended."""
+
+    def __init__(self):
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self.unserved: dict[int, Any] = {}
+        self._lock, self._closed = threading.Lock(), False
+
+    def put(self, task: Any) -> bool:
+        """Whether there is a thread to serve it."""
+        with self._lock:
+            if not self._closed:
+                self.unserved[id(task)] = task
+                self.queue.put(task)
+            return not self._closed
+
+    def close(self) -> list[Any]:
+        """Takes no more tasks, and the thread ends before its next one. What was left unserved."""
+        with self._lock:
+            self._closed = True
+            left, self.unserved = list(self.unserved.values()), {}
+            while not self.queue.empty():
+                self.queue.get_nowait()
+            self.queue.put(None)
+        return left
 
 
-def _finish(tasks: queue.SimpleQueue, thread: threading.Thread) -> None:
-    tasks.put(None)
+def _loop(tasks: _Tasks, serve: Callable[[Any], None], lost: Callable[[Any, BaseException], None], name: str) -> None:
+    died = None
+    try:
+        while (task := tasks.queue.get()) is not None:
+            serve(task)
+            tasks.unserved.pop(id(task), None)
+            task = None  # else what it holds, an expert on the device perhaps, would stay until the next one comes
+    except BaseException as error:
+        died = error
+    left = tasks.close()
+    if died is not None:
+        for task in left:
+            error = DeviceError(f"the thread {name} has died ({type(died).__name__}: {died})")
+            error.__cause__ = died
+            lost(task, error)
+
+
+def _finish(tasks: _Tasks, thread: threading.Thread) -> None:
+    tasks.queue.put(None)
     thread.join()

@@ -35,13 +35,30 @@ def moe_program(graphdef, kernel: str = "xla"):
 
 
 class HostExperts:
-    """What a callback runs: numpy only, no statistics, any number of times."""
+    """What a callback runs: numpy only, no statistics, any number of times.
+
+    What it raises would reach the caller as a text of XLA's: it is kept for whoever waits for the program, see `check`.
+    """
 
     def __init__(self, host: HostExecutor):
         self._host = host
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises what the host experts have raised."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def __call__(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         out = np.zeros_like(x)
+        try:
+            self._add(out, layer, x, ids, weights)
+        except BaseException as error:
+            self._error = error
+        return out
+
+    def _add(self, out: np.ndarray, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
         experts = [e for e in np.unique(ids).tolist() if e >= 0]
         places = [np.nonzero(ids == e) for e in experts]
         run_experts(
@@ -52,7 +69,6 @@ class HostExperts:
             [weights[place] for place in places],
             out,
         )
-        return out
 
 
 class CallbackForward(LayeredForward):
@@ -75,6 +91,7 @@ class CallbackForward(LayeredForward):
         slots = [(expert, self.pool.get(moe_layer, expert)) for expert in kept]
         acc = self._call(layer, acc, x, slots, routing, plan.cpu)
         jax.block_until_ready(acc)
+        self._experts.check()
         lanes.device = now() - started
         if self.timeline is not None:  # one event for all: what runs inside one executable cannot be timed apart
             self.timeline.moe_block(moe_layer, started, now(), device=kept, cpu=plan.cpu)
