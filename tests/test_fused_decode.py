@@ -257,6 +257,34 @@ def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read
     assert engine.generate(prompt, max_new_tokens=12).token_ids == want
 
 
+@pytest.mark.parametrize(
+    ("temperature", "call"), [(0.0, 7), (0.7, 7), (0.7, 3 * 6 + 2)], ids=["greedy", "drawn", "at the end"]
+)
+def test_an_interrupt_in_the_planner_leaves_an_exact_engine(temperature, call, monkeypatch):
+    """Also at a run's end, where the latest drawn step is planned: what is half planned is repaired."""
+    engine, prompt = fused_engine(), tiny.prompts(tiny.weights("qwen2_moe")[0], (9,))
+    options = {"max_new_tokens": 8, "temperature": temperature}
+    want = engine.generate(prompt, **options).token_ids
+    plan, repair, calls, repaired = engine.planner.plan, engine._forward.layered.repair, [], []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3 + call:  # the prompt's layers are planned first
+            raise KeyboardInterrupt
+        return plan(*args, **kwargs)
+
+    monkeypatch.setattr(engine.planner, "plan", interrupted)
+    monkeypatch.setattr(engine._forward.layered, "repair", lambda: repaired.append(1) or repair())
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt, **options)
+    for _ in range(2):
+        again = engine.generate(prompt, **options)
+        assert again.token_ids == want
+        assert all(len(step.layers) == 3 for step in again.stats.steps)
+    assert repaired == [1]
+    engine.close()
+
+
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
     engine = fused_engine(eos=(95, 94))
     prompt = tiny.prompts(engine.config, (9,))

@@ -241,6 +241,36 @@ def test_ctrl_c_prints_what_there_is(checkpoint, profile, decode, first):
     assert decode(stats["token_ids"]).startswith(text.rstrip("\ufffd")) and text
 
 
+MOMENTS = {
+    "the prompt is read": "hybrimoe_jax.generate.read_prompt",
+    "the checkpoint is opened": "hybrimoe_jax.checkpoint.reader.open_checkpoint",
+    "weights are read": "hybrimoe_jax.checkpoint.reader.Checkpoint.dense",
+    "the engine is made": "hybrimoe_jax.engine.engine.assemble",
+    "the prompt is computed": "hybrimoe_jax.engine.steps.layered.LayeredForward.front",
+    "a token is chosen": "hybrimoe_jax.engine.sampling.Sampler.__call__",
+    "files are written": "hybrimoe_jax.engine.recording.EngineTrace.save",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_at_any_moment_is_no_traceback(moment, here, tmp_path, monkeypatch):
+    """The exit code is 130; what is printed on the way stays what it is."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(MOMENTS[moment], interrupted)
+    done = here("--prompt", PROMPT, "--max-tokens", 4, "--stats", "json", "--trace", tmp_path / "trace.npz")
+    assert done.returncode == 130 and b"Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [] or "token" in moment
+    for line in done.stdout.splitlines():
+        assert not line.startswith(b"{") or json.loads(line)["finish_reason"] == "interrupted"
+
+
 def test_the_help_names_everything_that_is_registered(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100000")
     words = set(generate.parser().format_help().replace(",", " ").split())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 
+from hybrimoe_jax.engine.sampling import Sampler
+from hybrimoe_jax.simulate.recorded import replay_run
+
 
 class Stop(KeyboardInterrupt):
     pass
@@ -63,3 +66,32 @@ def test_an_interrupt_while_transfers_are_handed_over_leaves_none_to_wait_for(sy
         engine.generate(prompts, max_new_tokens=8)
     monkeypatch.setattr(worker, "put", original)
     assert engine.generate(prompts, max_new_tokens=8).token_ids == expected
+
+
+@pytest.mark.parametrize(("options", "call"), [({"temperature": 0.7}, 1), ({"temperature": 0.7}, 4), ({}, 4)])
+def test_a_step_whose_token_is_not_chosen_counts_and_is_in_the_trace(options, call, monkeypatch):
+    prompts = tiny.prompts(tiny.weights("qwen2_moe")[0], (21,))
+    engine = tiny.engine(system="adapmoe", cache_ratio=0.5, debug=True)
+    with tiny.engine(system="adapmoe", cache_ratio=0.5) as other:
+        expected = other.generate(prompts, max_new_tokens=8, **options).token_ids
+    choose, count = Sampler.__call__, 0
+
+    def interrupt(*args):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Stop
+        return choose(*args)
+
+    with engine.recording() as record, monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", interrupt)
+        with pytest.raises(Stop):
+            engine.generate(prompts, max_new_tokens=8, **options)
+    steps = engine.stats.steps
+    assert len(engine.partial.token_ids[0]) == call - 1
+    assert record.trace.step.max() + 1 == len(steps) == call + 1, "the prompt takes two steps, and one has no token"
+    _, replayed = replay_run(record.trace)
+    assert [step.hits for step in replayed.steps] == [step.total("hits") for step in steps]
+    for _ in range(2):
+        assert engine.generate(prompts, max_new_tokens=8, **options).token_ids == expected
+    engine.close()

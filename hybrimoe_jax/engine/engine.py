@@ -184,7 +184,9 @@ class Engine:
 
         def forward(step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
             step.first_sequence = sequence
-            return self._step(step, caches)
+            result = self._step(step, caches)
+            stats.steps.append(result[2])  # before its tokens are chosen: it counts, and is in a trace, also without
+            return result
 
         inner = generate_steps(
             forward,
@@ -200,7 +202,6 @@ class Engine:
         try:
             while True:
                 emitted = inner.send(stopped)
-                stats.steps.append(emitted.stats)
                 stats.new_tokens += len(emitted.tokens)
                 stopped = yield emitted
         except StopIteration:

@@ -68,8 +68,12 @@ class FusedForward(Forward):
         self.layered.fill()
 
     def synchronize(self) -> None:
-        self.fused.flush_deferred()
-        self.fused.synchronize()
+        whole, self._mid_step = not self._mid_step, True  # until it is planned: an interrupt may come at any line
+        try:
+            self.fused.flush_deferred()
+        finally:
+            self.fused.synchronize()
+        self._mid_step = not whole
 
     def attach(self, trace, timeline) -> None:
         self.layered.attach(trace, timeline)
