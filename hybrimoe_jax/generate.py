@@ -98,7 +98,7 @@ ENGINE_FLAGS = {
     ),
     "measure_again": dict(action="store_true", help="measure this machine anew, whatever is kept"),
     "lazy": dict(action="store_true", help="read experts from disk on first use"),
-    "verify": dict(action="store_true", help="check every expert's hash as it is read"),
+    "verify": dict(action="store_true", help="check the hash of all that is read, not its checksum alone"),
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
 }
 

@@ -3,6 +3,7 @@ or nothing."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import json
@@ -27,6 +28,11 @@ from hybrimoe_jax.checkpoint.convert import convert, save
 from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 BF16 = ml_dtypes.bfloat16
 command = importlib.import_module("hybrimoe_jax.convert")
@@ -296,6 +302,69 @@ def test_killed_in_the_middle_of_a_layer(tmp_path, written):
     assert (tmp_path / "ckpt.partial" / "out" / "pieces" / "layer_00001").exists(), "half a layer must be lying there"
     convert(src, dst)
     assert written == ["layer_00001"]
+    assert_same(contents(dst), weights)
+
+
+KILLS = """
+import os, signal, sys
+import orbax.checkpoint.experimental.v1  # once, for all of the processes
+from hybrimoe_jax.checkpoint.convert import convert
+
+def converted(src, dst, deadly=0):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        told = os.read(reading, 9)  # nothing of one that was killed
+        os.close(reading)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if told else -signal.SIGKILL)
+        return int(told or -1)
+    count = 0
+    def note(event, args):
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and dst in str(args):
+            count += 1
+            if count == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(note)
+    convert(src, dst)
+    os.write(writing, str(count).encode())
+    os._exit(0)
+
+src, whole, *others = sys.argv[1:]
+events = converted(src, whole)
+assert events > 24
+for number, dst in enumerate(others):
+    assert converted(src, dst, 1 + number * events // len(others)) == -1 and not os.path.exists(dst)
+    assert converted(src, dst) > 0
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twelve_moments_and_given_again(tmp_path):
+    src = folders.write_hf(tmp_path / "hf", folders.tensors())
+    places = [tmp_path / name for name in ("whole", *map(str, range(12)))]
+    done = subprocess.run([sys.executable, "-c", KILLS, src, *places], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    files = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in places]
+    assert all(one == files[0] for one in files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["hf", *(p.name for p in places)])
+
+
+@pytest.mark.skipif(resource is None, reason="the system limits no file's size")
+def test_a_write_that_the_system_refuses_is_one_clear_error(tmp_path, capfd):
+    """As a full disk in the middle of the work; the same command goes on when there is room."""
+    weights = folders.tensors()
+    src, dst = folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # an expert has more bytes
+    try:
+        with pytest.raises(UserError, match=rf"cannot be written \({os.strerror(errno.EFBIG)}\)"):
+            convert(src, dst)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr() == ("", "") and not dst.exists()
+    convert(src, dst)
     assert_same(contents(dst), weights)
 
 

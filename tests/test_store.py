@@ -159,23 +159,37 @@ def test_from_arrays_checks_what_it_is_given():
 def test_verify_names_the_corrupted_expert_and_only_it(damaged):
     folders.flip_byte(folders.expert_file(damaged, 1, 2))
     checkpoint = open_checkpoint(damaged)
-    checkpoint.experts(lazy=False)  # without verify nobody looks
-    store = checkpoint.experts(verify=True)
-    store.get(1, 1), store.get(0, 2)
-    with pytest.raises(UserError, match="expert 2 of layer 1 is corrupted"):
-        store.get(1, 2)
-    with pytest.raises(UserError, match="expert 2 of layer 1 is corrupted"):
-        checkpoint.experts(lazy=False, verify=True)
+    for verify, how in ((False, "checksum"), (True, "hash")):
+        store = checkpoint.experts(verify=verify)
+        store.get(1, 1), store.get(0, 2)
+        with pytest.raises(UserError, match=f"expert 2 of layer 1 is corrupted .its {how} differs"):
+            store.get(1, 2)
+        with pytest.raises(UserError, match="expert 2 of layer 1 is corrupted"):
+            checkpoint.experts(lazy=False, verify=verify)
 
 
 def test_dense_tensors_are_verified_by_name(damaged):
     name = "model.layers.0.self_attn.q_proj.weight"
     folders.flip_byte(damaged / "pieces/layer_00000/state" / name / "c/0/0")
     checkpoint = open_checkpoint(damaged)
-    assert name in checkpoint.dense()
-    with pytest.raises(UserError, match=f"tensor {name} is corrupted"):
-        checkpoint.dense(verify=True)
+    for verify, how in ((False, "checksum"), (True, "hash")):
+        with pytest.raises(UserError, match=f"tensor {name} is corrupted .its {how} differs"):
+            checkpoint.dense(verify=verify)
     assert list(checkpoint.dense(["model.norm.weight"], verify=True)) == ["model.norm.weight"]
+
+
+def test_a_checkpoint_without_checksums_is_read_as_before(damaged):
+    """Those that earlier versions wrote: a changed byte is found with `verify` alone."""
+    folders.flip_byte(folders.expert_file(damaged, 1, 2))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    for piece in manifest["pieces"]:
+        for record in (*piece["dense"].values(), piece["experts"] or {}):
+            record.pop("crc32", None), record.pop("crc32s", None)
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint = open_checkpoint(damaged)
+    checkpoint.dense(), checkpoint.experts(lazy=False)
+    with pytest.raises(UserError, match="expert 2 of layer 1 is corrupted"):
+        checkpoint.experts(lazy=False, verify=True)
 
 
 @pytest.mark.parametrize(("how", "why"), [("unlink", "missing"), ("cut", "cut short")])

@@ -12,14 +12,18 @@ Orbax is imported only to write: it brings in jax and about a second of start-up
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import json
 import logging
+import os
+import re
 import shutil
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,37 +45,71 @@ class Leaf:
 
 
 def save_item(folder: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Writes one Orbax item; memory is about four blocks of the largest leaf. `folder` must not exist."""
-    import orbax.checkpoint.experimental.v1 as ocp
+    """Writes one Orbax item; memory is about four blocks of the largest leaf. `folder` must not exist.
 
+    UserError where the system refuses a write: the disk is full.
+    """
     first = {name: np.ascontiguousarray(leaf.read(0, min(leaf.rows, leaf.shape[0]))) for name, leaf in leaves.items()}
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = False  # plain chunk files: growing an array rewrites nothing
-    context.array.saving.use_compression = False  # weights hardly shrink and reads are on the decode path
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # Orbax reports the absence of OCDBT files to merge as a warning
-    try:
-        with context:
-            ocp.save(str(folder.absolute()), first)
-    finally:
-        logger.setLevel(level)
+    with _writing(folder):
+        _save(folder, first)
     del first
     gc.collect()  # Orbax leaves the arrays in reference cycles
     for name, leaf in leaves.items():
         if leaf.rows < leaf.shape[0]:
-            store = open_leaf(folder, name, writable=True)
-            store = store.resize(exclusive_max=list(leaf.shape), expand_only=True).result()
-            pending = None
-            for start in range(leaf.rows, leaf.shape[0], leaf.rows):
-                stop = min(start + leaf.rows, leaf.shape[0])
-                block = leaf.read(start, stop)  # while the block before is written
-                if pending is not None:
-                    pending.result()
-                pending = store[start:stop].write(block, can_reference_source_data_indefinitely=True)
-            if pending is not None:
-                pending.result()
+            with _writing(folder):
+                _grow(folder, name, leaf)
     _forget_when_and_where(folder)
+
+
+def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False  # plain chunk files: growing an array rewrites nothing
+    context.array.saving.use_compression = False  # weights hardly shrink and reads are on the decode path
+    with context:
+        ocp.save(str(folder.absolute()), arrays)
+
+
+def _grow(folder: Path, name: str, leaf: Leaf) -> None:
+    """Writes what follows an array's first block."""
+    store = open_leaf(folder, name, writable=True)
+    store = store.resize(exclusive_max=list(leaf.shape), expand_only=True).result()
+    pending = None
+    for start in range(leaf.rows, leaf.shape[0], leaf.rows):
+        stop = min(start + leaf.rows, leaf.shape[0])
+        block = leaf.read(start, stop)  # while the block before is written
+        if pending is not None:
+            pending.result()
+        pending = store[start:stop].write(block, can_reference_source_data_indefinitely=True)
+    if pending is not None:
+        pending.result()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns a write that the system refuses into a UserError.
+
+    Orbax and its threads would log it several times, with tracebacks; and the absence of OCDBT files as a warning.
+    """
+    hook, disabled = threading.excepthook, logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda *_: None
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        told = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if number is None:
+            raise
+        raise UserError(
+            f"{folder}: cannot be written ({os.strerror(number)}); once that is mended, the same command goes on here"
+        ) from None
+    finally:
+        logging.disable(disabled)
+        threading.excepthook = hook
 
 
 def _forget_when_and_where(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
 from hybrimoe_jax.checkpoint.orbax import item_names, items_of, open_leaf, read_leaves, read_rows
-from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, digest
+from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.packing import (
@@ -86,17 +86,20 @@ class Checkpoint:
     def dense(self, names: Iterable[str] | None = None, verify: bool = False) -> dict[str, np.ndarray | PackedMatrix]:
         """Every tensor outside the routed experts (or just `names`) by checkpoint name, as stored.
 
-        Raises UserError where a file is damaged and, with `verify`, where a tensor's hash differs from the manifest's.
+        Raises UserError where a file is damaged, or a tensor's CRC-32 (with `verify` its hash) is not the manifest's.
         """
         wanted = None if names is None else set(names)
         out, items = {}, items_of(self.path)
         for name, shard in self.shards.items():
             chosen = [n for n in shard["dense"] if wanted is None or n in wanted]
             out |= read_leaves(items / name, chosen)
-            for tensor in chosen if verify else ():
-                if digest(out[tensor]) != shard["dense"][tensor]["hash"]:
+            for tensor in chosen:
+                record = shard["dense"][tensor]
+                how = damage(out[tensor], record["hash"] if verify else None, record.get("crc32"))
+                if how is not None:
                     raise UserError(
-                        f"{self.path}: tensor {tensor} is corrupted (its hash differs); convert the original again"
+                        f"{self.path}: tensor {tensor} is corrupted (its {how} differs from the manifest's); convert "
+                        "the original again"
                     )
             for tensor in chosen:
                 if "format" in shard["dense"][tensor]:
@@ -120,7 +123,8 @@ class Checkpoint:
         Args:
           dtype: float32 widens bfloat16 exactly; None keeps the stored type. Quantised experts stay as they are.
           lazy: read each expert on first use; False reads all now.
-          verify: hash each expert when it is read; a difference raises UserError naming layer and expert.
+          verify: hash each expert when it is read, instead of comparing its CRC-32, which checkpoints of old lack; a
+            difference raises UserError naming layer and expert.
           progress: wraps the walk over all of them, see `ExpertStore.load_all`.
         """
         records = [shard for shard in self.manifest["pieces"] if shard["experts"]]
@@ -138,9 +142,12 @@ class Checkpoint:
                 if opened[moe_layer] is None:
                     opened[moe_layer] = open_leaf(folder, EXPERTS)
             packed = read_rows(opened[moe_layer], expert, folder, EXPERTS)
-            if verify and digest(packed) != record["experts"]["hashes"][expert]:
+            sums = record["experts"]
+            crc = sums["crc32s"][expert] if "crc32s" in sums else None
+            how = damage(packed, sums["hashes"][expert] if verify else None, crc)
+            if how is not None:
                 raise UserError(
-                    f"{self.path}: expert {expert} of layer {record['layer']} is corrupted (its hash differs from the "
+                    f"{self.path}: expert {expert} of layer {record['layer']} is corrupted (its {how} differs from the "
                     "manifest's); convert the original again"
                 )
             return packed
@@ -194,7 +201,8 @@ def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
     try:
         shards = manifest["pieces"]
         layers = tuple(shard["layer"] for shard in shards if shard["experts"])
-        stacks = {(*shard["experts"]["shape"], len(shard["experts"]["hashes"])) for shard in shards if shard["experts"]}
+        experts = [shard["experts"] for shard in shards if shard["experts"]]
+        stacks = {(*of["shape"], len(of[sums])) for of in experts for sums in ("hashes", "crc32s") if sums in of}
         names = [shard["name"] for shard in shards]
     except (KeyError, TypeError):
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None

@@ -87,7 +87,7 @@ class EngineConfig:
         the whole process. The command's default is "default".
       measure_again: measure at load whatever is kept.
       lazy: read experts from disk on first use instead of at load.
-      verify: check every expert's hash as it is read.
+      verify: check the hash of all that is read, not its checksum alone.
       debug: check on every step that each slot holds the expert it should (slow).
     """
 
