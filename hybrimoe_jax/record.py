@@ -1,6 +1,7 @@
 """`python -m hybrimoe_jax.trace record`: prompts through a model, and the routing of all of them as one trace.
 
-Every prompt is a sequence. With `--batch N` so many run side by side: the trace marks which.
+Every prompt is a sequence. With `--batch N` so many run side by side: the trace marks which. Interrupted, it keeps the
+batches that were finished.
 """
 
 from __future__ import annotations
@@ -8,14 +9,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hybrimoe_jax.cli import progress
+from hybrimoe_jax.cli import INTERRUPTED, progress
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids
 from hybrimoe_jax.records import stamped
+
+if TYPE_CHECKING:
+    from hybrimoe_jax.engine.generation import Generation
+    from hybrimoe_jax.trace.file import Trace
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -66,19 +72,26 @@ def record(args: argparse.Namespace) -> int:
     trace.recorder.about |= {"prompts": Path(args.prompts).name, "batch": args.batch}
     engine.record(trace)
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
-    new, hits, misses = [], 0, 0
+    made: list[Generation] = []
     batches = [ids[at : at + args.batch] for at in range(0, len(ids), args.batch)]
-    for number, batch in enumerate(progress(batches, len(batches), "recording")):
-        made = engine.generate(batch, max_new_tokens=args.max_tokens, seed=args.seed + number, **sampling)
-        new += [len(tokens) for tokens in made.token_ids]
-        hits, misses = hits + int(made.stats.total("hits")), misses + int(made.stats.total("misses"))
+    begun, interrupted = 0, False
+    try:
+        for number, batch in enumerate(progress(batches, len(batches), "recording")):
+            begun = trace.recorder.step + 1
+            made.append(engine.generate(batch, max_new_tokens=args.max_tokens, seed=args.seed + number, **sampling))
+    except KeyboardInterrupt:
+        if not made:
+            raise
+        interrupted = True
+        trace.recorder.drop_from(begun)
+        print(f"interrupted after {len(made)} of {len(batches)} batches", file=sys.stderr)
     engine.close()
     trace.save(args.out)
-    _say(args, trace.recorder.trace(), sum(map(len, ids)), sum(new), hits, misses)
-    return 0
+    _say(args, trace.recorder.trace(), sum(map(len, ids[: len(made) * args.batch])), made)
+    return INTERRUPTED if interrupted else 0
 
 
-def _say(args: argparse.Namespace, trace: Any, prompt_tokens: int, new_tokens: int, hits: int, misses: int) -> None:
+def _say(args: argparse.Namespace, trace: Trace, prompt_tokens: int, made: list[Generation]) -> None:
     from hybrimoe_jax.trace.info import lacks
 
     said = {
@@ -88,9 +101,9 @@ def _say(args: argparse.Namespace, trace: Any, prompt_tokens: int, new_tokens: i
         "steps": int(trace.step.max()) + 1,
         "rows": len(trace),
         "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "hits": hits,
-        "misses": misses,
+        "new_tokens": sum(len(tokens) for generation in made for tokens in generation.token_ids),
+        "hits": sum(int(generation.stats.total("hits")) for generation in made),
+        "misses": sum(int(generation.stats.total("misses")) for generation in made),
         "lacks": lacks(trace),
     }
     print(f"{args.out}: {said['sequences']} sequences, {said['steps']} steps, {said['rows']} rows")

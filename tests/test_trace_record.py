@@ -10,6 +10,7 @@ import pytest
 import tiny_checkpoint
 
 from hybrimoe_jax.__main__ import command_main
+from hybrimoe_jax.engine.engine import Engine
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.info import lacks
@@ -64,6 +65,27 @@ def test_a_prompt_alone_is_routed_as_in_a_batch(checkpoint, tmp_path):
         routed.append((np.sort(trace.ids[order], axis=1), trace.scores[order]))
     assert np.array_equal(routed[0][0], routed[1][0])
     np.testing.assert_allclose(routed[0][1], routed[1][1], atol=1e-5)
+
+
+def test_interrupted_it_keeps_the_batches_that_were_finished(checkpoint, tmp_path, monkeypatch, capsys):
+    prompts, whole, part = tmp_path / "p.txt", tmp_path / "whole.npz", tmp_path / "part.npz"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    flags = ("--max-tokens", "4", "--clock", "virtual")
+    assert command_main("trace")(record(checkpoint, prompts, whole, *flags)) == 0
+    generate, steps = Engine._step, []
+
+    def interrupted(engine, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 6:  # the second batch has begun
+            raise KeyboardInterrupt
+        return generate(engine, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "_step", interrupted)
+    assert command_main("trace")(record(checkpoint, prompts, part, *flags)) == 130
+    out, err = capsys.readouterr()
+    assert "interrupted after 1 of 2 batches" in err and json.loads(out.splitlines()[-1])["sequences"] == 1
+    first, kept = open_trace(whole), open_trace(part)
+    assert np.array_equal(kept.ids, first.ids[first.sequence == 0])
 
 
 @pytest.mark.parametrize(
