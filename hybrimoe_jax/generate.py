@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+from typing import Any
 
 from hybrimoe_jax.cli import INTERRUPTED, Parser, lookahead, run
 from hybrimoe_jax.decide.cache import POLICIES
@@ -120,6 +121,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seed", type=int, default=0, metavar="N")
     top.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text (repeatable)")
     top.add_argument("--ignore-chat-template", action="store_true", help="send the prompt as it is")
+    top.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="which of a checkpoint's templates, or a file with another"
+    )
+    top.add_argument("--tools", metavar="FILE", help="functions for the chat template: a JSON list of their schemas")
+    top.add_argument("--documents", metavar="FILE", help="documents for it: a JSON list of objects")
     top.add_argument("--stats", choices=("text", "json", "none"), default="text")
     top.add_argument("--trace", metavar="FILE", help="write the routing trace (.npz)")
     top.add_argument(
@@ -155,12 +161,28 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
     return text
 
 
-def prompt_ids(text: str, args: argparse.Namespace, tokenizer) -> list[int]:
-    """A text prompt as token ids, through the chat template where the checkpoint has one."""
+def read_chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags give to the chat template: its name or file, the tools and documents of their files."""
+    given = {name: getattr(args, name) for name in ("chat_template", "tools", "documents")}
+    given = {name: value for name, value in given.items() if value is not None}
+    without = "--ignore-chat-template" if args.ignore_chat_template else "--prompt-ids"
+    if given and (args.ignore_chat_template or args.prompt_ids is not None):
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for the chat template, and {without} uses none")
+    from hybrimoe_jax.text.templates import read_objects
+
+    return {name: value if name == "chat_template" else read_objects(value, name) for name, value in given.items()}
+
+
+def prompt_ids(text: str, args: argparse.Namespace, tokenizer, chat: dict[str, Any]) -> list[int]:
+    """A text prompt as token ids, through the chat template where the checkpoint or the command line has one."""
     if tokenizer is None:
         raise UserError("this checkpoint has no tokenizer.json: give the prompt as --prompt-ids")
-    if tokenizer.has_chat_template and not args.ignore_chat_template:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
+    if chat or (tokenizer.has_chat_template and not args.ignore_chat_template):
+        from hybrimoe_jax.text.templates import named_or_read
+
+        if "chat_template" in chat:
+            chat = chat | {"chat_template": named_or_read(chat["chat_template"], tokenizer.chat_templates)}
+        return tokenizer.encode_chat([{"role": "user", "content": text}], **chat)
     return tokenizer.encode(text)
 
 
@@ -171,14 +193,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.profile not in (None, *PROFILES) and options.clock == "wall" and not os.path.exists(options.profile):
         saves_profile = options.profile
         options = dataclasses.replace(options, profile=None, measure_again=True)
-    prompt = read_prompt(args)
+    prompt, chat = read_prompt(args), read_chat_options(args)
     check_flags(args, options)
     state = load_state(args.load_cache_state) if args.load_cache_state else None
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.engine.load import bundled_model, load
 
     checkpoint = open_checkpoint(args.model or bundled_model())
-    ids = prompt_ids(prompt, args, checkpoint.tokenizer) if isinstance(prompt, str) else prompt
+    ids = prompt_ids(prompt, args, checkpoint.tokenizer, chat) if isinstance(prompt, str) else prompt
     check_request(ids, args, options, checkpoint)
     if state is not None:
         check_state(state, options, checkpoint)

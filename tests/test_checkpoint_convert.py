@@ -61,11 +61,13 @@ def assert_same(got: dict, want: dict) -> None:
 def test_every_tensor_arrives_unchanged(tmp_path, shards):
     weights = folders.tensors()
     src = folders.write_hf(tmp_path / "hf", weights, shards)
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    (src / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"):
         (src / name).write_text(f"text of {name}")
     dst = convert(src, tmp_path / "deep" / "er" / "ckpt")
     assert_same(contents(dst), weights)
-    assert (dst / "chat_template.jinja").read_text() == "text of chat_template.jinja"
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        assert (dst / name).read_text() == f"text of {name}"
     checkpoint = open_checkpoint(dst)
     assert checkpoint.generation_config == {"eos_token_id": [2, 3]} and checkpoint.raw_config == folders.CONFIG
     assert checkpoint.manifest["format"] == "f32" and checkpoint.manifest["source"]["folder"] == "hf"

@@ -36,6 +36,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, replacing
 from hybrimoe_jax.formats.layout import PLAIN, QUANTISED, check_format
 from hybrimoe_jax.formats.packing import Format
+from hybrimoe_jax.text.templates import MORE
 
 Progress = Callable[[Iterable, int, str], Iterable]
 
@@ -151,8 +152,11 @@ def write_record(path: Path, values: Any) -> None:
 
 
 def copy_text_files(origin: Path, out: Path) -> None:
-    """Tokenizer, chat template and generation_config.json, where they exist."""
-    for name in TEXT_FILES:
+    """Tokenizer, chat templates and generation_config.json, where they exist."""
+    more = [f"{MORE}/{path.name}" for path in sorted((origin / MORE).glob("*.jinja"))]
+    if more:
+        (out / MORE).mkdir(exist_ok=True)
+    for name in (*TEXT_FILES, *more):
         if (origin / name).is_file():
             shutil.copyfile(origin / name, out / name)
 

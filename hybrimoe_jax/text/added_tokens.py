@@ -55,11 +55,8 @@ class AddedTokens:
         listed = _with_ids(folder / ADDED, files[ADDED], special) | backend.get_added_tokens_decoder()
         return cls(named, extra or more_extra, listed)
 
-    def add_to(self, backend: Backend, folder: Path) -> None:
-        """Adds what the vocabulary lacks and changes flags that differ.
-
-        Warns of an id that the library gives otherwise.
-        """
+    def add_to(self, backend: Backend) -> None:
+        """Adds what the vocabulary lacks, and changes flags that differ."""
         adding = [token for _, token in sorted(self.listed.items())]
         texts = {token.content for token in (*backend.get_added_tokens_decoder().values(), *adding)}
         named = [self.named[role] for role in sorted(self.named, key=_rank)]
@@ -70,13 +67,16 @@ class AddedTokens:
         for token in adding:
             token.special = token.special or token.content in roles
         backend.add_tokens(adding)
+
+    def check_ids(self, backend: Backend, folder: Path) -> None:
+        """Warns of a token whose id in `backend` is not the listed one."""
         for number, token in self.listed.items():
             got = backend.token_to_id(token.content)
             if got != number:
                 warnings.warn(
                     f"{folder}: the token {shown_name(token.content)} is listed with id {number} and has id {got} (in "
                     "transformers too): the files do not belong together",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
                 return
 

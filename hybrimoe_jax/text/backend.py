@@ -25,8 +25,8 @@ _ONE_AT_A_TIME = threading.Lock()  # file descriptor 2 is the whole process's
 def load_backend(path: Path) -> Backend:
     """What `tokenizer.json` holds, as it serves a prompt: no truncation, no padding, no dropout of merges.
 
-    All three are saved along with a tokenizer that was last used for batches or for training. A probe text is encoded
-    and decoded, so that a file that fails at every text fails here. Raises UserError.
+    All three are saved along with a tokenizer that was last used for batches or for training. An empty text is
+    encoded, so that a file that fails at every text fails here. Raises UserError.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -36,7 +36,7 @@ def load_backend(path: Path) -> Backend:
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
-        backend.decode(backend.encode("").ids)
+        backend.encode("")
     return backend
 
 

@@ -46,7 +46,7 @@ def choose(templates: Mapping[str, str], wanted: str | None, tools: Any, where: 
     """
     names = ", ".join(shown_name(name) for name in sorted(templates))
     if wanted is not None and wanted not in templates:
-        if "{{" in wanted or "{%" in wanted:
+        if is_template(wanted):
             return "the given chat template", wanted
         there = f"{where} has {names}" if names else f"{where} has none"
         raise UserError(f"there is no chat template {shown(wanted)}, and that is no template's text: {there}")
@@ -60,6 +60,20 @@ def choose(templates: Mapping[str, str], wanted: str | None, tools: Any, where: 
             "(--chat-template NAME, chat_template=NAME)"
         )
     return f"{where}: chat template" + (f" {shown_name(wanted)}" if len(templates) > 1 else ""), templates[wanted]
+
+
+def named_or_read(given: str, templates: Mapping[str, str]) -> str:
+    """`--chat-template`: the name of one of `templates`, or the text of the file that is given."""
+    if given in templates or not Path(given).is_file():
+        return given
+    text = Path(given).read_text(encoding="utf-8")
+    if not is_template(text):
+        raise UserError(f"--chat-template {given}: there is no {{{{ and no {{% in it: that is no chat template")
+    return text
+
+
+def is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def conversation(messages: Any) -> list[dict[str, Any]]:

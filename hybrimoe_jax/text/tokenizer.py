@@ -42,10 +42,9 @@ class Tokenizer:
                 raise UserError(f"{self.folder / CONFIG}: {key} is {shown(self.config[key])}, neither true nor false")
         added = AddedTokens.read(self.folder, files, self._backend)
         with library(f"{self.folder}: its added tokens do not fit tokenizer.json"):
-            added.add_to(self._backend, self.folder)
+            added.add_to(self._backend)
+        added.check_ids(self._backend, self.folder)
         self.special_tokens = {role: token.content for role, token in added.named.items()}
-        added_tokens = self._backend.get_added_tokens_decoder().values()
-        self._special_texts = {token.content for token in added_tokens if token.special}
         self._backend.encode_special_tokens = self.config.get("split_special_tokens") is True
         self.chat_templates = templates_of(self.folder, self.config)
 
@@ -92,7 +91,7 @@ class Tokenizer:
         try:
             ids = [operator.index(number) for number in ids]
             with library(f"{self.folder}: tokenizer.json cannot decode these ids"):
-                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens) if ids else ""
         except TypeError as error:
             raise UserError(f"token ids must be whole numbers ({error})") from None
 
@@ -101,6 +100,12 @@ class Tokenizer:
         decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
         text_of = self._text_unless_special if skip_special_tokens else self._backend.id_to_token
         return stream_for(self._backend.decoder, decode, text_of)
+
+    @functools.cached_property
+    def _special_texts(self) -> set[str]:
+        """Tokens that `decode` skips: asked of it, because the library keeps a token special that once was."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token.content for number, token in added if self.decode([number]) != self.decode([number], False)}
 
     def _text_unless_special(self, token: int) -> str | None:
         text = self._backend.id_to_token(token)
