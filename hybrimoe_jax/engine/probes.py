@@ -75,7 +75,7 @@ class EngineLanes:
         tokens = 1 if load == 1 else 2 * load
         x = np.random.default_rng(0).standard_normal((tokens, self.width), np.float32)
         rows, mix = [np.arange(0, tokens, 2)] * experts, [np.ones(load, np.float32)] * experts
-        groups = itertools.cycle(_groups(self._experts, min(experts, self.model.config.num_experts)))
+        groups = itertools.cycle(_groups(self._experts, experts))
 
         def run() -> None:
             layer, chosen = next(groups)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybrimoe_jax.checkpoint.gguf.header import Array
 from hybrimoe_jax.errors import UserError
 
 ARCHITECTURES = {
@@ -59,13 +60,14 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         raise UserError(f"{where}: one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
 
     def get(key: str, default: Any = None) -> Any:
-        return fields.get(f"{arch}.{key}", default)
+        value = fields.get(f"{arch}.{key}", default)
+        if isinstance(value, Array):
+            raise UserError(f"{where}: {arch}.{key} differs from layer to layer, which is not supported")
+        return value
 
     def need(key: str) -> Any:
         if (value := get(key)) is None:
             raise UserError(f"{where}: no {arch}.{key} in its metadata; it is incomplete, make it again")
-        if isinstance(value, list):
-            raise UserError(f"{where}: {arch}.{key} differs from layer to layer, which is not supported")
         return value
 
     if not get("expert_count"):
@@ -73,6 +75,8 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     if "rope_freqs.weight" in shapes:
         raise UserError(f"{where}: rope_freqs (llama3 rope scaling) is not supported in GGUF; convert the original")
     layers, heads, width = need("block_count"), need("attention.head_count"), need("embedding_length")
+    if layers > len(shapes):
+        raise UserError(f"{where}: {arch}.block_count {layers}, but the file has {len(shapes)} tensors; make it again")
     raw = {
         "model_type": ARCHITECTURES[arch],
         "vocab_size": shapes.get("token_embd.weight", (0,))[0],

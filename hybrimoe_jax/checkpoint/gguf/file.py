@@ -15,18 +15,21 @@ and values. The vocabulary in the file is not read.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from hybrimoe_jax.checkpoint.gguf.config import hf_config
+from hybrimoe_jax.checkpoint.gguf.header import Place, read_gguf
 from hybrimoe_jax.checkpoint.hugging_face import match_names
 from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
 from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights
-from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.errors import UserError, reading, shown_name
 from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import family_of, parse_config
@@ -140,25 +143,34 @@ def open_gguf(path: str | Path) -> Weights:
         import gguf
     except ImportError:
         raise UserError(f"{path}: reading GGUF needs the extra: pip install 'hybrimoe-jax[gguf]'") from None
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-        raise UserError(f"{path}: not a whole GGUF file ({error}); download it again") from None
-    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in stored.items()}
+    types = {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    fields, places = read_gguf(path, types)
     with reading(f"{path}: its metadata"):
-        raw = hf_config(fields, shapes, path)
+        raw = hf_config(fields, {name: place.shape for name, place in places.items()}, path)
     config = parse_config(raw)
-    tensors = original(config, fields["general.architecture"], stored, shapes, path)
+    data = np.memmap(path, np.uint8, "r")
+    stored = {name: Stored(path, name, place, data) for name, place in places.items()}
+    tensors = original(config, fields["general.architecture"], stored)
     status = path.stat()
     files = {path.name: [status.st_size, status.st_mtime_ns]}
     return Weights(config, raw, match_names(config, tensors, path), path, files)
 
 
-def original(
-    config: ModelConfig, arch: str, stored: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> dict[str, Tensor]:
+class Stored(NamedTuple):
+    """A tensor of the file, and the file's bytes."""
+
+    path: Path
+    name: str
+    place: Place
+    file: np.ndarray
+
+    def matrices(self) -> np.ndarray:
+        """Its bytes, uint8 [..., bytes of a row]."""
+        _, shape, offset, nbytes = self.place
+        return self.file[offset : offset + nbytes].reshape(*shape[:-1], -1)
+
+
+def original(config: ModelConfig, arch: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Every tensor under its original name.
 
     Names that are not known stay as they are, and are then refused with the others.
@@ -170,20 +182,20 @@ def original(
         stem, _, part = name.rpartition(".")
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
         if match is None:
-            out[f"{OUTER[stem]}.{part}" if stem in OUTER else name] = plain(tensor, shapes[name], path)
+            out[f"{OUTER[stem]}.{part}" if stem in OUTER else name] = plain(tensor)
             continue
         layer, inner = int(match[1]), match[2]
         if inner in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
             which = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps").index(inner)
-            for e, matrix in enumerate(expert_matrices(tensor, shapes[name], path)):
+            for e, matrix in enumerate(expert_matrices(tensor)):
                 out[family.expert_names(layer, e)[which]] = matrix
         elif arch == "deepseek2" and inner in ("attn_k_b", "attn_v_b"):
             keys, values = (f"blk.{layer}.{n}.weight" for n in ("attn_k_b", "attn_v_b"))
             if keys in stored and values in stored and f"blk.{layer}.attn_kv_b.weight" not in stored:
-                joined = joined_kv(*(plain(stored[n], shapes[n], path) for n in (keys, values)))
+                joined = joined_kv(*(plain(stored[n]) for n in (keys, values)))
                 out[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = joined
         elif inner in LAYER:
-            made = plain(tensor, shapes[name], path)
+            made = plain(tensor)
             if inner == "ffn_gate_inp_shexp":
                 made = ArrayTensor(made.read().reshape(1, -1))  # stored as a vector
             elif arch == "llama" and inner in ("attn_q", "attn_k"):
@@ -191,15 +203,18 @@ def original(
                 made = halves_first(made, heads)
             out[f"model.layers.{layer}.{LAYER[inner].format(**words)}.{part}"] = made
         else:
-            out[name] = plain(tensor, shapes[name], path)
+            out[name] = plain(tensor)
     return out
 
 
-def plain(tensor, shape: tuple[int, ...], path: Path) -> Tensor:
-    """A dense tensor of any number of axes."""
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    data = tensor.data.view(np.uint8).reshape(rows, -1)
-    matrix = wrapped(data, tensor.tensor_type.name, (rows, shape[-1]), f"{path}: {tensor.name}")
+def plain(tensor: Stored) -> Tensor:
+    """A dense tensor of any number of axes; UserError for a type that `gguf` cannot dequantise."""
+    kind, shape = tensor.place.kind, tensor.place.shape
+    if kind not in BLOCK_BYTES and kind not in FLOATS and not dequantisable(kind):
+        raise UserError(f"{tensor.path}: {shown_name(tensor.name)} is {kind}, which holds no weights")
+    rows = math.prod(shape[:-1])
+    where = f"{tensor.path}: {tensor.name}"
+    matrix = wrapped(tensor.matrices().reshape(rows, -1), kind, (rows, shape[-1]), where)
     if len(shape) == 2:
         return matrix
     return DerivedTensor(shape, lambda: matrix.read().reshape(shape), matrix.dtype)
@@ -211,16 +226,31 @@ def wrapped(data: np.ndarray, kind: str, shape: tuple[int, ...], where: str) -> 
     return OtherTensor(data, kind, shape)
 
 
-def expert_matrices(tensor, shape: tuple[int, ...], path: Path) -> list[Tensor]:
+@functools.cache
+def dequantisable(kind: str) -> bool:
+    """Whether `gguf` expands blocks of this type."""
+    import gguf
+
+    quantised = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[quantised][1]), np.uint8), quantised)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def expert_matrices(tensor: Stored) -> list[Tensor]:
     """The matrices of a stack [E, R, K]; UserError for a type that routed experts may not have."""
-    kind = tensor.tensor_type.name
+    kind, shape = tensor.place.kind, tensor.place.shape
+    if len(shape) != 3:
+        raise UserError(f"{tensor.path}: {tensor.name} is {list(shape)}; experts are a stack of matrices")
     if kind not in BLOCK_BYTES and kind not in FLOATS:
         raise UserError(
-            f"{path}: {tensor.name} is {kind}; routed experts in {', '.join([*BLOCK_BYTES, *FLOATS])} are supported: "
-            "quantise the model to Q4_0 or Q8_0 without mixing types (llama-quantize --pure)"
+            f"{tensor.path}: {tensor.name} is {kind}; routed experts in {', '.join([*BLOCK_BYTES, *FLOATS])} are "
+            "supported: quantise the model to Q4_0 or Q8_0 without mixing types (llama-quantize --pure)"
         )
-    data = tensor.data.view(np.uint8).reshape(*shape[:2], -1)
-    return [wrapped(matrix, kind, shape[1:], f"{path}: {tensor.name} [{e}]") for e, matrix in enumerate(data)]
+    where = f"{tensor.path}: {tensor.name}"
+    return [wrapped(matrix, kind, shape[1:], f"{where} [{e}]") for e, matrix in enumerate(tensor.matrices())]
 
 
 def halves_first(tensor: Tensor, heads: int) -> Tensor:
