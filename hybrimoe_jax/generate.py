@@ -267,12 +267,12 @@ def check_state(state: CacheState, options: EngineConfig, checkpoint) -> None:
 
 def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
     """UserError for what can be refused without a model."""
+    from hybrimoe_jax.engine.request import read_stop
     from hybrimoe_jax.engine.sampling import Sampling
-    from hybrimoe_jax.engine.streaming import StopBuffer
 
     check_files(args)
     Sampling(args.temperature, args.top_k, args.top_p, options.seed)
-    StopBuffer(args.stop)
+    read_stop(args.stop)
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
     if options.profile is not None:
@@ -281,10 +281,9 @@ def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
 
 def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfig, checkpoint) -> None:
     """UserError for what the model cannot do: better said now than when its weights are read."""
-    from hybrimoe_jax.engine.request import check_prompts, context_limit
+    from hybrimoe_jax.engine.request import check_prompts, check_stop, context_limit
 
-    if args.stop and checkpoint.tokenizer is None:
-        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
+    check_stop(args.stop, checkpoint.tokenizer)
     config = checkpoint.config
     check_prompts([ids], args.max_tokens, config.vocab_size, context_limit(options, config))
 

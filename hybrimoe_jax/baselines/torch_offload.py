@@ -9,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.engine.generation import Emitted, Generation, capacity_for, generate_steps, prefill_chunks
+from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, collect, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.threads import available_cores
-from hybrimoe_jax.engine.request import Prompts, check_prompts, context_limit, prompt_ids
-from hybrimoe_jax.engine.sampling import Sampling
-from hybrimoe_jax.engine.stats import PrefetchStats, RunStats
+from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
+from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
+from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
 from hybrimoe_jax.errors import UserError
 
 MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", "hybrid": "hybrimoe"}
@@ -80,13 +81,10 @@ class TorchOffload:
         **options: Any,
     ):
         torch = require_torch()
-        for what, value, known in (("precision", precision, PRECISIONS), *(("without", w, ABLATIONS) for w in without)):
-            if value not in known:
-                raise UserError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
-        unknown = set(options) - OPTIONS
-        if unknown:
-            known = ", ".join(sorted(OPTIONS))
-            raise UserError(f"the PyTorch engine has no option {sorted(unknown)[0]!r} (it has {known})")
+        arguments.choice("precision", precision, PRECISIONS)
+        without = [arguments.choice("without", what, ABLATIONS) for what in arguments.several("without", without, str)]
+        device = arguments.text("device", device)
+        arguments.names("the PyTorch engine", options, sorted(OPTIONS))
         self.given = {"mode": mode, "device": device, "precision": precision, "without": without, **options}
         system = MODES.get(mode, mode) if isinstance(mode, str) else mode
         paced = device.startswith("paced")
@@ -109,7 +107,7 @@ class TorchOffload:
         self._parts = assemble(checkpoint, self.options, self._device, precision, self.max_context, frozenset(without))
         self.notes = self._parts.notes
         self.stats: RunStats | None = None
-        self._closed = False
+        self._closed, self._turns = False, Turns()
         for note in self.notes:
             if note not in _said:
                 _said.add(note)
@@ -130,47 +128,41 @@ class TorchOffload:
         """What computes experts: `forms` by load, and what was `measured` of each."""
         return self._parts.experts
 
-    def generate(self, prompts: Prompts, *, max_new_tokens: int = 64, **sampling: Any) -> Generation:
-        """New tokens for each prompt. Prompts and sampling as of `Engine.generate`."""
-        rows = prompt_ids(prompts, self.tokenizer)
-        tokens: list[list[int]] = [[] for _ in rows]
-        reasons = ["length"] * len(rows)
-        run = self.steps(rows, max_new_tokens=max_new_tokens, **sampling)
-        while True:
-            try:
-                emitted = next(run)
-            except StopIteration as end:
-                return Generation(tokens, reasons, end.value, self.tokenizer)
-            for row, token in emitted.tokens:
-                tokens[row].append(token)
-                reasons[row] = emitted.finished.get(row, reasons[row])
+    @in_turn
+    def generate(
+        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] | None = (), **options: Any
+    ) -> Generation:
+        """New tokens for each prompt. Arguments as of `Engine.generate`."""
+        request = read_request(self, prompts, max_new_tokens, stop, **options)
+        tokens: list[list[int]] = [[] for _ in request.prompts]
+        reasons = ["length"] * len(tokens)
+        stats = collect(self._steps(request), tokens, reasons, request.stop, self.tokenizer)
+        return Generation(tokens, reasons, stats, self.tokenizer, request.stop)
 
-    def steps(
-        self, prompts: Prompts, *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any
-    ) -> Generator[Emitted, int | Sequence[int] | None, RunStats]:
+    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Steps:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
-        chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        rows = prompt_ids(prompts, self.tokenizer)
-        check_prompts(rows, max_new_tokens, self.config.vocab_size, self.max_context)
-        self._check_open()
-        return self._run(rows, max_new_tokens, chosen)
+        return self._steps(read_request(self, prompts, max_new_tokens, **options))
 
-    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits of every position: [T] token ids -> float32 [T, V]."""
-        ids = np.asarray(ids, np.int64).ravel().tolist()
-        check_prompts([ids], 0, self.config.vocab_size, self.max_context)
+    def _steps(self, request: Request) -> Steps:
         self._check_open()
-        capacity = capacity_for([ids], 0, self.max_context)
+        return Shared(self._run(request))
+
+    @in_turn
+    def logits(self, prompt: Prompts) -> np.ndarray:
+        """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
+        prompts = one_prompt(prompt, self.tokenizer, "logits are")
+        check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
+        self._check_open()
+        capacity = capacity_for(prompts, 0, self.max_context)
         stats, caches, out = self._start(1, capacity), self._init_cache(1, capacity), []
-        for chunk, positions, _ in prefill_chunks([ids], min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
+        for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
             logits, caches, record = self._forward(StepInput(chunk, positions, capacity, "prefill", None), caches)
             stats.steps.append(record)
             out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
         self._finish(stats)
         return np.concatenate(out)
 
+    @in_turn
     def close(self) -> None:
         """Ends its threads; it cannot be used afterwards."""
         if not self._closed:
@@ -187,14 +179,15 @@ class TorchOffload:
         if self._closed:
             raise UserError("the PyTorch engine is closed: its threads have ended; make another")
 
-    def _run(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling):
-        stats = self._start(len(prompts), capacity_for(prompts, max_new_tokens, self.max_context))
+    def _run(self, request: Request) -> Steps:
+        capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)
+        stats = self._turns.serve(lambda: self._start(len(request.prompts), capacity))
         inner = generate_steps(
-            self._forward,
-            self._init_cache,
-            prompts,
-            new_tokens=max_new_tokens,
-            sampling=sampling,
+            lambda step, caches: self._turns.serve(lambda: self._forward(step, caches), step=True),
+            lambda *shape: self._turns.serve(lambda: self._init_cache(*shape), step=True),
+            request.prompts,
+            new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
             eos=self.eos,
             chunk=self.options.prefill_chunk,
             max_context=self.max_context,
@@ -209,10 +202,11 @@ class TorchOffload:
         except StopIteration:
             pass
         finally:
-            self._finish(stats)
+            self._turns.serve_now(lambda: self._finish(stats))
         return stats
 
-    def _forward(self, step: StepInput, caches: list):
+    def _forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+        self._check_open()
         return self._parts.forward.forward(step, caches)
 
     def _init_cache(self, batch: int, capacity: int) -> list:

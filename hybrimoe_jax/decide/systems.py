@@ -28,14 +28,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache import policy_rule
 from hybrimoe_jax.decide.prefetch.predictors import RECORDED, predictor_rule
 from hybrimoe_jax.decide.registry import Rule
 from hybrimoe_jax.decide.schedule import RULES, get_scheduler
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 PREFETCH_MODES = ("none", "next-layer", "impact")
 SCOPES = ("layer", "pooled")
+PLACEMENTS = ("uniform", "popular", "whole-layers", "none")
 GUARDS = ("value", "expected", "none")
 MAX_DEPTH = 6
 """Layers that `lookahead="adaptive"` looks ahead at most."""
@@ -43,10 +45,16 @@ MOST_LOOKAHEAD = 8
 """Layers that a user may ask for."""
 
 
-def check_lookahead(lookahead: int | str | None) -> None:
-    """UserError for a number of layers that is out of range."""
-    if isinstance(lookahead, int) and not 0 <= lookahead <= MOST_LOOKAHEAD:
-        raise UserError(f"lookahead {lookahead} is outside 0..{MOST_LOOKAHEAD}")
+def check_lookahead(lookahead: Any) -> Literal["adaptive"] | int:
+    """A number of layers within range, or "adaptive"; UserError for anything else."""
+    if isinstance(lookahead, str) and lookahead == "adaptive":
+        return "adaptive"
+    if isinstance(lookahead, str):
+        raise UserError(f'lookahead {shown(lookahead)} must be "adaptive" or a number of layers, at least 0')
+    layers = arguments.whole("lookahead", lookahead, most=None)
+    if not 0 <= layers <= MOST_LOOKAHEAD:
+        raise UserError(f"lookahead {shown(layers)} is outside 0..{MOST_LOOKAHEAD}")
+    return layers
 
 
 RULE_PARTS: dict[str, Callable[[Any], Rule]] = {
@@ -94,16 +102,16 @@ class System:
     def __post_init__(self) -> None:
         for part, resolve in RULE_PARTS.items():
             object.__setattr__(self, part, resolve(getattr(self, part)))
-        for what, value, known in (
-            ("prefetch", self.prefetch, PREFETCH_MODES),
-            ("guard", self.guard, GUARDS),
-            ("cache scope", self.scope, SCOPES),
+        for field, what, known in (
+            ("prefetch", "prefetch", PREFETCH_MODES),
+            ("guard", "guard", GUARDS),
+            ("scope", "cache scope", SCOPES),
+            ("placement", "placement", PLACEMENTS),
         ):
-            if value not in known:
-                raise UserError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
-        number = isinstance(self.lookahead, int) and self.lookahead >= 0
-        if not number and self.lookahead != "adaptive":
-            raise UserError(f'lookahead {self.lookahead!r} must be "adaptive" or a number of layers, at least 0')
+            arguments.choice(what, getattr(self, field), known)
+        arguments.text("a system's name", self.name)
+        object.__setattr__(self, "stream_prefill", arguments.flag("stream_prefill", self.stream_prefill))
+        object.__setattr__(self, "lookahead", check_lookahead(self.lookahead))
         if self.prefetch == "none":
             object.__setattr__(self, "lookahead", 0)
         elif self.prefetch == "next-layer":
@@ -225,8 +233,8 @@ def get_system(name: str | System) -> System:
     """The system called `name`, or the one that is given; UserError listing the names."""
     if isinstance(name, System):
         return name
-    if name not in SYSTEMS:
-        raise UserError(f"system {name!r} is unknown (known: {', '.join(SYSTEMS)})")
+    if not isinstance(name, str) or name not in SYSTEMS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"system {shown(name)} is unknown (known: {', '.join(SYSTEMS)})")
     return SYSTEMS[name]
 
 
@@ -239,6 +247,8 @@ def system(name: str, base: str | System = "hybrimoe", **parts: Any) -> System:
 
     As in `system("mine", cache=Mine(decay=0.9), scheduler="mine:Half")`.
     """
+    if not arguments.text("system", name).strip():
+        raise UserError("system: give yours a name")
     if name in SYSTEMS:
         raise UserError(f"system {name!r} is there already; call yours by another name")
     unknown = parts.keys() - inspect.signature(System.override).parameters.keys()

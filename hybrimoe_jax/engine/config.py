@@ -6,12 +6,16 @@ Imports no jax.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import re
+from collections.abc import Callable
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
-from hybrimoe_jax.decide.systems import PREFETCH_MODES, System, check_lookahead, get_system
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, System, check_lookahead, get_system
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.machine.paced import PacedDevice, check_device, parse_device
 from hybrimoe_jax.machine.shapes import parse_cost_shape
 
@@ -31,7 +35,11 @@ CHOICES = {
     "slots": SLOTS,
     "clock": CLOCKS,
     "precision": PRECISIONS,
+    "prefetch": PREFETCH_MODES,
+    "cache_scope": SCOPES,
 }
+MOST_THREADS, THREADS_A_CORE = 64, 8
+"""Threads that may be asked for: many more than there are cores make the start take minutes."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -123,8 +131,9 @@ class EngineConfig:
     debug: bool = False
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            _one_of(name, getattr(self, name), choices)
+        for name, check in CHECKS.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.device_kernel == "cuda" and self.executor == "dense":
             raise UserError(f"the dense executor is the reference: it takes no device_kernel {self.device_kernel}")
         if self.clock == "virtual" and (self.profile is None or self.executor == "dense"):
@@ -135,8 +144,6 @@ class EngineConfig:
             raise UserError("the callback executor hands experts over one by one: it takes no stacked slots")
         if self.cost_shape is not None:
             self._check_cost_shape(self.cost_shape)
-        if self.prefetch is not None:
-            _one_of("prefetch", self.prefetch, PREFETCH_MODES)
         # unknown parts of a system are refused here, before anything is loaded
         predictor_rule(get_system(self.system).predictor if self.predictor is None else self.predictor, live=True)
         system = self.chosen_system
@@ -144,9 +151,6 @@ class EngineConfig:
             if getattr(self, part) is not None:
                 object.__setattr__(self, part, getattr(system, part))
         self._check_sizes()
-        if not self.start_cache:
-            raise UserError('start_cache is empty: give a folder, "default" or "off"')
-        check_lookahead(self.lookahead)
 
     @property
     def chosen_system(self) -> System:
@@ -171,10 +175,6 @@ class EngineConfig:
             raise UserError("give cache_ratio or vram_budget, not both: the budget decides the ratio")
         if self.cache_ratio is not None and not 0 <= self.cache_ratio <= 1:
             raise UserError(f"cache_ratio {self.cache_ratio} is outside 0..1")
-        for name in ("threads", "max_context", "max_batch", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} {value} must be at least 1")
         self.budget_bytes  # noqa: B018 - a malformed size is refused here, not at load
 
     @property
@@ -210,18 +210,52 @@ class EngineConfig:
 
 def parse_bytes(size: int | str, what: str) -> int:
     """Bytes of 4096, "4096", "1.5GiB" or "800MB"; UserError for anything else."""
-    if isinstance(size, (int, float)):
-        value = size
-    else:
+    if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", size)
         if not match or match[2].lower() not in _UNITS:
-            raise UserError(f'{what} {size!r} is not a size; write bytes or e.g. "4GiB", "800MB"')
+            raise UserError(f'{what} {shown(size)} is not a size; write bytes or e.g. "4GiB", "800MB"')
         value = float(match[1]) * _UNITS[match[2].lower()]
+    else:
+        value = arguments.number(what, size)
     if not 1 <= value < 2**63:
         raise UserError(f"{what} {str(size)[:40]} must be at least a byte and less than 8 EiB")
     return int(value)
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
+def check_threads(name: str, threads: Any) -> int:
+    """How many threads are started: UserError where they are far more than there are cores."""
+    return arguments.whole(name, threads, 1, max(MOST_THREADS, THREADS_A_CORE * (os.cpu_count() or 1)))
+
+
+def _folder_or_word(name: str, value: Any) -> str:
+    if value == "":
+        raise UserError(f'{name} is empty: give a folder, "default" or "off"')
+    return arguments.path(name, value)
+
+
+def _profile(name: str, value: Any) -> Any:
+    """A name, a file, or costs as an object."""
+    return value if hasattr(value, "expert_bytes") else arguments.path(name, value)
+
+
+def _size(name: str, value: Any) -> int | str:
+    return str(value) if isinstance(value, str) else int(arguments.number(name, value))
+
+
+_at_least_1 = functools.partial(arguments.whole, least=1)
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **{name: functools.partial(arguments.choice, known=known) for name, known in CHOICES.items()},
+    **dict.fromkeys(("max_context", "max_batch", "prefill_chunk"), _at_least_1),
+    **dict.fromkeys(("stream_prefill", "measure_again", "lazy", "verify", "debug"), arguments.flag),
+    "threads": check_threads,
+    "seed": functools.partial(arguments.whole, least=0),
+    "cache_ratio": arguments.number,
+    "vram_budget": _size,
+    "lookahead": lambda _, value: check_lookahead(value),
+    "profile": _profile,
+    "start_cache": _folder_or_word,
+    "device": arguments.text,
+    "cost_shape": arguments.text,
+}
+"""What each field may be, by its name."""
+OPTIONAL = {field.name for field in dataclasses.fields(EngineConfig) if field.default is None}

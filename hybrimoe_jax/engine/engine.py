@@ -15,17 +15,26 @@ import numpy as np
 from hybrimoe_jax.decide.cache_state import CacheState
 from hybrimoe_jax.engine import budget, cache_state, device_memory
 from hybrimoe_jax.engine.assembly import assemble
+from hybrimoe_jax.engine.call import Call
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
-from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, generate_steps, prefill_chunks, show_steps
+from hybrimoe_jax.engine.generation import (
+    Generation,
+    Steps,
+    capacity_for,
+    collect,
+    generate_steps,
+    prefill_chunks,
+    show_steps,
+)
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.recording import Recording
-from hybrimoe_jax.engine.request import Prompts, check_prompts, context_limit, prompt_ids
-from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
 from hybrimoe_jax.engine.slot_map import SlotMap
-from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
+from hybrimoe_jax.engine.stats import RunStats, StepStats
+from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
 from hybrimoe_jax.errors import DeviceError, UserError
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
@@ -35,7 +44,7 @@ from hybrimoe_jax.tables import Table
 
 
 class Engine:
-    """Runs one model under one `EngineConfig`. Not thread-safe: the thread that calls it owns the device's slots.
+    """Runs one model under one `EngineConfig`. Calls of several threads are served in turn, in the order they came.
 
     Args:
       config: a ModelConfig.
@@ -59,6 +68,8 @@ class Engine:
         self._partial: Generation | None = None
         self._closed = self._recording = False
         self._sequences = 0
+        self._turns = Turns()
+        self._call: Call | None = None
         self._routers = cache_state.routers_of(dense)
 
     @property
@@ -87,7 +98,9 @@ class Engine:
         layers, experts, planner = len(self.config.moe_layers), self.config.num_experts, self.planner
         if planner is None:
             return SlotMap((frozenset(range(experts)),) * layers, (experts,) * layers, experts)
-        return SlotMap(tuple(map(planner.resident, range(layers))), tuple(planner.slots), experts)
+        return self._turns.look(
+            lambda: SlotMap(tuple(map(planner.resident, range(layers))), tuple(planner.slots), experts)
+        )
 
     @property
     def stats(self) -> RunStats | None:
@@ -99,6 +112,7 @@ class Engine:
         """What an interrupted `generate` had made; None once another call has ended well."""
         return self._partial
 
+    @in_turn
     def save_profile(self, path: str | Path) -> None:
         """Writes the measured costs; `EngineConfig(profile=path)` reads them back instead of measuring."""
         if self.costs is None:
@@ -114,11 +128,13 @@ class Engine:
             more = {ORIGIN: origin.describe()}
         self.costs.save(path, more)
 
+    @in_turn
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders, an `EngineTrace` and an `EngineTimeline`, to the steps that follow (None detaches)."""
         self._forward.attach(trace, timeline)
         self._recording = trace is not None
 
+    @in_turn
     def save_cache_state(self, path: str | Path) -> None:
         """Writes who is resident and what the cache has learned, for `load_cache_state` of another run.
 
@@ -127,6 +143,7 @@ class Engine:
         """
         cache_state.save(path, self._forward, self.config, self._routers)
 
+    @in_turn
     def load_cache_state(self, path: str | Path | CacheState) -> None:
         """Goes on where an engine of the same model, system and slots saved its cache state; answers stay the same.
 
@@ -150,50 +167,53 @@ class Engine:
             self.record()
             record.finish()
 
+    @in_turn
     def logits(self, prompt: Prompts) -> np.ndarray:
         """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
-        prompts = prompt_ids(prompt, self.tokenizer)
-        if len(prompts) > 1:
-            raise UserError(f"logits are of one prompt, not of {len(prompts)}")
+        prompts = one_prompt(prompt, self.tokenizer, "logits are")
         check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
         capacity = capacity_for(prompts, 0, self.max_context)
         self._check_ready(1, capacity)
-        stats, out = self._start(1, capacity), []
-        caches, sequence = self._init_cache(1, capacity), self._new_sequences(1)
+        call, out = self._new_call(1, capacity), []
+        caches = self._init_cache(1, capacity)
         for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=sequence)
-            logits, caches, record = self._step(step, caches)
-            stats.steps.append(record)
+            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=call.sequence)
+            logits, caches, record = self._step(call, step, caches)
+            call.stats.steps.append(record)
             out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
-        self._finish(stats)
+        self._finish(call)
         return np.concatenate(out)
 
-    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, seed: int | None = None, **sampling: Any) -> Steps:
-        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
-        chosen = Sampling(**sampling, seed=self.options.seed if seed is None else seed)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        prompts = prompt_ids(prompts, self.tokenizer)
-        check_prompts(prompts, max_new_tokens, self.config.vocab_size, self.max_context)
-        capacity = capacity_for(prompts, max_new_tokens, self.max_context)
-        self._check_ready(len(prompts), capacity)
-        return self._run(prompts, capacity, max_new_tokens, chosen)
+    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Steps:
+        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early.
 
-    def _run(self, prompts, capacity: int, max_new_tokens: int, sampling: Sampling) -> Steps:
-        stats, sequence = self._start(len(prompts), capacity), self._new_sequences(len(prompts))
+        Between two steps the engine may serve others.
+        """
+        request = read_request(self, prompts, max_new_tokens, **options)
+        if request.stop:
+            raise UserError("steps take no stop strings, send the rows that are to stop; `generate` takes them")
+        return self._steps(request)
+
+    def _steps(self, request: Request) -> Steps:
+        capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)
+        self._check_ready(len(request.prompts), capacity)
+        return Shared(self._run(request, capacity))
+
+    def _run(self, request: Request, capacity: int) -> Steps:
+        call = self._turns.serve(lambda: self._new_call(len(request.prompts), capacity))
 
         def forward(step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
-            step.first_sequence = sequence
-            result = self._step(step, caches)
-            stats.steps.append(result[2])  # before its tokens are chosen: it counts, and is in a trace, also without
+            step.first_sequence = call.sequence
+            result = self._turns.serve(lambda: self._step(call, step, caches), step=True)
+            call.stats.steps.append(result[2])  # before its tokens are chosen: it counts, and is in a trace, without
             return result
 
         inner = generate_steps(
             forward,
-            self._init_cache,
-            prompts,
-            new_tokens=max_new_tokens,
-            sampling=sampling,
+            lambda *shape: self._turns.serve(lambda: self._init_cache(*shape), step=True),
+            request.prompts,
+            new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
             eos=self.eos,
             chunk=self.options.prefill_chunk,
             max_context=self.max_context,
@@ -202,19 +222,20 @@ class Engine:
         try:
             while True:
                 emitted = inner.send(stopped)
-                stats.new_tokens += len(emitted.tokens)
+                call.stats.new_tokens += len(emitted.tokens)
                 stopped = yield emitted
         except StopIteration:
-            pass
+            self._turns.serve(lambda: self._finish(call))
         finally:
-            if not sys.is_finalizing():  # left suspended at the interpreter's end, when jax is no longer there
-                self._finish(stats)
-        return stats
+            if not call.finished and not sys.is_finalizing():  # jax may be gone where it is left until the very end
+                self._turns.serve_now(lambda: self._finish(call))
+        return call.stats
 
+    @in_turn
     def generate(
-        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] = (), **options: Any
+        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] | None = (), **options: Any
     ) -> Generation:
-        """New tokens for each prompt.
+        """New tokens for each prompt. UserError, naming the argument, for what cannot be asked.
 
         Ctrl-C, or a notebook's stop button, leaves what was made so far in `partial`, and an engine that goes on.
 
@@ -225,52 +246,31 @@ class Engine:
           options: `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
             greedy), `top_k` (0: all) and `top_p` (1: all) of `Sampling`.
         """
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and this checkpoint has none")
-        ids = prompt_ids(prompts, self.tokenizer)
-        tokens: list[list[int]] = [[] for _ in ids]
-        reasons = ["interrupted"] * len(ids)
-        run, before = self.steps(ids, max_new_tokens=max_new_tokens, **options), self._last_stats
+        request = read_request(self, prompts, max_new_tokens, stop, **options)
+        tokens: list[list[int]] = [[] for _ in request.prompts]
+        reasons = ["interrupted"] * len(tokens)
+        run, before = self._steps(request), self._last_stats
         try:
-            with Progress("reading the prompts", sum(map(len, ids)), "tokens") as progress:
-                shown = show_steps(run, progress, len(ids) * max_new_tokens)
-                stats = self._collect(shown, tokens, reasons, stop)
+            with Progress("reading the prompts", sum(map(len, request.prompts)), "tokens") as progress:
+                shown = show_steps(run, progress, len(tokens) * request.max_new_tokens)
+                stats = collect(shown, tokens, reasons, request.stop, self.tokenizer)
         except KeyboardInterrupt as interrupt:
             run.close()  # which finishes the statistics
             if self._last_stats is not None and self._last_stats is not before:
-                self._partial = Generation(tokens, reasons, self._last_stats, self.tokenizer, stop)
+                self._partial = Generation(tokens, reasons, self._last_stats, self.tokenizer, request.stop)
                 interrupt.args = interrupt.args or ("the tokens so far are in the engine's `partial`",)
             raise
         self._partial = None
-        return Generation(tokens, reasons, stats, self.tokenizer, stop)
+        return Generation(tokens, reasons, stats, self.tokenizer, request.stop)
 
-    def _collect(self, run: Steps, tokens: list[list[int]], reasons: list[str], stop: tuple[str, ...]) -> RunStats:
-        """Runs to the end, and fills in each row's tokens and why it ended."""
-        stopped = None
-        while True:
-            try:
-                emitted = run.send(stopped)
-            except StopIteration as end:
-                return end.value
-            stopped = []
-            for row, token in emitted.tokens:
-                tokens[row].append(token)
-                reasons[row] = emitted.finished.get(row, reasons[row])
-                if stop and any(word in self.tokenizer.decode(tokens[row]) for word in stop):
-                    reasons[row] = "stop"
-                    stopped.append(row)
-
-    def _new_sequences(self, count: int) -> int:
-        """Numbers so many more sequences: the first one's number."""
-        first, self._sequences = self._sequences, self._sequences + count
-        return first
-
-    def _step(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+    def _step(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         """One forward pass, once more with fewer slots where the device's memory runs out.
 
         `caches` then has those of the layers that were done: what a step writes again is the same.
         """
+        self._check_open()
+        if self._call is not call:
+            self._go_on_with(call)
         return with_fewer_slots(lambda: self._forward.forward(step, caches), lambda why: self._give_up(why, caches))
 
     def _init_cache(self, batch: int, capacity: int) -> list:
@@ -313,14 +313,18 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @in_turn
     def close(self) -> None:
         """Stops the worker threads; the engine cannot be used afterwards. A `with` block does it at its end."""
         self._closed = True
         self._parts.close()
 
-    def _check_ready(self, batch: int, capacity: int) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise UserError("the engine is closed: its worker threads have ended; load it again")
+
+    def _check_ready(self, batch: int, capacity: int) -> None:
+        self._check_open()
         reserved = self._parts.footprint
         needed = self._parts.model.cache_bytes(batch, capacity)
         if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
@@ -330,40 +334,35 @@ class Engine:
                 f"{self.max_context}; raise max_batch"
             )
 
-    def _start(self, batch: int, capacity: int) -> RunStats:
+    def _new_call(self, batch: int, capacity: int) -> Call:
         parts = self._parts
         stats = parts.new_stats()
         parts.clock.overshoot(reset=True)
-        self._counters, self._predicted = parts.counters(), parts.predicted()
-        self._switches = len(self._forward.switches)
         footprint, stats.host_bytes = parts.footprint, self.store.nbytes
         if self.options.cost_shape is not None and parts.costs is not None:
             stats.host_bytes = self.store.num_layers * self.store.num_experts * parts.costs.expert_bytes
         else:
             footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity))
         stats.peak_device_bytes = footprint.total
-        return stats
+        call, self._sequences = Call(stats, self._sequences), self._sequences + batch
+        self._go_on_with(call)
+        return call
 
-    def _finish(self, stats: RunStats) -> None:
-        self._forward.synchronize()
-        parts = self._parts
+    def _go_on_with(self, call: Call | None) -> None:
+        """What is counted from now on is this call's; what was counted since the last change is the other's."""
+        if self._call is not None:
+            self._call.pause(self._parts, self._forward)
+        if call is not None:
+            call.resume(self._parts, self._forward)
+        self._call = call
+
+    def _finish(self, call: Call) -> None:
+        if not self._closed:
+            self._forward.synchronize()
+        if self._call is call:
+            self._go_on_with(None)
+        parts, stats = self._parts, call.finish()
         stats.overshoot = parts.clock.overshoot()
-        stats.switches = [switch._asdict() for switch in self._forward.switches[self._switches :]]
-        before, after = self._counters, parts.counters()
-        stats.prefetch = PrefetchStats(
-            *(
-                getattr(after, f"prefetch_{name.name}") - getattr(before, f"prefetch_{name.name}")
-                for name in dataclasses.fields(PrefetchStats)
-                if name.name != "accuracy"
-            ),
-            accuracy={
-                str(distance): (hits - hits_before) / (tries - tries_before)
-                for distance, ((tries_before, hits_before), (tries, hits)) in enumerate(
-                    zip(self._predicted, parts.predicted()), 1
-                )
-                if tries > tries_before
-            },
-        )
         measured = device_memory.peak_bytes(parts.device)
         if measured is not None and self.options.cost_shape is None:
             stats.peak_device_bytes = measured

@@ -121,6 +121,24 @@ def show_steps(run: Steps, progress: Progress, most_new: int) -> Steps:
         stopped = yield emitted
 
 
+def collect(run: Steps, tokens: list[list[int]], reasons: list[str], stop: Sequence[str], tokenizer: Any) -> RunStats:
+    """Runs to the end, and fills in each row's tokens and why it ended: "stop" once its text has a stop string."""
+    stopped = None
+    while True:
+        try:
+            emitted = run.send(stopped)
+        except StopIteration as end:
+            return end.value
+        stopped = []
+        for row, token in emitted.tokens:
+            tokens[row].append(token)
+            reasons[row] = emitted.finished.get(row, reasons[row])
+            text = tokenizer.decode(tokens[row]) if stop and reasons[row] != "eos" else ""
+            if any(word in text for word in stop):
+                reasons[row] = "stop"
+                stopped.append(row)
+
+
 def capacity_for(prompts, new_tokens: int, max_context: int) -> int:
     """Cache capacity: a power of two of at least 256, so that few executables serve all lengths, within max_context."""
     return min(max_context, bucket(max(map(len, prompts)) + new_tokens, SMALLEST_SPAN))

@@ -1,20 +1,83 @@
-"""What a call may ask of a model: prompts as text or ids, within its vocabulary and context. Imports no jax."""
+"""What a call may ask of a model, checked once: prompts, how tokens are chosen, what ends a reply. Imports no jax."""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.errors import UserError, shown
 
 MOST_CONTEXT = 4096
 """Longest sequence where nobody asks for more."""
 
 Prompts: TypeAlias = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 """One text or several, the token ids of one prompt or of several; arrays of integers too."""
+
+SAMPLING = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
+
+
+class Asked(Protocol):
+    """Who is asked: an engine."""
+
+    config: Any
+    options: EngineConfig
+    tokenizer: Any
+    max_context: int
+
+
+class Request(NamedTuple):
+    """A call of `generate` that can be served.
+
+    Attributes: prompts: token ids of each; stop: the strings that end a text.
+    """
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+def read_request(
+    engine: Asked, prompts: Any, max_new_tokens: Any = 64, stop: Any = (), seed: Any = None, **options: Any
+) -> Request:
+    """What `generate` is asked; UserError, naming the argument, where the engine cannot do it."""
+    arguments.names("generate", options, [*SAMPLING, "max_new_tokens", "stop", "seed"])
+    sampling = Sampling(**options, seed=engine.options.seed if seed is None else seed)
+    most = arguments.whole("max_new_tokens", max_new_tokens, 1)
+    words = read_stop(stop)
+    check_stop(words, engine.tokenizer)
+    ids = prompt_ids(prompts, engine.tokenizer)
+    check_prompts(ids, most, engine.config.vocab_size, engine.max_context)
+    return Request(ids, most, sampling, words)
+
+
+def read_stop(stop: Any) -> tuple[str, ...]:
+    """The strings that end a text: one or several, none where it is None. None of them is empty."""
+    given = [] if stop is None else arguments.several("stop", stop, str)
+    words = tuple(arguments.text("stop", word) for word in given)
+    if not all(words):
+        raise UserError("stop: a stop string is empty, and would end every reply; leave it out")
+    return words
+
+
+def check_stop(stop: Sequence[str], tokenizer: Any) -> None:
+    """UserError for stop strings of a model without texts."""
+    if stop and tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
+
+
+def one_prompt(prompt: Any, tokenizer: Any, what: str) -> list[list[int]]:
+    """`prompt_ids` of one; UserError where there are several, for `what`, which takes one."""
+    prompts = prompt_ids(prompt, tokenizer)
+    if len(prompts) > 1:
+        raise UserError(f"{what} of one prompt, not of {len(prompts)}; `generate` takes several")
+    return prompts
 
 
 def prompt_ids(prompts: Any, tokenizer: Any) -> list[list[int]]:
@@ -26,7 +89,7 @@ def prompt_ids(prompts: Any, tokenizer: Any) -> list[list[int]]:
     if _is_one(given):
         return [_ids(given, "prompts", tokenizer)]
     if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes)):
-        raise UserError(f"prompts: {_said(prompts)} is neither text nor token ids")
+        raise UserError(f"prompts: {shown(prompts)} is neither text nor token ids")
     rows = list(given)
     return [_ids(_plain(row), f"prompt {number}", tokenizer) for number, row in enumerate(rows)]
 
@@ -49,7 +112,7 @@ def _ids(given: Any, where: str, tokenizer: Any) -> list[int]:
         return tokenizer.encode(given)
     if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes)):
         hint = "; for a conversation, encode it: engine.tokenizer.encode_chat(messages)" * isinstance(given, Mapping)
-        raise UserError(f"{where}: {_said(given)} is neither text nor token ids{hint}")
+        raise UserError(f"{where}: {shown(given)} is neither text nor token ids{hint}")
     return [_id(value, place, where) for place, value in enumerate(given)]
 
 
@@ -59,12 +122,7 @@ def _id(value: Any, place: int, where: str) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise UserError(f"{where}: {_said(value)} at place {place} is no token id; give whole numbers, or the text itself")
-
-
-def _said(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 40 else f"{said[:36]} ..."
+    raise UserError(f"{where}: {shown(value)} at place {place} is no token id; give whole numbers, or the text itself")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int, max_context: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError
 
 
@@ -20,14 +23,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
+        for name, check in CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.temperature < 0:
             raise UserError(f"temperature {self.temperature} must be 0 (greedy) or a finite number above")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed} must be at least 0")
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is outside (0, 1]")
+
+
+CHECKS: dict[str, Callable[[str, Any], int | float]] = {
+    "temperature": arguments.number,
+    "top_k": functools.partial(arguments.whole, least=0),
+    "top_p": arguments.number,
+    "seed": functools.partial(arguments.whole, least=0),
+}
 
 
 class Sampler:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
+from typing import Any
 
-from hybrimoe_jax.engine.request import prompt_ids
+from hybrimoe_jax.engine.request import check_stop, one_prompt, read_stop
 from hybrimoe_jax.engine.stats import StepStats
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.engine.turns import Shared
 
 
 @dataclasses.dataclass
@@ -26,10 +27,8 @@ class StreamChunk:
 class StopBuffer:
     """Passes text through, holding back a tail that may be the beginning of a stop string."""
 
-    def __init__(self, stop: Sequence[str]):
-        if any(not word for word in stop):
-            raise UserError("a stop string is empty")
-        self._stop, self._held = tuple(stop), ""
+    def __init__(self, stop: str | Sequence[str] | None):
+        self._stop, self._held = read_stop(stop), ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """-> (text safe to show, whether a stop string is complete)."""
@@ -53,21 +52,19 @@ class StopBuffer:
 
 
 def stream_generate(
-    engine, prompt: str | Sequence[int], *, stop: Sequence[str] = (), **options
+    engine: Any, prompt: str | Sequence[int], *, stop: str | Sequence[str] | None = (), **options: Any
 ) -> Generator[StreamChunk, None, None]:
     """Yields a `StreamChunk` per new token of one prompt (text, encoded as the tokenizer does it, or token ids).
 
-    `options` are those of `Engine.generate`: max_new_tokens, temperature, top_k, top_p, seed. The end-of-sequence token
-    gives no text. Afterwards `engine.stats` holds the run's statistics.
+    `stop` and `options` are those of `Engine.generate`: max_new_tokens, temperature, top_k, top_p, seed. The
+    end-of-sequence token gives no text. Afterwards `engine.stats` holds the run's statistics. Between two tokens the
+    engine may serve other calls and streams, of any thread; a stream that is left where it is holds nobody up.
     """
-    prompts = prompt_ids(prompt, engine.tokenizer)
-    if len(prompts) > 1:
-        raise UserError(f"a stream is of one prompt, not of {len(prompts)}; `generate` takes several")
-    if stop and engine.tokenizer is None:
-        raise UserError("stop strings need a tokenizer, and this checkpoint has none")
-    buffer = StopBuffer(stop)
+    prompts = one_prompt(prompt, engine.tokenizer, "a stream is")
+    words = read_stop(stop)
+    check_stop(words, engine.tokenizer)
     decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None
-    return _chunks(engine.steps(prompts, **options), decoder, buffer)
+    return Shared(_chunks(engine.steps(prompts, **options), decoder, StopBuffer(words)))
 
 
 def _chunks(steps, decoder, buffer: StopBuffer) -> Generator[StreamChunk, None, None]:

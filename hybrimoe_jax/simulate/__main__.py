@@ -151,7 +151,8 @@ def check_flags(args: argparse.Namespace) -> None:
             if not args.plots:
                 raise UserError(f"--{flag} is for --plots")
             setattr(args, flag, list(map(resolve, getattr(args, flag))))
-    check_lookahead(args.lookahead)
+    if args.lookahead is not None:
+        check_lookahead(args.lookahead)
     for name in ("prompts", "jobs", "steps", "sequences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")

@@ -1,0 +1,115 @@
+"""What callers hand over, checked: each function takes an argument's name and value, and returns it as a plain one.
+
+Numbers of NumPy and of other libraries are numbers. UserError, naming the argument, for what is something else or out
+of range: True is no number, 2.5 no count, None and NaN are nothing at all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+import os
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from hybrimoe_jax.errors import UserError, shown
+
+MOST = 2**63 - 1
+"""Counts above it are slips of the keyboard, and more than arrays take."""
+
+
+def whole(name: str, value: Any, least: int | None = None, most: int | None = MOST) -> int:
+    """A whole number within `least`..`most`; 4.0 is one, too."""
+    found = _index(value)
+    if found is None:
+        inexact = _real(value)
+        if inexact is None or not inexact.is_integer():
+            raise UserError(f"{name} {shown(value)} is no whole number")
+        found = int(inexact)
+    if least is not None and found < least:
+        raise UserError(f"{name} {shown(found)} must be at least {least}")
+    if most is not None and found > most:
+        raise UserError(f"{name} {shown(found)} must be at most {most}")
+    return found
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    found = _real(value)
+    if found is None or not math.isfinite(found):
+        raise UserError(f"{name} {shown(value)} is no {'finite ' if found is not None else ''}number")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, NumPy's too."""
+    if isinstance(value, bool) or _is_bool(value):
+        return bool(value)
+    raise UserError(f"{name} {shown(value)} is neither True nor False")
+
+
+def text(name: str, value: Any) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} {shown(value)} is no text")
+    return str(value)
+
+
+def choice(name: str, value: Any, known: Collection[str]) -> str:
+    """One of the `known` texts."""
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{name} {shown(value)} is unknown; choose one of {', '.join(known)}")
+    return str(value)
+
+
+def path(name: str, value: Any) -> str:
+    """A file or folder, as a text or a `Path`."""
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str) or not found or "\0" in found:
+        raise UserError(f"{name} {shown(value)} is no file or folder; give its path")
+    return found
+
+
+def several(name: str, value: Any, one: type | tuple[type, ...]) -> list[Any]:
+    """A list of what is given; a single one of kind `one` stands for a list of it."""
+    if isinstance(value, one):
+        return [value]
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise UserError(f"{name} {shown(value)} is neither one of them nor a list")
+    return list(value)
+
+
+def names(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """UserError for a name that is none of the `known` ones."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{what} has no {name!r} ({meant})")
+
+
+def _is_bool(value: Any) -> bool:
+    return "bool" in str(getattr(value, "dtype", "")) and getattr(value, "ndim", 1) == 0
+
+
+def _is_scalar(value: Any) -> bool:
+    """A number, or what an array library calls a scalar: no text, no truth value, no array with a dimension."""
+    if isinstance(value, bool) or _is_bool(value):
+        return False
+    return isinstance(value, numbers.Real) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def _index(value: Any) -> int | None:
+    try:
+        return operator.index(value) if _is_scalar(value) else None
+    except TypeError:
+        return None
+
+
+def _real(value: Any) -> float | None:
+    try:
+        return float(value) if _is_scalar(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
