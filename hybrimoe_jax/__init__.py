@@ -6,8 +6,12 @@ set before jax starts.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
+from hybrimoe_jax import interrupts  # isort: skip - before all that takes time to import
+
+interrupts.listen()
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
     from hybrimoe_jax.baselines.torch_offload import TorchOffload

@@ -16,51 +16,65 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
+from hybrimoe_jax import interrupts
 from hybrimoe_jax.errors import DeviceError, UserError
+from hybrimoe_jax.interrupts import INTERRUPTED
 from hybrimoe_jax.progress import track
 
 T = TypeVar("T")
 
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and exits; bad input and warnings are one line on stderr each, never a traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    if sys.stdout is None:
-        sys.exit(fail("standard output is closed"))
     try:
-        code = main() or 0
-        sys.stdout.flush()
-    except UserError as error:
-        code = fail(str(error))
-    except DeviceError as error:
-        fail(str(error))
-        code = FAILED
+        interrupts.gently()
+        code = _run(main)
+        interrupts.end_at_once()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:
-        _forget_output()
-        code = 141
-    except OSError as error:
-        if error.filename is not None and error.strerror is not None:
-            code = fail(f"{error.filename}: {error.strerror}")
-        elif error.errno == errno.ENOSPC:
-            _forget_output()
-            code = fail(f"cannot write the output: {error.strerror}")
-        else:
-            raise
+    if code == INTERRUPTED:
+        interrupts.no_more()
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
     if code in (FAILED, INTERRUPTED):
         # At once: threads of XLA may still run a program, or wait for one for ever. The interpreter's end would take
         # from under them what they read.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
         os._exit(code)
     gc.freeze()  # what jax and its modules hold goes with the process: looking through it takes half a second
     sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    """The exit code, where what `main` raised has been said."""
+    if sys.stdout is None:
+        return fail("standard output is closed")
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return fail(str(error))
+    except DeviceError as error:
+        fail(str(error))
+        return FAILED
+    except BrokenPipeError:
+        _forget_output()
+        return 141
+    except OSError as error:
+        if error.filename is not None and error.strerror is not None:
+            return fail(f"{error.filename}: {error.strerror}")
+        if error.errno == errno.ENOSPC:
+            _forget_output()
+            return fail(f"cannot write the output: {error.strerror}")
+        raise
 
 
 def _forget_output() -> None:

@@ -93,14 +93,16 @@ class TorchOffload:
         self.precision, self._torch = precision, torch
         from hybrimoe_jax.baselines.torch_assembly import assemble, system_of
         from hybrimoe_jax.checkpoint.reader import open_checkpoint
-        from hybrimoe_jax.engine.load import bundled_model
-        from hybrimoe_jax.text import eos_ids
+        from hybrimoe_jax.engine.load import bundled_model, checked_place
+        from hybrimoe_jax.text.replies import eos_ids, warn_of_what_is_left_out
 
         system_of(self.options)
+        checkpoint = checked_place(checkpoint)
         if checkpoint is None or isinstance(checkpoint, (str, Path)):
             checkpoint = open_checkpoint(checkpoint or bundled_model())
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
         self.eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
+        warn_of_what_is_left_out(checkpoint.generation_config, self.eos, self.config.vocab_size)
         self.format, self.max_context = checkpoint.format, context_limit(self.options, self.config)
         self.threads = self.options.threads or available_cores()
         torch.set_num_threads(self.threads)

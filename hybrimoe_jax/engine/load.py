@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.device_memory import limit_allocator
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.start_cache import keep_programs, usable
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def read_model(
     programs = keep_programs(start_cache)
     from hybrimoe_jax.checkpoint.reader import Checkpoint, open_checkpoint
     from hybrimoe_jax.engine.checks import check_budget, check_options, host_format
-    from hybrimoe_jax.text import eos_ids
+    from hybrimoe_jax.text.replies import eos_ids, warn_of_what_is_left_out
 
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint or bundled_model())
@@ -78,17 +78,19 @@ def read_model(
     check_options(options, checkpoint.config, held)
     check_budget(options, checkpoint)
     dtype = "float32" if held == "f32" else None  # exactly the same values
+    small = {"tokenizer": checkpoint.tokenizer, "frequencies": checkpoint.frequencies()}  # refused before weights are
+    eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
+    warn_of_what_is_left_out(checkpoint.generation_config, eos, checkpoint.config.vocab_size)
     return Model(
         checkpoint.config,
         store=checkpoint.experts(
             dtype=dtype, lazy=options.lazy, verify=options.verify, progress=progress and progress.track
         ),
         dense=checkpoint.dense(verify=options.verify),
-        tokenizer=checkpoint.tokenizer,
-        eos=eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config),
-        frequencies=checkpoint.frequencies(),
+        eos=eos,
         start_cache=start_cache,
         programs=programs,
+        **small,
     )
 
 
@@ -110,6 +112,7 @@ def load(
     Raises UserError for a missing or damaged checkpoint and for options that cannot be met.
     """
     options = config_of(options, machine, fields)
+    path = checked_place(path)
     with Progress("reading the checkpoint", at_once=True) as progress:
         progress.to(0)
         model = read_model(path, options, progress)
@@ -118,17 +121,21 @@ def load(
         return model.engine(options)
 
 
+def checked_place(checkpoint: Any) -> Any:
+    """A checkpoint's folder, or an open one; None stays. UserError for anything else."""
+    if checkpoint is None or hasattr(checkpoint, "manifest"):
+        return checkpoint
+    return Path(arguments.path("checkpoint", checkpoint))
+
+
 def config_of(options: EngineConfig | None, machine: str | None, fields: dict[str, Any]) -> EngineConfig:
     """The options of `load`; UserError for a field that there is not."""
-    known = [field.name for field in dataclasses.fields(EngineConfig)]
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
-            raise UserError(f"{name} is no option of an engine{meant}")
+    if options is not None and not isinstance(options, EngineConfig):
+        raise UserError(f"options {shown(options)} is no EngineConfig; write EngineConfig(...), or its fields by name")
+    arguments.names("EngineConfig", fields, [field.name for field in dataclasses.fields(EngineConfig)])
     if machine is not None:
         for name in ("profile", "clock"):
             if name in fields:
-                raise UserError(f"machine {machine} sets the profile and the virtual clock: leave out {name}")
+                raise UserError(f"machine {shown(machine)} sets the profile and the virtual clock: leave out {name}")
         fields = {**fields, "profile": machine, "clock": "virtual"}
     return dataclasses.replace(options or EngineConfig(), **fields)

@@ -103,7 +103,7 @@ class ModelConfig(RoutedExperts, abc.ABC):
         self._check_keys(raw)
         self._check_sizes(raw)
         self._check_layer_types(raw.get("layer_types") or ())
-        if not all(isinstance(token, int) for token in self.eos_ids):
+        if not all(type(token) is int for token in self.eos_ids):
             raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {raw['eos_token_id']!r}")
         if not self.moe_layers:
             raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")

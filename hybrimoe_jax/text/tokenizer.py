@@ -157,17 +157,6 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
-def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, config) -> tuple[int, ...]:
-    """The ids that end a text.
-
-    Those of `generation_config.json` (one id or a list), else of `config.json`, else the tokenizer's.
-    """
-    for value in (generation_config.get("eos_token_id"), config.eos_token_id, tokenizer and tokenizer.eos_id):
-        if value is not None:
-            return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-    return ()
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file; raises UserError where it is malformed."""
     if not path.is_file():

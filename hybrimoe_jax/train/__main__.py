@@ -121,6 +121,8 @@ def check(args) -> dict[str, Any] | None:
     shape = model_shape(args)
     if not args.resume and (args.run / "state.npz").exists():
         raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
+    if args.resume and not (args.run / "state.npz").is_file():
+        raise UserError(f"--resume: {args.run} holds no run (no state.npz); give its folder, or leave out --resume")
     check_folder_to_be(args.run, "--run")
     return shape
 

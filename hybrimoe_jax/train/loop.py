@@ -220,8 +220,8 @@ def train(
     """Trains on the id stream [n] up to `settings.steps` and returns the last state.
 
     `folder/state.npz` holds the state of every `save_every` steps and of the last one. `report` gets each step's loss
-    (nats per token) and balance; `saved` each saved state. With `resume`, an existing state is continued; its run must
-    have been of the same model, text and settings, but for the number of steps.
+    (nats per token) and balance; `saved` each saved state. With `resume`, the state there is continued: UserError where
+    there is none. Its run must have been of the same model, text and settings, but for the number of steps.
     """
     longest = max(length for _, length in settings.stages)
     if len(stream) <= longest + 1:
@@ -236,7 +236,9 @@ def train(
     state = State(0, params, optimizer.init(params))
     path = folder / "state.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    if resume and path.exists():
+    if resume:
+        if not path.is_file():
+            raise UserError(f"{folder} holds no run to resume (no {path.name}); start without resume")
         state = load_state(path, state, identity)
     while state.step < settings.steps:
         context = settings.context(state.step)
