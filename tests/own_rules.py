@@ -21,8 +21,6 @@ class Fading(CachePolicy):
 class Half(Scheduler):
     """So much of the misses crosses the link, the CPU computes the others."""
 
-    name = "half"
-
     def __init__(self, share=0.5):
         self.share = share
 

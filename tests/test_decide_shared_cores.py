@@ -6,6 +6,7 @@ import pytest
 from grids import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from own_rules import Half
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
@@ -129,3 +130,7 @@ def test_a_step_of_several_tokens_is_planned_as_ever():
     planner = planner_for(costs)
     assert planner.all_on_cpu
     assert planner.plan(0, {0: 2, 5: 1}, None, 3).schedule.uses_all_cores is False
+
+
+def test_a_rule_of_ones_own_needs_no_name():
+    assert Half.name == with_shared_cores(Half(), SHARED).name == "Half" and type("Mine", (Half,), {}).name == "Mine"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.registry import Parametric
@@ -81,7 +81,7 @@ class Schedule(NamedTuple):
 
 
 class Scheduler(Parametric, ABC):
-    """A rule from problems to schedules.
+    """A rule from problems to schedules. Its `name` is that of the class where it says no other.
 
     `uses_cpu` and `uses_link` say which lanes it may put routed experts on, `steals` whether the CPU may get resident
     ones. `depends_on_counts_only`: with equal loads and nothing in flight its answer depends on how many experts are
@@ -96,6 +96,11 @@ class Scheduler(Parametric, ABC):
     steals = False
     depends_on_counts_only = False
     by_id = False
+
+    def __init_subclass__(cls, **given: Any):
+        super().__init_subclass__(**given)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     @abstractmethod
     def schedule(self, problem: Problem) -> Schedule:
