@@ -1,8 +1,6 @@
 """Text to token ids and back: the checkpoint's own tokenizer, chat template and end-of-sequence rule.
 
-Everything is read from the files that came with the checkpoint (`tokenizer.json`, `tokenizer_config.json`,
-`chat_template.jinja`); nothing is guessed from the model's name. Chat templates are programs from a download,
-so they run in jinja2's immutable sandbox.
+Everything is read from the files that came with the checkpoint; nothing is guessed from the model's name.
 """
 
 from __future__ import annotations
