@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,8 @@ from typing import Any
 
 from hybrimoe_jax.errors import UserError, shown
 
-SECONDS = 5  # of computing, counted by the child itself, so that a busy machine refuses no prompt
-PATIENCE_S = 60  # by the clock: what counts no computing (a process that was stopped), and a start
+SECONDS = 5  # by the clock, if the child has computed for a fifth of them: a busy machine refuses no prompt
+PATIENCE_S = 60  # for a child that computes nothing, as one that was stopped, and for its start
 BYTES = 512 << 20
 CHILD = Path(__file__).with_name("render_child.py")
 
@@ -48,14 +49,13 @@ class Renderer:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, io.BufferedReader(self._process.stdout)  # type: ignore[arg-type]
         try:
-            limits = json.loads(self._line(PATIENCE_S))
+            limited = json.loads(self._line(PATIENCE_S))["memory"]
         except BaseException as error:
             self.end()
             if not isinstance(error, ValueError):
                 raise
             raise _no_process(f"exit code {self._process.returncode}") from None
-        self._patience = PATIENCE_S if limits["time"] else SECONDS
-        if not limits["memory"]:
+        if not limited:
             warnings.warn("this system limits no memory: a chat template can take any amount of it", stacklevel=2)
 
     @property
@@ -67,7 +67,7 @@ class Renderer:
         request = f'{{"template": {json.dumps(template)}, "variables": {variables}}}\n'
         try:
             self._input.write(request.encode())
-            answer = json.loads(self._line(self._patience))
+            answer = json.loads(self._line(SECONDS))
         except (OSError, ValueError):
             self.end()
             raise TemplateError(self._ending()) from None
@@ -93,17 +93,29 @@ class Renderer:
         self._process.returncode = self._process.returncode or 0
 
     def _line(self, seconds: float) -> bytes:
-        def late() -> None:
-            self._late = True
-            self._process.kill()
-
-        timer = threading.Timer(seconds, late)
-        timer.daemon = True
-        timer.start()
+        """The next line that the child writes; nothing if it takes longer, for then it is ended."""
+        read = threading.Event()
+        threading.Thread(target=self._bound, args=(read, seconds), daemon=True).start()
         try:
             return self._output.readline()
         finally:
-            timer.cancel()
+            read.set()
+
+    def _bound(self, read: threading.Event, seconds: float) -> None:
+        start, before = time.monotonic(), self._computed_s()
+        while not read.wait(seconds):
+            if self._computed_s() - before >= SECONDS / 5 or time.monotonic() - start >= PATIENCE_S:
+                self._late = True
+                self._process.kill()
+                return
+            seconds = SECONDS / 20
+
+    def _computed_s(self) -> float:
+        """What the child has computed so far; the time where no system but Linux tells."""
+        try:
+            return time.clock_gettime((~self._process.pid << 3) | 2)  # as of clock_getcpuclockid(3)
+        except (AttributeError, OSError, OverflowError):
+            return time.monotonic()
 
     def _ending(self) -> str:
         code = self._process.returncode

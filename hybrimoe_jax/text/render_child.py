@@ -4,8 +4,8 @@ Run as a file by a bare interpreter (`python -I -S`), so that it starts fast and
 
     render_child.py FOLDERS_OF_JINJA2 SECONDS BYTES
 
-It answers JSON lines on standard input with JSON lines on standard output. The first line that it writes says which
-limits hold. It ends with its input, when its parent is another, and, in the middle of a template, by a timer.
+It answers JSON lines on standard input with JSON lines on standard output. The first line that it writes says whether
+memory is limited. It ends with its input, when its parent is another, and, in the middle of a template, by a timer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 
 KEPT = 16  # compiled templates
-LONGEST = 2000  # characters of an error message
+LONGEST = 500  # characters of an error message
 ROOM, FACTOR = 8 << 20, 4  # characters of a rendered prompt: that many, and that many times its request
 LATE = "html", "pprint", "textwrap", "unicodedata", "jinja2.constants"  # filters import them when they are used
 FIRST = "{% for a in [1] %}{{ a | tojson }}{{ strftime_now('%Y') }}{% endfor %}", "{{ a.b.c }}", "{{"
@@ -121,12 +121,10 @@ def limit_memory(most: int) -> bool:
     return sys.platform != "darwin" and lower("RLIMIT_AS", most)  # macOS takes the number and does nothing
 
 
-def limit_time(seconds: float) -> bool:
-    """Ends this process after so many more seconds of computing; 0 calls that off -> whether it will."""
-    if not hasattr(signal, "setitimer"):  # Windows
-        return False
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    return True
+def limit_time(seconds: float) -> None:
+    """Ends this process after so many more seconds of computing, if its parent does not; 0 calls that off."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def watch(parent: int) -> None:
@@ -146,7 +144,7 @@ def serve(seconds: float, most: int) -> None:
     renderer = Renderer()
     for template in FIRST:  # so that what they import, and the time zone, is read before files are out of reach
         renderer.answer(json.dumps({"template": template, "variables": {}}))
-    print(json.dumps({"memory": limit_memory(most), "time": limit_time(0)}), flush=True)
+    print(json.dumps({"memory": limit_memory(most)}), flush=True)
     for line in sys.stdin:
         limit_time(seconds)
         try:
