@@ -223,3 +223,14 @@ def test_truncation_and_padding_saved_in_the_file_are_for_batches_not_prompts(tm
     backend.enable_padding(length=80)
     assert saved(tmp_path / "saved", backend).encode("hi there") == plain
     assert len(plain) not in (4, 80)
+
+
+def test_what_is_no_text_and_no_id_is_refused(bytes_tokenizer):
+    for text in ("a\ud800", b"x", 5, None):
+        with pytest.raises(UserError, match="a text is wanted"):
+            bytes_tokenizer.encode(text)
+    for ids in ([5.7], ["5"], [None]):
+        with pytest.raises(UserError, match="token ids must be whole numbers"):
+            bytes_tokenizer.decode(ids)
+    with pytest.raises(UserError, match="cannot decode these ids"):
+        bytes_tokenizer.decode([-1])

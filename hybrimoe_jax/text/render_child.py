@@ -111,7 +111,10 @@ def limit_memory(most: int) -> bool:
 
     def lower(kind: str, value: int) -> bool:
         try:
-            resource.setrlimit(getattr(resource, kind), (value, value))
+            number = getattr(resource, kind)
+            allowed = resource.getrlimit(number)[1]
+            value = value if allowed == resource.RLIM_INFINITY else min(value, allowed)
+            resource.setrlimit(number, (value, value))
         except (AttributeError, OSError, ValueError):
             return False
         return True

@@ -81,6 +81,10 @@ class Tokenizer:
         return ids[1:] if ids[:1] == [bos] and len(ids) > len(plain) else ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise UserError(f"a text is wanted, without halves of surrogate pairs, not {shown(text)}") from None
         with library(f"{self.folder}: tokenizer.json cannot encode this text"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
