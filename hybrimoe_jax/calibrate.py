@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 import time
 
 from hybrimoe_jax import cli
+from hybrimoe_jax.encoding import say
 from hybrimoe_jax.engine.config import KERNELS, EngineConfig
-from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.calibration_text import SCREEN, calibration_text
 from hybrimoe_jax.records import stamped
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
         draw(found, args.plot)
     for warning in found.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
     print(calibration_text(found) + "\n\n" + meaning_text(meaning, found) + "\n", flush=True)
     record = {
         "seconds": time.perf_counter() - start,
@@ -93,13 +93,11 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def check_files(args: argparse.Namespace) -> None:
     """UserError for files that could not be written at the end."""
-    for flag in ("out", "plot"):
-        if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag}")
+    check_outputs({"--out": args.out, "--plot": args.plot}, [args.model])
     if args.plot:
-        from hybrimoe_jax.figures import check_matplotlib
+        from hybrimoe_jax.figures import check_picture
 
-        check_matplotlib("--plot")
+        check_picture(args.plot, "--plot")
 
 
 def what_it_means(found: Calibration, trace, ratio: float) -> dict:

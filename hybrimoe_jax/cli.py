@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
 from hybrimoe_jax import interrupts
-from hybrimoe_jax.errors import DeviceError, UserError
+from hybrimoe_jax.encoding import prepare_streams, say
+from hybrimoe_jax.errors import DeviceError, UserError, printable
 from hybrimoe_jax.interrupts import INTERRUPTED
 from hybrimoe_jax.progress import track
 
@@ -25,11 +26,13 @@ T = TypeVar("T")
 
 
 FAILED = 1
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and exits; bad input and warnings are one line on stderr each, never a traceback."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: printable(f"warning: {message}\n")
+    prepare_streams()
     try:
         interrupts.gently()
         code = _run(main)
@@ -38,15 +41,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = INTERRUPTED
     if code == INTERRUPTED:
         interrupts.no_more()
-        with contextlib.suppress(OSError):
-            print("interrupted", file=sys.stderr)
+        say("interrupted")
     if code in (FAILED, INTERRUPTED):
         # At once: threads of XLA may still run a program, or wait for one for ever. The interpreter's end would take
         # from under them what they read.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     gc.freeze()  # what jax and its modules hold goes with the process: looking through it takes half a second
     sys.exit(code)
@@ -71,7 +72,7 @@ def _run(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is not None and error.strerror is not None:
             return fail(f"{error.filename}: {error.strerror}")
-        if error.errno == errno.ENOSPC:
+        if error.errno in UNWRITABLE:
             _forget_output()
             return fail(f"cannot write the output: {error.strerror}")
         raise
@@ -99,7 +100,7 @@ def first_paragraph(doc: str | None) -> str:
 
 def fail(message: str) -> int:
     """Prints `error: message` as one line on stderr and returns exit code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    say(str(UserError("error: " + " ".join(message.split()))))
     return 2
 
 

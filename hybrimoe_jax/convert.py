@@ -12,11 +12,12 @@ checkpoint becomes a Hugging Face folder.
 from __future__ import annotations
 
 import os
-import sys
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.checkpoint.convert import convert, convert_random, return_freed_memory
 from hybrimoe_jax.checkpoint.export import export_hf
+from hybrimoe_jax.encoding import say
+from hybrimoe_jax.errors import printable
 
 
 def build_parser() -> cli.Parser:
@@ -84,18 +85,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             path = convert(args.src, args.dst, args.format, cli.progress, args.calibrate, args.dense_format, args.zip)
     except KeyboardInterrupt:
-        print(
-            "interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"),
-            file=sys.stderr,
-        )
+        say("interrupted; the same command " + ("starts over" if args.export_hf else "goes on from here"))
         return cli.INTERRUPTED
     total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    print(f"{path}: {total / 1e6:.1f} MB")
+    print(printable(f"{path}: {total / 1e6:.1f} MB"))
     if args.src.endswith(".gguf"):
-        print(
-            f"a GGUF's vocabulary is not read: copy the model's tokenizer.json and tokenizer_config.json into {path}",
-            file=sys.stderr,
-        )
+        say(f"a GGUF's vocabulary is not read: copy the model's tokenizer.json and tokenizer_config.json into {path}")
     return 0
 
 

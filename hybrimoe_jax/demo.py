@@ -15,6 +15,7 @@ import textwrap
 from typing import NamedTuple
 
 from hybrimoe_jax.cli import Parser, first_paragraph, run
+from hybrimoe_jax.encoding import argument, for_stream
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.errors import UserError
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    prompt = argument(args.prompt, "--prompt")
     if args.max_tokens < 2:
         raise UserError("--max-tokens must be at least 2: the second token is the first that is decoded")
     say("loading the model and timing this machine: some 10 seconds, the first time")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = open_checkpoint(args.model or bundled_model())
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path}: has no tokenizer.json, and a demo is a text")
-    (model, no_race), ids = read(checkpoint), checkpoint.tokenizer.encode(args.prompt)
+    (model, no_race), ids = read(checkpoint), checkpoint.tokenizer.encode(prompt)
     tokens, said = write(model, ids, args.max_tokens)
     print(f"\n\n{said}\n", flush=True)
     say("computing three systems, and compiling for them: some 10 seconds")
@@ -123,7 +125,7 @@ def write(model, ids: list[int], count: int) -> tuple[list[int], str]:
     engine, tokens = model.engine(EngineConfig(cache_ratio=CACHE_RATIO)), []
     for chunk in stream_generate(engine, ids, max_new_tokens=count, **SAMPLING):
         tokens.append(chunk.token_id)
-        print(chunk.text, end="", flush=True)
+        print(for_stream(chunk.text, sys.stdout), end="", flush=True)
     each, moved = engine.stats.tbt_ms(), engine.stats.summary()["bytes_h2d"]
     engine.close()
     took = f", {each['median']:.1f} ms each" if each else ""

@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-LONGEST_MESSAGE = 4000  # characters
+LONGEST_MESSAGE, LONGEST_NAME, LONGEST_VALUE = 1500, 200, 100  # characters
 
 
 class _Short(reprlib.Repr):
@@ -40,7 +40,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def shown(value: Any, characters: int = 100) -> str:
+def shown(value: Any, characters: int = LONGEST_VALUE) -> str:
     """A value as a message quotes it: like `repr`, printable, in one line, and cut, with its length, where it is long.
 
     Takes whatever a file or a caller can give: megabytes, deep nesting, an object that has no `repr`.
@@ -53,14 +53,26 @@ def shown(value: Any, characters: int = 100) -> str:
     return printable(f"{text} ({len(value):,} items)" if many else text)
 
 
-def shown_name(value: Any, characters: int = 100) -> str:
+def shown_name(value: Any) -> str:
     """The name of a tensor, a key or a model as it is; like `shown` where it is long, not printable or no text."""
-    fine = isinstance(value, str) and value.isprintable() and 0 < len(value) <= characters
-    return value if fine else shown(value, characters)
+    return value if is_name(value) else shown(value)
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+def is_name(value: Any) -> bool:
+    """Whether something is a text that fits in a table: printable, and neither empty nor long."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
+
+
+def _cut(text: str, most: int, end: int = 0) -> str:
+    """The beginning, and `end` characters of the end."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - end]}... ({len(text):,} characters)" + (f" ...{text[-end:]}" if end else "")
+
+
+def _message(text: str) -> str:
+    """Printable, and cut in the middle: the beginning says where, the end what to do."""
+    return printable(_cut(text, LONGEST_MESSAGE, LONGEST_MESSAGE // 5))
 
 
 class UserError(ValueError):
@@ -70,7 +82,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(_cut(super().__str__(), LONGEST_MESSAGE))
+        return _message(super().__str__())
 
 
 class RuleError(UserError):
@@ -86,7 +98,7 @@ class RuleError(UserError):
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f", layer {self.layer}"
-        return printable(_cut(f"{self.rule}{where}: {self.method} {self.broken}", LONGEST_MESSAGE))
+        return _message(f"{self.rule}{where}: {self.method} {self.broken}")
 
 
 class DeviceError(RuntimeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.5,
     "legend.frameon": False,
     "savefig.dpi": 200,
+    "text.parse_math": False,  # a name with a $ in it is a name
 }
 
 
@@ -40,6 +42,19 @@ def check_matplotlib(what: str) -> None:
     """UserError, beginning with `what`, where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise UserError(f"{what} needs matplotlib: pip install matplotlib, or the extra hybrimoe-jax[plots]")
+
+
+def check_picture(path: str, what: str) -> None:
+    """UserError where matplotlib is missing, or makes no picture of the kind that the name's end tells."""
+    check_matplotlib(what)
+    known = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if picture_kind(path) not in known:
+        raise UserError(f"{what} {path}: no picture ends so; end its name in one of .{', .'.join(sorted(known))}")
+
+
+def picture_kind(path: str | os.PathLike[str]) -> str:
+    """What the name's end tells; "png" where it has none."""
+    return os.path.splitext(path)[1].lstrip(".").lower() or "png"
 
 
 def matplotlib_pyplot() -> Any:

@@ -18,6 +18,7 @@ from hybrimoe_jax.decide.cache_state import CacheState, load_state
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import PREFETCH_MODES, SCOPES, SYSTEMS
+from hybrimoe_jax.encoding import argument, for_stream, read_stdin, say
 from hybrimoe_jax.engine.config import (
     CLOCKS,
     DEVICE_KERNELS,
@@ -30,7 +31,7 @@ from hybrimoe_jax.engine.config import (
 )
 from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.machine.costs import CostModel, is_profile
 from hybrimoe_jax.machine.paced import example
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
@@ -155,7 +156,7 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
             raise UserError(
                 f'--prompt-ids {args.prompt_ids!r}: write token ids separated by commas, e.g. "1,2,3"'
             ) from None
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = read_stdin() if args.prompt == "-" else argument(args.prompt, "--prompt")
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or text on standard input with --prompt -")
     return text
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         saves_profile = options.profile
         options = dataclasses.replace(options, profile=None, measure_again=True)
     prompt, chat = read_prompt(args), read_chat_options(args)
+    args.stop = [argument(text, "--stop") for text in args.stop]
     check_flags(args, options)
     state = load_state(args.load_cache_state) if args.load_cache_state else None
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         for chunk in chunks:
             tokens.append(chunk.token_id)
             reason = chunk.finish_reason
-            sys.stdout.write(chunk.text)
+            sys.stdout.write(for_stream(chunk.text, sys.stdout))
             sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted, reason = True, "interrupted"
@@ -242,14 +244,14 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(stamped("generation", record)), flush=True)
     elif engine.stats is not None and args.stats == "text":
         sys.stdout.flush()
-        print("\n" + stats_text(engine.stats), file=sys.stderr)
+        say("\n" + stats_text(engine.stats))
     return INTERRUPTED if interrupted else 0
 
 
 def _write_files(args: argparse.Namespace, engine, trace, timeline, interrupted: bool) -> None:
     """What the flags ask for; of a run that was interrupted in its first step there is no trace."""
     if trace is not None and interrupted and not len(trace.recorder):
-        print(f"{args.trace}: not written; no step was finished", file=sys.stderr)
+        say(f"{args.trace}: not written; no step was finished")
     elif trace is not None:
         trace.save(args.trace)
     if args.save_cache_state:
@@ -290,16 +292,15 @@ def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfi
 
 def check_files(args: argparse.Namespace) -> None:
     """Files that are written at the end must have a place to go: better said now than after the run."""
+    outputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("trace", "timeline", "save_cache_state")}
+    profile = args.profile
+    if profile not in (None, *PROFILES) and (os.path.isdir(profile) or not os.path.exists(profile)):
+        outputs["--profile"] = profile
+    check_outputs(outputs, [args.model, None if "--profile" in outputs else profile])
     if args.executor == "dense" and (args.trace or args.timeline):
         raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
     if args.executor == "dense" and (args.save_cache_state or args.load_cache_state):
         raise UserError("the dense executor has every expert on the device: it keeps no cache state")
-    for flag in ("trace", "timeline", "save_cache_state"):
-        if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag.replace('_', '-')}")
-    profile = args.profile
-    if profile not in (None, *PROFILES) and (os.path.isdir(profile) or not os.path.exists(profile)):
-        check_writable(profile, "--profile")
 
 
 def recorders(args: argparse.Namespace, engine):

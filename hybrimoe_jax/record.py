@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrimoe_jax.cli import INTERRUPTED, progress
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.encoding import check_text, read_text, say
+from hybrimoe_jax.errors import UserError, printable
+from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids
 from hybrimoe_jax.records import stamped
 
@@ -54,7 +54,7 @@ def record(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    check_writable(args.out, "--out")
+    check_outputs({"--out": args.out}, [args.prompts, args.model, args.profile])
     prompts = read_prompts(args.prompts)
     options = dataclasses.replace(options, max_batch=max(options.max_batch, min(args.batch, len(prompts))))
 
@@ -84,7 +84,7 @@ def record(args: argparse.Namespace) -> int:
             raise
         interrupted = True
         trace.recorder.drop_from(begun)
-        print(f"interrupted after {len(made)} of {len(batches)} batches", file=sys.stderr)
+        say(f"interrupted after {len(made)} of {len(batches)} batches")
     engine.close()
     trace.save(args.out)
     _say(args, trace.recorder.trace(), sum(map(len, ids[: len(made) * args.batch])), made)
@@ -106,7 +106,7 @@ def _say(args: argparse.Namespace, trace: Trace, prompt_tokens: int, made: list[
         "misses": sum(int(generation.stats.total("misses")) for generation in made),
         "lacks": lacks(trace),
     }
-    print(f"{args.out}: {said['sequences']} sequences, {said['steps']} steps, {said['rows']} rows")
+    print(printable(f"{args.out}: {said['sequences']} sequences, {said['steps']} steps, {said['rows']} rows"))
     print(json.dumps(stamped("trace recording", said)))
 
 
@@ -116,12 +116,7 @@ def read_prompts(path: str | Path) -> list[str | list[int]]:
     Empty lines are passed over. UserError naming the line that is no prompt, and for a file without any.
     """
     where = f"--prompts {path}"
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8 text") from None
+    lines = read_text(path, where).split("\n")
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{where}: it holds no prompts; write one a line")
@@ -136,7 +131,7 @@ def _prompt(line: str, where: str) -> str | list[int]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{where}: not a JSON object with a "prompt"') from None
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
+        return check_text(prompt, f"{where}: its prompt")
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         return prompt
     raise UserError(f"{where}: its prompt is neither a text nor a list of token ids, or it is empty")

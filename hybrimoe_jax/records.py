@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.encoding import read_text
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import is_object
 
 PREFIX = "hybrimoe-jax "
@@ -50,12 +50,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     UserError naming the line that is no record of ours, or of a version that is newer than this program.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from None
+    lines = read_text(path).split("\n")
     records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise UserError(f"{path}: it holds no records")
@@ -69,8 +64,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error})") from None
     kind = str(record.get("kind", "")) if is_object(record) else ""
     if kind.removeprefix(PREFIX) not in VERSIONS or not kind.startswith(PREFIX):
-        raise UserError(f"{where}: not a record of ours (its kind is {kind!r})")
+        raise UserError(f"{where}: not a record of ours (its kind is {shown(kind)})")
     newest, version = VERSIONS[kind.removeprefix(PREFIX)], record.get("version")
     if type(version) is not int or not 1 <= version <= newest:
-        raise UserError(f"{where}: {kind} version {version!r} is not known (this program reads 1 to {newest})")
+        raise UserError(f"{where}: {kind} version {shown(version)} is not known (this program reads 1 to {newest})")
     return record

@@ -228,7 +228,7 @@ def test_a_file_that_is_no_profile(tmp_path, text):
 
 
 def test_files_that_cannot_be_opened(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         CostModel.load(tmp_path / "absent.json")
     with pytest.raises(UserError, match="cannot be written"):
         MODEL.save(tmp_path / "no" / "such" / "folder.json")

@@ -126,7 +126,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
         load_costs("a7000", SHAPE, "int4")
     for text in ("{", "[" * 100_000 + "]" * 100_000):
         (tmp_path / "broken.json").write_text(text)
-        with pytest.raises(UserError, match="invalid JSON"):
+        with pytest.raises(UserError, match="not valid JSON"):
             load_costs(tmp_path / "broken.json", SHAPE, "int4")
     with pytest.raises(UserError, match="known: "):
         get_shape("gpt-5")

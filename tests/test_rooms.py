@@ -31,7 +31,19 @@ FLOORS = (
     ("host_kernels",),
     ("trace",),
     ("formats",),
-    ("arguments", "cli", "errors", "figures", "files", "interrupts", "progress", "records", "tables", "text"),
+    (
+        "arguments",
+        "cli",
+        "encoding",
+        "errors",
+        "figures",
+        "files",
+        "interrupts",
+        "progress",
+        "records",
+        "tables",
+        "text",
+    ),
 )
 """From top to bottom: a room may import from its own floor and those below."""
 

@@ -139,7 +139,7 @@ def _check_models(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1")
     if not 0 <= args.cache_ratio <= 1:
         raise UserError(f"--cache-ratio {args.cache_ratio} is outside 0..1")
-    if args.workdir:
+    if args.workdir is not None:
         check_folder_to_be(args.workdir, "--workdir")
 
 

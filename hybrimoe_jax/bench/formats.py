@@ -30,6 +30,7 @@ from hybrimoe_jax.checkpoint.calibrate import calibrated, windows
 from hybrimoe_jax.checkpoint.hugging_face import from_arrays
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Weights
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.engine.load import bundled_model
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import check_format
@@ -130,12 +131,6 @@ def run(options: Options, progress: Callable) -> dict[str, Any]:
     }
     print(table(record))
     return record
-
-
-def read_text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a text file")
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def as_weights(raw: dict[str, Any], config: ModelConfig, params: Params) -> Weights:

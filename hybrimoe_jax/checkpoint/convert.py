@@ -27,6 +27,7 @@ from hybrimoe_jax.checkpoint.writer import (
     silent,
     write_checkpoint,
 )
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format
 
@@ -85,9 +86,7 @@ def calibrate_by(weights: Weights, fmt: str | None, text: Path) -> Weights:
         raise UserError(f"{weights.folder}: its experts are quantised already; leave out --calibrate")
     if weights.folder is None or not weights.folder.is_dir():
         raise UserError(f"{weights.folder}: --calibrate needs the tokenizer.json of a Hugging Face folder")
-    if not text.is_file():
-        raise UserError(f"{text}: no such file; --calibrate takes a text file")
-    ids = Tokenizer(weights.folder).encode(text.read_text(encoding="utf-8", errors="replace"))
+    ids = Tokenizer(weights.folder).encode(read_text(text, f"--calibrate {text}"))
     return calibrated(weights, Format.parse(fmt), windows(ids, weights.config.max_position_embeddings))
 
 

@@ -34,8 +34,8 @@ def export_hf(
     in float32, or rounded to bfloat16 with `fmt` "bf16"; plain checkpoints take no `fmt`. Raises UserError where
     `src` is not a checkpoint or `dst` exists.
     """
-    checkpoint, dst = open_checkpoint(Path(src)), Path(os.path.abspath(dst))
-    check_absent(dst)
+    check_absent(Path(dst))
+    checkpoint, dst = open_checkpoint(Path(src)), Path(os.path.realpath(dst))
     if fmt is not None and (checkpoint.format in FORMATS or fmt not in FORMATS):
         raise UserError(
             f"--format {fmt} does not go with --export-hf: {src} holds {checkpoint.format}, and values are "

@@ -140,6 +140,14 @@ def items_of(checkpoint: Path) -> Path:
     return zipped if zipped.is_file() else checkpoint / "pieces"
 
 
+def check_path(path: Path) -> None:
+    """UserError for a folder that the library which reads and writes weights cannot name."""
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: not UTF-8 text, which names of folders with weights must be; rename it") from None
+
+
 def item_names(items: Path) -> set[str]:
     """The items in a folder or zip; raises UserError for a damaged zip."""
     if items.suffix != ".zip":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
-from hybrimoe_jax.checkpoint.orbax import item_names, items_of, open_leaf, read_leaves, read_rows
+from hybrimoe_jax.checkpoint.orbax import check_path, item_names, items_of, open_leaf, read_leaves, read_rows
 from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import read_json
@@ -171,6 +171,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if any(path.glob("*.safetensors")) or (path / "config.json").is_file():
             raise UserError(f"{path}: not converted yet; run: python -m hybrimoe_jax.convert {path} DST")
         raise UserError(f"{path}: no manifest.json; give a folder made by python -m hybrimoe_jax.convert")
+    check_path(path)
     manifest = read_json(path / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT:
         raise UserError(f"{path / 'manifest.json'}: not the manifest of a checkpoint made by hybrimoe_jax.convert")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.hugging_face import TEXT_FILES
-from hybrimoe_jax.checkpoint.orbax import zip_items
+from hybrimoe_jax.checkpoint.orbax import check_path, zip_items
 from hybrimoe_jax.checkpoint.shards import (
     FORMATS,
     LAYOUT,
@@ -32,7 +32,7 @@ from hybrimoe_jax.checkpoint.shards import (
     write_shard,
 )
 from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_folder_to_be, replacing
 from hybrimoe_jax.formats.layout import PLAIN, QUANTISED, check_format
 from hybrimoe_jax.formats.packing import Format
@@ -59,7 +59,7 @@ def write_checkpoint(
 
     `zipped` puts all arrays into one file, `pieces.zip` (see `orbax.zip_items`).
     """
-    dst, config = Path(os.path.abspath(dst)), weights.config
+    dst, config = Path(os.path.realpath(dst)), weights.config
     config_text = json.dumps(weights.raw_config, indent=2, sort_keys=True)
     form = ExpertForm.of(fmt or weights.expert_format, config.hidden_size, config.moe_width)
     dense_fmt = fmt if fmt in FORMATS else None
@@ -183,10 +183,19 @@ def check_source_format(weights: Weights, form: ExpertForm) -> None:
 
 
 def check_absent(dst: Path) -> None:
-    empty = dst.is_dir() and not any(dst.iterdir())
+    """Raises UserError where no folder can be made of this name, links followed; an empty one may be there."""
+    if "\0" in str(dst):
+        raise UserError(f"{shown(dst)}: no name of a folder; give one")
+    if os.path.ismount(dst):
+        raise UserError(f"{dst}: a file system is mounted there, which nothing can replace; give a folder in it")
+    check_path(dst)
+    try:
+        empty = dst.is_dir() and not any(dst.iterdir())
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be made ({error.strerror or error})") from None
     if not empty and (dst.exists() or dst.is_symlink()):
         raise UserError(f"{dst}: already exists; remove it or give another destination")
-    check_folder_to_be(dst.absolute().parent, f"{dst}: its folder")
+    check_folder_to_be(os.path.dirname(os.path.realpath(dst)), f"{dst}: its folder")
 
 
 def check_space(

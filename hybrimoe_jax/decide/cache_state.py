@@ -26,8 +26,8 @@ from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.packing import pack, unpack
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import is_object, replacing
+from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.files import check_plain_file, is_object, replacing
 
 FORMAT, VERSION = "hybrimoe-cache-state", 1
 
@@ -80,7 +80,7 @@ class CacheState:
         for name, value in parts.items():
             if self.meta["system"].get(name) != value:
                 there = self.meta["system"].get(name)
-                raise UserError(f"{self.where}: its {name} is {there!r}; this run's is {value!r}")
+                raise UserError(f"{self.where}: its {name} is {shown(there)}; this run's is {shown(value)}")
         if slots is not None and list(slots) != self.meta["slots"]:
             layer = next((i for i, (a, b) in enumerate(zip(slots, self.meta["slots"])) if a != b), 0)
             there = self.meta["slots"][layer]
@@ -123,6 +123,7 @@ def take_state(planner: Planner, facts: Facts, where: str = "cache state", route
 def load_state(path: str | os.PathLike[str]) -> CacheState:
     """Reads a file; UserError where it is none of ours, or of a version that is not known."""
     where = f"cache state {path}"
+    check_plain_file(path, where)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: dict[str, np.ndarray] = {name: archive[name] for name in archive.files}
@@ -135,7 +136,7 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
     if not is_object(meta) or meta.get("format") != FORMAT:
         raise UserError(f"{where}: not a cache state; `generate --save-cache-state FILE` writes one")
     if meta.get("version") != VERSION:
-        said = f"version {meta.get('version')!r} is not supported (this program reads {VERSION})"
+        said = f"version {shown(meta.get('version'))} is not supported (this program reads {VERSION})"
         raise UserError(f"{where}: {said}")
     kinds = {"model": dict, "system": dict, "slots": list, "resident": list, "back_off": int}
     for name, kind in kinds.items():

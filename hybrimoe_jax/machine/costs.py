@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.files import is_object, replacing
+from hybrimoe_jax.errors import UserError, is_name, shown, shown_name
+from hybrimoe_jax.files import is_object, read_json, replacing
 
 PROFILE_VERSION = 5
 OLDER_VERSIONS = (3, 4)
@@ -103,8 +103,8 @@ class CostModel:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if name in _TEXTS:
-                if not isinstance(value, str):
-                    raise UserError(f"cost model: {name} must be a text, not {shown(value)}")
+                if not isinstance(value, str) or (value and not is_name(value)):
+                    raise UserError(f"cost model: {name} must be a name, not {shown(value)}")
             elif name != "expert_bytes":
                 check_figure(f"cost model: {name}", value, name.startswith("bandwidth"))
             elif type(value) is not int or not 0 < value < 2**50:
@@ -216,7 +216,8 @@ class CostModel:
         if version not in (PROFILE_VERSION, *OLDER_VERSIONS):
             older = " and ".join(map(str, OLDER_VERSIONS))
             raise UserError(
-                f"{path}: profile version {version!r} is not supported (this program reads {PROFILE_VERSION}, {older})"
+                f"{path}: profile version {shown(version)} is not supported "
+                f"(this program reads {PROFILE_VERSION}, {older})"
             )
         for name in ("kernels",) if version == 4 else (ORIGIN, POINTS):
             raw.pop(name, None)
@@ -225,7 +226,7 @@ class CostModel:
             names.difference_update(NEW_IN_5)
         missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
         if missing or unknown:
-            problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+            problem = f"missing {', '.join(missing)}" if missing else f"unknown {shown_name(unknown[0])}"
             raise UserError(f"{path}: not a usable profile: {problem}; measure it again")
         try:
             return cls(**raw)
@@ -245,12 +246,7 @@ def read_more(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: the profile cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a profile: invalid JSON ({error})") from None
+    raw = read_json(Path(path), f"{path}: not a profile")
     if not is_object(raw) or raw.pop("kind", None) != _KIND:
         raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")
     return raw
@@ -259,7 +255,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 def is_profile(path: str | Path) -> bool:
     """Whether the file is one that `CostModel.save` wrote, usable or not."""
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        raw = read_json(Path(path))
+    except UserError:
         return False
     return is_object(raw) and raw.get("kind") == _KIND

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.files import is_object
 from hybrimoe_jax.machine.costs import ORIGIN, read_more
 from hybrimoe_jax.machine.identity import cores, processor, software
@@ -71,7 +71,10 @@ class Origin:
             if not is_object(raw) or not is_object(raw["machine"]) or not is_object(raw["model"]):
                 raise TypeError("not an object")
             machine, model = Machine(**raw["machine"]), ModelShape(**raw["model"])
-            return cls(machine, model, str(raw["format"]), tuple(map(str, raw.get("software", ()))))
+            names = machine.processor, machine.device, model.name, raw["format"]
+            if odd := [name for name in names if not is_name(name)]:
+                raise TypeError(f"{shown(odd[0])} is no name")
+            return cls(machine, model, raw["format"], tuple(map(str, raw.get("software", ()))))
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{path}: its record of where it was measured is damaged ({error})") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.figures import COLOURS, LINES, STYLE, WIDTH, matplotlib_pyplot
+from hybrimoe_jax.figures import COLOURS, LINES, STYLE, WIDTH, matplotlib_pyplot, picture_kind
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.fit import predicted
@@ -20,7 +20,7 @@ def draw(found: Calibration, path: str | Path) -> None:
     matplotlib.use("Agg")
     figure = figure_of(found)
     with replacing(path, "wb") as file:
-        figure.savefig(file, format=Path(path).suffix.lstrip(".") or "png")
+        figure.savefig(file, format=picture_kind(path))
     matplotlib_pyplot().close(figure)
 
 

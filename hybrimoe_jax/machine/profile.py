@@ -19,13 +19,12 @@ true or false): whether a transfer waits for the device's work that was queued b
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax.errors import UserError, shown, shown_name
-from hybrimoe_jax.files import is_object
+from hybrimoe_jax.errors import UserError, is_name, shown, shown_name
+from hybrimoe_jax.files import is_object, read_json
 from hybrimoe_jax.machine.costs import CostModel, check_figure, is_profile, slower
 from hybrimoe_jax.machine.origin import Machine, Origin
 from hybrimoe_jax.machine.shapes import ModelShape
@@ -200,15 +199,9 @@ def is_rate(figure: str) -> bool:
 def load_profile(name: str | Path) -> MachineProfile:
     """A profile of the package by name, or from a file; UserError naming it and the first thing wrong."""
     path = FOLDER / f"{name}.json" if str(name) in PROFILES else Path(name)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(PROFILES)
-        raise UserError(
-            f"profile {name}: neither a known one ({known}) nor a readable file ({error.strerror})"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"profile {name}: not a profile: invalid JSON ({error})") from None
+    if not path.exists():
+        raise UserError(f"profile {name}: neither a known one ({', '.join(PROFILES)}) nor a file that is there")
+    raw = read_json(path, f"profile {name}")
     if not is_object(raw) or raw.get("kind") != KIND:
         raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
     if raw.get("version") != VERSION:
@@ -227,8 +220,11 @@ def load_profile(name: str | Path) -> MachineProfile:
     about, waits = str(raw.get("about", "")), raw.get("copies_wait", False)
     if not isinstance(waits, bool):
         raise UserError(f"profile {name}: copies_wait must be true or false, not {shown(waits)}")
+    called = raw.get("name", shown_name(path.stem))
+    if not is_name(called):
+        raise UserError(f"profile {name}: its name is {shown(called)}; give a short, printable one")
     try:
-        return MachineProfile(str(raw.get("name", path.stem)), about, Figures(**values), sources, combine, waits)
+        return MachineProfile(called, about, Figures(**values), sources, combine, waits)
     except UserError as error:
         raise UserError(f"profile {name}: {error}") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.identity import cores
@@ -138,7 +139,7 @@ def read_records(folder: Path) -> dict[str, Records]:
     results = {}
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            results[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            results[path.stem] = [json.loads(line) for line in read_text(path).split("\n") if line]
         except ValueError as error:
             raise UserError(f"{path}: not a file of records ({error})") from None
     return results

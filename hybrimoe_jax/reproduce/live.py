@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe_jax.cli import Parser, progress, run
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import check_writable
 from hybrimoe_jax.machine.identity import cores, processor
 from hybrimoe_jax.reproduce.experiments import PAPER, TABLE_III, Variant
 from hybrimoe_jax.simulate.records import versions
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("folder", help="where its trace goes")
     top.add_argument("--table", action="store_true", help="run the rows of Table III, too")
     args = top.parse_args(argv)
-    if not Path(args.folder).is_dir():
-        raise UserError(f"{args.folder}: there is no such folder")
+    check_writable(Path(args.folder) / "bundled.npz", "the trace")
     from hybrimoe_jax.engine.config import EngineConfig
     from hybrimoe_jax.engine.load import read_model
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.cache import policy_rule
 from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.encoding import say
+from hybrimoe_jax.errors import UserError, printable
 from hybrimoe_jax.figures import check_matplotlib
-from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
+from hybrimoe_jax.files import check_folder_to_be, check_outputs, replacing
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.records import stamped
 from hybrimoe_jax.simulate import grid, plots
@@ -128,23 +128,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         with replacing(args.out) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-    print(table(records), flush=True)
+    print(printable(table(records)), flush=True)
     if args.timeline:
         grid.timeline_of(cases, TIMELINE_STEPS).write(args.timeline)
     if args.plots:
         written = plots.write_all(records, cases, args.plots, args.policies or (), args.predictors or ())
-        print(f"{len(written)} pictures in {args.plots}", file=sys.stderr)
+        say(f"{len(written)} pictures in {args.plots}")
     return 0
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for the first flag that cannot be."""
-    for flag in ("out", "timeline", "save_cache_state"):
-        if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag.replace('_', '-')}")
+    outputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("out", "timeline", "save_cache_state")}
+    check_outputs(outputs, [*args.trace, *args.profile.split(",")])
     if args.as_recorded and (args.load_cache_state or args.save_cache_state) and len(args.trace) > 1:
         raise UserError("a cache state is of one run: give one --trace")
-    if args.plots:
+    if args.plots is not None:
         check_folder_to_be(args.plots, "--plots")
     for flag, resolve in (("policies", policy_rule), ("predictors", predictor_rule)):
         if getattr(args, flag):

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.systems import RULE_PARTS, SYSTEMS, System, get_system
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, printable
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, CLAIRVOYANTS, knows_the_future
@@ -108,7 +108,7 @@ def trace_names(paths: Iterable[str]) -> dict[str, str]:
         longest = max(2, len(Path(path).parts))
         others = [other for other in paths if other != path]
         unique = (n for n in range(2, longest) if ends(path, n) not in [ends(other, n) for other in others])
-        names[path] = ends(path, next(unique, longest))
+        names[path] = printable(ends(path, next(unique, longest)))
     return names
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from hybrimoe_jax.decide.prefetch.predictors import RECORDED, Perfect, build_predictor, predictor_rule
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.figures import LANE_COLOURS, STYLE, WIDTH, bar_style, line_style
+from hybrimoe_jax.files import replacing
 from hybrimoe_jax.simulate import grid
 from hybrimoe_jax.simulate.bound import BELADY
 from hybrimoe_jax.simulate.cases import Case, halves, tokens_of, trace_name
@@ -55,7 +56,8 @@ def write_all(
 
     def save(figure, name: str) -> None:
         path = folder / f"{name}.png"
-        figure.savefig(path, bbox_inches="tight")
+        with replacing(path, "wb") as file:
+            figure.savefig(file, format="png", bbox_inches="tight")
         plt.close(figure)
         written.append(path)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError, shown, shown_name
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.text.added_tokens import CONFIG
 
 FILE, MORE = "chat_template.jinja", "additional_chat_templates"
@@ -27,7 +28,7 @@ def templates_of(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (folder / FILE).is_file():
         files = {DEFAULT: folder / FILE} | files
     if files:
-        return {name: _read(path) for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     value, where = config.get("chat_template"), f"{folder / CONFIG}: chat_template"
     if isinstance(value, list):
         entries = [entry if isinstance(entry, dict) else {} for entry in value]
@@ -66,19 +67,10 @@ def named_or_read(given: str, templates: Mapping[str, str]) -> str:
     """`--chat-template`: the name of one of `templates`, or the text of the file that is given."""
     if given in templates or not Path(given).is_file():
         return given
-    text = _read(Path(given))
+    text = read_text(given, f"--chat-template {given}")
     if not is_template(text):
         raise UserError(f"--chat-template {given}: there is no {{{{ and no {{% in it: that is no chat template")
     return text
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); download or save it again"
-        ) from None
 
 
 def is_template(text: str) -> bool:
@@ -121,14 +113,7 @@ def objects(values: Any, what: str, template: str) -> list[Mapping[str, Any]] | 
 
 def read_objects(path: str, what: str) -> list[dict[str, Any]]:
     """The JSON file of a `--tools` or `--documents` flag. Raises UserError naming flag and file."""
-    try:
-        values = json.loads(_read(Path(path)))
-    except OSError as error:
-        raise UserError(f"--{what} {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--{what} {path}: not valid JSON ({error})") from None
+    values = read_json(Path(path), f"--{what} {path}")
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise UserError(f"--{what} {path}: it holds {shown(values)}; a list of JSON objects is wanted")
     return values

@@ -6,13 +6,13 @@ Everything is read from the files that came with the checkpoint; nothing is gues
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.text.added_tokens import ADDED, CONFIG, MAP, AddedTokens
 from hybrimoe_jax.text.backend import library, load_backend
 from hybrimoe_jax.text.render import TemplateError, render
@@ -163,10 +163,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file; raises UserError where it is malformed."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download or save it again") from None
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; download or save it again")
     return value

@@ -6,13 +6,13 @@ For each file a table for people, then one JSON line for programs.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from hybrimoe_jax import record
 from hybrimoe_jax.cli import Parser, progress, run
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import check_writable
+from hybrimoe_jax.encoding import say
+from hybrimoe_jax.errors import UserError, printable
+from hybrimoe_jax.files import check_folder_to_be, check_writable
 from hybrimoe_jax.records import stamped
 from hybrimoe_jax.trace.export import EXPORTS, export_trace, layout_of
 from hybrimoe_jax.trace.importers import READS, join_traces, open_trace
@@ -55,8 +55,7 @@ def _import(args) -> int:
     from hybrimoe_jax.trace.info import lacks
 
     out = Path(args.destination)
-    _check_destination(out, args.sources)
-    check_writable(out, "the destination")
+    check_writable(args.destination, "the destination", args.sources)
     traces = [open_trace(source) for source in progress(args.sources, len(args.sources), "reading")]
     trace = join_traces(traces)
     save_trace(trace, out)
@@ -67,20 +66,18 @@ def _import(args) -> int:
     return 0
 
 
-def _check_destination(out: Path, sources: list[str]) -> None:
-    if any(Path(source).exists() and out.exists() and out.samefile(source) for source in sources):
-        raise UserError(f"{out}: it is one of the files to read; give another name for the result")
-
-
 def _export(args) -> int:
     out = Path(args.destination)
     layout = args.to or layout_of(out)
-    _check_destination(out, [args.source])
+    if layout == "esft":
+        check_folder_to_be(args.destination, "the destination")
+    else:
+        check_writable(args.destination, "the destination", [args.source])
     trace = open_trace(args.source)
     lost = export_trace(trace, out, layout)
     for what in lost:
-        print(f"{layout} cannot hold {what}", file=sys.stderr)
-    print(f"{out}: {len(trace)} rows")
+        say(f"{layout} cannot hold {what}")
+    print(printable(f"{out}: {len(trace)} rows"))
     said = {"file": str(out), "layout": layout, "rows": len(trace), "left_out": lost}
     print(json.dumps(stamped("trace export", said)))
     return 0
@@ -103,7 +100,7 @@ def _info(args) -> int:
     for source in progress(args.sources, len(args.sources), "reading"):
         record = {"file": source, **info(open_trace(source))}
         for label, text in _lines(record):
-            print(f"{label:<16}{text}")
+            print(printable(f"{label:<16}{text}"))
         print(json.dumps(stamped("trace info", record)))
     return 0
 
@@ -116,7 +113,7 @@ def _overlap(args) -> int:
             said = {"file": source, **concurrency.as_record(open_trace(source))}
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
-        print(f"{source}: experts of a layer in a decode step, by how many sequences ran side by side")
+        print(printable(f"{source}: experts of a layer in a decode step, by how many sequences ran side by side"))
         print("sequences  chosen  distinct  shared  distinct by chance: uniform  by popularity")
         for row in said["side_by_side"]:
             print(
@@ -181,9 +178,9 @@ def _lines(record: dict) -> list[tuple[str, str]]:
 
 
 def _say(text: str, lacking: list[str]) -> None:
-    print(text)
+    print(printable(text))
     for what in lacking:
-        print(f"  lacks {what}")
+        print(printable(f"  lacks {what}"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.formats.sizes import FORMATS, expert_bytes
 
 MOST = 2**16
@@ -32,16 +32,18 @@ class TraceFacts:
         for name in ("layers", "experts", "top_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"trace facts: {name} is {value!r}; a positive integer is needed")
+                raise UserError(f"trace facts: {name} is {shown(value)}; a positive integer is needed")
             if value > MOST:
                 raise UserError(f"trace facts: {name} is above {MOST}")
         if self.top_k > self.experts:
             raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
         sizes = self.expert_bytes
-        if not isinstance(sizes, Mapping) or not all(isinstance(b, int) and b > 0 for b in sizes.values()):
-            raise UserError(f"trace facts: expert_bytes is {sizes!r}; a mapping of format to bytes is needed")
-        if not isinstance(self.model_type, str):
-            raise UserError(f"trace facts: model_type is {self.model_type!r}; a name is needed")
+        if not isinstance(sizes, Mapping) or not all(
+            is_name(f) and isinstance(b, int) and 0 < b < 2**63 for f, b in sizes.items()
+        ):
+            raise UserError(f"trace facts: expert_bytes is {shown(sizes)}; a mapping of format to bytes is needed")
+        if not is_name(self.model_type):
+            raise UserError(f"trace facts: model_type is {shown(self.model_type)}; a name is needed")
 
 
 def facts_of(model_type: str, layers: int, experts: int, top_k: int, hidden: int, moe_width: int) -> TraceFacts:

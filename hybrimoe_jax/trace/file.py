@@ -41,8 +41,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hybrimoe_jax import tables
-from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.files import check_plain_file, replacing
 from hybrimoe_jax.trace.check import check_rows
 from hybrimoe_jax.trace.facts import TraceFacts
 
@@ -239,6 +239,7 @@ def load_trace(path: str | os.PathLike) -> Trace:
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All arrays of an `.npz` archive; UserError where it is not a whole one."""
     where = f"trace {path}"
+    check_plain_file(path, where)
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -302,7 +303,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         elif name.startswith(EXTRA):
             continue
         else:
-            raise UserError(f"{where}: unknown array {name!r}; additions are named {EXTRA}<name>")
+            raise UserError(f"{where}: unknown array {shown(name)}; additions are named {EXTRA}<name>")
         if array.shape != shape:
             raise UserError(f"{where}: array {name} has shape {list(array.shape)}; {list(shape)} is needed")
         if array.dtype.kind not in kinds:
@@ -336,10 +337,10 @@ def read_meta(text: str, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{where}: its `meta` is not the JSON of a trace") from None
     if kind != FORMAT:
-        raise UserError(f"{where}: its format is {kind!r}; {FORMAT!r} is needed")
+        raise UserError(f"{where}: its format is {shown(kind)}; {FORMAT!r} is needed")
     if version not in (VERSION, *OLDER_VERSIONS) or isinstance(version, bool):
         known = ", ".join(map(str, sorted((VERSION, *OLDER_VERSIONS))))
-        raise UserError(f"{where}: version {version!r} is not supported (this program reads {known})")
+        raise UserError(f"{where}: version {shown(version)} is not supported (this program reads {known})")
     return read
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.encoding import decode, read_bytes
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import check_plain_file
 from hybrimoe_jax.trace import layouts, rows
 from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
 from hybrimoe_jax.trace.parquet import read_parquet
 from hybrimoe_jax.trace.route_csv import route_csv
 
+MOST_BYTES = 1 << 32
+"""Of a table as text: what is longer is no trace, /dev/zero for one."""
 READS = (
     "a trace of ours (.npz with `meta`, or what `trace export` makes of it: .csv, .jsonl, .parquet), "
     "ESFT expert scores (a folder of expert_weights_<layer>.txt, or .npz), "
@@ -38,6 +42,7 @@ def open_trace(path: str | os.PathLike) -> Trace:
     where = f"trace {path}"
     if path.is_dir():
         return _checked(layouts.esft_folder(path, where), where)
+    check_plain_file(path, where)
     head = _head(path, where)
     if head[:2] == b"PK":
         arrays = read_arrays(path)
@@ -135,16 +140,8 @@ def _head(path: Path, where: str) -> bytes:
 
 
 def _text(path: Path, where: str) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
-    if data[:2] == b"\x1f\x8b":
-        data = _unpacked(path, where)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8 text") from None
+    data = read_bytes(path, where, MOST_BYTES)
+    return decode(_unpacked(path, where) if data[:2] == b"\x1f\x8b" else data, where)
 
 
 def _unpacked(path: Path, where: str, size: int = -1) -> bytes:

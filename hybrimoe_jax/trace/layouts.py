@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.check import LARGEST
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
@@ -58,11 +59,7 @@ def esft_folder(path: Path, where: str) -> Trace:
 def _esft_layer(file: Path, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, weights), both [tokens, k], of every line."""
     top_k = MODELS["DeepSeek-V2-Lite"].top_k
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: {file.name} cannot be read ({error})") from None
-    lines = whole_lines(text, f"{where}: {file.name}")
+    lines = whole_lines(read_text(file, f"{where}: {file.name}"), f"{where}: {file.name}")
     found = []
     for number, line in enumerate(lines, 1):
         ids, both, weights = line.partition("\t\t")
@@ -141,7 +138,7 @@ def _prompt_lengths(path: Path, lengths: np.ndarray) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in read_text(path).split("\n") if line]
         prompts = np.array([line["n_prompt_tokens"] for line in lines], np.int64)
         steps = [line["n_decode_steps"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

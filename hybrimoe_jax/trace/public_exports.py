@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, is_name
 from hybrimoe_jax.files import check_folder_to_be, replacing
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
 from hybrimoe_jax.trace.file import Trace
@@ -88,7 +88,8 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
 
 def _route_lines(trace: Trace) -> Iterator[str]:
     facts, sizes = trace.facts, _layer_bytes(trace)
-    model = str(trace.about.get("model") or facts.model_type).replace(" ", "-")
+    model = trace.about.get("model")
+    model = (model if is_name(model) else facts.model_type).replace(" ", "-")
     yield "# route_trace v1\n"
     yield (
         f"# model={model} arch={facts.model_type} n_layer={facts.layers} n_expert={facts.experts} "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.trace.file import (
     BATCH,
@@ -129,7 +129,7 @@ def _grouped(names: list[str], where: str) -> dict[str, list[int]]:
         if name not in (*INDEX_COLUMNS, BATCH):
             name = arrays.get(head + "_", head if head.startswith(LOOKAHEAD) else "")
             if not name or not number.isdecimal() or int(number) != len(groups.get(name, [])):
-                raise UserError(f"{where}: line 2: column {names[column]!r} is not known, or out of order")
+                raise UserError(f"{where}: line 2: column {shown(names[column])} is not known, or out of order")
         groups.setdefault(name, []).append(column)
     return groups
 
@@ -141,7 +141,7 @@ def _numbers(cells: list[list[str]], whole: bool, where: str, first: int) -> np.
         return np.array([[cell or "nan" for cell in row] for row in cells]).astype(np.float32)
     except (ValueError, OverflowError):
         number, cell = next((n, c) for n, row in enumerate(cells, first) for c in row if not _is_number(c, whole))
-        raise UserError(f"{where}, line {number}: {cell!r} is not a {'whole ' * whole}number") from None
+        raise UserError(f"{where}, line {number}: {shown(cell)} is not a {'whole ' * whole}number") from None
 
 
 def _is_number(cell: str, whole: bool) -> bool:
@@ -207,7 +207,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
         row["phase"] = PHASES.index(row["phase"])
         ahead: Mapping[str, Any] = row.pop("lookahead", {})
         if unknown := row.keys() - {*INDEX_COLUMNS, BATCH, *CELLS}:
-            raise ValueError(f"{min(unknown)} is not known")
+            raise ValueError(f"{shown_name(min(unknown))} is not known")
         row |= {f"{LOOKAHEAD}{distance}": scores for distance, scores in ahead.items()}
         if not all(isinstance(value, (int, float, list)) for value in row.values()):
             raise ValueError("a value is neither a number nor a list of numbers")

@@ -24,7 +24,7 @@ from hybrimoe_jax.files import check_folder_to_be, replacing
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hybrimoe_jax.train", description=first_paragraph(__doc__))
     add = parser.add_argument
-    add("--run", type=Path, default=Path("train-run"), metavar="DIR", help="folder of the run (default: train-run)")
+    add("--run", default="train-run", metavar="DIR", help="folder of the run (default: train-run)")
     add(
         "--resume", action="store_true", help="continue the run in --run; without it a folder that holds one is refused"
     )
@@ -119,11 +119,12 @@ def check(args) -> dict[str, Any] | None:
             raise UserError(f"--evaluate {args.evaluate}: no such folder")
         return None
     shape = model_shape(args)
+    check_folder_to_be(args.run, "--run")
+    args.run = Path(args.run)
     if not args.resume and (args.run / "state.npz").exists():
         raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
     if args.resume and not (args.run / "state.npz").is_file():
         raise UserError(f"--resume: {args.run} holds no run (no state.npz); give its folder, or leave out --resume")
-    check_folder_to_be(args.run, "--run")
     return shape
 
 

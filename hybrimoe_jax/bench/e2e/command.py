@@ -45,7 +45,7 @@ def parts_of(flags: Mapping[str, Any]) -> list[Options]:
             parts.append(Options(**{**QUICK, **given, **PACED}))
     for options in parts:
         check(options)
-    if flags["workdir"]:
+    if flags["workdir"] is not None:
         check_folder_to_be(flags["workdir"], "--workdir")
     return parts
 
