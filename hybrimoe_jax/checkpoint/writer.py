@@ -80,8 +80,8 @@ def write_checkpoint(
         out, done = work / "out", work / "done"
         records = {}
         for path in done.glob("*.json"):
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                records[path.stem] = json.loads(path.read_text())
+            with contextlib.suppress(OSError, ValueError):
+                records[path.stem] = json.loads(path.read_bytes())
         for shard in progress(weights.shards, len(weights.shards), "converting"):
             folder, record = out / "pieces" / shard.name, records.get(shard.name)
             if record is None or not shard_is_whole(folder, record):
@@ -133,8 +133,8 @@ def workplace(dst: Path, plan: Mapping[str, Any] | None) -> Iterator[Path]:
         except BlockingIOError:
             raise UserError(f"{dst}: another conversion is writing it; wait for it or stop it") from None
         try:
-            begun = json.loads((work / "plan.json").read_text())
-        except (OSError, json.JSONDecodeError):
+            begun = json.loads((work / "plan.json").read_bytes())
+        except (OSError, ValueError):
             begun = None
         if plan is None or begun != plan:
             for name in ("out", "done"):

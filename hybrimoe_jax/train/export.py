@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
@@ -137,7 +138,7 @@ def read_hf(folder: Path) -> tuple[ModelConfig, Params, tokenizers.Tokenizer]:
     missing = [n for n in ("config.json", "model.safetensors") if not (folder / n).is_file()]
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}; give a folder that `train` has written")
-    config = parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = parse_config(read_json(folder / "config.json"))
     tensors = {name: np.asarray(leaf, np.float32) for name, leaf in load_file(folder / "model.safetensors").items()}
     experts = {}
     for layer in config.moe_layers:
