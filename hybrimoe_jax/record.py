@@ -65,7 +65,7 @@ def record(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(args.model or bundled_model())
     limit, vocab = context_limit(options, checkpoint.config), checkpoint.config.vocab_size
-    ids = [prompt_ids(p, args, checkpoint.tokenizer) if isinstance(p, str) else p for p in prompts]
+    ids = [prompt_ids(p, args, checkpoint.tokenizer, {}) if isinstance(p, str) else p for p in prompts]
     check_prompts(ids, args.max_tokens, vocab, limit)
     engine = load(checkpoint, options)
     trace = EngineTrace(engine)

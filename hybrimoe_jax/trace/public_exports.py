@@ -88,8 +88,8 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
 
 def _route_lines(trace: Trace) -> Iterator[str]:
     facts, sizes = trace.facts, _layer_bytes(trace)
-    model = trace.about.get("model")
-    model = (model if is_name(model) else facts.model_type).replace(" ", "-")
+    told = trace.about.get("model")
+    model = str(told if is_name(told) else facts.model_type).replace(" ", "-")
     yield "# route_trace v1\n"
     yield (
         f"# model={model} arch={facts.model_type} n_layer={facts.layers} n_expert={facts.experts} "
