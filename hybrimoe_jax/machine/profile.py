@@ -201,7 +201,7 @@ def load_profile(name: str | Path) -> MachineProfile:
     path = FOLDER / f"{name}.json" if str(name) in PROFILES else Path(name)
     if not path.exists():
         raise UserError(f"profile {name}: neither a known one ({', '.join(PROFILES)}) nor a file that is there")
-    raw = read_json(path, f"profile {name}")
+    raw = read_json(path, f"profile {name}: not a profile")
     if not is_object(raw) or raw.get("kind") != KIND:
         raise UserError(f"profile {name}: expected a JSON object of kind {KIND!r}")
     if raw.get("version") != VERSION:
