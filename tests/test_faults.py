@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.engine.lanes import host, slots
 from hybrimoe_jax.engine.lanes.transfer import Link
 from hybrimoe_jax.engine.recording import EngineTimeline
@@ -23,6 +24,7 @@ PLACES = {
     "an expert is copied ahead": (Link, "_copy", 1, {}),
     "a slot is written": (slots, "write_slot", 9, {}),
     "a layer is planned": (Planner, "plan", 8, {}),
+    "a prefetch gets a slot": (Residency, "admit_landed", 1, {}),
     "a prefetch is planned": (Planner, "prefetch", 1, {}),
     "the host computes": (host, "run_experts", 6, {"system": "ktransformers", "cpu": SLOW_CPU}),
     "the host is called back": (callback, "run_experts", 2, {"system": "ktransformers", "executor": "callback"}),
@@ -56,6 +58,8 @@ def test_what_fails_once_ends_one_run(place, wanted, monkeypatch):
                 for _ in range(50):  # the prefetches that there are depend on measured times
                     answer(engine)
         assert answer(engine) == answer(engine) == wanted, f"after {raised.__name__}"
+        counts = engine.planner.counters
+        assert counts.prefetch_issued == counts.prefetch_useful + counts.prefetch_late + counts.prefetch_wasted
         engine.close()
 
 

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -90,26 +91,44 @@ def _grow(folder: Path, name: str, leaf: Leaf) -> None:
 def _writing(folder: Path) -> Iterator[None]:
     """Turns a write that the system refuses into a UserError.
 
-    Orbax and its threads would log it several times, with tracebacks; and the absence of OCDBT files as a warning.
+    Orbax and its threads would tell of it several times, with tracebacks, and some after their loop has ended; and of
+    the absence of OCDBT files.
     """
-    hook, disabled = threading.excepthook, logging.root.manager.disable
+    hooks, disabled = (threading.excepthook, sys.unraisablehook), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    threading.excepthook = lambda *_: None
+    threading.excepthook, sys.unraisablehook = map(_without_refusals, hooks)
+    refused = None
     try:
         yield
-    except UserError:
-        raise
     except (ValueError, OSError) as error:
-        told = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
-        number = error.errno if isinstance(error, OSError) else told and int(told[1])
-        if number is None:
+        refused = None if isinstance(error, UserError) else _refusal(error)
+        if refused is None:
             raise
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # from now on, as the hooks: more of them may come
         raise UserError(
-            f"{folder}: cannot be written ({os.strerror(number)}); once that is mended, the same command goes on here"
+            f"{folder}: cannot be written ({refused}); once that is mended, the same command goes on here"
         ) from None
     finally:
         logging.disable(disabled)
-        threading.excepthook = hook
+        if refused is None:
+            threading.excepthook, sys.unraisablehook = hooks
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the system said, where it refused a write; tensorstore tells it in a text."""
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else told and int(told[1])
+    return None if number is None else os.strerror(number)
+
+
+def _without_refusals(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for what threads raise that drops refused writes, and what comes of them."""
+
+    def told(news: Any) -> None:
+        if _refusal(news.exc_value) is None and "Event loop is closed" not in str(news.exc_value):
+            hook(news)
+
+    return told
 
 
 def _forget_when_and_where(folder: Path) -> None:

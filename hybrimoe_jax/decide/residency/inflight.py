@@ -126,11 +126,15 @@ class InflightTransfers:
             self.counters.prefetch_wasted_s += seconds
 
     def abandon(self) -> None:
-        """Forgets every transfer under way (call after `finish_step`, which has counted them)."""
+        """Forgets every transfer under way (call after `finish_step`, which has counted them).
+
+        Of those that a step was broken off in the middle of counting, none was of use.
+        """
         for in_flight in self.in_flight:
             self.counters.prefetch_wasted_s += sum([transfer.seconds for transfer in in_flight.values()])
             in_flight.clear()
-        self.num_in_flight = 0
+        self.num_in_flight, counters = 0, self.counters
+        counters.prefetch_wasted = counters.prefetch_issued - counters.prefetch_useful - counters.prefetch_late
 
     def finish_step(self) -> None:
         """Prefetches for layers that were not planned in this step are wasted."""
