@@ -64,9 +64,10 @@ test: venv lint
 test-slow: venv $(VENV)/.notebooks
 	$(PYTEST) --slow
 
-# Also what takes hours, and other random examples in every run.
+# Also what takes hours, and other random examples in every run; then 50,000 tokens in one process, which must not grow.
 test-nightly: venv
 	$(PYTEST) --nightly
+	$(BIN)/python tests/soak.py
 
 # What shows whether another version of Python or jax serves.
 test-engine: venv

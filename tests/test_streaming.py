@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import tiny
 import tiny_checkpoint
@@ -69,6 +71,29 @@ def test_a_stop_string_ends_the_stream_and_is_not_shown(engine):
     assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
     assert chunks[-1].finish_reason == "stop" and len(chunks) < 24
     assert engine.generate([ids], max_new_tokens=24, stop=[stop]).token_ids[0] == [c.token_id for c in chunks]
+
+
+def test_streams_that_take_turns_or_are_left_give_what_they_give_alone(engine):
+    prompts = [engine.tokenizer.encode(text) for text in (PROMPT, "and the")]
+    alone = [engine.generate([ids], max_new_tokens=8).token_ids[0] for ids in prompts]
+    left = stream_generate(engine, prompts[0], max_new_tokens=24)
+    next(left), next(left)
+    turns = zip(*(stream_generate(engine, ids, max_new_tokens=8) for ids in prompts), strict=True)
+    assert [list(ids) for ids in zip(*((one.token_id, two.token_id) for one, two in turns))] == alone
+    left.close()
+    assert engine.generate(prompts, max_new_tokens=8).token_ids == alone
+
+
+def test_a_running_event_loop_and_another_thread_change_nothing(engine):
+    ids = engine.tokenizer.encode(PROMPT)
+    want = engine.generate([ids], max_new_tokens=8).token_ids
+
+    async def ask():
+        here = engine.generate([ids], max_new_tokens=8).token_ids
+        return here, await asyncio.to_thread(lambda: engine.generate([ids], max_new_tokens=8).token_ids)
+
+    assert asyncio.run(ask()) == (want, want)
+    assert engine.generate([ids], max_new_tokens=8).token_ids == want
 
 
 def test_the_end_token_gives_no_text(engine):
