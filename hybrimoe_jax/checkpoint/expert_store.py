@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -20,6 +21,8 @@ from numpy.typing import DTypeLike
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, HostExpert, PackedExpert, pack_expert
 from hybrimoe_jax.formats.plain import BLOCK, F32, Arena, ExpertWeights, aligned_bytes, aligned_copy, to_f32
+
+READERS = 2
 
 
 class ExpertStore:
@@ -168,14 +171,22 @@ class ExpertStore:
         return weights
 
     def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
-        """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk."""
+        """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk.
+
+        Two threads: while one reads, the other sums up or copies what it has read.
+        """
         if self.arena is not None:
             parts = (2, 1) if self.layout is None else (3,)  # of three matrices of one size, or all of it
             expert = sum(aligned_bytes(part * self.expert_bytes // 3) for part in parts)
             self.arena.block_bytes = max(BLOCK, self.num_experts * expert)
         every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
-        for moe_layer, expert in every if progress is None else progress(every, len(every), "loading experts"):
-            self.get(moe_layer, expert)
+        pool = ThreadPoolExecutor(READERS, "experts")
+        try:
+            read = pool.map(lambda at: self.get(*at), every)
+            for _ in read if progress is None else progress(read, len(every), "loading experts"):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def held_dtype(stored: np.dtype, wanted: DTypeLike | None) -> np.dtype:
