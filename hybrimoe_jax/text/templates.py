@@ -32,12 +32,13 @@ def templates_of(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     value, where = config.get("chat_template"), f"{folder / CONFIG}: chat_template"
     if isinstance(value, list):
         entries = [entry if isinstance(entry, dict) else {} for entry in value]
-        value = {entry.get("name"): entry.get("template") for entry in entries}
-    named: dict[Any, Any] = value if isinstance(value, dict) else {} if value is None else {DEFAULT: value}
-    for name, template in named.items():
+        named: list[tuple[Any, Any]] = [(entry.get("name"), entry.get("template")) for entry in entries]
+    else:
+        named = [] if value is None else [*value.items()] if isinstance(value, dict) else [(DEFAULT, value)]
+    for name, template in named:
         if not isinstance(name, str) or not isinstance(template, str):
             raise UserError(f"{where} is no text, and no list of names and texts; download or save it again")
-    return named
+    return dict(named)
 
 
 def choose(templates: Mapping[str, str], wanted: str | None, tools: Any, where: Path) -> tuple[str, str]:
