@@ -164,10 +164,10 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
 
 def read_chat_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags give to the chat template: its name or file, the tools and documents of their files."""
-    given = {name: getattr(args, name) for name in ("chat_template", "tools", "documents")}
+    given = {name: getattr(args, name, None) for name in ("chat_template", "tools", "documents")}
     given = {name: value for name, value in given.items() if value is not None}
     without = "--ignore-chat-template" if args.ignore_chat_template else "--prompt-ids"
-    if given and (args.ignore_chat_template or args.prompt_ids is not None):
+    if given and (args.ignore_chat_template or getattr(args, "prompt_ids", None) is not None):
         raise UserError(f"--{next(iter(given)).replace('_', '-')} is for the chat template, and {without} uses none")
     from hybrimoe_jax.text.templates import read_objects
 

@@ -16,7 +16,7 @@ from hybrimoe_jax.cli import INTERRUPTED, progress
 from hybrimoe_jax.encoding import check_text, read_text, say
 from hybrimoe_jax.errors import UserError, printable
 from hybrimoe_jax.files import check_outputs
-from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids
+from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids, read_chat_options
 from hybrimoe_jax.records import stamped
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, default=0, metavar="K")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling; each batch has one of its own")
     command.add_argument("--ignore-chat-template", action="store_true", help="send the prompts as they are")
+    command.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="which of a checkpoint's templates, or a file with another"
+    )
     engine = command.add_argument_group("engine, as of generate")
     for name, options in ENGINE_FLAGS.items():
         engine.add_argument("--" + name.replace("_", "-"), default=None, dest=name, **options)
@@ -47,7 +50,7 @@ def record(args: argparse.Namespace) -> int:
     """Carries the command out."""
     from hybrimoe_jax.engine.sampling import Sampling
 
-    options = engine_config(args)
+    options, chat = engine_config(args), read_chat_options(args)
     if options.executor == "dense":
         raise UserError("the dense executor routes inside one executable: it gives no trace")
     for name in ("batch", "max_tokens"):
@@ -65,7 +68,7 @@ def record(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(args.model or bundled_model())
     limit, vocab = context_limit(options, checkpoint.config), checkpoint.config.vocab_size
-    ids = [prompt_ids(p, args, checkpoint.tokenizer, {}) if isinstance(p, str) else p for p in prompts]
+    ids = [prompt_ids(p, args, checkpoint.tokenizer, chat) if isinstance(p, str) else p for p in prompts]
     check_prompts(ids, args.max_tokens, vocab, limit)
     engine = load(checkpoint, options)
     trace = EngineTrace(engine)

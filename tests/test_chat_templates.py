@@ -134,7 +134,7 @@ def test_the_command_gives_templates_what_its_flags_name(tmp_path):
         (("--chat-template", tmp_path / "none.jinja"), "that is no chat template"),
         (("--chat-template", "rag", "--ignore-chat-template"), "--chat-template is for the chat template"),
         (("--tools", tmp_path / "nowhere"), "--tools .*nowhere: no such file"),
-        (("--tools", tmp_path), "--tools .*: Is a directory"),
+        (("--tools", tmp_path), "--tools .*Is a directory"),
         (("--tools", tmp_path / "object.json"), "a list of JSON objects is wanted"),
         (("--documents", tmp_path / "bad.json"), r"--documents .*bad\.json: not valid JSON"),
     ):
