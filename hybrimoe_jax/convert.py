@@ -17,7 +17,9 @@ from hybrimoe_jax import cli
 from hybrimoe_jax.checkpoint.convert import convert, convert_random, return_freed_memory
 from hybrimoe_jax.checkpoint.export import export_hf
 from hybrimoe_jax.encoding import say
-from hybrimoe_jax.errors import printable
+from hybrimoe_jax.errors import printable, shown_name
+from hybrimoe_jax.files import read_json
+from hybrimoe_jax.models.registry import family_of
 
 
 def build_parser() -> cli.Parser:
@@ -89,6 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         return cli.INTERRUPTED
     total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     print(printable(f"{path}: {total / 1e6:.1f} MB"))
+    if not args.export_hf:
+        raw = read_json(path / "config.json")
+        if unknown := family_of(raw["model_type"]).config.passed_over(raw):
+            said = ", ".join(map(shown_name, unknown[:20]))
+            say(f"config.json: passed over, since neither transformers nor we know them: {said}")
     if args.src.endswith(".gguf"):
         say(f"a GGUF's vocabulary is not read: copy the model's tokenizer.json and tokenizer_config.json into {path}")
     return 0

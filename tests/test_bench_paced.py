@@ -40,7 +40,8 @@ def test_how_far_the_wall_is_from_the_virtual_clock():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--machines", "a6000-paper:0"], "slowdown must be a number above 0"),
+        (["--machines", "a6000-paper:0"], "slowdown must be a number from 1e-6 to 1e6"),
+        (["--machines", "a6000-paper:1e-310"], "slowdown must be a number from 1e-6 to 1e6"),
         (["--machines", "nowhere"], "nowhere"),
         (["--systems", "nope"], "nope"),
         (["--rounds", "0"], "--rounds must be at least 1"),

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.checkpoint.convert import convert
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
 
 command = importlib.import_module("hybrimoe_jax.convert")
@@ -95,7 +96,12 @@ def prediction_layer(folder) -> None:
     rewrite(folder, lambda w: w.update({"model.layers.2.eh_proj.weight": np.zeros((16, 32), np.float32)}))
 
 
+def adapter(folder) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 FAULTS = [
+    (adapter, ["adapter_config.json: an adapter (PEFT) lies beside the weights", "merge it"]),
     (cut, ["model.safetensors: it should have", "truncated or corrupt"]),
     (break_header, ["model.safetensors: its header is not JSON"]),
     (claim_a_huge_header, ["its header claims 1099511627776 bytes"]),
@@ -223,6 +229,26 @@ def test_a_bad_index(tmp_path, change, message):
     (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(UserError, match=message):
         convert(src, tmp_path / "ckpt")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    src, where = sharded(tmp_path)
+    first, last = sorted(set(where.values()))[::2]
+    save_file(load_file(src / last) | {k: v + 1 for k, v in load_file(src / first).items()}, src / last)
+    with pytest.raises(UserError, match=f"is in {first} and in {last}"):
+        convert(src, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("shards_there", [True, False])
+def test_an_index_left_over_from_earlier_weights_is_not_read(tmp_path, shards_there):
+    """transformers reads the single file, too, where both are there."""
+    src, where = sharded(tmp_path)
+    new = {name: array + 1 for name, array in folders.tensors().items()}
+    save_file(new, src / "model.safetensors")
+    for name in () if shards_there else set(where.values()):
+        (src / name).unlink()
+    out = open_checkpoint(convert(src, tmp_path / "ckpt"))
+    np.testing.assert_array_equal(out.dense(["model.norm.weight"])["model.norm.weight"], new["model.norm.weight"])
 
 
 def test_a_long_list_of_names_is_cut_with_its_count(tmp_path):

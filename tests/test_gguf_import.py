@@ -343,6 +343,10 @@ UNREAD = [
     ("expert_weights_norm", True, False),
     ("expert_gating_func", 2, 1),
     ("final_logit_softcapping", 30.0, 0.0),
+    ("attention.causal", False, True),
+    ("attention.value_length", 32, 16),
+    ("nextn_predict_layers", 1, 0),
+    ("a_new_rule", 2.0, 0.0),
 ]
 
 
@@ -355,8 +359,15 @@ def test_keys_that_would_change_the_answer_are_not_dropped(tmp_path, key, value,
     for name, number in (("bad", value), ("good", neutral)):
         write(tmp_path / f"{name}.gguf", "qwen2moe", "Q8_0", tamper=tamper(number))
     assert open_gguf(tmp_path / "good.gguf").config.rope_scaling is None
-    with pytest.raises(UserError, match=rf"qwen2moe\.{key} {value} is not supported"):
+    with pytest.raises(UserError, match=rf"qwen2moe\.{key} {value} is (not supported|a key that no rule here reads)"):
         open_gguf(tmp_path / "bad.gguf")
+
+
+def test_a_deepseek_that_normalises_is_refused(tmp_path):
+    """llama.cpp then normalises and scales; the published model's code does one of the two."""
+    write(tmp_path / "m.gguf", "deepseek2", "Q8_0", tamper=lambda writer: writer.add_expert_weights_norm(True))
+    with pytest.raises(UserError, match=r"deepseek2\.expert_weights_norm True is not supported"):
+        open_gguf(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])

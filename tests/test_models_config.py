@@ -38,6 +38,7 @@ def test_every_published_configuration_parses_or_is_refused_by_name():
                 parse_config(published)
             continue
         config = parse_config(published)
+        assert config.passed_over(published) == []
         shape = (
             len(config.moe_layers),
             config.num_experts,
@@ -61,6 +62,7 @@ REFUSED = [
     ("qwen3_moe", dict(is_causal=None), "is_causal None"),
     ("qwen2_moe", dict(per_layer_config={"0": dict(num_experts_per_tok=1)}), "per_layer_config"),
     ("olmoe", dict(transformers_weights="other.safetensors"), "transformers_weights 'other.safetensors'"),
+    ("olmoe", dict(text_config=dict(num_experts=2)), "text_config"),
     ("olmoe", dict(attention_chunk_size=8), "attention_chunk_size 8"),
     ("mixtral", dict(sliding_window=0), "sliding_window must be null or at least 1"),
     ("mixtral", dict(num_experts=5), "num_local_experts 4 and num_experts 5 are one number and differ"),
@@ -88,7 +90,7 @@ REFUSED = [
     ("mixtral", dict(layer_types=["chunked_attention"] * 3), "'chunked_attention'"),
     ("mixtral", dict(layer_types=["sliding_attention"] * 3), "window is none"),
     ("mixtral", dict(layer_types=["full_attention"] * 3, sliding_window=4), "window is 4"),
-    ("mixtral", dict(eos_token_id=["</s>"]), "eos_token_id"),
+    *(("mixtral", dict(eos_token_id=wrong), "eos_token_id must be") for wrong in (["</s>"], "2", True, 2.0, [[2]], {})),
     ("mixtral", dict(max_position_embeddings=0), "max_position_embeddings"),
     ("mixtral", dict(num_key_value_heads=3), "num_key_value_heads 3"),
     ("mixtral", dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
@@ -140,6 +142,11 @@ def test_what_would_change_the_answer_is_refused_by_name(family, change, message
     parse_config(raw(family))  # the same without the change is fine
     with pytest.raises(UserError, match=message):
         parse_config(raw(family, **change))
+
+
+def test_keys_that_nobody_knows_are_passed_over_and_told():
+    odd = raw("mixtral", my_note=1, rope_theta=1e4)
+    assert parse_config(odd).passed_over(odd) == ["my_note"]
 
 
 def test_missing_keys_are_named_together():

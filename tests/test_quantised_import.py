@@ -2,6 +2,7 @@
 there is one."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -186,9 +187,8 @@ def test_made_up_biases_are_dropped(tmp_path):
 
 def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     write(tmp_path / "asymmetric", "gptq", settings={"sym": True})
-    weights = open_hf(tmp_path / "asymmetric")
-    with pytest.raises(UserError, match=r"experts\.0\.gate_proj: config\.json calls it symmetric.*give --format f32"):
-        packed_expert(weights.shards[1].experts, quantised_format(weights), 0)
+    with pytest.raises(UserError, match=r"calls it symmetric .* not all 8; set sym to false"):
+        open_hf(tmp_path / "asymmetric")
 
     def least(rng, module, rows, columns):
         made = Coded(rng, rows, columns, 32, bits=8, symmetric=True)
@@ -205,6 +205,53 @@ def parts(encoded: dict, **changed) -> dict:
     """The stored parts of a matrix, some of another type (a dtype), or left out (None)."""
     kept = {name: array for name, array in encoded.items() if changed.get(name, array) is not None}
     return {name: array.astype(changed.get(name, array.dtype)) for name, array in kept.items()}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("settings, stored", [({}, 2), ({"sym": False}, 2), ({"checkpoint_format": "gptq_v2"}, 1)])
+def test_zero_points_of_the_other_version_are_seen_and_the_advice_is_right(tmp_path, bits, settings, stored):
+    """GPTQ's two versions store the zero points of symmetric weights as 7 and as 8; labels are wrong or absent."""
+
+    def make(rng, module, rows, columns):
+        return Coded(rng, rows, columns, 32, bits=bits, symmetric=True)
+
+    options = {"make": make, "encode": lambda coded: coded.gptq(version=stored)}
+    settings = {"bits": bits, "sym": True} | settings
+    write(tmp_path / "wrong", "gptq", settings=settings, **options)
+    right = "gptq_v2" if stored == 2 else "gptq"
+    with pytest.raises(UserError, match=rf"but stored as '{right}'; set checkpoint_format to '{right}'"):
+        open_hf(tmp_path / "wrong")
+    values, _ = write(tmp_path / "right", "gptq", settings=settings | {"checkpoint_format": right}, **options)
+    name, tensor = next(iter(open_hf(tmp_path / "right").shards[1].dense.items()))
+    np.testing.assert_array_equal(tensor.read(), values[name])
+
+
+@pytest.mark.parametrize("method, file", [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_settings_that_lie_beside_config_json_are_read(tmp_path, method, file):
+    """Folders of early quantisers have none in config.json; newer ones have both."""
+    folder = tmp_path / "hf"
+    values, _ = write(folder, method)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    early = {k: v for k, v in settings.items() if k != "quant_method"}
+    if method == "awq":
+        early = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
+
+    def opened(stated, beside):
+        (folder / "config.json").write_text(json.dumps(config | stated))
+        (folder / file).unlink(missing_ok=True)
+        if beside is not None:
+            (folder / file).write_text(json.dumps(beside))
+        return open_hf(folder)
+
+    part = {"quant_method": method, "bits": 4}
+    for stated in ({}, {"quantization_config": settings}, {"quantization_config": part}):
+        for name, tensor in opened(stated, early).shards[1].dense.items():
+            np.testing.assert_array_equal(tensor.read(), values[name])
+    with pytest.raises(UserError, match=rf"{file}: bits is 8, but 4 in config\.json"):
+        opened({"quantization_config": settings}, {"bits": 8})
+    with pytest.raises(UserError, match=r"neither config\.json has a quantization_config nor is"):
+        opened({}, None)
 
 
 REFUSED = [
@@ -226,6 +273,8 @@ REFUSED = [
         "has no weight_zero_point, though config.json calls its 4 bits asymmetric",
     ),
     ("gptq", {"checkpoint_format": "marlin"}, {}, "checkpoint_format 'marlin' is not supported"),
+    ("gptq", {"format": "marlin"}, {}, "checkpoint_format 'marlin' is not supported"),
+    ("gptq", {"adapter": {"name": "lora"}}, {}, "GPTQ adapter .* is not supported"),
     ("gptq", {"bits": 3}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "g_idx"}}, "has 3 bits"),
     ("gptq", {}, {"encode": lambda c: {k: v for k, v in c.gptq().items() if k != "qzeros"}}, "has no qzeros"),
     ("gptq", {}, {"encode": lambda c: c.gptq() | {"qzeros": c.gptq()["qzeros"][:, 1:]}}, "shapes of qweight, qzeros"),

@@ -212,7 +212,8 @@ def test_frequencies_fit_the_model_or_are_refused(damaged):
     counts = [[4, 3, 2, 1], [0, 0, 5, 9]]
     path.write_text(json.dumps({"counts": counts}))
     assert open_checkpoint(damaged).frequencies() == counts
-    for bad in ({"counts": counts[:1]}, {"counts": [[1, 2], [3]]}, {"counts": [[-1, 0, 0, 0]] * 2}, {}, counts):
+    rows = ([1, 2], [-1, 0, 0, 0], [1e308] * 4, [float("nan")] * 4, ["a"] * 4)
+    for bad in ({"counts": counts[:1]}, *({"counts": [row, row]} for row in rows), {}, counts):
         path.write_text(json.dumps(bad))
         with pytest.raises(UserError, match="must be 2 lists of 4 counts"):
             open_checkpoint(damaged).frequencies()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.orbax import items_of
-from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of
+from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of, settings_of
 from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
 from hybrimoe_jax.checkpoint.weights import (
     ArrayTensor,
@@ -28,7 +28,7 @@ from hybrimoe_jax.checkpoint.weights import (
     Weights,
     row_block,
 )
-from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.errors import UserError, reading, shown_name
 from hybrimoe_jax.files import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
@@ -36,6 +36,7 @@ from hybrimoe_jax.models.registry import build_model, family_of, parse_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 TEXT_FILES = (
     "expert_frequencies.json",
     "generation_config.json",
@@ -92,6 +93,11 @@ def open_hf(folder: str | Path) -> Weights:
         raise UserError(f"{folder}: no config.json; give a folder saved by transformers' save_pretrained")
     if (folder / "manifest.json").is_file() and items_of(folder).exists():
         raise UserError(f"{folder}: already a converted checkpoint; give the Hugging Face folder it came from")
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder / ADAPTER}: an adapter (PEFT) lies beside the weights and would be left out; merge it into them, "
+            "or remove its files if they are merged already"
+        )
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise UserError(f"{folder / 'config.json'}: not a JSON object")
@@ -100,7 +106,7 @@ def open_hf(folder: str | Path) -> Weights:
         method_of(settings)
     config = parse_config(raw)
     tensors, paths = read_tensors(folder)
-    if settings:
+    if settings := settings_of(folder, settings, tensors):
         known = dense_shapes(config)
         with reading(f"{folder / 'config.json'}: quantization_config, or a tensor that it is about,"):
             tensors = expand(settings, tensors, known)
@@ -109,31 +115,15 @@ def open_hf(folder: str | Path) -> Weights:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
-    """Every tensor that the folder's index (or its single file) names, and the files read."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        where = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-            raise UserError(f"{folder / INDEX}: no weight_map; download or save it again")
-        names = sorted(set(where.values()))
-        outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
-        if outside:
-            raise UserError(f"{folder / INDEX}: names {listed(outside)}; shards must be .safetensors files beside it")
-        absent = [n for n in names if not (folder / n).is_file()]
-        if absent:
-            raise UserError(
-                f"{folder}: {len(absent)} of {len(names)} shards are missing: {listed(absent)}; download them"
-            )
-        paths = [folder / n for n in names]
-        stored = {p.name: read_header(p) for p in paths}
-        lost = [name for name, file in where.items() if name not in stored[file]]
-        if lost:
-            raise UserError(
-                f"{folder / INDEX}: places {listed(lost)} in shards that do not hold them; download it again"
-            )
-        return {name: stored[file][name] for name, file in where.items()}, paths
+    """Every tensor of the folder's single file, or of the shards that its index names; and the files read.
+
+    A single file goes before an index, which may be left over from weights that were saved here earlier; so it does in
+    transformers.
+    """
     if (folder / SINGLE).is_file():
         return dict(read_header(folder / SINGLE)), [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return read_shards(folder)
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         raise UserError(
@@ -143,6 +133,30 @@ def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".gguf")]
     hint = f" (found {listed(others)})" if others else ""
     raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+
+
+def read_shards(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
+    """Every tensor that the folder's index names, and the files read."""
+    index = read_json(folder / INDEX)
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise UserError(f"{folder / INDEX}: no weight_map; download or save it again")
+    names = sorted(set(where.values()))
+    outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    if outside:
+        raise UserError(f"{folder / INDEX}: names {listed(outside)}; shards must be .safetensors files beside it")
+    absent = [n for n in names if not (folder / n).is_file()]
+    if absent:
+        raise UserError(f"{folder}: {len(absent)} of {len(names)} shards are missing: {listed(absent)}; download them")
+    paths = [folder / n for n in names]
+    stored = {p.name: read_header(p) for p in paths}
+    lost = [name for name, file in where.items() if name not in stored[file]]
+    if lost:
+        raise UserError(f"{folder / INDEX}: places {listed(lost)} in shards that do not hold them; download it again")
+    for name, file in where.items():
+        if twice := [other for other in names if other != file and name in stored[other]]:
+            raise UserError(f"{folder}: {shown_name(name)} is in {file} and in {twice[0]}; download them again")
+    return {name: stored[file][name] for name, file in where.items()}, paths
 
 
 def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Shard, ...]:

@@ -64,7 +64,7 @@ class Checkpoint:
             table = np.asarray(counts, np.float64)
         except (TypeError, ValueError):
             table = np.zeros((0, 0))
-        if table.shape != shape or not np.isfinite(table).all() or (table < 0).any():
+        if table.shape != shape or not ((table >= 0) & (table <= 1e18)).all():
             raise UserError(
                 f"{path}: `counts` must be {shape[0]} lists of {shape[1]} counts; delete the file or make it again"
             )

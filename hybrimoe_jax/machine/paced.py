@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +37,10 @@ def parse_device(text: str) -> PacedDevice | None:
         slowdown = float(times)
     except ValueError:
         slowdown = 0.0
-    if not 0 < slowdown <= sys.float_info.max:
-        raise UserError(f"device {text!r}: the slowdown must be a number above 0, not {times!r}, as in {example()}")
+    if not 1e-6 <= slowdown <= 1e6:
+        raise UserError(
+            f"device {text!r}: the slowdown must be a number from 1e-6 to 1e6, not {times!r}, as in {example()}"
+        )
     return PacedDevice(profile, slowdown)
 
 

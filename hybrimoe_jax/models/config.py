@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from flax.core import FrozenDict
 
 from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.models.config_keys import NEUTRAL
+from hybrimoe_jax.models.config_keys import NEUTRAL, unknown_keys
 from hybrimoe_jax.models.rope import LARGEST, PARAMETERS, Rope, make_rope
 
 KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
@@ -98,13 +98,18 @@ class ModelConfig(RoutedExperts, abc.ABC):
         config.check(raw)
         return config
 
+    @classmethod
+    def passed_over(cls, raw: Mapping[str, Any]) -> list[str]:
+        """The keys of a `config.json` that nothing here knows. No code of transformers reads them for this family."""
+        return unknown_keys(raw, {*(f.name for f in dataclasses.fields(cls)), *cls.aliases, *cls.neutral})
+
     def check(self, raw: Mapping[str, Any]) -> None:
         """Refuses what the family cannot honour; families extend it. `raw` is the whole `config.json` mapping."""
         self._check_keys(raw)
         self._check_sizes(raw)
         self._check_layer_types(raw.get("layer_types") or ())
         if not all(type(token) is int for token in self.eos_ids):
-            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {raw['eos_token_id']!r}")
+            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {shown(raw['eos_token_id'])}")
         if not self.moe_layers:
             raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
         _ = self.rope  # refuses an unknown scaling rule by name

@@ -14,6 +14,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),
     "is_encoder_decoder": (False, None),
+    "text_config": (None, {}),
+    "decoder": (None, {}),
+    "generator": (None, {}),
     "pruned_heads": (None, {}),
     "attention_bias": (False, None),
     "qkv_bias": (False, None),
@@ -82,6 +85,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "of heads that are no language model": (
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "token_classification_bias"),
     ),
+    "of layers that no family here has": ("number_of_conv_states",),
     "a token's id, which the tokenizer has": ("bos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
     "derived from other keys, which are read": ("qk_head_dim", "use_sliding_window", "head_dim", "max_window_layers"),
 }
@@ -91,11 +95,13 @@ ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_
 """Read by no field of their own, but read."""
 
 GENERATION = (
-    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k", "top_p"),
-    *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
-    *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "num_return_sequences"),
-    *("num_beam_groups", "diversity_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values"),
-    *("exponential_decay_length_penalty", "output_scores", "return_dict_in_generate", "decoder_start_token_id"),
+    *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
+    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups", "num_beams"),
+    *("num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict_in_generate", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p"),
 )
 """Of old files: transformers drops them here, too; `generation_config.json` is where they count."""
 

@@ -8,11 +8,11 @@ Source: the key names and tables of PyPI's `gguf`, and llama.cpp's converter for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hybrimoe_jax.checkpoint.gguf.header import Array
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown, shown_name
 
 ARCHITECTURES = {
     "qwen2moe": "qwen2_moe",
@@ -29,23 +29,72 @@ SOFTMAX = 1  # of `expert_gating_func`
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
     "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.alpha": (0, 1),
+    "rope.dimension_sections": (),
     "expert_gating_func": (0, SOFTMAX),
     "expert_weights_scale": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_group_scale": (0, 1),
+    "experts_per_group": (0,),
+    "expert_shared_count": (0,),
+    "expert_chunk_feed_forward_length": (0,),
+    "leading_dense_block_count": (0,),
+    "moe_every_n_layers": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "moe_latent_size": (0,),
+    "nextn_predict_layers": (0,),
+    "swiglu_clamp_exp": (0,),
+    "swiglu_clamp_shexp": (0,),
+    "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window_pattern": (0,),
     "attn_logit_softcapping": (0,),
     "router_logit_softcapping": (0,),
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
+    "use_parallel_residual": (False,),
 }
 """Keys that would change the answer and that no configuration here can say -> the
-values under which they change nothing."""
+values under which they change nothing. `check_rest` adds those that depend on other keys."""
 HONOURED = {
-    "deepseek2": ("expert_weights_scale", "expert_gating_func", "rope.dimension_count"),
+    "deepseek2": (
+        *("expert_weights_scale", "expert_gating_func", "expert_group_count", "expert_group_used_count"),
+        *("expert_shared_count", "leading_dense_block_count", "rope.dimension_count"),
+        *("attention.key_length", "attention.value_length"),
+    ),
     "olmoe": ("attention.clamp_kqv",),
+    "qwen2moe": ("expert_shared_count",),
 }
 """By architecture: those that are read all the same."""
+READ = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "expert_feed_forward_length"),
+    *("expert_shared_feed_forward_length", "expert_count", "expert_used_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("attention.kv_lora_rank", "attention.q_lora_rank", "attention.key_length_mla", "attention.value_length_mla"),
+    *("rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+)
+"""By some architecture; another one's tensors would not fit."""
+HARMLESS = {
+    "says how the file was made": ("tensor_data_layout", "rope.scaling.finetuned"),
+    "of embeddings and classifiers": ("pooling_type", "classifier.output_labels"),
+    "of layers that slide, which are refused": (
+        *("rope.freq_base_swa", "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"),
+    ),
+    "of norms that these architectures do not have": (
+        *("attention.layer_norm_epsilon", "attention.group_norm_epsilon", "attention.group_norm_groups"),
+    ),
+}
+"""Why it changes nothing -> the keys."""
 
 
 def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
@@ -95,7 +144,8 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
     raw |= family_keys(arch, get, need, shapes, where)
-    check_rest(arch, get, raw, where)
+    own = [key.removeprefix(f"{arch}.") for key in fields if key.startswith(f"{arch}.")]
+    check_rest(arch, own, get, raw, where)
     return raw
 
 
@@ -125,8 +175,8 @@ def family_keys(
     return raw
 
 
-def check_rest(arch: str, get: Get, raw: Mapping[str, Any], where: object) -> None:
-    """Refuses by name what `raw` does not say and what would change the answer."""
+def check_rest(arch: str, keys: Iterable[str], get: Get, raw: Mapping[str, Any], where: object) -> None:
+    """Refuses by name what `raw` does not say and what would change the answer. `keys`: of the architecture."""
     head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     if arch == "deepseek2":
         head = raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
@@ -135,6 +185,11 @@ def check_rest(arch: str, get: Get, raw: Mapping[str, Any], where: object) -> No
         "rope.dimension_count": (head,),
         "attention.sliding_window": (0, max(get("attention.sliding_window", 0), raw["max_position_embeddings"])),
         "attention.scale": (0, rounded(head**-0.5)),
+        "attention.key_length": (head,),
+        "attention.value_length": (head,),
+        "embedding_length_out": (raw["hidden_size"],),
+        "features_length": (raw["hidden_size"],),
+        "vocab_size": (raw["vocab_size"],),
         "rope.scaling.yarn_ext_factor": (-1, int(yarn)),
         "expert_weights_norm": (raw.get("norm_topk_prob", True),),
     }
@@ -143,12 +198,16 @@ def check_rest(arch: str, get: Get, raw: Mapping[str, Any], where: object) -> No
         if value is None or key in HONOURED.get(arch, ()):
             continue
         if (rounded(value) if isinstance(value, float) else value) not in values:
-            raise UserError(f"{where}: {arch}.{key} {value!r} is not supported for this architecture")
+            raise UserError(f"{where}: {arch}.{key} {shown(value)} is not supported for this architecture")
+    known = {*neutral, *READ, *(key for keys in HARMLESS.values() for key in keys)}
+    for key in keys:
+        if key not in known and get(key) not in (None, 0, ""):
+            raise UserError(f"{where}: {arch}.{shown_name(key)} {shown(get(key))} is a key that no rule here reads")
 
 
 def deepseek(get: Get, need: Need, heads: int, experts: int, where: object) -> dict[str, Any]:
     """DeepSeek-V2's own keys."""
-    if get("expert_gating_func", SOFTMAX) != SOFTMAX:
+    if get("expert_gating_func", SOFTMAX) not in (0, SOFTMAX):
         raise UserError(f"{where}: deepseek2 with sigmoid routing (DeepSeek-V3) is not supported")
     groups, kept = get("expert_group_count") or 1, get("expert_group_used_count") or 1
     if groups == 1 and experts == 160:

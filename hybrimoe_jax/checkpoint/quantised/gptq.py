@@ -35,7 +35,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     unpack_words,
 )
 from hybrimoe_jax.checkpoint.safetensors import FileTensor
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSIONS = {"gptq": 1, "gptq_v2": 0}
@@ -109,22 +109,42 @@ class GptqTensor(QuantisedTensor):
     def codes(self) -> Codes:
         rows, columns = self.shape
         codes = np.ascontiguousarray(unpack_words(self.qweight.integers(), self.bits, 0, columns).T)
-        one_each = np.uint32(self.add * sum(1 << shift for shift in range(0, 32, self.bits)))
-        words = self.qzeros.integers().view(np.uint32) + one_each  # modulo 2^32, as GPTQModel adds
-        zeros = np.ascontiguousarray(unpack_words(words, self.bits, 1, rows).T)
+        zeros = self.zero_points(rows)
         codes, zeros = centred(codes, zeros, self.bits, self.where)
         scales = np.ascontiguousarray(self.scales.read().astype(np.float32).T)
         return Codes(codes, scales, zeros, self.group_of())
 
+    def zero_points(self, rows: int) -> np.ndarray:
+        """The zero points, [R, N]; UserError where they are those of a symmetric matrix in the other version."""
+        one_each = np.uint32(self.add * sum(1 << shift for shift in range(0, 32, self.bits)))
+        words = self.qzeros.integers().view(np.uint32) + one_each  # modulo 2^32, as GPTQModel adds
+        zeros = np.ascontiguousarray(unpack_words(words, self.bits, 1, rows).T)
+        middle, label = 2 ** (self.bits - 1), next(name for name, add in VERSIONS.items() if add == self.add)
+        if np.all(zeros == middle - 1 + 2 * self.add):
+            other = next(name for name in VERSIONS if name != label)
+            raise UserError(
+                f"{self.where}: every zero point is {zeros.flat[0]}, where {middle} is the middle: it is labelled "
+                f"{label!r} but stored as {other!r}; set checkpoint_format to {other!r} in quantization_config"
+            )
+        if self.symmetric and not np.all(zeros == middle):
+            raise UserError(
+                f"{self.where}: quantization_config calls it symmetric (sym) but its zero points are not all {middle}; "
+                "set sym to false if they are right, else download it again"
+            )
+        return zeros
+
 
 def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> dict[str, Any]:
     """`stored` with the parts of every quantised matrix `X` replaced by one `GptqTensor` named `X.weight`."""
-    version = settings.get("checkpoint_format") or "gptq"
+    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if version not in VERSIONS or settings.get("is_marlin_format"):
         raise UserError(
             f"config.json: GPTQ checkpoint_format {version!r} is not supported ({', '.join(VERSIONS)} are); "
             "save it in one of these"
         )
+    for key in ("adapter", "rotation"):
+        if settings.get(key):
+            raise UserError(f"config.json: GPTQ {key} {shown(settings[key])} is not supported; save it without")
     if settings.get("pack_dtype", "int32") not in ("int32", None):
         raise UserError(f"config.json: GPTQ pack_dtype {settings['pack_dtype']!r} is not supported (int32 is)")
 
@@ -140,4 +160,7 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
         size = settings.get("group_size")
         return GptqTensor(*tensors, int(bits), symmetric, sorted_inputs, VERSIONS[version], size)
 
-    return gathered(stored, PARTS, PARTS[:3], matrix)
+    out = gathered(stored, PARTS, PARTS[:3], matrix)
+    if (first := next((tensor for tensor in out.values() if isinstance(tensor, GptqTensor)), None)) is not None:
+        first.zero_points(first.shape[0])  # a wrong label is seen before anything is converted
+    return out
