@@ -31,7 +31,7 @@ from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Weigh
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.gptq import compensated
 from hybrimoe_jax.formats.packing import ExpertLayout, Format, PackedExpert, dequantise, pack
-from hybrimoe_jax.formats.plain import aligned_empty
+from hybrimoe_jax.formats.plain import aligned_empty, is_finite
 from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.registry import build_model
@@ -197,6 +197,8 @@ class _Run:
         if shard.experts is None:
             return None
         x, ids, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if not is_finite(x):
+            raise UserError(f"layer {index} gets NaN or infinite inputs on the calibration text: weights are damaged")
         return _Layer(index, shard.experts, x, ids, weights, np.zeros_like(x))
 
 

@@ -40,6 +40,11 @@ class FileTensor:
     offset: int  # of the first byte in the file
 
     @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{self.path}: {self.name}"
+
+    @property
     def dtype(self) -> np.dtype:
         """Raises UserError where the stored type is not a float this project computes with."""
         if self.kind not in READABLE:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.checkpoint.dense import format_of, is_projection, pack_tensor
+from hybrimoe_jax.checkpoint.finite import called, check_packed_finite, expert_parts, narrowed
 from hybrimoe_jax.checkpoint.orbax import Leaf, open_leaf, read_rows, save_item
 from hybrimoe_jax.checkpoint.weights import Experts, PackedExperts, Shard, Tensor, row_block
 from hybrimoe_jax.errors import UserError
@@ -105,11 +106,11 @@ class ExpertForm:
 class HashedLeaf:
     """Reads a tensor's rows once and in order, converting and hashing on the way."""
 
-    def __init__(self, tensor: Tensor, dtype: np.dtype):
-        self.tensor, self.dtype, self.sums = tensor, dtype, Sums()
+    def __init__(self, tensor: Tensor, dtype: np.dtype, where: str):
+        self.tensor, self.dtype, self.sums, self.where = tensor, dtype, Sums(), where
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        block = np.ascontiguousarray(self.tensor.read(start, stop), self.dtype)
+        block = narrowed(self.tensor.read(start, stop), self.dtype, self.where)
         self.sums.add(block)
         return block
 
@@ -127,13 +128,16 @@ class PackedLeaf:
     dtype = np.dtype(np.uint8)
     empty = np.empty(0, np.uint8)
 
-    def __init__(self, tensor: Tensor, format: Format):
-        self.tensor, self.layout = tensor, MatrixLayout(format, *tensor.shape)
+    def __init__(self, tensor: Tensor, format: Format, where: str):
+        self.tensor, self.layout, self.where = tensor, MatrixLayout(format, *tensor.shape), where
         self.sums, self._data = Sums(), self.empty
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if start == 0:
-            self._data = pack_tensor(self.tensor, self.layout.format).data
+            with np.errstate(over="ignore", invalid="ignore"):
+                made = pack_tensor(self.tensor, self.layout.format)
+            check_packed_finite(made, self.tensor.read, self.where)
+            self._data = made.data
         block = self._data[start:stop]
         self.sums.add(block)
         if stop == self.layout.nbytes:
@@ -149,18 +153,24 @@ class PackedLeaf:
         return {**made, "format": str(self.layout.format), "matrix": list(self.tensor.shape)}
 
 
-def dense_leaf(name: str, tensor: Tensor, fmt: str | None, dense_format: Format | None) -> HashedLeaf | PackedLeaf:
-    """How a dense tensor is stored: `fmt` as in `stored_dtype`, `dense_format` that of the projections."""
+def dense_leaf(
+    name: str, tensor: Tensor, fmt: str | None, dense_format: Format | None, where: object = "the model"
+) -> HashedLeaf | PackedLeaf:
+    """How a dense tensor is stored: `fmt` as in `stored_dtype`, `dense_format` that of the projections.
+
+    `where`: it is from, for messages.
+    """
+    place = called(tensor, f"{where}: {name}")
     if dense_format is not None and is_projection(name, tuple(tensor.shape)):
-        return PackedLeaf(tensor, format_of(name, dense_format))
-    return HashedLeaf(tensor, stored_dtype(tensor.dtype, fmt))
+        return PackedLeaf(tensor, format_of(name, dense_format), place)
+    return HashedLeaf(tensor, stored_dtype(tensor.dtype, fmt), place)
 
 
 class ExpertRows:
     """Reads a layer's experts one by one as they are stored, [1, *row], rounding and hashing each."""
 
-    def __init__(self, experts: Experts, form: ExpertForm):
-        self.experts, self.form = experts, form
+    def __init__(self, experts: Experts, form: ExpertForm, where: str):
+        self.experts, self.form, self.where = experts, form, where
         self.hashes: list[str] = []
         self.crcs: list[int] = []
 
@@ -173,31 +183,42 @@ class ExpertRows:
         return out
 
     def _fill(self, row: np.ndarray, expert: int) -> None:
-        layout = self.form.layout
+        layout, names = self.form.layout, expert_parts(self.experts, expert, self.where)
         if layout is None:
-            for part, matrix in zip(row, self.experts.read(expert), strict=True):
-                part[:] = matrix.reshape(-1)
-        elif isinstance(self.experts, PackedExperts):
-            row[:] = self.experts.packed(expert).data
-        else:
-            gate, up, down = (np.asarray(matrix, np.float32) for matrix in self.experts.read(expert))
-            row[:] = pack_expert(gate, up, down, layout.format).data
+            for part, matrix, name in zip(row, self.experts.read(expert), names, strict=True):
+                part[:] = narrowed(matrix, row.dtype, name).reshape(-1)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if isinstance(self.experts, PackedExperts):
+                made = self.experts.packed(expert)
+            else:
+                gate, up, down = (np.asarray(matrix, np.float32) for matrix in self.experts.read(expert))
+                made = pack_expert(gate, up, down, layout.format)
+        for number, (matrix, name) in enumerate(zip(made.matrices, names, strict=True)):
+            check_packed_finite(matrix, lambda n=number: self.experts.read(expert)[n], name)
+        row[:] = made.data
 
 
 def write_shard(
-    folder: Path, shard: Shard, fmt: str | None, form: ExpertForm, dense_format: Format | None = None
+    folder: Path,
+    shard: Shard,
+    fmt: str | None,
+    form: ExpertForm,
+    dense_format: Format | None = None,
+    where: object = "the model",
 ) -> dict[str, Any]:
     """Writes `folder` (anything there is replaced) and returns the shard's record; memory is a few row blocks.
 
-    `fmt` and `dense_format` are the dense tensors' (see `dense_leaf`), `form` the experts'.
+    `fmt` and `dense_format` are the dense tensors' (see `dense_leaf`), `form` the experts'. UserError, which begins
+    with `where`, for numbers that are not finite before or after they are rounded.
     """
     if folder.exists():
         shutil.rmtree(folder)
-    dense = {name: dense_leaf(name, t, fmt, dense_format) for name, t in shard.dense.items()}
+    dense = {name: dense_leaf(name, t, fmt, dense_format, where) for name, t in shard.dense.items()}
     leaves = {name: leaf.leaf() for name, leaf in dense.items()}
     experts = None
     if shard.experts is not None:
-        rows, shape = ExpertRows(shard.experts, form), (shard.experts.count, *form.row)
+        rows, shape = ExpertRows(shard.experts, form, f"{where}: layer {shard.layer}"), (shard.experts.count, *form.row)
         leaves[EXPERTS] = Leaf(shape, 1, rows.read)
         sums = {"hashes": rows.hashes, "crc32s": rows.crcs}  # filled as rows are read
         experts = {"shape": list(shape), "dtype": form.dtype.name, **sums}

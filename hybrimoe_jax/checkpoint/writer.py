@@ -75,6 +75,7 @@ def write_checkpoint(
         "calibration": weights.calibration,
         "zipped": zipped,
     }
+    source = weights.folder or "the model in memory"
     check_space(dst, weights, dense_fmt, form, projections, copies=1 + zipped)
     with workplace(dst, plan if weights.files or weights.seed is not None else None) as work:
         out, done = work / "out", work / "done"
@@ -85,7 +86,7 @@ def write_checkpoint(
         for shard in progress(weights.shards, len(weights.shards), "converting"):
             folder, record = out / "pieces" / shard.name, records.get(shard.name)
             if record is None or not shard_is_whole(folder, record):
-                records[shard.name] = write_shard(folder, shard, dense_fmt, form, projections)
+                records[shard.name] = write_shard(folder, shard, dense_fmt, form, projections, source)
                 write_record(done / f"{shard.name}.json", records[shard.name])
         for stray in (out / "pieces").iterdir():
             if stray.name not in records:  # what a killed writer left

@@ -20,7 +20,7 @@ from hybrimoe_jax.formats.layout import (
     PackedExpert,
     PackedMatrix,
 )
-from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty
+from hybrimoe_jax.formats.plain import F32, ExpertWeights, aligned_empty, is_finite
 
 TINY = np.float32(2.0**-100)
 """Groups of activations whose largest magnitude is below this count as zeros."""
@@ -90,6 +90,16 @@ def unpack(matrix: PackedMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray | N
     scales = rows_of(layout.scales_at, format.scale_dtype).astype(np.float32)
     zeros = rows_of(layout.zeros_at, np.dtype(np.uint8)).copy() if format.zeros else None
     return codes if format.bits == 4 else codes.view(np.int8), scales, zeros
+
+
+def scales_are_finite(matrix: PackedMatrix) -> bool:
+    """Whether its numbers are: a scale times the farthest code."""
+    layout, dtype = matrix.layout, matrix.layout.format.scale_dtype
+    nbytes = layout.panels * layout.groups * PANEL * dtype.itemsize
+    farthest = 127 if layout.format.bits == 8 else 15 if layout.format.zeros else 8
+    scales = np.asarray(matrix.data[layout.scales_at : layout.scales_at + nbytes]).view(dtype)
+    with np.errstate(over="ignore"):
+        return is_finite(scales.astype(np.float32) * np.float32(farthest))
 
 
 def dequantise(matrix: PackedMatrix) -> np.ndarray:

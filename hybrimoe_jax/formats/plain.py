@@ -34,6 +34,22 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
 
 
+FINITE_AT_ONCE = 1 << 20
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether a C-contiguous array holds neither NaN nor infinities; takes a megabyte beside it."""
+    flat = array.reshape(-1)
+    if array.dtype == BF16:
+        flat = flat.view(np.uint16)
+    for start in range(0, flat.size, FINITE_AT_ONCE):
+        part = flat[start : start + FINITE_AT_ONCE]
+        fine = (part & 0x7F80) != 0x7F80 if array.dtype == BF16 else np.isfinite(part)
+        if not fine.all():
+            return False
+    return True
+
+
 class ExpertWeights(NamedTuple):
     """One routed expert in host memory, float32 or bfloat16: `down(silu(gate x) * (up x))`."""
 

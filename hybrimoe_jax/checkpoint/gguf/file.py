@@ -106,6 +106,7 @@ class OtherTensor:
     data: np.ndarray
     type: str
     shape: tuple[int, ...]
+    where: str
 
     @property
     def dtype(self) -> np.dtype:
@@ -223,7 +224,7 @@ def plain(tensor: Stored) -> Tensor:
 def wrapped(data: np.ndarray, kind: str, shape: tuple[int, ...], where: str) -> Tensor:
     if kind in BLOCK_BYTES:
         return BlockTensor(data, kind, where)
-    return OtherTensor(data, kind, shape)
+    return OtherTensor(data, kind, shape, where)
 
 
 @functools.cache

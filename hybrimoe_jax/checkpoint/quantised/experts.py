@@ -77,6 +77,8 @@ def fitted(codes: Codes, format: Format, where: str) -> tuple[np.ndarray, np.nda
     numbers, scales, zeros = grouped
     if numbers.dtype == np.int8 and numbers.min() < -127:
         raise refuse("it has codes of -128, where -127 to 127 are used")
+    if not np.isfinite(scales).all():
+        raise UserError(f"{where}: its scales are not all finite numbers; download or save it again")
     if not np.array_equal(scales.astype(format.scale_dtype).astype(np.float32), scales):
         raise refuse(f"its scales are no {format.scale} numbers")
     if zeros is not None and not format.zeros:
