@@ -1,12 +1,17 @@
 """Numbers that are none, on their way into a checkpoint, and in what a model answers."""
 
+import dataclasses
+
 import checkpoint_folders as folders
 import numpy as np
 import pytest
+import tiny
 
 from hybrimoe_jax.checkpoint import shards
 from hybrimoe_jax.checkpoint.convert import convert
+from hybrimoe_jax.engine.fused import select
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.host_kernels.native import ffi
 
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 UP, DOWN = folders.expert(1, 2, "up"), folders.expert(0, 3, "down")
@@ -50,3 +55,64 @@ def test_what_is_no_finite_number_is_refused_by_tensor_name(tmp_path, monkeypatc
     with pytest.raises(UserError, match=rf"model\.safetensors: {name} {why}"):
         convert(src, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WAYS = {
+    "dense": {"executor": "dense"},
+    "callback": {"executor": "callback"},
+    "overlapped": {"executor": "overlapped"},
+    "fused": {"host_kernel": "native", "slots": "separate"},
+}
+
+
+def damaged(monkeypatch, way: str, tensor: str | tuple[int, int], row=..., value=np.nan):
+    """A tiny engine with `value` in a row of a dense tensor, or in the down matrix of (MoE layer, expert)."""
+    config, dense, experts = tiny.weights("qwen2_moe")
+    dense, experts = {name: array.copy() for name, array in dense.items()}, [(g, d.copy()) for g, d in experts]
+    if isinstance(tensor, str):
+        dense[tensor][row] = value
+    else:
+        experts[tensor[0]][1][tensor[1]] = value
+    options = dict(WAYS[way])
+    if way == "fused":
+        if not ffi.available():
+            pytest.skip("no native kernels for jitted programs here")
+        monkeypatch.setattr(select, "is_faster", lambda *_: True)
+        fast = {"alone_expert": 1e-6, "alone_token": 1e-7, "alone_first": 1e-6, "handover": 1e-4, "look": 1.0}
+        options["profile"] = dataclasses.replace(tiny.costs(config), **fast)
+    monkeypatch.setattr(tiny, "weights", lambda *_: (config, dense, experts))
+    return tiny.engine(**options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_that_are_no_numbers_are_one_error(monkeypatch, way):
+    """At which step, in which layer; greedy and drawn; and the next answer is right."""
+    with tiny.engine(executor="dense") as dense:
+        want = dense.generate([[1, 2, 3]], max_new_tokens=4).token_ids[0]
+    with damaged(monkeypatch, way, EMBEDDING, want[1]) as engine:
+        assert (way == "fused") == hasattr(engine._forward, "fused")
+        for sampling in ({}, {"temperature": 1e-9}):
+            with pytest.raises(UserError, match=r"NaN or infinite at step 2: .* first in the token table; the weights"):
+                engine.generate([[1, 2, 3]], max_new_tokens=4, **sampling)
+            assert engine.generate([[1, 2, 3]], max_new_tokens=2, **sampling).token_ids == [want[:2]]
+        with pytest.raises(UserError, match=r"at step 0: .* the token table"):
+            engine.logits([1, want[1]])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "row", "value", "where"),
+    [
+        (EMBEDDING, 7, np.inf, "the token table"),
+        ("model.layers.1.self_attn.v_proj.weight", 3, np.nan, "layer 1, in its attention"),
+        ("model.layers.1.mlp.gate.weight", 3, np.nan, "layer 1, in its norm or router"),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", 0, 3e38, "layer 0, in its shared experts"),
+        ((2, slice(None)), ..., np.nan, r"layer 2, in its expert \d"),
+        (HEAD, 5, -np.inf, "the last norm or the head"),
+        (HEAD, 5, np.nan, "the last norm or the head"),
+    ],
+)
+def test_a_second_pass_says_where_they_come_up_first(monkeypatch, tensor, row, value, where):
+    with damaged(monkeypatch, "overlapped", tensor, row, value) as engine:
+        with pytest.raises(UserError, match=f"NaN or infinite at step 0: a second pass .* first in {where}"):
+            engine.generate([[1, 2, 3, 7], [4, 5]], max_new_tokens=4)

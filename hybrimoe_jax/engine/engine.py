@@ -19,6 +19,7 @@ from hybrimoe_jax.engine.call import Call
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
+from hybrimoe_jax.engine.finite import NotFinite, check_logits
 from hybrimoe_jax.engine.generation import (
     Generation,
     Steps,
@@ -29,6 +30,7 @@ from hybrimoe_jax.engine.generation import (
     show_steps,
 )
 from hybrimoe_jax.engine.inputs import StepInput
+from hybrimoe_jax.engine.not_finite import explained
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.recording import Recording
 from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
@@ -177,12 +179,19 @@ class Engine:
         call, out = self._new_call(1, capacity), []
         caches = self._init_cache(1, capacity)
         for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=call.sequence)
-            logits, caches, record = self._step(call, step, caches)
-            call.stats.steps.append(record)
-            out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
+            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=call.sequence, checked=True)
+            try:
+                logits, caches, record = self._step(call, step, caches)
+                call.stats.steps.append(record)
+                out.append(check_logits(logits[0, : np.count_nonzero(positions[0] < capacity)]))
+            except NotFinite as error:
+                raise self._explained(error, call, prompts) from None
         self._finish(call)
         return np.concatenate(out)
+
+    def _explained(self, error: NotFinite, call: Call, rows: Sequence[Sequence[int]]) -> UserError:
+        """Numbers that are not finite in the latest step: where they come from, by a second pass over these tokens."""
+        return explained(error, len(call.stats.steps), self._parts.model, self.store, rows, self.max_context)
 
     def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Steps:
         """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early.
@@ -218,14 +227,18 @@ class Engine:
             chunk=self.options.prefill_chunk,
             max_context=self.max_context,
         )
-        stopped = None
+        stopped, rows = None, [list(prompt) for prompt in request.prompts]
         try:
             while True:
                 emitted = inner.send(stopped)
                 call.stats.new_tokens += len(emitted.tokens)
+                for row, token in emitted.tokens:
+                    rows[row].append(token)
                 stopped = yield emitted
         except StopIteration:
             self._turns.serve(lambda: self._finish(call))
+        except NotFinite as error:
+            raise self._turns.serve(lambda why=error: self._explained(why, call, rows), step=True) from None
         finally:
             if not call.finished and not sys.is_finalizing():  # jax may be gone where it is left until the very end
                 self._turns.serve_now(lambda: self._finish(call))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.engine.finite import check_logits, check_token
 from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import RunStats, StepStats
@@ -193,7 +194,7 @@ def generate_steps(
         """From logits [B, V], or the tokens [B] themselves."""
         tokens, finished = [], {}
         for row in rows:
-            token = int(result[row]) if result.ndim == 1 else sampler(row, result[row])
+            token = check_token(int(result[row])) if result.ndim == 1 else sampler(row, check_logits(result[row]))
             next_ids[row] = token
             made[row] += 1
             tokens.append((row, token))
@@ -210,7 +211,7 @@ def generate_steps(
             live[stopped] = False
 
     for ids, positions, last in prefill_chunks(prompts, chunk, capacity):
-        step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0), greedy=greedy)
+        step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0), greedy=greedy, checked=True)
         result, caches, stats = forward(step, caches)
         rows = np.flatnonzero(last >= 0).tolist()
         tokens, finished = choose(result, rows)
@@ -220,6 +221,7 @@ def generate_steps(
         follow = new_tokens - int(made[live].min()) - 1 if greedy else None
         last = np.zeros(batch, np.int64)
         step = StepInput(next_ids[:, None].copy(), positions, capacity, "decode", last, follow, tuple(eos), greedy)
+        step.checked = True
         result, caches, stats = forward(step, caches)
         tokens, finished = choose(result, np.flatnonzero(live).tolist())
         yield from hand_over(Emitted(tokens, finished, stats))

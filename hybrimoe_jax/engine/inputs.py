@@ -21,7 +21,7 @@ class StepInput:
     `last` [B] picks each row's token whose logits are wanted; None asks for all. `follow`: so many steps follow, each
     taking the likeliest token of the one before, unless that is one of `stop_ids`; so they may be started ahead. None:
     the next token is drawn. `greedy`: each row's likeliest token is enough. `first_sequence`: the first row's number
-    among all sequences of the engine; the others follow.
+    among all sequences of the engine; the others follow. `checked`: NaN in a router's probabilities ends the step.
     """
 
     ids: np.ndarray
@@ -33,6 +33,7 @@ class StepInput:
     stop_ids: tuple[int, ...] = ()
     greedy: bool = False
     first_sequence: int = 0
+    checked: bool = False
 
     @property
     def valid(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrimoe_jax.engine.finite import NO_TOKEN
 from hybrimoe_jax.engine.inputs import bucket
 from hybrimoe_jax.engine.lanes.pacing import NO_PACING, NoPacing
 from hybrimoe_jax.host_kernels.native.pace import begin, end
@@ -128,8 +129,9 @@ def _last_logits(norm, head, h, acc, host, last, eps):
 
 
 def _last_token(norm, head, h, acc, host, last, eps):
-    """The likeliest token [B] int32 after each row's token `last` [B]."""
-    return jnp.argmax(_last_logits(norm, head, h, acc, host, last, eps), axis=-1).astype(jnp.int32)
+    """The likeliest token [B] int32 after each row's token `last` [B]; NO_TOKEN where logits are not finite."""
+    logits = _last_logits(norm, head, h, acc, host, last, eps)
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1), NO_TOKEN).astype(jnp.int32)
 
 
 def _all_logits(norm, head, h, acc, host, eps):

@@ -253,6 +253,8 @@ class FusedDecode:
 
     def _plan(self, packed: np.ndarray, seconds: float, valid: np.ndarray, planner: Planner) -> list[LayerStats]:
         config, layers = self.model.config, []
+        if np.isnan(packed[:, 2 * config.num_experts_per_tok]).any():
+            return []  # its logits are refused, and caches learn nothing from it
         experts_s = packed[:, -1].tolist()
         share = max(0.0, seconds - sum(experts_s)) / len(experts_s)
         for moe_layer, busy in enumerate(experts_s):

@@ -24,6 +24,7 @@ from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
+from hybrimoe_jax.engine.finite import check_scores
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
@@ -131,6 +132,8 @@ class LayeredForward(Movement):
 
     def plan(self, run: Pass, routing: HostRouting) -> LayerPlan:
         """Asks the planner, and starts the next layer's stream if it wants one."""
+        if run.step.checked:
+            check_scores(routing.scores)
         now = self.clock.planning_time()
         plan = self.planner.plan(run.moe_layer, routing.loads, routing.scores, run.tokens, now)
         self.clock.carry_out(plan, routing.loads, run.tokens)

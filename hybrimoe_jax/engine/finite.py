@@ -1,0 +1,40 @@
+"""Whether logits and router probabilities are numbers. Imports no jax."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hybrimoe_jax.errors import UserError
+
+NO_TOKEN = -1
+"""What a device gives for the likeliest token of logits that are not finite."""
+
+
+class NotFinite(UserError):
+    """A step computed NaN or infinities. `counted`: whether it is already among the run's steps."""
+
+    def __init__(self, what: str, counted: bool):
+        super().__init__(f"{what} NaN or infinite")
+        self.counted = counted
+
+
+def check_logits(logits: np.ndarray) -> np.ndarray:
+    """The logits [V] given; NotFinite where one of them is no finite number."""
+    if not (-math.inf < logits.min() and logits.max() < math.inf):
+        raise NotFinite("logits are", counted=True)
+    return logits
+
+
+def check_token(token: int) -> int:
+    """The same of logits that a device has looked at."""
+    if token == NO_TOKEN:
+        raise NotFinite("logits are", counted=True)
+    return token
+
+
+def check_scores(scores: np.ndarray) -> None:
+    """NotFinite where a router's probabilities [E] are NaN: one is if any is, since a softmax has a common divisor."""
+    if scores[0] != scores[0]:
+        raise NotFinite("a router's probabilities are", counted=False)
