@@ -107,11 +107,42 @@ def test_lru_evicts_the_longest_unused():
     assert policy.victim({0, 1, 2}, ()) == 1
 
 
-def test_lfu_counts_steps_and_breaks_ties_by_recency():
+def test_lfu_counts_steps_not_tokens():
     policy = LFU(EXPERTS, 3, TOP_K)
-    for loads in ({0: 50}, {1: 1}, {1: 1}, {2: 1}):
+    for loads in ({0: 50}, {1: 1}, {1: 1}):
         policy.observe(None, loads)
-    assert policy.victim({0, 1, 2}, ()) == 0  # 50 tokens in one step are one use; 2 was used later
+    assert policy.victim({0, 1}, ()) == 0
+
+
+ZEROS = [0.0] * EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "resident", "victim"),
+    [
+        ("lfu", [(None, {1: 1}), (None, {0: 1})], (0, 1), 1),  # the least recently used
+        ("mrs", [(ZEROS, {2: 1}), (ZEROS, {0: 1}), (ZEROS, {1: 1})], (0, 1, 2), 2),
+        ("lru", [(None, {2: 1, 0: 1, 1: 1})], (2, 1), 1),  # then the lowest id, in whichever order
+        ("lru", [(None, {2: 1, 0: 1, 1: 1})], (1, 2), 1),
+        ("mrs", [([0.5, *ZEROS[1:]], {0: 1})], (0, 7, 6), 6),
+        ("mrs:p=1", [([0.5, 0.5, *ZEROS[2:]], {0: 1, 1: 1})], (0, 1), 1),  # TopP keeps the lower id
+        ("mrs:p=2", [([0.2, 0.5, 0.2, 0.2, *ZEROS[4:]], {3: 1, 2: 1, 0: 1})], (0, 2, 3), 2),
+        ("slru", [(None, {2: 1, 1: 1})], (2, 1), 1),
+        ("s3-fifo", [], (5, 3), 3),
+    ],
+)
+def test_between_equals(name, steps, resident, victim):
+    rule = policy_rule(name)
+    policy = rule.made_by(EXPERTS, 2, TOP_K, **rule.parameters)
+    for scores, loads in steps:
+        policy.observe(scores, loads)
+    assert policy.victim(list(resident), ()) == victim
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "static"])
+def test_a_miss_worth_as_much_as_the_victim_is_kept(name):
+    policy = policy_class(name)(EXPERTS, 2, TOP_K)
+    assert policy.value(0) == policy.value(1) and policy.admits(0, 1)
 
 
 def test_lfu_with_decay_forgets():
@@ -151,14 +182,6 @@ def test_mrs_without_scores_uses_the_shares_of_the_loads():
     policy = MRS(EXPERTS, 4, TOP_K)
     policy.observe(None, {0: 3, 5: 1})
     assert (policy.value(0), policy.value(5)) == pytest.approx((0.375, 0.125))
-
-
-def test_mrs_ties_go_to_the_least_recently_used():
-    policy = MRS(EXPERTS, 4, TOP_K)
-    zeros = [0.0] * EXPERTS
-    for expert in (2, 0, 1):
-        policy.observe(zeros, {expert: 1})
-    assert policy.victim({0, 1, 2}, ()) == 2
 
 
 def test_parameters_are_written_behind_the_name():

@@ -286,12 +286,27 @@ def test_the_guard_keeps_residents_hotter_than_the_candidate():
     assert prefetch(hot_residents("none"), 0, coming) == (Prefetch(1, 6, 1),)
 
 
-def test_the_guard_looks_again_when_the_transfer_lands():
-    p = planner("hybrimoe", scheduler="cpu-misses", guard="value")
+@pytest.mark.parametrize("scope", ["layer", "pooled"])
+@pytest.mark.parametrize(("heat", "outcome"), [(0.0, "enters"), (0.1, "is refused")])
+def test_the_guard_looks_again_when_the_transfer_lands(scope, heat, outcome):
+    """An expert hotter than the prefetched one stays; one that is as hot makes room."""
+    p = planner("hybrimoe", scheduler="cpu-misses", guard="value", scope=scope)
     p.plan(0, one_each(0), None, 1)
     assert prefetch(p, 0, [Prediction(one_each(6))])
-    p.policies[1].heat[:2] = [0.9, 0.8]
-    assert p.landed(1, 6) is REFUSED
+    for policy in p.policies:
+        policy.heat = [0.5 if expert == 6 else 0.5 + heat for expert in range(EXPERTS)]
+    assert (p.landed(1, 6) is REFUSED) == (outcome == "is refused")
+
+
+@pytest.mark.parametrize("mode", ["impact", "next-layer"])
+@pytest.mark.parametrize("scope", ["layer", "pooled"])
+@pytest.mark.parametrize(("heat", "started"), [(0.0, (Prefetch(1, 6, 1),)), (0.1, ())])
+def test_the_guard_starts_nothing_that_is_colder_than_all_residents(mode, scope, heat, started):
+    p = planner("hybrimoe", scheduler="cpu-misses", guard="value", scope=scope, prefetch=mode)
+    p.plan(0, one_each(0), None, 1)
+    for policy in p.policies:
+        policy.heat = [0.5 if expert == 6 else 0.5 + heat for expert in range(EXPERTS)]
+    assert prefetch(p, 0, [Prediction(one_each(6))]) == started
 
 
 def test_no_prefetch_into_a_layer_without_slots_or_a_static_one():

@@ -60,6 +60,14 @@ def test_predict_takes_one_token_and_arrays_too():
 
 def test_predict_prefers_the_lower_id_between_equals():
     assert set(predict([0.25] * 4, 2).loads) == {0, 1}
+    assert set(predict([[0.1, 0.2, 0.3, 0.2]], 2).loads) == {1, 2}
+
+
+def test_candidates_come_by_load_then_score_then_id():
+    loads, scores = {7: 1, 2: 1, 5: 1, 3: 2, 6: 1, 1: 1}, [0.0, 0.0, 0.1, 0.0, 0.0, 0.1, 0.3, 0.1]
+    assert target(1, loads, present={1}, scores=scores).candidates() == [3, 6, 2, 5, 7]
+    assert target(1, loads, present={1}).candidates() == [3, 2, 5, 6, 7]
+    assert [e for _, e in choose_next_layer(target(1, loads, scores=scores), room=9)] == [6, 2, 5, 7, 1, 3]
 
 
 def test_accuracy_starts_at_a_half_and_follows_the_measurements():

@@ -32,16 +32,42 @@ def test_paper_figure_5_with_shorter_shared_experts():
     assert (s.cpu, s.fetch, s.device, s.makespan) == ((A, B), (C,), (D, E, C), 4.0)
 
 
-def test_between_equal_loads_the_cpu_takes_the_low_score_and_the_link_the_high():
-    problem = Problem({e: 1 for e in range(3)}, set(), costs(cpu=(2.9, 0.0, 0.0)), scores=[0.2, 0.5, 0.3])
-    s = get_scheduler("paper").schedule(problem)
-    assert (s.cpu[0], s.fetch[0]) == (0, 1)
+SLOW_CPU, MIDDLE = costs(cpu=(100.0, 0.0, 0.0)), costs(cpu=(2.9, 0.0, 0.0))
+STEALS = costs(cpu=(1.7, 0.0, 0.0), shared=1.0)
 
 
-def test_between_equal_loads_and_scores_the_lower_id_goes_first():
-    problem = Problem({e: 1 for e in (4, 2, 7)}, set(), costs(cpu=(2.9, 0.0, 0.0)))
-    s = get_scheduler("paper").schedule(problem)
-    assert s.cpu[0] == 2 and s.fetch[0] == 4
+def ones(*experts: int) -> dict[int, int]:
+    return dict.fromkeys(experts, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem", "cpu", "device", "fetch"),
+    [
+        # Two lanes would finish their next expert at one moment.
+        ("paper", Problem({0: 1}, {0}, costs(shared=0.0)), (), (0,), ()),
+        ("paper", Problem({0: 3}, (), costs()), (0,), (), ()),
+        ("paper", Problem({0: 1, 1: 5}, {0}, SLOW_CPU), (), (0, 1), (1,)),
+        ("released", Problem({0: 1}, {0}, costs(shared=0.0)), (), (0,), ()),
+        ("released", Problem({0: 4}, (), costs(shared=0.0)), (), (0,), (0,)),
+        ("cheaper", Problem({0: 4}, (), costs(shared=0.0)), (0,), (), ()),
+        ("optimal", Problem({0: 4}, (), costs(shared=0.0)), (0,), (), ()),
+        # Loads are equal: the CPU takes the lower score, the link the higher, then the lower id.
+        ("paper", Problem(ones(0, 1, 2), (), MIDDLE, 1, [0.2, 0.5, 0.3]), (0, 2), (1,), (1,)),
+        ("paper", Problem(ones(4, 2, 7), (), MIDDLE), (2, 7), (4,), (4,)),
+        ("optimal", Problem(ones(0, 1, 2), (), MIDDLE, 1, [0.2, 0.5, 0.3]), (0, 2), (1,), (1,)),
+        ("fetch-misses", Problem(ones(0, 1, 2), (), costs(), 1, [0.2, 0.5, 0.2]), (), (1, 0, 2), (1, 0, 2)),
+        # Of residents too the CPU takes the lower score, then the lower id.
+        ("paper", Problem(ones(3, 1, 2), {1, 2, 3}, STEALS, 1, [0, 0.5, 0.2, 0.2]), (2,), (1, 3), ()),
+        # The device takes what is ready first, then as the link; the CPU leaves it what is under way.
+        ("paper", Problem(ones(2, 5, 6, 7), {6, 7}, SLOW_CPU, in_flight={2: 2.5, 5: 2.4}), (), (6, 7, 5, 2), ()),
+        ("paper", Problem({0: 1, 1: 1}, (), costs(), in_flight={0: 9.0}), (1, 0), (), ()),
+        # All of the misses that the bandwidths' ratio gives, where it is a whole number but for rounding.
+        ("bandwidth-split", Problem({0: 1, 1: 1, 2: 1}, (), costs(cpu=(0.1, 0, 0), transfer=0.2)), (2, 1), (0,), (0,)),
+    ],
+)  # fmt: skip
+def test_between_equals(rule, problem, cpu, device, fetch):
+    s = get_scheduler(rule).schedule(problem)
+    assert (s.cpu, s.device, s.fetch) == (cpu, device, fetch)
 
 
 def test_paper_does_not_wait_for_a_prefetch_that_the_cpu_beats():

@@ -93,14 +93,6 @@ def test_equal_loads_are_remembered_without_mixing_machines_or_flags():
             check(problem, scheduler.schedule(problem), least_makespan(problem))
 
 
-def test_between_equal_loads_the_link_takes_the_high_score_and_ties_fetch_least():
-    problem = Problem({e: 1 for e in range(3)}, set(), costs(cpu=(2.9, 0.0, 0.0)), scores=[0.2, 0.5, 0.3])
-    s = get_scheduler("optimal").schedule(problem)
-    assert s.fetch == (1,) and s.cpu == (0, 2)
-    even = Problem({0: 1}, set(), costs(cpu=(5.0, 0.0, 0.0), shared=0.0, transfer=4.0))
-    assert get_scheduler("optimal").schedule(even).fetch == ()
-
-
 def test_many_transfers_in_flight_are_still_solved():
     generator = random.Random(11)
     for _ in range(40):

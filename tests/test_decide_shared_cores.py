@@ -53,6 +53,15 @@ def test_a_fast_cpu_gets_everything_and_a_slow_one_does_not():
         assert schedule.uses_all_cores is expected
 
 
+def test_lanes_of_their_own_are_kept_where_all_cores_are_no_sooner():
+    """On the CPU 2 + 1 s behind the shared experts, with all cores `alone_expert` and 1 s."""
+    costs = dataclasses.replace(SHARED, cpu_expert=2.0, cpu_first=0.0, alone_token=1.0, alone_first=0.0)
+    for alone, expected in ((2.0, False), (1.5, True)):
+        costs = dataclasses.replace(costs, alone_expert=alone, shared_base=0.0)
+        found = with_shared_cores(get_scheduler("cpu-misses"), costs).schedule(Problem({0: 1}, (), costs))
+        assert found.uses_all_cores is expected
+
+
 def test_the_device_is_not_called_where_the_cpu_takes_all():
     """So what calling it takes is no part of that schedule, and is part of any that gives it an expert."""
     costs = dataclasses.replace(SHARED, alone_expert=6.0, device_expert=1.0, device_token=0.0)

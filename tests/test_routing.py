@@ -49,7 +49,7 @@ def test_it_says_who_is_needed_by_which_rows_with_which_weights(routing):
     assert all(type(expert) is int and type(load) is int for expert, load in read.loads.items())
     for expert, pairs in wanted.items():
         have = list(zip(read.rows[expert].tolist(), read.weights[expert].tolist(), strict=True))
-        assert sorted(have) == pairs
+        assert have == pairs, "rows as they come"
     assert set(read.rows) == set(read.weights) == set(wanted)
     np.testing.assert_allclose(read.scores, scores[valid].mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(read.ids, ids)

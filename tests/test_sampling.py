@@ -57,11 +57,21 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits, temperature, top_p):
         assert whole[kept].sum() - whole[kept].min() < top_p + 1e-9
 
 
-def test_top_p_looks_at_what_top_k_left():
-    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
-    have = distribution(logits, Sampling(1.0, top_k=2, top_p=0.55))
-    np.testing.assert_allclose(have, [1, 0, 0, 0])  # of 0.4 and 0.3 alone the first is 0.57
-    np.testing.assert_allclose(distribution(logits, Sampling(1.0, top_p=0.55)), [4 / 7, 3 / 7, 0, 0], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("weights", "cuts", "kept"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.55}, [4 / 7, 3 / 7, 0, 0]),
+        ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.55, "top_k": 2}, [1, 0, 0, 0]),  # of 0.4 and 0.3 alone the first is 0.57
+        ([1, 1], {"top_p": 0.5}, [1, 0]),  # reached exactly, and the lower id of two equals
+        ([1, 1, 1, 1], {"top_p": 0.5}, [0.5, 0.5, 0, 0]),
+        ([1, 1, 1, 1], {"top_p": 0.5, "top_k": 4}, [0.5, 0.5, 0, 0]),  # as many as there are
+        ([1, 2, 1, 2], {"top_k": 3}, [0.2, 0.4, 0, 0.4]),
+        ([1, 2, 1, 2], {"top_k": 1}, [0, 1, 0, 0]),
+    ],
+)
+def test_a_cut_keeps_the_token_that_reaches_it_and_of_equals_the_lower_id(weights, cuts, kept):
+    logits = np.log(np.array(weights, np.float32))
+    np.testing.assert_allclose(distribution(logits, Sampling(1.0, **cuts)), kept, rtol=1e-6)
 
 
 def test_draws_follow_the_distribution():

@@ -77,7 +77,7 @@ class ScheduleCache:
     def allow_fetch(self, load: int) -> bool:
         """Whether a demand fetch may be issued beside an expert of load `load`, the heaviest.
 
-        Not where issuing one keeps the CPU from computing for longer than it takes for that expert.
+        Not where issuing one keeps the CPU from computing for as long as it takes for that expert, or longer.
         """
         costs = self.costs
         return not (costs.fetch_host and self.rule.uses_cpu and costs.fetch_host >= costs.cpu(load))

@@ -56,7 +56,10 @@ class Sampler:
 
 
 def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
-    """float64 probabilities [V] after temperature, then top-k, then top-p (the token that crosses p is kept)."""
+    """float64 probabilities [V] after temperature, then top-k, then top-p.
+
+    Top-p keeps the fewest of the likeliest tokens that reach p together. Of equals the lower id is kept.
+    """
     scaled = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature leaves the best token only
         scaled = (scaled - scaled.max()) / options.temperature

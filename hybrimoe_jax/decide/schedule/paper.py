@@ -29,8 +29,9 @@ class PaperScheduler(Scheduler):
     is empty the smallest-load resident expert; the device its highest-load expert, waiting for its transfer if need be;
     the link the highest load of the CPU queue, which then joins the device queue. The proposal that would finish first
     is committed (ties: device, CPU, link), the others are made again. Between equal loads the CPU takes the lower score
-    and the link the higher, then the lower id; the device what is ready first. Experts in flight stand in both queues,
-    so that a layer never waits for a prefetch that the CPU beats.
+    and the link the higher, then the lower id; the device what is ready first, then as the link. Experts in flight
+    stand in both queues, so that a layer never waits for a prefetch that the CPU beats; of equal loads the CPU takes
+    them last.
     """
 
     name = "paper"

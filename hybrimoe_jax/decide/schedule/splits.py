@@ -57,7 +57,9 @@ class DeviceOnlyScheduler(Scheduler):
 class CheaperScheduler(Scheduler):
     """Each miss where it alone would be done first: on the CPU, or over the link and on the device.
 
-    It looks at no other miss (Fiddler's rule, arXiv 2402.07033). What is in flight is awaited.
+    Between equals on the CPU. It looks at no other miss (Fiddler's rule, arXiv 2402.07033).
+
+    What is in flight is awaited.
     """
 
     name = "cheaper"
