@@ -368,8 +368,6 @@ def test_arrays_are_accepted_for_scores():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: planner("magic"), "system 'magic'"),
-        (lambda: planner(cache="magic"), "cache policy 'magic'"),
         (lambda: planner(slots=[1, 2]), "slots for 2 layers"),
         (lambda: planner(slots=9), "9 slots"),
         (lambda: planner(frequencies=[[1] * EXPERTS]), "frequencies of 1 layers"),

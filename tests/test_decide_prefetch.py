@@ -73,6 +73,10 @@ def test_candidates_come_by_load_then_score_then_id():
 def test_accuracy_starts_at_a_half_and_follows_the_measurements():
     accuracy = Accuracy(2)
     assert accuracy.probability(1) == 0.5
+    accuracy.update(1, {1, 2, 3, 4}, {1, 2, 3, 9})
+    assert (accuracy.predicted[1], accuracy.came_true[1], accuracy.probability(1)) == (4, 3, 4 / 6)
+    accuracy.update(1, {5}, {5})
+    assert accuracy.probability(1) == (0.99 * 3 + 1 + 1) / (0.99 * 4 + 1 + 2)
     for _ in range(200):
         accuracy.update(1, {1, 2, 3, 4}, {1, 2, 3})
         accuracy.update(2, {1, 2}, {7})

@@ -142,11 +142,6 @@ def test_a_miss_without_a_lane_is_refused_but_residents_are_not(rule, flags):
     assert get_scheduler(rule).schedule(Problem({0: 1}, {0}, costs(), **flags)).device == (0,)
 
 
-def test_unknown_rule_lists_the_rules():
-    with pytest.raises(UserError, match=r"'best' is unknown.*paper, released"):
-        get_scheduler("best")
-
-
 seconds = st.floats(0.0, 5.0).map(lambda x: round(x, 3))
 
 
@@ -228,7 +223,7 @@ def best_makespan(problem: Problem, transfer: float) -> float:
 
 def test_at_decode_loads_released_is_optimal_and_paper_close():
     generator, ratios = random.Random(0), []
-    for _ in range(1500):
+    for _ in range(400):
         here, absent = generator.randint(0, 8), generator.randint(1, 8)
         cpu, transfer = generator.uniform(0.5, 4), generator.uniform(0.5, 4)
         model = costs(

@@ -23,7 +23,7 @@ def check(problem: Problem, schedule, least: float) -> None:
 @pytest.mark.parametrize("constant", [True, False], ids=["device constant", "device by load"])
 def test_optimal_is_what_brute_force_finds(constant):
     generator, scheduler = random.Random(constant), get_scheduler("optimal")
-    for _ in range(1500):
+    for _ in range(800):
         problem = random_problem(generator, generator.choice((1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8)), constant)
         check(problem, scheduler.schedule(problem), least_makespan(problem))
 

@@ -1,10 +1,12 @@
 """Systems: what each name stands for, how slots are shared out, and overrides."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.systems import SYSTEMS, get_system
+from hybrimoe_jax.decide.systems import SYSTEMS, check_lookahead, get_system
 from hybrimoe_jax.errors import UserError
 
 
@@ -42,6 +44,18 @@ def test_slots_are_the_floor_of_the_ratio_in_each_layer():
 
 def test_llamacpp_holds_whole_layers_the_last_first():
     assert get_system("llamacpp").slots_per_layer(0.5, 5, 8) == [0, 0, 0, 8, 8]
+
+
+def test_the_most_popular_have_slots_then_the_earlier_layers_and_the_lower_ids():
+    frequencies = [[5, 1, 5], [5, 9, 0]]
+    assert [get_system("fiddler").slots_for_total(n, 2, 3, frequencies) for n in (1, 3, 4)] == [[0, 1], [2, 1], [2, 2]]
+    assert get_system("fiddler").slots_for_total(5, 2, 3) == [2, 2], "unknown: as many in each"
+
+
+@pytest.mark.parametrize("lookahead, known", [(0, True), (8, True), (9, False), (-1, False), ("adaptive", True)])
+def test_a_lookahead_is_of_eight_layers_at_most(lookahead, known):
+    with contextlib.nullcontext() if known else pytest.raises(UserError, match=r"outside 0\.\.8"):
+        check_lookahead(lookahead)
 
 
 def test_cpu_only_has_no_slots():
@@ -89,7 +103,7 @@ def test_override_of_the_prefetcher_brings_its_lookahead():
     [
         (lambda: get_system("magic"), "'magic' is unknown.*hybrimoe"),
         (lambda: get_system("hybrimoe").override(cache="magic"), "cache policy 'magic'"),
-        (lambda: get_system("hybrimoe").override(scheduler="magic"), "scheduler 'magic'"),
+        (lambda: get_system("hybrimoe").override(scheduler="magic"), r"scheduler 'magic' is unknown.*paper, released"),
         (lambda: get_system("hybrimoe").override(prefetch="magic"), "prefetch 'magic'"),
         (lambda: get_system("hybrimoe").override(guard="magic"), "guard 'magic'"),
         (lambda: get_system("hybrimoe").override(lookahead=-1), "lookahead -1"),
