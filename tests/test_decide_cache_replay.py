@@ -263,6 +263,15 @@ def test_echo_is_its_formula(num_experts, layers, window):
         np.testing.assert_allclose(have, want, rtol=3e-3, atol=3e-3)
 
 
+def test_frequencies_stay_in_range_and_forget_at_their_pace():
+    """Scale 2: each step weighs half of the next one. After 333 steps all are scaled down."""
+    frequencies = echo.Frequencies(3, 2.0)
+    for step in range(400):
+        frequencies.add([0, 1] if step == 398 else [0])
+    assert [count / frequencies.steps for count in frequencies.counts] == pytest.approx([1, 0.25, 0])
+    assert frequencies.steps < 1e100
+
+
 def test_echo_recalls_what_followed():
     """A, B, noise ..., A: what followed A before is worth more than what is frequent."""
     policy = Echo(16, 4, 2)

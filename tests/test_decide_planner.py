@@ -1,5 +1,7 @@
 """The planner: residency, lanes and prefetch accounting, on constructed steps and as properties over random ones."""
 
+import dataclasses
+
 import pytest
 from grids import examples
 from hypothesis import given
@@ -355,6 +357,80 @@ def test_the_callers_clock_shortens_what_is_left_of_a_transfer():
         prefetch(p, 0, [Prediction(one_each(6))])
         makespans.append(p.plan(1, one_each(6), None, 1, now=arrival).makespan)
     assert makespans[0] > makespans[1]
+
+
+@pytest.mark.parametrize("now, link_seconds", [(None, 2.0), (6.0, 2.0), (5.0, 3.0)])
+def test_a_demand_fetch_waits_for_those_of_the_layer_before(now, link_seconds):
+    """Three of 2 s each from 0 s on; by the cost model the next layer starts at 10.5 s."""
+    p = planner("on-demand")
+    p.plan(0, one_each(2, 3, 4), None, 1)
+    assert p.plan(1, one_each(5), None, 1, now=now).schedule.link_seconds == link_seconds
+
+
+def test_the_next_layer_starts_when_this_one_and_what_lies_between_are_done():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1, now=100.0)  # 1 s, and 4 s until the next
+    prefetch(p, 0, [Prediction(one_each(6))])
+    p.plan(0, one_each(0), None, 1)
+    assert prefetch(p, 0, [Prediction({}), Prediction(one_each(6))])
+    assert [p.under_way(), p._inflight.link_left] == [[(1, 6), (2, 6)], 2.5]
+    assert p.plan(2, one_each(6), None, 1, now=106.0).schedule.device_seconds == 1.5 + 0.5
+
+
+def test_totals_count_every_expert_of_every_layer_once():
+    p = planner("on-demand")
+    p.plan(0, one_each(0, 3, 4, 5), None, 1)
+    c = p.counters
+    assert (c.steps, c.activated, c.hits, c.misses, c.device, c.cpu, c.fetched, c.streamed) == (1, 4, 1, 3, 4, 0, 3, 2)
+    p = planner("ktransformers")
+    p.plan(0, one_each(0, 1, 5), None, 1)
+    assert (p.counters.hits, p.counters.device, p.counters.cpu, p.counters.fetched) == (2, 2, 1, 0)
+
+
+def test_a_step_broken_off_leaves_nothing_under_way():
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1)
+    prefetch(p, 0, [Prediction(one_each(5, 6))])
+    assert p.under_way() == [(1, 5), (1, 6)]
+    p.abandon_step()
+    assert not p.under_way() and p._inflight.link_left == 0
+    assert p.prefetch(0, None) == (), "nothing is planned"
+    p.plan(0, one_each(0), None, 1)
+    assert len(prefetch(p, 0, [Prediction(one_each(5, 6))])) == 2
+
+
+def test_after_a_prompt_that_brought_nothing_predicting_is_left_out_for_seven_of_its_kind():
+    p = prefetching()
+    p.plan(0, {0: 3, 1: 3}, None, 3)
+    assert not p.backing_off(3) and prefetch(p, 0, [Prediction(one_each(0))]) == ()
+    p.finish_step()
+    for left in range(7, 0, -1):
+        assert (p.back_off, p.backing_off(3), p.backing_off(1)) == (left, True, False)
+        for tokens in (1, 3):  # steps of one token do not count
+            p.plan(0, {0: tokens}, None, tokens)
+            p.finish_step()
+    assert p.back_off == 0 and not p.backing_off(3)
+    p.plan(0, {0: 3}, None, 3)
+    assert prefetch(p, 0, [Prediction({6: 3})])
+    p.finish_step()
+    assert p.back_off == 0, "it brought something"
+
+
+@pytest.mark.parametrize("host, fetched", [(2.9, 1), (3.0, 0)])
+def test_nothing_is_fetched_where_issuing_takes_as_long_as_the_expert_on_the_cpu(host, fetched):
+    """Load 2 takes the CPU 3 s."""
+    costs = dataclasses.replace(COSTS, cpu_first=9.0, fetch_host=host)
+    plan = planner("hybrimoe", costs=costs).plan(0, {5: 2}, None, 2)
+    assert len(plan.fetch) == fetched
+    assert len(planner("on-demand", costs=costs).plan(0, {5: 2}, None, 2).fetch) == 1, "the CPU computes nothing"
+
+
+@pytest.mark.parametrize("first, kept", [(1.0, True), (0.9, False)])
+def test_residents_are_kept_where_the_device_is_done_no_later_than_the_cpu_with_its_first(first, kept):
+    """Two experts on the device are done at 1.5 s."""
+    p = planner("hybrimoe", costs=dataclasses.replace(COSTS, cpu_expert=0.0, cpu_first=first))
+    assert p.keeps_residents(1) is kept and not p.keeps_residents(2)
+    assert planner("ktransformers").keeps_residents(9)
 
 
 def test_arrays_are_accepted_for_scores():

@@ -268,6 +268,17 @@ def test_the_correction_finds_a_constant_shift():
     assert right["corrected"] == 39 * 6 * TOP_K > right["plain"]
 
 
+def test_the_correction_is_the_mean_difference_then_a_running_one():
+    """Two layers, two experts. Layer 0 says a half each of layer 1, where in turn one expert is truly e^d likelier."""
+    predictor, half = build_predictor("corrected:rate=0.5", 2, 2, 1, 1), np.full((1, 2), 0.5)
+    for difference, wanted in ((1.0, 0.0), (3.0, 1.0), (0.0, 2.0), (0.0, 1.0)):
+        (found,) = predictor.predict(0, RouterOutlook(np.array([[0]]), half, [half]), 1)
+        assert np.log(found.scores[0] / found.scores[1]) == pytest.approx(wanted)
+        truth = np.exp([[difference, 0.0]])
+        assert predictor.predict(1, RouterOutlook(np.array([[0]]), truth / truth.sum()), 1) == []
+        predictor.finish_step()
+
+
 def test_previous_repeats_the_step_before_and_a_prompts_last_token():
     run = steps(np.random.default_rng(1), [5, 1, 1], gates=False)
     predictor = build_predictor("previous", *MODEL)
@@ -277,6 +288,8 @@ def test_previous_repeats_the_step_before_and_a_prompts_last_token():
             for d, prediction in enumerate(found, 1):
                 before = run[number - 1][layer + d].ids[-1].tolist() if number else []
                 assert sorted(prediction.loads) == sorted(before)
+                scores = run[number - 1][layer + d].scores[-1].tolist() if number else None
+                assert prediction.scores == scores
         predictor.finish_step()
 
 
