@@ -105,8 +105,11 @@ lint: venv
 types: venv
 	NODE_OPTIONS=--max-semi-space-size=128 $(BIN)/pyright
 
+# test_trace_record runs engines.
+QUICK := $(filter-out %/test_trace_record.py,$(wildcard tests/test_decide_*.py tests/test_trace_*.py))
+
 quick: venv
-	$(BIN)/python -m pytest -q tests/test_decide_*.py tests/test_trace_*.py tests/test_packing.py tests/test_rooms.py
+	$(BIN)/python -m pytest -q $(QUICK) tests/test_packing.py tests/test_rooms.py
 
 DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 
