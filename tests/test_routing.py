@@ -39,7 +39,13 @@ def packed(ids, weights, scores, ahead) -> np.ndarray:
 def test_it_says_who_is_needed_by_which_rows_with_which_weights(routing):
     ids, weights, scores, ahead, valid = routing
     top_k, experts = ids.shape[1], scores.shape[1]
+    x = np.arange(len(ids) * 3, dtype=np.float32).reshape(-1, 3)
     read = read_routing(packed(ids, weights, scores, ahead), top_k, experts, valid)
+    behind = read_routing(np.hstack([x, packed(ids, weights, scores, ahead)]), top_k, experts, valid, width=3)
+    assert read.x is None and behind.loads == read.loads
+    np.testing.assert_array_equal(behind.x, x)
+    for mine, other in zip([behind.scores, *behind.ahead], [read.scores, *ahead], strict=True):
+        np.testing.assert_array_equal(mine, other)
 
     wanted: dict[int, list[tuple[int, float]]] = {}
     for row in valid.tolist():

@@ -65,6 +65,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits, temperature, top_p):
         ([1, 1], {"top_p": 0.5}, [1, 0]),  # reached exactly, and the lower id of two equals
         ([1, 1, 1, 1], {"top_p": 0.5}, [0.5, 0.5, 0, 0]),
         ([1, 1, 1, 1], {"top_p": 0.5, "top_k": 4}, [0.5, 0.5, 0, 0]),  # as many as there are
+        ([1, 1e-18], {"top_p": 1.0}, [1, 1e-18]),  # every token
         ([1, 2, 1, 2], {"top_k": 3}, [0.2, 0.4, 0, 0.4]),
         ([1, 2, 1, 2], {"top_k": 1}, [0, 1, 0, 0]),
     ],
