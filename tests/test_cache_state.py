@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from test_trace_command import recorded
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.decide.cache import LRU, MRS, POLICIES
 from hybrimoe_jax.decide.cache_state import load_state, take_state
+from hybrimoe_jax.decide.packing import pack, unpack
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook
 from hybrimoe_jax.decide.prefetch.predictors import PREDICTORS
+from hybrimoe_jax.decide.registry import Rule
 from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.engine.recording import EngineTrace
 from hybrimoe_jax.errors import UserError
@@ -208,6 +210,46 @@ def test_files_that_are_no_state_are_refused(trace, tmp_path):
         dataclasses.replace(state, meta={**state.meta, name: value}).save(path)
         with pytest.raises(UserError, match=said):
             load_state(path).restore(planner, trace.facts)
+
+
+class Everything:
+    """All kinds of values that an object may hold."""
+
+    def __init__(self, seed: int):
+        rng = np.random.default_rng(seed)
+        self.numbers = [True, None, seed, -0.5, float("inf"), float("-inf"), "text", np.float32(seed), np.int64(seed)]
+        self.array, self.again = rng.random((2, 3)), None
+        self.sets = (set(rng.integers(0, 9, 4).tolist()), frozenset({seed, 7}))
+        self.queue, self.order = deque(range(seed, seed + 5), maxlen=3), OrderedDict({seed: None, 1: [2]})
+        self.tables = {(1, 2): {"a": np.arange(seed)}, "deep": [[seed]]}
+        self.chance, self.generator = random.Random(seed), np.random.default_rng(seed)
+        self.seen, self.own = RouterOutlook(np.array([[seed]]), None, [np.ones(2)]), len
+        self.shared = self.queue
+
+
+def test_whatever_an_object_holds_comes_back_as_it_was():
+    first, second = Everything(5), Everything(6)
+    first.again = first.array
+    first.chance.random(), first.generator.random()
+    place = second.array
+    node, arrays = pack(first, "it")
+    unpack(json.loads(json.dumps(node)), arrays, second)
+    assert second.array is second.again is place and second.shared is second.queue, "one object stays one"
+    assert second.chance.random() == first.chance.random() and second.generator.random() == first.generator.random()
+    assert (second.own, second.queue.maxlen, list(second.order)) == (len, 3, [5, 1])
+    for name in ("numbers", "sets", "queue", "order"):
+        assert getattr(second, name) == getattr(first, name) and type(getattr(second, name)) is type(
+            getattr(first, name)
+        )
+    assert [*map(type, second.numbers)] == [*map(type, first.numbers)] and [*map(type, second.sets)] == [set, frozenset]
+    assert second.tables["deep"] == [[5]] and second.tables[1, 2]["a"].tolist() == [0, 1, 2, 3, 4]
+    assert type(second.seen) is RouterOutlook and second.seen.ids.tolist() == [[5]] and second.seen.scores is None
+    np.testing.assert_array_equal(second.array, first.array)
+    with pytest.raises(ValueError, match="it holds a Everything, where there is a Rule"):
+        unpack(node, arrays, Rule(LRU, {}))
+    with pytest.raises(UserError, match=r"it: numbers\[0\] is an array of objects, which a file cannot hold"):
+        first.numbers = [np.array([None])]
+        pack(first, "it")
 
 
 class Opaque(LRU):

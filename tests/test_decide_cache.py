@@ -11,6 +11,7 @@ from hybrimoe_jax.decide.cache import (
     POLICIES,
     S3FIFO,
     SLRU,
+    Belady,
     Echo,
     Static,
     policy_class,
@@ -91,13 +92,19 @@ class TestContract:
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
-        [((EXPERTS, 9, TOP_K), "9 slots"), ((EXPERTS, -1, TOP_K), "-1 slots"), ((EXPERTS, 4, 9), "top-k 9")],
+        [
+            ((EXPERTS, 9, TOP_K), "9 slots"),
+            ((EXPERTS, -1, TOP_K), "-1 slots"),
+            ((EXPERTS, 4, 9), "top-k 9"),
+            ((EXPERTS, 4, 0), "top-k 0"),
+        ],
     )
     def test_impossible_shapes_are_refused(self, name, arguments, message):
         with pytest.raises(UserError, match=message):
             policy_class(name)(*arguments)
         with pytest.raises(UserError, match="3 frequencies for 8"):
             policy_class(name)(EXPERTS, 4, TOP_K, frequencies=[1, 2, 3])
+        assert policy_class(name)(EXPERTS, EXPERTS, EXPERTS).initial() == list(range(EXPERTS))
 
 
 def test_lru_evicts_the_longest_unused():
@@ -195,6 +202,34 @@ def test_parameters_are_written_behind_the_name():
         assert (rule, rule.made_by, rule.parameters) == (name, *made)
 
 
+def test_what_queues_say_an_expert_is_worth():
+    """0 and 1 are old residents, 3 and 4 newcomers, 2 left; then 0, 3 and 2 are used, then 1."""
+    slru, fifo = (made(EXPERTS, 4, 1, share=0.5) for made in (SLRU, S3FIFO))
+    for policy in (slru, fifo):
+        policy.loaded([0, 1])
+        policy.moved(2, None), policy.moved(3, None), policy.moved(4, 2)
+    assert [fifo.value(e) for e in range(6)] == [1, 1, 1, 0, 0, 0]  # the ghost queue remembers 2
+    assert [fifo.expected(e, 0.5, 1) for e in range(6)] == [2, 2, 2, 1, 1, 1] and fifo.expected(2, 0.5, 0) == 1
+    for policy in (slru, fifo):
+        policy.observe(None, {0: 5}), policy.observe(None, {3: 1}), policy.observe(None, {2: 1})
+    assert [fifo.value(e) for e in range(6)] == [2, 1, 1, 1, 0, 0]
+    assert [slru.value(e) for e in range(6)] == [1 + 4, 0, 3, 2 + 4, 0, 0]
+    assert (slru.expected(1, 0.5, 1), slru.expected(3, 0.5, 0)) == (8, 6)
+    slru.observe(None, {1: 1})
+    assert [slru.value(e) for e in range(4)] == [1, 4 + 5, 3, 2 + 5]  # two of four slots are protected
+    slru.moved(None, 3)
+    assert slru.value(3) == 2
+
+
+def test_a_step_that_belady_was_not_told_of_is_refused():
+    policy = Belady(EXPERTS, 4, 1, future=[[0], [1]])
+    policy.observe(None, {0: 1})
+    assert policy.value(1) == -2 and policy.value(0) == float("-inf")
+    with pytest.raises(UserError, match="step 2 needs expert 3, which its future does not say"):
+        policy.observe(None, {3: 1})
+    assert [p.value(0) for p in Belady.for_layers(EXPERTS, [2, 2], 1, future=[[[0]], [[0]]])] == [-1, -1.5]
+
+
 def test_static_never_evicts():
     policy = Static(EXPERTS, 2, TOP_K, frequencies=range(EXPERTS))
     for expert in range(4):
@@ -209,6 +244,9 @@ def test_static_never_evicts():
         (lambda: MRS(8, 4, 2, alpha=1.5), "alpha 1.5"),
         (lambda: MRS(8, 4, 2, p=0), "p 0"),
         (lambda: LFU(8, 4, 2, decay=0.0), "decay 0.0"),
+        (lambda: LFU(8, 4, 2, decay=1.5), "decay 1.5"),
+        (lambda: SLRU(8, 4, 2, share=-0.1), "share -0.1"),
+        (lambda: S3FIFO(8, 4, 2, share=1.1), "share 1.1"),
         (lambda: SLRU(8, 4, 2, share=1.5), "share 1.5"),
         (lambda: S3FIFO(8, 4, 2, share=0.0), "share 0.0"),
         (lambda: Echo(8, 4, 2, window=0), "window 0"),

@@ -145,6 +145,44 @@ def test_co_activation_is_the_formula_counted_by_hand():
         previous = ids
 
 
+TABLES = ("_across", "_after", "_count", "_tokens")
+
+
+@pytest.mark.parametrize("rows, follow", [(3, True), (16, True), (17, False)])
+def test_rows_of_a_step_are_counted_as_tokens_that_follow_those_of_the_step_before(rows, follow):
+    """Up to sixteen rows; more are a prompt's."""
+    run = steps(np.random.default_rng(5), [rows] * 3, gates=False)
+    together, apart = CoActivation(*MODEL), [CoActivation(*MODEL) for _ in range(rows)]
+    for step in run:
+        for layer, shown in enumerate(step):
+            together.predict(layer, shown, 0)
+            for row, predictor in enumerate(apart):
+                predictor.predict(layer, RouterOutlook(shown.ids[row : row + 1]), 0)
+        for predictor in (together, *apart):
+            predictor.finish_step()
+    for table in TABLES if follow else TABLES[:1] + TABLES[2:]:
+        np.testing.assert_array_equal(getattr(together, table), sum(getattr(one, table) for one in apart))
+    assert together._after.any() == follow
+
+
+def test_after_a_step_broken_off_the_token_before_counts_where_all_layers_in_reach_have_it():
+    run = steps(np.random.default_rng(6), [1] * 9, gates=False)
+    found = {}
+    for layers, told in ((LAYERS, True), (2, True), (2, False)):
+        predictor = CoActivation(*MODEL)
+        for number, step in enumerate(run):
+            for layer, shown in enumerate(step[: layers if number == 8 else LAYERS]):
+                predictor.predict(layer, shown, 0)
+            predictor.finish_step()
+        if not told:
+            predictor._before = {}
+        found[layers, told] = [predictor.predict(0, run[0][0], depth)[0].scores for depth in (1, 3)]
+    near, far = found[2, True]
+    assert near != found[2, False][0] and far == found[2, False][1]
+    assert found[2, False][0] == pytest.approx(found[2, False][1])
+    assert found[LAYERS, True][0] == pytest.approx(found[LAYERS, True][1])
+
+
 def test_one_token_alone_and_the_same_token_among_others_are_predicted_alike():
     run = steps(np.random.default_rng(4), [20] * 8, gates=False, skew=3.0)
     predictor = CoActivation(*MODEL)
@@ -218,7 +256,7 @@ def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
         online.predict(record.layer, RouterOutlook(record.ids), DISTANCES)
         if record.layer == LAYERS - 1:
             online.finish_step()
-    for table in ("_across", "_after", "_count", "_tokens"):
+    for table in TABLES:
         assert np.array_equal(getattr(online, table), getattr(recorded, table)), table
     before = recorded._count.copy()
     recorded.predict(0, RouterOutlook(np.array([[0, 1]])), DISTANCES)
@@ -241,7 +279,7 @@ def test_a_recorded_table_of_a_batch_is_that_of_its_sequences_one_by_one(tmp_pat
                 recorder.add(layer, "decode", sequence=sequences, position=[at] * len(sequences), ids=ids)
         recorder.save(tmp_path / f"{name}.npz")
         tables.append(recorded_predictor(tmp_path / f"{name}.npz"))
-    for table in ("_across", "_after", "_count", "_tokens"):
+    for table in TABLES:
         assert np.array_equal(getattr(tables[0], table), getattr(tables[1], table)), table
 
 

@@ -18,6 +18,7 @@ import hybrimoe_jax
 from hybrimoe_jax.decide import CachePolicy
 from hybrimoe_jax.decide.cache import MRS, policy_rule
 from hybrimoe_jax.decide.prefetch.predictors import Previous
+from hybrimoe_jax.decide.registry import Rule
 from hybrimoe_jax.decide.schedule import PaperScheduler
 from hybrimoe_jax.decide.systems import System, get_system
 from hybrimoe_jax.engine.config import EngineConfig
@@ -45,6 +46,25 @@ def test_a_name_a_class_and_an_object_are_the_same_rule():
     assert (built_in.cache, built_in.scheduler, built_in.predictor) == ("mrs", "paper", "previous")
     assert get_system("hybrimoe").override(cache=MRS(alpha=0.3)).cache == "mrs:alpha=0.3"
     assert get_system("hybrimoe").override(predictor="router-input").predictor == "router-input"
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"),
+    [("decay=0.5", {"decay": 0.5}), ("decay=1", {"decay": 1.0}), ("", {}), ("p=3,alpha=1e-1", {"p": 3, "alpha": 0.1})],
+)
+def test_parameters_are_read_as_they_are_annotated(text, parameters):
+    rule = policy_rule(f"{'mrs' if 'p=' in text else 'lfu'}{':' * bool(text)}{text}")
+    assert rule.parameters == parameters and list(map(type, rule.parameters.values())) == [
+        type(value) for value in parameters.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(0.5, "0.5"), (None, "None"), ("a", "a"), ("a,b", "..."), ([1], "..."), (True, "True")]
+)
+def test_a_name_says_what_a_parameter_is_or_that_it_cannot(value, written):
+    rule = policy_rule(Fading(decay=value)) if isinstance(value, float) else Rule(Fading, {"decay": value})
+    assert rule == f"own_rules:Fading:decay={written}" and rule.said == f"decay={written}"
 
 
 def test_an_engine_takes_all_of_them_and_a_system_for_a_name():
