@@ -31,12 +31,14 @@ def test_the_link_is_busy_with_all_that_is_queued():
     transfers.clock = 13.0
     transfers.clear_link()
     assert (transfers.link_left, transfers.num_in_flight) == (1.5, 2)
+    transfers.clock = 14.0
+    assert transfers.link_left == 0.5
     transfers.take(0, 3), transfers.take(1, 4)
     transfers.clear_link()
-    assert (transfers.link_free, transfers.link_left, transfers.num_in_flight) == (13.0, 0.0, 0)
+    assert (transfers.link_free, transfers.link_left, transfers.num_in_flight) == (14.0, 0.0, 0)
     transfers.clock = 20.0
     transfers.clear_link()
-    assert transfers.link_free == 13.0
+    assert transfers.link_free == 14.0
     transfers.start(0, 1, 1.0)
     assert (transfers.link_free, transfers.counters.prefetch_issued) == (21.0, 3)
 
@@ -56,6 +58,9 @@ def test_each_prefetch_is_judged_once_and_its_seconds_are_counted_when_it_ends()
     assert (counters.prefetch_useful_s, counters.prefetch_late_s, counters.prefetch_wasted_s) == (1, 4, 2 + 8 + 16)
     assert (counters.prefetch_refused, counters.prefetch_wait_s, transfers.num_in_flight) == (1, 0.5, 0)
     assert transfers.judge(0, (), {}) == ((), (), ())
+    transfers.start(0, 5, 1.0)
+    transfers.refuse(transfers.take(0, 5))
+    assert (counters.prefetch_refused, counters.prefetch_wasted) == (2, 4)
 
 
 def test_a_step_that_ends_wastes_what_was_brought_for_it_and_what_is_abandoned():
