@@ -12,6 +12,7 @@ from hybrimoe_jax.decide.residency.pool import VictimCandidate, capacity_of, ini
 from hybrimoe_jax.decide.residency.residency import Residency
 
 FREE = float("-inf")
+SCOPES = [pytest.param({}, id="layer"), pytest.param({"pooled": True}, id="pooled")]
 
 
 def residency(heats, slots=2, guard="value", **options) -> Residency:
@@ -75,6 +76,31 @@ def test_a_step_that_ends_wastes_what_was_brought_for_it_and_what_is_abandoned()
     assert (transfers.num_in_flight, transfers.in_flight) == (0, [{}, {}])
 
 
+def test_a_transfer_that_a_later_step_waits_for_was_wasted_and_what_is_measured_takes_the_model_s_place():
+    transfers = InflightTransfers(1, Counters())
+    transfers.start(0, 6, 2.0)
+    assert transfers.judge(0, (), {}) == ((), (), (6,))
+    assert transfers.judge(0, (), {6: 0.5}) == ((), (), ())
+    counters = transfers.counters
+    assert (counters.prefetch_wasted_s, counters.prefetch_late_s, counters.prefetch_wait_s) == (2.0, 0.0, 0.5)
+    transfers.waited(0, 6, 3.0, 0.25)
+    assert (counters.prefetch_wasted_s, counters.prefetch_late_s, counters.prefetch_wait_s) == (3.0, 0.0, 0.25)
+
+
+def test_a_layer_s_victim_is_remembered_until_it_runs_or_its_residents_change():
+    pooled = residency([[9.0] * 4, [0.3, 0.4, 0.0, 0.0]], pooled=True)
+    of = pooled.pool._candidates.of
+    assert [of(1).expert, of(1, {0}).expert, of(1).expert, of(1, {0, 1})] == [0, 1, 0, None]
+    pooled.policies[1].observe(None, {0: 1})
+    assert [of(1).expert, of(1, {1}).expert, of(1).expert] == [1, 0, 1]
+    pooled.replace([{0, 1}, {0}])
+    assert of(1).expert == 0
+    pooled.pool.move(1, 3, None)
+    assert of(1).expert == 3
+    pooled.pool.move(0, 2, of(1))
+    assert of(1).expert == 0 and pooled.pool.used == 4
+
+
 @pytest.mark.parametrize("arguments, slots", [((5, 3, 8), 2), ((6, 3, 8), 2), ((99, 3, 8), 8), ((0, 0, 8), 0)])
 def test_a_layer_s_share_of_the_pool_is_rounded_up(arguments, slots):
     assert capacity_of(*arguments) == slots
@@ -93,7 +119,7 @@ def test_the_least_valuable_of_all_layers_makes_room_and_of_equals_the_earliest_
     assert pooled.resident == [{0, 1}, {1}, {1, 2, 3}]
 
 
-@pytest.mark.parametrize("scope", [{}, {"pooled": True}], ids=["layer", "pooled"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("value, streamed", [(0.5, False), (0.4, True)])
 def test_where_values_decide_a_miss_worth_as_much_as_the_victim_is_kept(scope, value, streamed):
     layers = residency([[0.6, 0.5, value, 0.0]], bypass=True, **scope)
@@ -110,12 +136,46 @@ def test_openings_are_the_values_of_who_may_leave_smallest_first(guard, wanted):
     assert residency([[0.5] * 4], slots=3, cold=True)._openings(0, Prediction({})) == [FREE] * 3
 
 
-@pytest.mark.parametrize("scope", [{}, {"pooled": True}], ids=["layer", "pooled"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("coming", [True, False])
+def test_a_prefetch_is_weighed_by_the_step_that_it_was_for_only_as_long_as_that_is_to_come(scope, coming):
+    layers = residency([[0.5, 0.4, 0.0, 0.0]], guard="expected", **scope)
+    layers.predictions[0].append((1, Prediction({2: 1})))
+    assert layers.admit_landed(0, 2, coming)[0] is coming
+
+
+def test_a_coming_layer_has_what_is_resident_or_on_its_way():
+    layers = residency([[0.0] * 4])
+    assert layers.target(0, 1, Prediction({})).present == {0, 1}
+    layers.inflight.start(0, 3, 1.0)
+    assert layers.target(0, 1, Prediction({})).present == {0, 1, 3}
+
+
+class Told(LRU):
+    """Notes what it is told of."""
+
+    def moved(self, entered, left):
+        self.__dict__.setdefault("moves", []).append((entered, left))
+
+
+def test_policies_are_told_who_entered_and_who_left():
+    policies = Told.for_layers(4, [1, 1], 1)
+    pooled = Residency([1, 1], policies, InflightTransfers(2, Counters()), "none", cold=True, pooled=True)
+    for layer, expert in ((0, 3), (0, 2), (0, 1), (1, 0)):
+        pooled.policies[layer].observe(None, {expert: 1})
+        pooled.admit(layer, expert)
+    assert [policy.moves for policy in policies] == [[(3, None), (2, None), (1, 3), (None, 2)], [(0, None)]]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 def test_others_residents_fit_the_slots_or_are_refused(scope):
     layers = residency([[0.0] * 4] * 2, **scope)
     layers.replace([{3, 2}, {1}])
     assert layers.resident == [{2, 3}, {1}]
     assert layers.admit(1, 0) == Fetch(0, None, False), "one slot is free"
+    layers.replace([{0, 1}, {2, 3}])
+    with pytest.raises(ValueError, match="shorter|longer"):
+        layers.replace([{0}])
     with pytest.raises(ValueError, match="more residents than slots"):
         layers.replace([{0, 1, 2}, {1, 2}])
     if not scope:
