@@ -70,6 +70,17 @@ def test_between_equals(rule, problem, cpu, device, fetch):
     assert (s.cpu, s.device, s.fetch) == (cpu, device, fetch)
 
 
+@pytest.mark.parametrize(("rule", "idle_from"), [("paper", 3.5), ("released", 2.5), ("optimal", 2.5)])
+def test_a_busy_link_is_left_idle_from_the_moment_that_the_rule_says(rule, idle_from):
+    """The CPU takes 6.5 s for all three; a transfer 3 s, and the device 1 s more."""
+    scheduler, problem = get_scheduler(rule), Problem(ones(0, 1, 2), (), costs(cpu=(2.0, 0.0, 0.5), shared=0.5))
+    assert scheduler.link_idle_from(problem) == idle_from
+    busy = [dataclasses.replace(problem, link_busy=idle_from + later) for later in (-0.01, 0.01)]
+    assert [len(scheduler.schedule(each).fetch) for each in busy] == [1, 0]
+    assert scheduler.link_idle_from(dataclasses.replace(problem, allow_fetch=False)) == 0
+    assert scheduler.link_idle_from(dataclasses.replace(problem, allow_cpu=False)) == float("inf")
+
+
 def test_paper_does_not_wait_for_a_prefetch_that_the_cpu_beats():
     far = Problem({0: 1}, set(), costs(), in_flight={0: 50.0}, allow_fetch=False)
     near = Problem({0: 1}, set(), costs(shared=0.0, cpu=(5.0, 0.0, 0.0)), in_flight={0: 0.5})
