@@ -174,7 +174,7 @@ def test_others_residents_fit_the_slots_or_are_refused(scope):
     assert layers.resident == [{2, 3}, {1}]
     assert layers.admit(1, 0) == Fetch(0, None, False), "one slot is free"
     layers.replace([{0, 1}, {2, 3}])
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         layers.replace([{0}])
     with pytest.raises(ValueError, match="more residents than slots"):
         layers.replace([{0, 1, 2}, {1, 2}])
