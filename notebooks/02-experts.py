@@ -33,7 +33,8 @@ bundled.table()
 from hybrimoe_jax.reproduce.__main__ import public_traces
 from hybrimoe_jax.trace.importers import open_trace
 
-traces = {"bundled model": bundled} | {name: open_trace(path) for name, path in public_traces(None).items()}
+public = {name: path for name, path in public_traces(None).items() if "intent" not in name}  # a trace a model
+traces = {"bundled model": bundled} | {name: open_trace(path) for name, path in public.items()}
 for name, trace in traces.items():
     print(f"{name}: {trace.facts.layers} layers of {trace.facts.experts} experts, {trace.facts.top_k} a token")
 

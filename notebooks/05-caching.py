@@ -54,6 +54,7 @@ from hybrimoe_jax.reproduce.__main__ import public_traces
 larger = {
     name: hj.replay(path, ratios=ratios, systems=systems, starts=["cold"], steps=steps, jobs=2)
     for name, path in public_traces(None).items()
+    if "intent" not in name  # a trace a model
 }
 
 # %% tags=["data"]

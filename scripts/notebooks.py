@@ -86,6 +86,7 @@ def execute(name: str) -> dict[str, Any]:
     """The notebook with what its cells give, in a kernel of its own; the exception of the first cell that fails."""
     nbformat, nbclient = map(importlib.import_module, ("nbformat", "nbclient"))  # not everywhere, so not for pyright
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of a widget that nobody sees
+    os.environ["HYBRIMOE_PROGRESS"] = "off"  # where a cell is slow its line would leave an empty output
     node = nbformat.reads(json.dumps(notebook(name)), as_version=4)
     nbclient.NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute()
     done = json.loads(nbformat.writes(node))
