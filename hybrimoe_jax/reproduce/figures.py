@@ -7,6 +7,7 @@ together. With fewer than `ENOUGH` there is none, and the number of sequences is
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,14 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def beside(ours: str, other: object) -> str:
     """Our figure, and in brackets the other where there is one."""
     return f"{ours} ({other})" if other else ours
+
+
+def mean(values: Iterable[float]) -> float:
+    """`Missing` where there are no values."""
+    values = list(values)
+    if not values:
+        raise Missing("values")
+    return statistics.mean(values)
 
 
 def least_and_most(values: Sequence[float], form: str, unit: str = "") -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import mean
 from typing import Any
 
 from hybrimoe_jax.machine.profile import load_profile
@@ -16,6 +15,7 @@ from hybrimoe_jax.reproduce.figures import (
     count,
     hit_rate,
     least_and_most,
+    mean,
     said_speedup,
     seconds,
     speedup,
