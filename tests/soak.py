@@ -11,6 +11,7 @@ middle one. A first pass, which compiles, does not count.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -27,6 +28,7 @@ import jax
 import tiny
 from test_fused_decode import all_on_cpu_costs
 
+from hybrimoe_jax.checkpoint.convert import return_freed_memory
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.host_kernels.native import ffi
 
@@ -49,13 +51,16 @@ def cases() -> list[dict]:
 
 CONFIG = tiny.weights("qwen2_moe")[0]
 CASES = cases()
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 MEMORY = 1 << 22
 """Bytes that memory may differ by between two thirds of a run: what the allocator keeps for itself comes and goes."""
 
 
 def status() -> dict[str, int]:
-    """What the process holds between two engines."""
+    """What the process holds between two engines, without what the allocator keeps for later."""
     gc.collect()
+    if TRIM is not None:
+        TRIM(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "memory": pages * os.sysconf("SC_PAGE_SIZE"),
@@ -120,6 +125,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=50_000, help="at least so many, in whole passes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    return_freed_memory()  # else each new thread may keep 1.6 MB of an allocator's arena of its own, up to 8 a core
     soak, samples, began = Soak(args.seed), [], time.monotonic()
     wrong = [what for case in CASES for what in soak.run(case)]  # which compiles
     warm = soak.made
