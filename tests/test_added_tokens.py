@@ -112,6 +112,7 @@ def test_what_is_no_token_is_refused_by_file_and_key(tmp_path, key, value, said)
     [
         lambda file: file["model"].update(continuing_subword_prefix="é" * 50),  # panics when it is read
         lambda file: file["post_processor"]["special_tokens"].clear(),  # panics when a text is encoded
+        lambda file: file.update(pre_tokenizer={"type": "FixedLength", "length": 0}),  # not when it is empty
     ],
 )
 def test_a_file_that_makes_the_library_panic_is_one_error(tmp_path, change, capfd):

@@ -19,14 +19,15 @@ from hybrimoe_jax.errors import UserError, shown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+PROBES = ("", "a", "To be, or not: naïve ﬁ① 你好 🙂\x00\n\u0301")
 _ONE_AT_A_TIME = threading.Lock()  # file descriptor 2 is the whole process's
 
 
 def load_backend(path: Path) -> Backend:
     """What `tokenizer.json` holds, as it serves a prompt: no truncation, no padding, no dropout of merges.
 
-    All three are saved along with a tokenizer that was last used for batches or for training. An empty text is
-    encoded, so that a file that fails at every text fails here. Raises UserError.
+    All three are saved along with a tokenizer that was last used for batches or for training. Some texts are
+    encoded, so that a file that makes the library panic at most texts does so here. Raises UserError.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -36,7 +37,9 @@ def load_backend(path: Path) -> Backend:
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
-        backend.encode("")
+        for text in PROBES:
+            with contextlib.suppress(Exception):  # an error of one text is told when that text comes; panics pass
+                backend.encode(text)
     return backend
 
 
