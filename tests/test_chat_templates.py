@@ -209,6 +209,7 @@ from hybrimoe_jax.text import render
 def work(i):
     return render.render("{{ i }}", {"i": i})
 if __name__ == "__main__":
+    render.SECONDS = 60
     render.render("x", {})
     child = render._renderer._process.pid
     pid = os.fork()
