@@ -11,9 +11,11 @@ import threading
 
 import numpy as np
 import pytest
+from checkpoint_folders import CONFIG
 
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.models.registry import parse_config
 from hybrimoe_jax.trace.facts import MODELS
 from hybrimoe_jax.trace.file import Trace, load_trace, save_trace
 
@@ -49,7 +51,7 @@ def test_what_cannot_be_written_is_refused_before_what_is_read(command, flag, pa
     with pytest.raises(UserError) as refused:
         run(f"{command} {flag} {path}".replace("  ", " "))
     message = str(refused.value)
-    assert "gone" not in message and (flag in message or "destination" in message), message
+    assert "gone" not in message and (flag.strip("-") in message or "destination" in message), message
 
 
 def trace(path, model_type="toy", **about):
@@ -144,3 +146,27 @@ def test_a_folder_of_weights_has_a_name_of_utf8(tmp_path):
     for line in (f"convert gone {path}/out", f"generate --prompt x --model {path}"):
         with pytest.raises(UserError, match=r"caf\\udce9.*: not UTF-8 text"):
             run(line)
+
+
+HOSTILE = "\x1b[2J\u202e" + "x" * 1_000_000
+
+
+@pytest.mark.parametrize("value", [HOSTILE, [HOSTILE] * 9, {HOSTILE: HOSTILE}], ids=["text", "list", "object"])
+def test_what_a_config_says_is_quoted_short_printable_and_with_its_key(value):
+    refused = 0
+    for key in (*CONFIG, "rope_scaling", "layer_types", "quantization_config", "eos_token_id"):
+        try:
+            parse_config({**CONFIG, key: value})
+        except UserError as error:
+            message, refused = str(error), refused + 1
+            assert key in message and len(message) < 800 and message.isprintable(), message[:2000]
+    assert refused > 10
+
+
+def test_names_of_an_index_are_quoted_short_and_printable(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for names in ({"w": HOSTILE}, {"w": HOSTILE + ".safetensors"}, {"w": "a\0.safetensors"}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UserError) as refused:
+            run(f"convert {tmp_path} {tmp_path}/out")
+        assert len(str(refused.value)) < 600 and str(refused.value).isprintable()

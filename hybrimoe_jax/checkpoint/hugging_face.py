@@ -28,7 +28,7 @@ from hybrimoe_jax.checkpoint.weights import (
     Weights,
     row_block,
 )
-from hybrimoe_jax.errors import UserError, reading, shown_name
+from hybrimoe_jax.errors import UserError, is_name, reading, shown_name
 from hybrimoe_jax.files import read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
@@ -142,7 +142,7 @@ def read_shards(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise UserError(f"{folder / INDEX}: no weight_map; download or save it again")
     names = sorted(set(where.values()))
-    outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    outside = [n for n in names if not is_name(n) or Path(n).name != n or not n.endswith(".safetensors")]
     if outside:
         raise UserError(f"{folder / INDEX}: names {listed(outside)}; shards must be .safetensors files beside it")
     absent = [n for n in names if not (folder / n).is_file()]
@@ -252,7 +252,7 @@ def same(a: Tensor, b: Tensor | None) -> bool:
 def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(map(shown_name, names[:NAMED])) + more
 
 
 def from_arrays(

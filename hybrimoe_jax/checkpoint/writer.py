@@ -167,7 +167,7 @@ def check_formats(fmt: str | None, dense_format: str | None) -> None:
     if fmt is not None:
         check_format(fmt)
     if dense_format in PLAIN:
-        raise UserError(f"dense format {dense_format!r} is a plain one; leave it out, or say {QUANTISED}")
+        raise UserError(f"dense format {shown(dense_format)} is a plain one; leave it out, or say {QUANTISED}")
     if dense_format is not None:
         Format.parse(dense_format)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from flax.core import FrozenDict
 
-from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.models.config_keys import NEUTRAL, unknown_keys
 from hybrimoe_jax.models.rope import LARGEST, PARAMETERS, Rope, make_rope
 
@@ -90,7 +90,7 @@ class ModelConfig(RoutedExperts, abc.ABC):
         }
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)} (needed for model_type {raw.get('model_type')!r})")
+            raise UserError(f"config.json lacks {', '.join(missing)} (needed for model_type {shown(raw.get('model_type'))})")
         for field in fields:
             if values.get(field.name) is not None:
                 check_kind(field.name, str(field.type).removesuffix(" | None"), values[field.name])
@@ -116,17 +116,17 @@ class ModelConfig(RoutedExperts, abc.ABC):
 
     def _check_keys(self, raw: Mapping[str, Any]) -> None:
         if self.hidden_act not in ("silu", "swish"):
-            raise UserError(f"config.json: hidden_act {self.hidden_act!r} is not supported (silu is)")
+            raise UserError(f"config.json: hidden_act {shown(self.hidden_act)} is not supported (silu is)")
         if settings := raw.get("quantization_config"):
             method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
             raise UserError(
-                f"config.json: quantization_config ({method}) is not supported; use an unquantised checkpoint"
+                f"config.json: quantization_config ({shown_name(method)}) is not supported; use an unquantised checkpoint"
             )
         honoured = {f.name for f in dataclasses.fields(self)}
         for key, neutral in (NEUTRAL | dict(self.neutral)).items():
             if key in raw and key not in honoured and raw[key] not in neutral:
                 raise UserError(
-                    f"config.json: {key} {shown(raw[key])} is not supported for model_type {self.model_type!r} "
+                    f"config.json: {key} {shown(raw[key])} is not supported for model_type {shown(self.model_type)} "
                     f"({' or '.join(json.dumps(value) for value in neutral)} is)"
                 )
 
@@ -154,17 +154,17 @@ class ModelConfig(RoutedExperts, abc.ABC):
 
     def _check_layer_types(self, kinds: object) -> None:
         if not isinstance(kinds, (list, tuple)):
-            raise UserError(f"config.json: layer_types must be a list, not {kinds!r}")
+            raise UserError(f"config.json: layer_types must be a list, not {shown(kinds)}")
         if kinds and len(kinds) != self.num_hidden_layers:
             raise UserError(f"config.json: layer_types has {len(kinds)} entries for {self.num_hidden_layers} layers")
         for layer, kind in enumerate(kinds):
             if kind not in ("full_attention", "sliding_attention"):
                 raise UserError(
-                    f"config.json: layer_types[{layer}] {kind!r} is not supported (full or sliding attention is)"
+                    f"config.json: layer_types[{layer}] {shown(kind)} is not supported (full or sliding attention is)"
                 )
             if (kind == "sliding_attention") != (self.window(layer) is not None):
                 window = "none" if self.window(layer) is None else self.window(layer)
-                raise UserError(f"config.json: layer_types[{layer}] is {kind!r}, but the layer's window is {window}")
+                raise UserError(f"config.json: layer_types[{layer}] is {shown(kind)}, but the layer's window is {window}")
 
     @property
     def kv_heads(self) -> int:
@@ -211,10 +211,10 @@ def check_kind(name: str, kind: str, value: Any) -> None:
     """Raises UserError where the value of a key is not of its field's type or not a sensible number."""
     if kind == "list[int]":
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise UserError(f"config.json: {name} must be a list of whole numbers, not {value!r}")
+            raise UserError(f"config.json: {name} must be a list of whole numbers, not {shown(value)}")
     elif kind in KINDS:
         if not isinstance(value, KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
-            raise UserError(f"config.json: {name} must be of type {kind}, not {value!r}")
+            raise UserError(f"config.json: {name} must be of type {kind}, not {shown(value)}")
         if kind == "int" and value < 0 and not name.endswith("token_id"):
             raise UserError(f"config.json: {name} must be at least 0, not {value}")
         if kind == "float" and not abs(value) <= LARGEST:
@@ -230,7 +230,7 @@ def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope = raw.pop("rope_parameters", None)
     rope = raw.get("rope_scaling") or rope or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"config.json: rope_scaling must be an object, not {rope!r}")
+        raise UserError(f"config.json: rope_scaling must be an object, not {shown(rope)}")
     rope = dict(rope)
     nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if nested:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
-from hybrimoe_jax.errors import UserError, reading
+from hybrimoe_jax.errors import UserError, reading, shown
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.families import deepseek_v2, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family[Any]] = {
 def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
-        raise UserError(f"config.json: model_type {model_type!r} is not supported (supported: {supported})")
+        raise UserError(f"config.json: model_type {shown(model_type)} is not supported (supported: {supported})")
     return FAMILIES[model_type]
 
 
@@ -88,7 +88,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(raw, Mapping) or "model_type" not in raw:
         raise UserError("config.json: no model_type key; is this a Hugging Face model folder?")
     if not isinstance(raw["model_type"], str):
-        raise UserError(f"config.json: model_type must be a text, not {raw['model_type']!r}")
+        raise UserError(f"config.json: model_type must be a text, not {shown(raw['model_type'])}")
     with reading("config.json"):
         return family_of(raw["model_type"]).config.from_dict(raw)
 

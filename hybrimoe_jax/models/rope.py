@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 _override: contextvars.ContextVar[Callable[[Rope, jax.Array], tuple[jax.Array, jax.Array]] | None]
 _override = contextvars.ContextVar("what stands in for ropes in what is being traced", default=None)
@@ -79,25 +79,25 @@ def make_rope(
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS:
-        raise UserError(f"config.json: rope_scaling type {kind!r} is not supported ({', '.join(SCALINGS)} are)")
+        raise UserError(f"config.json: rope_scaling type {shown(kind)} is not supported ({', '.join(SCALINGS)} are)")
     if scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = max_position_embeddings
     for name in POSITIVE:
         value = scaling.get(name)
         if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
-            raise UserError(f"config.json: rope_scaling {kind!r}: {name} must be a number above 0, not {value!r}")
+            raise UserError(f"config.json: rope_scaling {shown(kind)}: {name} must be a number above 0, not {shown(value)}")
     for name in ("mscale", "mscale_all_dim"):
         value = scaling.get(name)
         if value is not None and not (type(value) in (int, float) and 0 <= value <= LARGEST):
-            raise UserError(f"config.json: rope_scaling {kind!r}: {name} must be a number of at least 0, not {value!r}")
+            raise UserError(f"config.json: rope_scaling {shown(kind)}: {name} must be a number of at least 0, not {shown(value)}")
     try:
         frequencies, factor = SCALINGS[kind](base, width, float(theta), scaling, max_position_embeddings)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"config.json: rope_scaling {kind!r} is incomplete or malformed ({error!r})") from error
+        raise UserError(f"config.json: rope_scaling {shown(kind)} is incomplete or malformed ({shown(error)})") from error
     if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
-        raise UserError(f"config.json: rope_theta {theta} and rope_scaling {kind!r} do not give finite frequencies")
+        raise UserError(f"config.json: rope_theta {theta} and rope_scaling {shown(kind)} do not give finite frequencies")
     return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor))
 
 

@@ -104,7 +104,7 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     """
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
-        raise UserError(f"{where}: GGUF architecture {arch!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+        raise UserError(f"{where}: GGUF architecture {shown(arch)} is not supported ({', '.join(ARCHITECTURES)} are)")
     if int(fields.get("split.count", 1) or 1) > 1:
         raise UserError(f"{where}: one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
 
@@ -246,7 +246,7 @@ def rope_scaling(get: Get, where: object) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported in GGUF (linear and yarn are)")
+        raise UserError(f"{where}: rope scaling {shown(kind)} is not supported in GGUF (linear and yarn are)")
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")

@@ -28,7 +28,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     unpack_words,
 )
 from hybrimoe_jax.checkpoint.safetensors import FileTensor
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 PARTS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -89,6 +89,7 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise UserError(
-            f"config.json: AWQ with {bits} bits in version {version!r} is not supported (4 bits in version 'gemm' are)"
+            f"config.json: AWQ with {shown(bits)} bits in version {shown(version)} is not supported "
+            "(4 bits in version 'gemm' are)"
         )
     return gathered(stored, PARTS, PARTS, lambda found, stem: AwqTensor(*(found[part] for part in PARTS)))

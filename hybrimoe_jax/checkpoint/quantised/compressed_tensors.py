@@ -35,7 +35,7 @@ from hybrimoe_jax.checkpoint.quantised.codes import (
     unpack_words,
 )
 from hybrimoe_jax.checkpoint.safetensors import FileTensor
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -142,14 +142,14 @@ def check(name: str, overall: str | None, group: Mapping[str, Any]) -> None:
     weights, style = group.get("weights") or {}, group.get("format") or overall
     what = None
     if not isinstance(weights, Mapping):
-        what = f"weights {weights!r} (an object is)"
+        what = f"weights {shown(weights)} (an object is)"
     elif style != "pack-quantized":
-        what = f"format {style!r} (pack-quantized is)"
+        what = f"format {shown(style)} (pack-quantized is)"
     elif group.get("input_activations") or group.get("output_activations"):
         what = "quantised activations (weights alone are)"
     elif weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8):
         what = f"weights of type {weights.get('type')} with {weights.get('num_bits')} bits (int with 4 or 8 is)"
     elif weights.get("strategy") not in ("group", "channel"):
-        what = f"strategy {weights.get('strategy')!r} (group and channel are)"
+        what = f"strategy {shown(weights.get('strategy'))} (group and channel are)"
     if what:
         raise UserError(f"config.json: compressed-tensors {name}: {what.replace(' (', ' is not supported (', 1)}")

@@ -139,14 +139,14 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
     version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if version not in VERSIONS or settings.get("is_marlin_format"):
         raise UserError(
-            f"config.json: GPTQ checkpoint_format {version!r} is not supported ({', '.join(VERSIONS)} are); "
+            f"config.json: GPTQ checkpoint_format {shown(version)} is not supported ({', '.join(VERSIONS)} are); "
             "save it in one of these"
         )
     for key in ("adapter", "rotation"):
         if settings.get(key):
             raise UserError(f"config.json: GPTQ {key} {shown(settings[key])} is not supported; save it without")
     if settings.get("pack_dtype", "int32") not in ("int32", None):
-        raise UserError(f"config.json: GPTQ pack_dtype {settings['pack_dtype']!r} is not supported (int32 is)")
+        raise UserError(f"config.json: GPTQ pack_dtype {shown(settings['pack_dtype'])} is not supported (int32 is)")
 
     def matrix(found: dict[str, FileTensor], stem: str) -> GptqTensor:
         qweight, g_idx = found["qweight"], found.get("g_idx")

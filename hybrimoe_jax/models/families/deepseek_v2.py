@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.formats.packing import PANEL, PackedMatrix
 from hybrimoe_jax.host_kernels.native import attention as native
 from hybrimoe_jax.models import one_token
@@ -75,7 +75,7 @@ class DeepseekV2Config(ModelConfig):
         if self.topk_method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(
-                f"config.json: topk_method {self.topk_method!r} is not supported for deepseek_v2 ({known} are)"
+                f"config.json: topk_method {shown(self.topk_method)} is not supported for deepseek_v2 ({known} are)"
             )
         if self.kv_heads != self.num_attention_heads:
             raise UserError("config.json: num_key_value_heads must equal num_attention_heads in latent attention")
