@@ -20,7 +20,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of the whole campaign (default 60)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default 0)")
     parser.add_argument("--planted", action="store_true", help="with a fault planted for each kind (fuzz.planted)")
-    parser.add_argument("--keep", metavar="FILE", help="append what is found as lines of JSON")
     parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -28,16 +27,27 @@ def main() -> int:
 
         serve(Path(args.serve), args.planted)
         return 0
+    import program_cache
+
+    programs = program_cache.start()
+    try:
+        return tried(args)
+    finally:
+        if programs is not None:
+            programs.close()
+
+
+def tried(args: argparse.Namespace) -> int:
+    """Exit code: whether something was found."""
     from fuzz import campaign
 
     if args.seed is not None:
         done = campaign.repeat(args.kind, args.seed, args.planted)
         print(done, getattr(done, "trace", ""), sep="\n")
         return int(isinstance(done, campaign.Finding))
-    run = campaign.run(args.seconds, [args.kind] if args.kind else list(KINDS), args.first, args.planted)
-    print(*run.found, run.table(), sep="\n")
-    if args.keep:
-        campaign.keep(args.keep, run)
+    kinds = [args.kind] if args.kind else list(campaign.KINDS)
+    run = campaign.run(args.seconds, kinds, args.first, args.planted, told=lambda found: print(found, flush=True))
+    print(run.table())
     return int(bool(run.found))
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +171,11 @@ def run(
     first: int = 0,
     planted: bool = False,
     until_found: bool = False,
+    told: Callable[[Finding], None] = lambda finding: None,
 ) -> Campaign:
     """Cases from seed `first` on, of every kind for its share of the seconds.
 
-    `until_found`: a kind ends with its first finding. Findings of one kind and place are told once.
+    `until_found`: a kind ends with its first finding. Findings of one kind and place are told once, at once to `told`.
     """
     counts = {kind: Count() for kind in kinds}
     found: dict[tuple[str, str, str], Finding] = {}
@@ -194,7 +195,9 @@ def run(
                 continue
             key = kind, answer["place"], answer["why"][:12]
             trace = answer.get("trace", "")
-            found.setdefault(key, Finding(kind, seed, answer["what"], answer["why"], answer["place"], trace))
+            if key not in found:
+                found[key] = Finding(kind, seed, answer["what"], answer["why"], answer["place"], trace)
+                told(found[key])
             if until_found:
                 active.remove(kind)
     finally:
@@ -212,10 +215,3 @@ def repeat(kind: str, seed: int, planted: bool = False) -> Finding | str:
     if answer["outcome"] == "found":
         return Finding(kind, seed, answer["what"], answer["why"], answer["place"], answer.get("trace", ""))
     return f"{kind} {seed}: {answer['what']}\n    {answer['outcome']} in {took:.2f} s, {answer['bytes'] >> 20} MiB"
-
-
-def keep(path: str | os.PathLike[str], campaign: Campaign) -> None:
-    """Writes what was found, one line of JSON each."""
-    with open(path, "a") as file:
-        for finding in campaign.found:
-            file.write(json.dumps(dataclasses.asdict(finding)) + "\n")

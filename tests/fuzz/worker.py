@@ -127,6 +127,8 @@ class Worker:
     def __init__(self, root: Path, planted: bool):
         self.root, self.planted, self.kinds = root, planted, {}
         self.watch = Watch()
+        programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+        self.anywhere = str(root / "scratch"), "/dev/pts", "/dev/tty", "/proc/", *filter(None, [programs])
         self.threads: list[str] = []
         threading.excepthook = lambda args: self.threads.append(f"{args.exc_type.__name__}: {args.exc_value}")
 
@@ -153,7 +155,7 @@ class Worker:
         before = files_of(self.root)
         held = peak(reset=True)
         self.watch.strays, self.threads[:] = [], []
-        self.watch.allowed = str(folder / "out"), str(self.root / "scratch"), "/dev/pts", "/dev/tty", "/proc/"
+        self.watch.allowed = str(folder / "out"), *self.anywhere
         found = {"outcome": "answered"}
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -199,6 +201,7 @@ def serve(root: Path, planted: bool) -> None:
     home = dict.fromkeys(("HOME", "XDG_CACHE_HOME"), str(elsewhere))
     os.environ.update(home, TMPDIR=str(scratch), HYBRIMOE_START_CACHE="off")
     os.chdir(elsewhere)
+    sys.dont_write_bytecode = True
     worker = Worker(root, planted)
     held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT + held, resource.RLIM_INFINITY))
