@@ -25,7 +25,6 @@ VALUES: dict[str, tuple] = {
     "top_p": (1, 1.0, 0.5, 0, -0.1, 1.1, None, "x", float("nan"), np.float64(0.5), 1e-310),
     "seed": (0, 1, np.int64(3), -1, 2.5, None, 2**70, "x"),
     "stop": ((), [], "", [""], "e", "###", ["###"], ["\u2603"], b"e", 5, [5], None, {"e": 1}, "a" * 10_000),
-    "nothing": (1,),
 }
 EQUAL = {
     "max_new_tokens": (NEW, np.int64(NEW), np.int32(NEW)),
@@ -45,7 +44,7 @@ def never(name: str, value: Any) -> bool:
         return isinstance(value, (str, bytes, list, dict)) or (isinstance(value, float) and value != value // 1)
     if name in REAL:
         return isinstance(value, (str, bytes, list, dict)) or (isinstance(value, float) and value != value)
-    return name == "nothing" or (name == "stop" and value in ("", [""], 5, [5], b"e"))
+    return name == "stop" and value in ("", [""], 5, [5], b"e")
 
 
 OPTIONS = ("cache_ratio", "threads", "max_context", "max_batch", "prefill_chunk", "seed", "lookahead", "vram_budget")
@@ -129,8 +128,8 @@ class Kind:
         try:
             if call == "logits":
                 found = self.engine.logits(prompt)
-                if same and not np.array_equal(found, self.logits):
-                    raise Wrong("other logits than the reference's")
+                if same and not np.allclose(found, self.logits, rtol=1e-3, atol=1e-3):
+                    raise Wrong(f"logits differ by {np.abs(found - self.logits).max()} from the reference's")
                 return
             given = {k: v for k, v in arguments.items() if k != "stop" or call != "steps"}
             found = self.tokens(call, prompt, given)

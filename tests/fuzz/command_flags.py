@@ -166,7 +166,7 @@ class Kind:
                 line[2:3] = added = [rng.choice(ALONE)]
                 added = []
         else:
-            for flag in rng.sample(list(options), rng.choice((1, 1, 2, 3))):
+            for flag in rng.sample(list(options), min(len(options), rng.choice((1, 1, 2, 3)))):
                 value = rng.choice(options[flag])
                 added += [flag] if value is None else rng.choice(([flag, value], [f"{flag}={value}"]))
         places = self.places | {"<out>": str(folder / "out"), "<pipe>": str(folder / "out" / "pipe")}
