@@ -58,6 +58,11 @@ def shown_name(value: Any) -> str:
     return value if is_name(value) else shown(value)
 
 
+def said(error: BaseException, characters: int = 300) -> str:
+    """What kind of error it is and what it says, as a message quotes it."""
+    return shown_name(f"{type(error).__name__}: {' '.join(str(error).split())}", characters)
+
+
 def is_name(value: Any) -> bool:
     """Whether something is a text that fits in a table: printable, and neither empty nor long."""
     return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
@@ -116,6 +121,4 @@ def reading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
-        raise UserError(
-            f"{what} cannot be read: a value in it is malformed ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"{what} cannot be read: a value in it is malformed ({said(error)})") from error

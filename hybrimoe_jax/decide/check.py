@@ -32,7 +32,7 @@ from hybrimoe_jax.decide.schedule import RULES, Problem, Scheduler
 from hybrimoe_jax.decide.schedule.unit_load_cache import UnitLoadCache, apply
 from hybrimoe_jax.decide.schedule.watched import watch_scheduler
 from hybrimoe_jax.decide.systems import get_system
-from hybrimoe_jax.errors import RuleError, UserError
+from hybrimoe_jax.errors import RuleError, UserError, shown
 
 KINDS: dict[str, Kind] = {"cache": CACHES, "scheduler": RULES, "predictor": FORESEEING}
 LAYERS, STEPS, PROBLEMS_A_RUN = 4, 8, 20
@@ -121,7 +121,9 @@ def _kind_of(rule: Any) -> tuple[str, Rule]:
                 return part, kind.resolve(rule)
         if not rest:
             known = ", ".join(name for kind in KINDS.values() for name in kind.known)
-            raise UserError(f"rule {rule!r} is unknown (known: {known}; or a class of yours as package.module:Class)")
+            raise UserError(
+                f"rule {shown(rule)} is unknown (known: {known}; or a class of yours as package.module:Class)"
+            )
         made: Any = CACHES.imported(rule)
     else:
         made = rule.made_by if isinstance(rule, Rule) else cast(Any, rule if inspect.isclass(rule) else type(rule))

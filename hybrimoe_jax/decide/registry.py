@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 from hybrimoe_jax.decide import by_value
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, said, shown, shown_name
 
 OWN = "a class of yours as package.module:Class"
 
@@ -51,7 +51,7 @@ class Rule(str):
             return _unpacked, (by_value.dumps((self.made_by, self.parameters)), self.label)
         except by_value.FAILURES as error:
             raise UserError(
-                f"{self} cannot be sent to other processes ({type(error).__name__}: {error}): take one process "
+                f"{self} cannot be sent to other processes ({said(error)}): take one process "
                 "(jobs 1), or put the class into a file of its own"
             ) from error
 
@@ -140,7 +140,7 @@ class Kind:
             )
         else:
             raise UserError(
-                f"{self.flag} {spec!r} is neither a name nor a class (known: {', '.join(self.known)}{self.also}; "
+                f"{self.flag} {shown(spec)} is neither a name nor a class (known: {', '.join(self.known)}{self.also}; "
                 f"or {OWN})"
             )
         self._check(rule)
@@ -157,7 +157,9 @@ class Kind:
         if name in self.known:
             return Rule(self.known[name], self._parameters(self.known[name], name, rest), name)
         if not rest:
-            raise UserError(f"{self.what} {spec!r} is unknown (known: {', '.join(self.known)}{self.also}; or {OWN})")
+            raise UserError(
+                f"{self.what} {shown(spec)} is unknown (known: {', '.join(self.known)}{self.also}; or {OWN})"
+            )
         of_class, _, rest = rest.partition(":")
         found = self.imported(spec)
         self._check_class(spec, found)
@@ -175,13 +177,13 @@ class Kind:
             raise
         except Exception as error:  # whatever the user's module does wrong while it is imported
             raise UserError(
-                f"{self.flag} {spec!r}: importing {module} failed ({type(error).__name__}: {error})"
+                f"{self.flag} {shown(spec)}: importing {shown_name(module)} failed ({said(error)})"
             ) from None
         if found is None:
             hint = ": define the class first, or put it into a file of its own" if module == "__main__" else ""
-            raise UserError(f"{self.flag} {spec!r}: module {module} has no {name}{hint}")
+            raise UserError(f"{self.flag} {shown(spec)}: module {module} has no {shown_name(name)}{hint}")
         if not isinstance(found, type):
-            raise UserError(f"{self.flag} {spec!r}: {name} is not a class")
+            raise UserError(f"{self.flag} {shown(spec)}: {shown_name(name)} is not a class")
         return cast(type[Any], found)
 
     def _parameters(self, made_by: type[Any], name: str, text: str) -> dict[str, Any]:
@@ -190,7 +192,8 @@ class Kind:
         for part in text.split(",") if text else ():
             key, _, value = part.partition("=")
             if key not in known:
-                raise UserError(f"{self.flag} {name}: unknown parameter {key!r} (known: {', '.join(known) or 'none'})")
+                names = ", ".join(known) or "none"
+                raise UserError(f"{self.flag} {shown_name(name)}: unknown parameter {shown(key)} (known: {names})")
             chosen[key] = _read(f"{self.flag} {name}: {key}", value, known[key])
         return chosen
 
@@ -214,10 +217,10 @@ class Kind:
     def _check_class(self, name: str, made_by: type[Any]) -> None:
         base = f"hybrimoe_jax.decide.{self.base.__name__}"
         if not issubclass(made_by, self.base):
-            raise UserError(f"{self.flag} {name!r}: {made_by.__name__} is not a class derived from {base}")
+            raise UserError(f"{self.flag} {shown(name)}: {made_by.__name__} is not a class derived from {base}")
         if inspect.isabstract(made_by):
             missing = ", ".join(sorted(cast(Any, made_by).__abstractmethods__))
-            raise UserError(f"{self.flag} {name!r}: {made_by.__name__} lacks the method {missing} of {base}")
+            raise UserError(f"{self.flag} {shown(name)}: {made_by.__name__} lacks the method {missing} of {base}")
 
     def _check_method(self, rule: Rule, name: str, arguments: tuple[str, ...]) -> None:
         method = getattr(rule.made_by, name)
@@ -238,12 +241,12 @@ class Kind:
             raise
         except Exception as error:
             raise UserError(
-                f"{self.flag} {rule}: making it failed ({type(error).__name__}: {error}); it is called with "
+                f"{self.flag} {shown_name(rule)}: making it failed ({said(error)}); it is called with "
                 f"{', '.join(self.model) or 'its own parameters alone'}, and passes on what it does not know"
             ) from error
         for each in made:
             if not isinstance(each, self.base):
-                raise UserError(f"{self.flag} {rule}: making it gave a {type(each).__name__}")
+                raise UserError(f"{self.flag} {shown_name(rule)}: making it gave a {type(each).__name__}")
 
 
 def _unpacked(packed: bytes, label: str) -> Rule:
@@ -273,5 +276,5 @@ def _read(what: str, text: str, parameter: inspect.Parameter) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if kind in ("int", "float") or (isinstance(value, str) and isinstance(parameter.default, (int, float))):
-        raise UserError(f"{what}={text!r} is not a {'whole ' if kind == 'int' else ''}number")
+        raise UserError(f"{what}={shown(text)} is not a {'whole ' if kind == 'int' else ''}number")
     return value if isinstance(value, (int, float, type(None))) else text

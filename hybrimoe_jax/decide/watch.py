@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn, cast
 
-from hybrimoe_jax.errors import RuleError, UserError
+from hybrimoe_jax.errors import RuleError, UserError, said
 
 MOST_SHOWN = 8
 
@@ -60,7 +60,7 @@ class Watch:
             raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+            text = f"raised {said(error)} ({frame.filename}:{frame.lineno})"
             raise RuleError(self.name, self.labels.get(method, method), text, self.layer) from error
 
     def fault(self, method: str, broken: str, layer: int | None = None) -> NoReturn:

@@ -132,11 +132,13 @@ class Client:
         return self.gone
 
     def waited(self) -> float:
-        """Seconds in which the worker was ready to run and had no core."""
-        try:
-            return int(Path(f"/proc/{self.process and self.process.pid}/schedstat").read_text().split()[1]) / 1e9
-        except OSError:  # there is no worker, or no such file on this system
-            return 0.0
+        """Seconds in which the worker, or a process of its own, was ready to run and had no core."""
+        worker = str(self.process and self.process.pid)
+        seconds = 0.0
+        with contextlib.suppress(OSError):  # there is no worker, or no such file on this system
+            for pid in (worker, *Path(f"/proc/{worker}/task/{worker}/children").read_text().split()):
+                seconds += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+        return seconds
 
     def stop(self) -> None:
         if self.process is not None:

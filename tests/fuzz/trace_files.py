@@ -70,7 +70,7 @@ class Kind:
             harmless = what.startswith("harmless")
             data = packed(arrays, rng)
             if rng.random() < 0.05:
-                data, arrays = bomb(rng), None
+                data, arrays, harmless = bomb(rng), None, False
                 what = "an array that is said to be huge, or inflates to it"
         elif name in TEXTS and rng.random() < 0.8:
             data, what = changed_text(rng, self.files[name])

@@ -25,7 +25,7 @@ LIMIT = 4 << 30
 """Bytes of memory that no case may ask for, beside what the process holds when it starts."""
 MOST = 1 << 30
 """Bytes of memory that no case may use: every case is small."""
-LONGEST_MESSAGE = 2000
+LONGEST_MESSAGE = 4100
 
 
 class Case(NamedTuple):
@@ -69,14 +69,16 @@ class Watch:
         if self.allowed is None:
             return
         if event == "open" and isinstance(args[0], (str, bytes)) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-            self.look(args[0])
+            self.look(args[0], -1)
         elif event in self.EVENTS:
             for path in args[: 1 + (event in ("os.rename", "os.link", "os.symlink"))]:
                 if isinstance(path, (str, bytes, os.PathLike)):
-                    self.look(path)
+                    self.look(path, args[-1])
 
-    def look(self, path: Any) -> None:
-        place = os.path.realpath(os.fsdecode(path))
+    def look(self, path: Any, folder: Any) -> None:
+        """`folder`: the descriptor of the one that `path` is below, where it is at least 0."""
+        above = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else ""
+        place = os.path.realpath(os.path.join(above, os.fsdecode(path)))
         if not place.startswith(self.allowed or ()) and place != os.devnull:
             self.strays.append(place)
 
