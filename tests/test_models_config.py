@@ -120,6 +120,8 @@ REFUSED = [
         "original_max_position_embeddings must be a number above 0",
     ),
     ("mixtral", dict(rms_norm_eps=-1.0), "rms_norm_eps must be at least 0"),
+    ("mixtral", dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; no model has more than 4,096"),
+    ("mixtral", dict(hidden_size=2**40), "hidden_size is 1099511627776; no model has more than"),
     ("qwen3_moe", dict(moe_intermediate_size=8, head_dim=-4), "head_dim"),
     ("olmoe", dict(clip_qkv=0.0), "clip_qkv must be above 0"),
     ("mixtral", dict(model_type=["a"]), "model_type must be a text"),

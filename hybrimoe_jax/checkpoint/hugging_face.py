@@ -107,6 +107,7 @@ def open_hf(folder: str | Path) -> Weights:
     config = parse_config(raw)
     tensors, paths = read_tensors(folder)
     if settings := settings_of(folder, settings, tensors):
+        refuse_absent_layers(config, tensors, folder)
         known = dense_shapes(config)
         with reading(f"{folder / 'config.json'}: quantization_config, or a tensor that it is about,"):
             tensors = expand(settings, tensors, known)
@@ -164,6 +165,7 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     family = family_of(config.model_type)
     tensors = {family.canonical(name): tensor for name, tensor in tensors.items()}
     left = dict(tensors)
+    refuse_absent_layers(config, left, where)
     refuse_extra_layers(config, left, where)
     missing: list[str] = []
     misshapen: list[str] = []
@@ -227,6 +229,17 @@ def take_experts(
             gate, up, down = found.values()
             matrices.append((gate, up, down))
     return ListedExperts(tuple(matrices))
+
+
+def refuse_absent_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:
+    """Refuses weights of fewer layers than config.json says, before anything is made for each layer."""
+    there = {layer for name in names if (layer := layer_of(name)) is not None}
+    absent = [layer for layer in range(config.num_hidden_layers) if layer not in there]
+    if len(absent) > NAMED:
+        raise UserError(
+            f"{where}: config.json says num_hidden_layers {config.num_hidden_layers}, the weights have no tensor of "
+            f"{len(absent)} of them (layer {absent[0]} first); download all shards, or the right config.json"
+        )
 
 
 def refuse_extra_layers(config: ModelConfig, names: Iterable[str], where: object) -> None:

@@ -32,6 +32,12 @@ SIZES = (
 )
 
 
+MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40}
+MOST |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**16)
+MOST_OF_ANY = 2**24
+"""Of a size: no model comes near it, and what is made for that many is made within a second."""
+
+
 class RoutedExperts:
     """`num_experts` for type checkers: a field where a family's `config.json` spells it so, else a property."""
 
@@ -131,6 +137,10 @@ class ModelConfig(RoutedExperts, abc.ABC):
                 )
 
     def _check_sizes(self, raw: Mapping[str, Any]) -> None:
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), MOST.get(field.name, MOST_OF_ANY)
+            if type(value) is int and value > most:
+                raise UserError(f"config.json: {field.name} is {shown(value)}; no model has more than {most:,}")
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")

@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("seed", nargs="?", type=int, help="one case again")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the whole campaign (default 60)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default 0)")
+    parser.add_argument("--most", type=int, metavar="N", help="of each kind (default: no limit)")
     parser.add_argument("--planted", action="store_true", help="with a fault planted for each kind (fuzz.planted)")
     parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,7 +47,8 @@ def tried(args: argparse.Namespace) -> int:
         print(done, getattr(done, "trace", ""), sep="\n")
         return int(isinstance(done, campaign.Finding))
     kinds = [args.kind] if args.kind else list(campaign.KINDS)
-    run = campaign.run(args.seconds, kinds, args.first, args.planted, told=lambda found: print(found, flush=True))
+    limits = {"first": args.first, "most": args.most, "planted": args.planted}
+    run = campaign.run(args.seconds, kinds, **limits, told=lambda found: print(found, flush=True))
     print(run.table())
     return int(bool(run.found))
 

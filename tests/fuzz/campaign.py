@@ -173,9 +173,10 @@ def run(
     first: int = 0,
     planted: bool = False,
     until_found: bool = False,
+    most: int | None = None,
     told: Callable[[Finding], None] = lambda finding: None,
 ) -> Campaign:
-    """Cases from seed `first` on, of every kind for its share of the seconds.
+    """Cases from seed `first` on, of every kind for its share of the seconds, `most` of each at most.
 
     `until_found`: a kind ends with its first finding. Findings of one kind and place are told once, at once to `told`.
     """
@@ -187,6 +188,9 @@ def run(
     try:
         while active and client.now() < ends:
             kind = min(active, key=lambda name: counts[name].seconds)
+            if counts[kind].tried == most:
+                active.remove(kind)
+                continue
             count, seed = counts[kind], first + counts[kind].tried
             answer, took = client.ask(kind, seed)
             count.seconds += took + 0.01

@@ -39,8 +39,8 @@ class Reader:
             self.fields: dict[str, tuple[int, Any]] = {}
             for _ in range(fields):
                 key, kind = self.text(), self.number("I")
-                if key in self.fields or not key:
-                    raise Refused(f"key {key!r} twice or empty")
+                if key in self.fields:
+                    raise Refused(f"key {key!r} twice")
                 self.fields[key] = kind, self.value(kind)
             self.tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}
             for _ in range(count):

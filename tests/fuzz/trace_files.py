@@ -20,7 +20,6 @@ import numpy as np
 from fuzz.mutate import NUMBERS, brief, change_bytes, change_json
 from fuzz.worker import Case, Wrong
 
-DATA = Path(__file__).parents[1] / "data" / "formats"
 TEXTS = ("t.csv", "t.jsonl")
 TABLES = ("t.parquet",) if importlib.util.find_spec("pyarrow") else ()
 
@@ -47,6 +46,7 @@ class Kind:
     """Traces of a few rows."""
 
     def __init__(self, base: Path):
+        from hybrimoe_jax.decide.cache_state import take_state
         from hybrimoe_jax.trace.export import export_trace
         from hybrimoe_jax.trace.file import save_trace
 
@@ -55,7 +55,10 @@ class Kind:
         for name in TEXTS + TABLES:
             export_trace(trace, base / name)
         self.files = {name: (base / name).read_bytes() for name in ("t.npz", *TEXTS, *TABLES)}
-        self.files["state.npz"] = (DATA / "cache-state-1.npz").read_bytes()
+        self.facts = trace.facts
+        take_state(self.planner(), trace.facts).save(base / "state.npz")
+        self.files["state.npz"] = (base / "state.npz").read_bytes()
+        self.state(base / "state.npz")
         with np.load(base / "t.npz") as archive:
             self.arrays = {name: archive[name] for name in archive.files}
         for name in self.files:
@@ -143,14 +146,23 @@ class Kind:
             raise Wrong("saved and read again it is another trace")
         json.dumps(info(trace), allow_nan=False)
 
-    def state(self, path: Path) -> None:
-        from hybrimoe_jax.decide.cache_state import CacheState
-        from hybrimoe_jax.engine.cache_state import load_state
+    def planner(self) -> Any:
+        from hybrimoe_jax.decide.planner import Planner
+        from hybrimoe_jax.decide.systems import get_system
+        from hybrimoe_jax.machine.profile import load_costs
+        from hybrimoe_jax.machine.shapes import get_shape
 
-        state = load_state(path)
-        if not isinstance(state, CacheState):
-            raise Wrong(f"a {type(state).__name__}")
-        state.check(state.facts, state.system)
+        costs, facts = load_costs("laptop-8gb", get_shape("bundled"), "int4-g64"), self.facts
+        return Planner(get_system("hybrimoe"), facts.layers, facts.experts, facts.top_k, 2, costs)
+
+    def state(self, path: Path) -> None:
+        from hybrimoe_jax.decide.cache_state import load_state
+
+        planner, state = self.planner(), load_state(path)
+        state.restore(planner, self.facts)
+        have = [sorted(planner.resident(layer)) for layer in range(self.facts.layers)]
+        if have != [sorted(map(int, layer)) for layer in state.meta["resident"]]:
+            raise Wrong(f"experts {have} are resident, not those of the file")
 
 
 def sound(trace: Any) -> None:
