@@ -12,16 +12,19 @@ from fuzz import campaign
 from fuzz.kinds import KINDS
 from fuzz.planted import FAULTS
 
+MOST = 40
+"""Cases of a kind in `make test`, so that fast machines and slow ones try the same."""
 
-@pytest.mark.slow
+
 def test_no_input_breaks_the_promise(pytestconfig, record_property):
     nightly = pytestconfig.getoption("nightly")
-    seconds = pytestconfig.getoption("fuzz_seconds") or (1200 if nightly else 30)
+    asked = pytestconfig.getoption("fuzz_seconds")
+    seconds, most = asked or (1200 if nightly else 30), None if asked or nightly else MOST
     first = int(time.time()) % 10**6 * 1000 if nightly else 0
-    run = campaign.run(seconds, first=first)
-    record_property("fuzz", f"{run.table()}\n{seconds:g} s, seeds from {first}")
+    run = campaign.run(seconds, first=first, most=most)
+    record_property("fuzz", f"{run.table()}\nseeds from {first}, {seconds:g} s at most")
     assert not run.found, "\n".join(map(str, run.found))
-    assert all(count.tried > 5 for count in run.counts.values()), run.table()
+    assert all(count.answered + count.refused for count in run.counts.values()), run.table()
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ class Kind:
         base, options = rng.choice(self.commands)
         line, added = list(base), []
         if not options or rng.random() < 0.1:
-            added = [rng.choice((*BAD, "--no-such-flag", "--help=", "-x", "--model"))]
+            words = ("--no-such-flag", "--help=", "-x", "--model")
+            added = [rng.choice(words if line[1] in ("import", "export") else (*BAD, *words))]
             if not options and rng.random() < 0.7:
                 line[2:3] = added = [rng.choice(ALONE)]
                 added = []

@@ -45,6 +45,9 @@ class Kind:
             whole = self.packed(json.dumps(self.header).encode())
             return change_bytes(rng, whole, rng.choice((16, 4000, None)))
         header: Any = json.loads(json.dumps(self.header))
+        if rng.random() < 0.3:
+            header, what = self.harmless(rng, header)
+            return self.packed(json.dumps(header).encode()), what
         said = []
         for _ in range(rng.choice((1, 1, 2))):
             header, what = rng.choice((self.numbers, self.numbers, self.names, self.harmless, change_json))(rng, header)

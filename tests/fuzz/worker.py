@@ -25,7 +25,7 @@ LIMIT = 4 << 30
 """Bytes of memory that no case may ask for, beside what the process holds when it starts."""
 MOST = 1 << 30
 """Bytes of memory that no case may use: every case is small."""
-LONGEST_MESSAGE = 4100
+LONGEST_MESSAGE = 1700
 
 
 class Case(NamedTuple):

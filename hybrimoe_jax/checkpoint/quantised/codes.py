@@ -38,7 +38,8 @@ class Codes:
             offset = self.zeros.astype(np.float32)[:, self.group_of]
         else:
             offset = np.float32(8 if self.codes.dtype == np.uint8 else 0)
-        return (self.codes.astype(np.float32) - offset) * self.scales[:, self.group_of]
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number is refused by its tensor's name
+            return (self.codes.astype(np.float32) - offset) * self.scales[:, self.group_of]
 
     def grouped(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
         """Codes, scales and zero points as `packing.pack` takes them.
