@@ -25,7 +25,7 @@ from fuzz.kinds import KINDS
 
 HERE = Path(__file__).parent
 HANG = 20.0
-"""Seconds that a case may run. Here and everywhere those do not count in which the machine has no core for it."""
+"""Seconds that a case may run. Nowhere those count in which the machine has no core for it."""
 START = 300.0
 """Seconds that a worker may take for what a kind's cases share."""
 
@@ -63,7 +63,7 @@ class Client:
     def __init__(self, planted: bool = False):
         self.planted, self.root = planted, Path()
         self.process: subprocess.Popen[bytes] | None = None
-        self.gone, self.idle, self.last, self.read = 0.0, 0.0, time.monotonic(), b""
+        self.gone, self.ran, self.last, self.read = 0.0, 0.0, time.monotonic(), b""
 
     def start(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="hybrimoe-fuzz-"))
@@ -122,23 +122,29 @@ class Client:
         return said
 
     def now(self) -> float:
-        """Seconds that have gone, without those in which this process stood or the worker was ready and had no core.
+        """Seconds that have gone. Of those in which the worker wanted to run only what it ran counts.
 
-        It is asked at least every second.
+        It is asked at least every second; more than a second is a time in which this process stood still.
         """
-        here, waited = time.monotonic(), self.waited()
-        self.gone += max(0.0, min(here - self.last, 1.0) - max(0.0, waited - self.idle))
-        self.last, self.idle = here, waited
+        here = time.monotonic()
+        past, self.last = here - self.last, here
+        if past > 0.3:
+            before, (self.ran, ready) = self.ran, self.work()
+            past = min(past, 1.0, max(0.0, self.ran - before) if ready else 1.0)
+        self.gone += past
         return self.gone
 
-    def waited(self) -> float:
-        """Seconds in which the worker, or a process of its own, was ready to run and had no core."""
+    def work(self) -> tuple[float, bool]:
+        """Seconds of a core that the worker and its own processes have had, and whether one of them wants one now."""
         worker = str(self.process and self.process.pid)
-        seconds = 0.0
+        seconds, ready = 0.0, False
         with contextlib.suppress(OSError):  # there is no worker, or no such file on this system
             for pid in (worker, *Path(f"/proc/{worker}/task/{worker}/children").read_text().split()):
-                seconds += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-        return seconds
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    state, *fields = (thread / "stat").read_text().rpartition(")")[2].split()
+                    seconds += (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+                    ready |= state == "R"
+        return seconds, ready
 
     def stop(self) -> None:
         if self.process is not None:
