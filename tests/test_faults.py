@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import tiny
+from grids import each_once
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.residency.residency import Residency
@@ -47,20 +48,19 @@ def wanted():
     engine.close()
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_what_fails_once_ends_one_run(place, wanted, monkeypatch):
+@pytest.mark.parametrize(("place", "raised"), each_once(PLACES, (RuntimeError, MemoryError, KeyboardInterrupt)))
+def test_what_fails_once_ends_one_run(place, raised, wanted, monkeypatch):
     owner, name, call, options = PLACES[place]
-    for raised in (RuntimeError, MemoryError, KeyboardInterrupt):
-        engine = build(**options)
-        with monkeypatch.context() as patch:
-            fail_once(patch, engine.store if owner is None else owner, name, call, raised)
-            with pytest.raises(raised, match="it failed once"):
-                for _ in range(50):  # the prefetches that there are depend on measured times
-                    answer(engine)
-        assert answer(engine) == answer(engine) == wanted, f"after {raised.__name__}"
-        counts = engine.planner.counters
-        assert counts.prefetch_issued == counts.prefetch_useful + counts.prefetch_late + counts.prefetch_wasted
-        engine.close()
+    engine = build(**options)
+    with monkeypatch.context() as patch:
+        fail_once(patch, engine.store if owner is None else owner, name, call, raised)
+        with pytest.raises(raised, match="it failed once"):
+            for _ in range(50):  # the prefetches that there are depend on measured times
+                answer(engine)
+    assert answer(engine) == answer(engine) == wanted
+    counts = engine.planner.counters
+    assert counts.prefetch_issued == counts.prefetch_useful + counts.prefetch_late + counts.prefetch_wasted
+    engine.close()
 
 
 def fail_once(patch, target, name: str, call: int, raised: type[BaseException]) -> None:
