@@ -18,6 +18,8 @@ from hybrimoe_jax.errors import UserError, shown
 
 MOST = 2**63 - 1
 """Counts above it are slips of the keyboard, and more than arrays take."""
+MOST_WORKERS, WORKERS_A_CORE = 64, 8
+"""Threads or processes that may be asked for: many more than there are cores make the start take minutes."""
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = MOST) -> int:
@@ -33,6 +35,15 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = MO
     if most is not None and found > most:
         raise UserError(f"{name} {shown(found)} must be at most {most}")
     return found
+
+
+def workers(name: str, value: Any) -> int:
+    """How many threads or processes are started: not far more than there are cores."""
+    cores = os.cpu_count() or 1
+    count, most = whole(name, value, 1), max(MOST_WORKERS, WORKERS_A_CORE * cores)
+    if count > most:
+        raise UserError(f"{name} {count}: this machine has {cores} cores; at most {most} are started")
+    return count
 
 
 def number(name: str, value: Any) -> float:
@@ -67,7 +78,11 @@ def choice(name: str, value: Any, known: Collection[str]) -> str:
 def path(name: str, value: Any) -> str:
     """A file or folder, as a text or a `Path`."""
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(found, str) or not found or "\0" in found:
+    try:
+        fine = isinstance(found, str) and found and "\0" not in found and os.fsencode(found)
+    except UnicodeEncodeError:
+        fine = False
+    if not fine:
         raise UserError(f"{name} {shown(value)} is no file or folder; give its path")
     return found
 

@@ -94,6 +94,10 @@ def test_finished_run_is_not_overwritten_and_resuming_it_only_evaluates(finished
         (["--context", "100000"], "more text"),
         (["--evaluate", "no-such-model"], "no-such-model"),
         (["--eval-context", "64"], "--eval-context 64"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--resume"], r"--resume: .*run holds no run"),
+        (["--resume", "--evaluate"], "nothing to --resume"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(texts, tmp_path, flags, message):

@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be
@@ -98,6 +99,7 @@ def _engine(args: argparse.Namespace) -> int:
             raise UserError(f"--models {model!r}: neither bundled, mid nor a folder")
     if not args.no_baseline:
         _need_transformers()
+    workers("--threads", args.threads)
     options = benchmark.Options(args.threads, args.cache_ratio, args.rounds, args.new, not args.no_baseline)
     workdir = Path(args.workdir) if args.workdir else None
     record = benchmark.run(args.models.split(","), options, workdir, _note)
@@ -124,6 +126,7 @@ def _e2e_arguments(e2e) -> None:
 def _e2e(args: argparse.Namespace) -> int:
     from hybrimoe_jax.bench.e2e import command, table
 
+    workers("--threads", args.threads)
     parts = command.parts_of(vars(args))
     record = command.run(parts, Path(args.workdir) if args.workdir else None, _note)
     _note("")
@@ -172,6 +175,7 @@ def _llamacpp(args: argparse.Namespace) -> int:
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"--{option} {unknown[0]!r} is not known (known: {', '.join(known)})")
     _check_models(args)
+    workers("--threads", args.threads)
     options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
     _print("llamacpp", benchmark.run(models, options, Path(args.workdir) if args.workdir else None, _note))
     return 0
@@ -230,6 +234,7 @@ def _cache(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1")
+    workers("--jobs", args.jobs)
     try:
         ratios = tuple(float(part) for part in args.ratios.split(","))
     except ValueError:
@@ -275,6 +280,8 @@ def _kernels(args: argparse.Namespace) -> int:
         check_format(format)
     shapes = benchmark.parse_shapes(args.shapes) if args.shapes else benchmark.SHAPES
     loads, threads = _numbers("--loads", args.loads), _numbers("--threads", args.threads)
+    for count in threads:
+        workers("--threads", count)
     if not 0 < args.seconds < math.inf:
         raise UserError(f"--seconds {args.seconds} must be a number above 0")
     options = benchmark.Options(peers, formats, shapes, loads, threads, args.seconds)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax import tables
+from hybrimoe_jax import arguments, tables
 from hybrimoe_jax.baselines.torch_offload import MODES, TorchOffload, require_torch
 from hybrimoe_jax.bench.e2e.grid import Files, prompt_maker
 from hybrimoe_jax.decide.systems import System, get_system
@@ -20,12 +20,13 @@ from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Generation
 from hybrimoe_jax.engine.load import bundled_model, read_model
 from hybrimoe_jax.engine.stats import RunStats
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.figures import draw_bars
 from hybrimoe_jax.progress import Progress
 
 TORCH = "torch "
 Given = str | System | TorchOffload
+ONE = (str, System, TorchOffload)
 
 
 def compare(
@@ -54,13 +55,18 @@ def compare(
 
     UserError for what cannot be, before weights are read.
     """
+    rounds, prompt_tokens = arguments.whole("rounds", rounds), arguments.whole("prompt_tokens", prompt_tokens)
+    max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens)
     if rounds < 1 or prompt_tokens < 1 or max_new_tokens < 2:
         raise UserError("compare wants at least 1 round, 1 prompt token and 2 new tokens")
     sizes = {"vram_budget": budget, "cache_ratio": cache_ratio}
     sizes |= {} if machine is None else {"profile": machine, "clock": "virtual"}
     common = options | {name: value for name, value in sizes.items() if value is not None}
-    path = Path(checkpoint) if checkpoint is not None else bundled_model()
-    given = [*_several(systems), *_several(against)]
+    path = Path(arguments.path("checkpoint", checkpoint)) if checkpoint is not None else bundled_model()
+    given = [*arguments.several("systems", systems, ONE), *arguments.several("against", against, ONE)]
+    for one in given:
+        if not isinstance(one, ONE):
+            raise UserError(f"compare: {shown(one)} is neither a system nor a TorchOffload")
     descriptions = {_name(one): _description(one, common) for one in given}
     if len(descriptions) < len(given):
         raise UserError("compare: two of them bear the same name; give your system another one")
@@ -77,10 +83,6 @@ def compare(
             for engine in engines.values():
                 engine.close()
     return Comparison(runs)
-
-
-def _several(given: Any) -> list[Any]:
-    return [given] if isinstance(given, (str, System, TorchOffload)) else list(given)
 
 
 def _name(given: Given) -> str:
@@ -100,7 +102,8 @@ def _description(given: Given, common: dict[str, Any]) -> EngineConfig | dict[st
         if mode not in MODES:
             get_system(mode)
         return {"mode": mode, **common}
-    return EngineConfig(system=get_system(given) if isinstance(given, str) else given, **common)
+    arguments.names("EngineConfig", common, [field.name for field in dataclasses.fields(EngineConfig)])
+    return EngineConfig(system=given, **common)
 
 
 def _opened(path: Path, descriptions: dict[str, Any]) -> dict[str, Any]:

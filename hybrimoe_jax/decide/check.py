@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache import CACHES, build_policies
 from hybrimoe_jax.decide.cache.watched import watch_policies
 from hybrimoe_jax.decide.planner import Planner
@@ -35,7 +36,7 @@ from hybrimoe_jax.decide.systems import get_system
 from hybrimoe_jax.errors import RuleError, UserError, shown
 
 KINDS: dict[str, Kind] = {"cache": CACHES, "scheduler": RULES, "predictor": FORESEEING}
-LAYERS, STEPS, PROBLEMS_A_RUN = 4, 8, 20
+LAYERS, STEPS, PROBLEMS_A_RUN, MOST_RUNS = 4, 8, 20, 10**6
 """Of one random run."""
 
 
@@ -104,6 +105,7 @@ def check(rule: Any, runs: int = 40, seed: int = 0) -> CheckReport:
 
     Returns what was asked of it; `RuleError` for the first thing that it did wrong, UserError for what is no rule.
     """
+    runs, seed = arguments.whole("runs", runs, 1, MOST_RUNS), arguments.whole("seed", seed)
     part, known = _kind_of(rule)
     draws, calls = random.Random(seed), collections.Counter[str]()
     for _ in range(runs):

@@ -199,6 +199,8 @@ class System:
         A prefetcher without a lookahead gets its usual one (3 layers by impact, as the paper; 1 for next-layer);
         lookahead 0 turns prefetch off.
         """
+        if prefetch is not None:
+            arguments.choice("prefetch", prefetch, PREFETCH_MODES)
         if prefetch not in (None, "none") and not self.lookahead and lookahead is None:
             lookahead = 3 if prefetch == "impact" else 1
         parts: dict[str, Any] = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +37,6 @@ CHOICES = {
     "prefetch": PREFETCH_MODES,
     "cache_scope": SCOPES,
 }
-MOST_THREADS, THREADS_A_CORE = 64, 8
-"""Threads that may be asked for: many more than there are cores make the start take minutes."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -222,13 +219,8 @@ def parse_bytes(size: int | str, what: str) -> int:
     return int(value)
 
 
-def check_threads(name: str, threads: Any) -> int:
-    """How many threads are started: UserError where they are far more than there are cores."""
-    return arguments.whole(name, threads, 1, max(MOST_THREADS, THREADS_A_CORE * (os.cpu_count() or 1)))
-
-
 def _folder_or_word(name: str, value: Any) -> str:
-    if value == "":
+    if isinstance(value, str) and not value:
         raise UserError(f'{name} is empty: give a folder, "default" or "off"')
     return arguments.path(name, value)
 
@@ -247,7 +239,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **{name: functools.partial(arguments.choice, known=known) for name, known in CHOICES.items()},
     **dict.fromkeys(("max_context", "max_batch", "prefill_chunk"), _at_least_1),
     **dict.fromkeys(("stream_prefill", "measure_again", "lazy", "verify", "debug"), arguments.flag),
-    "threads": check_threads,
+    "threads": arguments.workers,
     "seed": functools.partial(arguments.whole, least=0),
     "cache_ratio": arguments.number,
     "vram_budget": _size,

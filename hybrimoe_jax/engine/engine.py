@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache_state import CacheState
 from hybrimoe_jax.engine import budget, cache_state, device_memory
 from hybrimoe_jax.engine.assembly import assemble
@@ -32,12 +33,12 @@ from hybrimoe_jax.engine.generation import (
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.not_finite import explained
 from hybrimoe_jax.engine.parts import LOGIT_ROWS
-from hybrimoe_jax.engine.recording import Recording
+from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace, Recording
 from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
 from hybrimoe_jax.engine.slot_map import SlotMap
 from hybrimoe_jax.engine.stats import RunStats, StepStats
 from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
-from hybrimoe_jax.errors import DeviceError, UserError
+from hybrimoe_jax.errors import DeviceError, UserError, shown
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
@@ -128,11 +129,14 @@ class Engine:
             shape = shape_of(self.config, self.config.model_type)
             origin = Origin.here(device_name(self._parts.device, self.options), shape, self._parts.expert_format)
             more = {ORIGIN: origin.describe()}
-        self.costs.save(path, more)
+        self.costs.save(arguments.path("path", path), more)
 
     @in_turn
     def record(self, trace=None, timeline=None) -> None:
         """Attaches recorders, an `EngineTrace` and an `EngineTimeline`, to the steps that follow (None detaches)."""
+        for name, given, kind in (("trace", trace, EngineTrace), ("timeline", timeline, EngineTimeline)):
+            if given is not None and not isinstance(given, kind):
+                raise UserError(f"{name} {shown(given)} is no {kind.__name__}")
         self._forward.attach(trace, timeline)
         self._recording = trace is not None
 
@@ -143,7 +147,7 @@ class Engine:
         Waits for the prefetches under way and gives them their slots. UserError where a rule of one's own holds what a
         file cannot, and for the dense executor.
         """
-        cache_state.save(path, self._forward, self.config, self._routers)
+        cache_state.save(arguments.path("path", path), self._forward, self.config, self._routers)
 
     @in_turn
     def load_cache_state(self, path: str | Path | CacheState) -> None:
@@ -153,7 +157,8 @@ class Engine:
         """
         if self._recording:
             raise UserError("a cache state is loaded before recording begins: the trace could not be repeated")
-        cache_state.load(path, self._forward, self.config, self._routers)
+        state = path if isinstance(path, CacheState) else arguments.path("path", path)
+        cache_state.load(state, self._forward, self.config, self._routers)
 
     @contextlib.contextmanager
     def recording(self, *, trace: bool = True, timeline: bool = False) -> Iterator[Recording]:
@@ -161,7 +166,7 @@ class Engine:
 
         A timeline has each layer run by itself, and watches it: its run's times are for looking at, not for quoting.
         """
-        record = Recording(self, trace, timeline)
+        record = Recording(self, arguments.flag("trace", trace), arguments.flag("timeline", timeline))
         self.record(record.engine_trace, record.engine_timeline)
         try:
             yield record

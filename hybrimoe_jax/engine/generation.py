@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import numbers
 import textwrap
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.engine.finite import check_logits, check_token
 from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
@@ -207,8 +209,8 @@ def generate_steps(
 
     def hand_over(emitted: Emitted):
         stopped = yield emitted
-        if stopped is not None:
-            live[stopped] = False
+        for row in () if stopped is None else arguments.several("rows", stopped, numbers.Integral):
+            live[arguments.whole("row", row, 0, batch - 1)] = False
 
     for ids, positions, last in prefill_chunks(prompts, chunk, capacity):
         step = StepInput(ids, positions, capacity, "prefill", np.maximum(last, 0), greedy=greedy, checked=True)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("steps", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    workers("--jobs", args.jobs)
     names = chosen(args.only)
     check_writable(args.docs, "--docs")
     results, runs = Path(args.results), 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.cache import policy_rule
 from hybrimoe_jax.decide.cache_state import load_state
@@ -155,6 +156,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("prompts", "jobs", "steps", "sequences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    workers("--jobs", args.jobs)
 
 
 def repeat(paths: list[str], load: str | None = None, save: str | None = None) -> int:

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrimoe_jax import tables
+from hybrimoe_jax import arguments, tables
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.figures import LANE_COLOURS, LANE_HATCHES, axes_of, line_style
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.progress import track
 from hybrimoe_jax.simulate import grid, plots, records
-from hybrimoe_jax.simulate.cases import OVERRIDES, Case, cases_of, parts_of, prepared
+from hybrimoe_jax.simulate.cases import OVERRIDES, STARTS, Case, cases_of, parts_of, prepared
 from hybrimoe_jax.trace.file import Trace, save_trace
 from hybrimoe_jax.trace.timeline import Timeline
 
@@ -59,13 +59,21 @@ def replay(
 
     UserError for what is unknown or does not fit together, before anything runs.
     """
-    if jobs < 1:
-        raise UserError(f"jobs {jobs} must be at least 1")
+    jobs, machine = arguments.workers("jobs", jobs), arguments.path("machine", machine)
+    ratios = [arguments.number("ratios", ratio) for ratio in arguments.several("ratios", ratios, (int, float))]
+    given = [one if isinstance(one, System) else arguments.text("systems", one) for one in _several("systems", systems)]
+    starts = [arguments.choice("starts", start, STARTS) for start in _several("starts", starts)]
+    lengths = [
+        arguments.whole("prompt_lengths", length, 1) for length in _several("prompt_lengths", prompt_lengths, int)
+    ]
+    if shape is not None:
+        shape = arguments.text("shape", shape)
     folder = Folder()
-    paths = [_path(one, number, folder.path) for number, one in enumerate(_several(trace))]
+    paths = [_path(one, number, folder.path) for number, one in enumerate(_several("trace", trace, *TRACES))]
     cases = cases_of(
-        paths, machine, _several(systems), _several(ratios), fmt=format, starts=_several(starts),
-        lengths=_several(prompt_lengths), prompts=prompts, parts=_parts(parts), shape=shape, steps=steps,
+        paths, machine, given, ratios, fmt=arguments.text("format", format), starts=starts, lengths=lengths,
+        prompts=arguments.whole("prompts", prompts, 1), parts=_parts(parts), shape=shape,
+        steps=None if steps is None else arguments.whole("steps", steps, 1),
     )  # fmt: skip
     here = Path(folder.path)
     cases = [
@@ -82,6 +90,9 @@ def replay(
     return Runs(found, cases, folder)
 
 
+TRACES = (str, os.PathLike, Trace)
+
+
 class Folder:
     """A temporary folder that vanishes with the last object that holds it."""
 
@@ -90,24 +101,21 @@ class Folder:
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-def _several(given: Any) -> list[Any]:
+def _several(name: str, given: Any, *kinds: type) -> list[Any]:
     """One thing stands for a list of it."""
-    one = isinstance(given, (str, os.PathLike, Trace, System, int, float))
-    return [given] if one else list(given)
+    return arguments.several(name, given, kinds or (str, System))
 
 
 def _path(trace: Trace | str | os.PathLike[str], number: int, folder: str) -> str:
     if not isinstance(trace, Trace):
-        return str(trace)
+        return arguments.path("trace", trace)
     path = Path(folder, f"trace {number}" if number else "trace")
     save_trace(trace, path)
     return str(path)
 
 
 def _parts(given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    unknown = sorted(given.keys() - set(OVERRIDES))
-    if unknown:
-        raise UserError(f"replay takes no {unknown[0]!r}; parts of a system are {', '.join(OVERRIDES)}")
+    arguments.names("replay", given, OVERRIDES)
     return parts_of(given)
 
 
@@ -138,13 +146,14 @@ class Runs:
 
     def timeline(self, steps: int = 4) -> Timeline:
         """The first steps of every system's first run side by side, each with lanes of its own."""
+        steps = arguments.whole("steps", steps, 1)
         if not self._cases:
             raise UserError("these runs have no traces any more: replay them again")
         return grid.timeline_of(self._cases, steps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON lines, a record a run."""
-        with replacing(path) as file:
+        with replacing(arguments.path("path", path)) as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
 
     def __len__(self) -> int:

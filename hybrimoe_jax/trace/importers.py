@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import decode, read_bytes
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_plain_file
@@ -38,7 +39,7 @@ def open_trace(path: str | os.PathLike) -> Trace:
     Steps are the forward passes that ran: an ESFT file is one prefill of a whole prompt per sequence.
     `tokens.one_token_steps` makes a token-by-token replay of it.
     """
-    path = Path(path)
+    path = Path(arguments.path("trace", path))
     where = f"trace {path}"
     if path.is_dir():
         return _checked(layouts.esft_folder(path, where), where)

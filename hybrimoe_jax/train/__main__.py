@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.cli import Parser, first_paragraph
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, replacing
@@ -115,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args) -> dict[str, Any] | None:
     """The shape of the model to train, None where one is evaluated; UserError before any text is fetched or read."""
     if args.evaluate is not None:
+        if args.resume:
+            raise UserError("--evaluate trains nothing: there is nothing to --resume; leave out one of them")
         if args.evaluate and not Path(args.evaluate).is_dir():
             raise UserError(f"--evaluate {args.evaluate}: no such folder")
         return None
@@ -123,8 +126,9 @@ def check(args) -> dict[str, Any] | None:
     args.run = Path(args.run)
     if not args.resume and (args.run / "state.npz").exists():
         raise UserError(f"{args.run} already holds a run; --resume continues it, --run DIR starts another")
-    if args.resume and not (args.run / "state.npz").is_file():
-        raise UserError(f"--resume: {args.run} holds no run (no state.npz); give its folder, or leave out --resume")
+    for name in ("state.npz", "tokenizer.json") if args.resume else ():
+        if not (args.run / name).is_file():
+            raise UserError(f"--resume: {args.run} holds no run (no {name}); give its folder, or leave out --resume")
     return shape
 
 
@@ -221,7 +225,7 @@ def run_tokenizer(args, corpus):
     from hybrimoe_jax.train import tokens
 
     path = args.run / "tokenizer.json"
-    if args.resume and path.exists():
+    if args.resume:
         return tokenizers.Tokenizer.from_file(str(path))
     tokenizer = tokens.train_tokenizer(corpus.training, args.vocab)
     write_whole(path, tokenizer.to_str(pretty=True))
@@ -258,6 +262,10 @@ def model_shape(args) -> dict[str, Any]:
     ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1 is needed")
+    arguments.whole("--seed", args.seed, 0)
+    for flag in ("learning_rate", "balance"):
+        if arguments.number(f"--{flag.replace('_', '-')}", getattr(args, flag)) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 0")
     if args.eval_context > args.context:
         raise UserError(f"--eval-context {args.eval_context}: at most --context ({args.context})")
     if not 0 < args.top_k <= args.experts:

@@ -78,7 +78,7 @@ CACHES = Kind(
 
 def policy_rule(spec: Any) -> Rule:
     """The cache policy that `spec` names, see `registry`; UserError where there is none."""
-    if spec == "belady":
+    if isinstance(spec, str) and spec == "belady":
         raise UserError("cache policy 'belady' knows the future: it runs in replays only (bench cache)")
     return CACHES.resolve(spec)
 

@@ -155,7 +155,8 @@ def predictor_rule(spec: Any, live: bool = False) -> Rule:
     """
     if isinstance(spec, str) and spec.startswith(RECORDED) and len(spec) > len(RECORDED):
         return Rule(CoActivation, {}, str(spec))
-    if live and (spec == "perfect" or (isinstance(spec, type) and issubclass(spec, Perfect))):
+    perfect = isinstance(spec, str) and spec == "perfect"
+    if live and (perfect or (isinstance(spec, type) and issubclass(spec, Perfect))):
         raise UserError("predictor 'perfect' knows the future: it is for replaying a trace, not for a live run")
     kind = FORESEEING
     if live:
