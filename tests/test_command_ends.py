@@ -65,6 +65,60 @@ def test_a_command_that_is_broken_off_does_not_wait_for_its_threads(raised, code
     assert (done.returncode, done.stdout, done.stderr) == (code, "so far\n", line)
 
 
+@pytest.mark.parametrize("module", ["hybrimoe_jax.generate", "hybrimoe_jax.bench.contenders"])
+def test_an_interrupt_while_modules_are_imported_is_one_word(module):
+    """Sent by the first module that is imported after the package's first line; a benchmark's own process says none."""
+    program = textwrap.dedent(
+        f"""
+        import os, runpy, signal, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name not in ("hybrimoe_jax", "hybrimoe_jax.interrupts"):
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.orig_argv[1:], sys.argv[:] = ["-m", {module!r}], ["-m"]
+        for name in ("importlib", "typing", "signal", "types", "os"):
+            __import__(name)
+        sys.meta_path.insert(0, Finder())
+        runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == ("interrupted\n" if module.endswith("generate") else "")
+
+
+def test_an_interrupt_in_a_library_or_a_finaliser_is_not_lost():
+    """Where an import would swallow it, and where the interpreter would only print it."""
+    for where in ("import swallowing", "Finaliser()"):
+        program = textwrap.dedent(
+            f"""
+            import os, signal, sys
+            sys.orig_argv[1:], sys.argv[:] = ["-m", "hybrimoe_jax.generate"], ["-m"]
+            from hybrimoe_jax import cli
+            class Finaliser:
+                def __del__(self):
+                    os.kill(os.getpid(), signal.SIGINT)
+            class Swallowing:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "swallowing":
+                        try:
+                            os.kill(os.getpid(), signal.SIGINT)
+                        except BaseException:
+                            pass
+            sys.meta_path.insert(0, Swallowing())
+            def main():
+                try:
+                    {where}
+                except ImportError:
+                    pass
+                print("went on")
+            cli.run(main)
+            """
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), where
+
+
 def test_what_a_benchmark_process_refuses_is_the_benchmarks_error(tmp_path, capfd):
     with pytest.raises(UserError, match="nowhere"):
         Contender("engine", model=str(tmp_path / "nowhere"), systems=["hybrimoe"], threads=1, cache_ratio=0.25)
