@@ -96,13 +96,13 @@ def several(name: str, value: Any, one: type | tuple[type, ...]) -> list[Any]:
     return list(value)
 
 
-def names(what: str, given: Iterable[str], known: Collection[str]) -> None:
-    """UserError for a name that is none of the `known` ones."""
+def names(what: str, given: Iterable[str], known: Collection[str], kind: str = "") -> None:
+    """UserError for a name that is none of the `known` ones; `kind`: what it would be the name of, with a space."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{what} has no {name!r} ({meant})")
+            raise UserError(f"{what} has no {kind}{name!r} ({meant})")
 
 
 def _is_bool(value: Any) -> bool:

@@ -84,7 +84,7 @@ class TorchOffload:
         arguments.choice("precision", precision, PRECISIONS)
         without = [arguments.choice("without", what, ABLATIONS) for what in arguments.several("without", without, str)]
         device = arguments.text("device", device)
-        arguments.names("the PyTorch engine", options, sorted(OPTIONS))
+        arguments.names("the PyTorch engine", options, sorted(OPTIONS), "option ")
         self.given = {"mode": mode, "device": device, "precision": precision, "without": without, **options}
         system = MODES.get(mode, mode) if isinstance(mode, str) else mode
         paced = device.startswith("paced")

@@ -123,7 +123,7 @@ def load(
 
 def checked_place(checkpoint: Any) -> Any:
     """A checkpoint's folder, or an open one; None stays. UserError for anything else."""
-    if checkpoint is None or hasattr(checkpoint, "manifest"):
+    if checkpoint is None or hasattr(checkpoint, "generation_config"):
         return checkpoint
     return Path(arguments.path("checkpoint", checkpoint))
 
