@@ -39,6 +39,7 @@ FLOORS = (
         "figures",
         "files",
         "interrupts",
+        "npz",
         "progress",
         "records",
         "tables",

@@ -106,6 +106,7 @@ def open_hf(folder: str | Path) -> Weights:
         method_of(settings)
     config = parse_config(raw)
     tensors, paths = read_tensors(folder)
+    check_counts(config, tensors, folder)
     if settings := settings_of(folder, settings, tensors):
         refuse_absent_layers(config, tensors, folder)
         known = dense_shapes(config)
@@ -162,6 +163,7 @@ def read_shards(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
 
 def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: object) -> tuple[Shard, ...]:
     """Sorts tensors into shards; raises one UserError listing every missing, extra and misshapen name."""
+    check_counts(config, tensors, where)
     family = family_of(config.model_type)
     tensors = {family.canonical(name): tensor for name, tensor in tensors.items()}
     left = dict(tensors)
@@ -204,6 +206,20 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
             _ = tensor.dtype  # refuses what is not a float, by name
         _ = shard.experts and shard.experts.dtypes
     return tuple(shards)
+
+
+def check_counts(config: ModelConfig, tensors: Mapping[str, object], where: object) -> None:
+    """UserError where config.json has more layers, or experts one by one, than the weights have tensors."""
+    family, layers, there = family_of(config.model_type), config.num_hidden_layers, len(tensors)
+    if layers > there:
+        raise UserError(f"{where}: num_hidden_layers is {layers} in config.json, and the weights are {there} tensors")
+    names = {family.canonical(name) for name in tensors}
+    one_by_one = sum(family.fused_names(layer)[0] not in names for layer in config.moe_layers)
+    if one_by_one * config.num_experts > there:
+        raise UserError(
+            f"{where}: config.json has {config.num_experts} experts in each of {len(config.moe_layers)} layers, and "
+            f"the weights are {there} tensors"
+        )
 
 
 def take_experts(

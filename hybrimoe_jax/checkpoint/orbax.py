@@ -18,6 +18,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,10 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 
 TIMES = frozenset({"init_timestamp_nsecs", "commit_timestamp_nsecs"})
+
+
+Form = tuple[tuple[int, ...], str]
+"""An array's shape and the name of its type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +199,24 @@ def tensorstore_context():
     return ts.Context(limits)
 
 
-def open_leaf(folder: Path, name: str, writable: bool = False):
-    """A tensorstore handle on one leaf of an item; raises UserError where it is absent or unreadable."""
+def open_leaf(folder: Path, name: str, writable: bool = False, form: Form | None = None):
+    """A tensorstore handle on one leaf of an item; UserError where it is absent, unreadable or not of this form."""
     try:
-        return opening(folder, name, writable).result()
+        store = opening(folder, name, writable).result()
     except ValueError as error:
         raise unreadable(folder, name, error) from None
+    return store if form is None else checked(store, form, folder, name)
+
+
+def checked(store: Any, form: Form, folder: Path, name: str) -> Any:
+    """The handle given; UserError where its array has another shape or type, or lies in blocks larger than itself."""
+    have, block = (tuple(store.shape), store.dtype.name), store.chunk_layout.read_chunk.shape
+    if have != form or math.prod(block) > math.prod(form[0]):
+        raise UserError(
+            f"{folder}: {name} is an array {have[1]} {list(have[0])} in blocks of {list(block)}, and {form[1]} "
+            f"{list(form[0])} by manifest.json; convert the original again"
+        )
+    return store
 
 
 def opening(folder: Path, name: str, writable: bool = False):
@@ -229,16 +246,18 @@ def read_rows(store, index: int | None, folder: Path, name: str) -> np.ndarray:
         raise unreadable(folder, row, error) from None
 
 
-def read_leaves(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Several leaves at once, opened and read side by side."""
+def read_leaves(folder: Path, forms: Mapping[str, Form]) -> dict[str, np.ndarray]:
+    """Several leaves of given forms at once, opened and read side by side."""
     name, out = "", {}
-    stores = [opening(folder, name) for name in names]
+    stores = [opening(folder, name) for name in forms]
     try:
         pending = {}
-        for name, store in zip(names, stores, strict=True):
-            pending[name] = store.result().read()
+        for (name, form), store in zip(forms.items(), stores, strict=True):
+            pending[name] = checked(store.result(), form, folder, name).read()
         for name, future in pending.items():
             out[name] = future.result()
+    except UserError:
+        raise
     except ValueError as error:
         raise unreadable(folder, name, error) from None
     return out

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
 from hybrimoe_jax.checkpoint.orbax import check_path, item_names, items_of, open_leaf, read_leaves, read_rows
-from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
+from hybrimoe_jax.checkpoint.shards import DTYPES, EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.packing import (
@@ -23,7 +23,8 @@ from hybrimoe_jax.formats.packing import (
     PackedMatrix,
 )
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.registry import parse_config
+from hybrimoe_jax.models.parameters import split
+from hybrimoe_jax.models.registry import build_model, parse_config
 
 FREQUENCIES = "expert_frequencies.json"
 
@@ -92,7 +93,8 @@ class Checkpoint:
         out, items = {}, items_of(self.path)
         for name, shard in self.shards.items():
             chosen = [n for n in shard["dense"] if wanted is None or n in wanted]
-            out |= read_leaves(items / name, chosen)
+            forms = {n: (tuple(shard["dense"][n]["shape"]), shard["dense"][n]["dtype"]) for n in chosen}
+            out |= read_leaves(items / name, forms)
             for tensor in chosen:
                 record = shard["dense"][tensor]
                 how = damage(out[tensor], record["hash"] if verify else None, record.get("crc32"))
@@ -134,13 +136,14 @@ class Checkpoint:
         held = form.dtype if form.layout else held_dtype(form.dtype, dtype)
         opened: list[Any] = [None] * len(records)
         opening, items = threading.Lock(), items_of(self.path)
+        stored = (self.config.num_experts, *form.row), form.dtype.name
 
         def read(moe_layer: int, expert: int) -> np.ndarray:
             record = records[moe_layer]
             folder = items / record["name"]
             with opening:
                 if opened[moe_layer] is None:
-                    opened[moe_layer] = open_leaf(folder, EXPERTS)
+                    opened[moe_layer] = open_leaf(folder, EXPERTS, form=stored)
             packed = read_rows(opened[moe_layer], expert, folder, EXPERTS)
             sums = record["experts"]
             crc = sums["crc32s"][expert] if "crc32s" in sums else None
@@ -209,7 +212,8 @@ def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
     form = ExpertForm.of(str(manifest.get("format")), config.hidden_size, config.moe_width)
     expected = (config.num_experts, *form.row, config.num_experts)
-    if layers != config.moe_layers or stacks - {expected}:
+    fits = layers == config.moe_layers and not stacks - {expected} and len(shards) == config.num_hidden_layers + 1
+    if not fits or not dense_fits(config, shards):
         raise UserError(
             f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"
         )
@@ -218,3 +222,14 @@ def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
     absent = [name for name in names if name not in present]
     if absent:
         raise UserError(f"{path}: incomplete, {', '.join(absent)} missing in {items.name}; convert the original again")
+
+
+def dense_fits(config: ModelConfig, shards: Sequence[dict[str, Any]]) -> bool:
+    """Whether the records of dense tensors are those of the model, in name, shape and type."""
+    leaves = {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
+    try:
+        records = {name: record for shard in shards for name, record in shard["dense"].items()}
+        shapes = {name: tuple(record.get("matrix", record["shape"])) for name, record in records.items()}
+        return shapes == leaves and all(record["dtype"] in DTYPES for record in records.values())
+    except (AttributeError, KeyError, TypeError):
+        return False

@@ -28,6 +28,7 @@ from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_plain_file, is_object, replacing
+from hybrimoe_jax.npz import read_npz
 
 FORMAT, VERSION = "hybrimoe-cache-state", 1
 
@@ -125,8 +126,7 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
     where = f"cache state {path}"
     check_plain_file(path, where)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays: dict[str, np.ndarray] = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path)
         meta = json.loads(str(arrays.pop("meta")))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None

@@ -36,6 +36,8 @@ MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40}
 MOST |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**16)
 MOST_OF_ANY = 2**24
 """Of a size: no model comes near it, and what is made for that many is made within a second."""
+MOST_EXPERTS = 2**18
+"""Of all layers together."""
 
 
 class RoutedExperts:
@@ -141,6 +143,11 @@ class ModelConfig(RoutedExperts, abc.ABC):
             value, most = getattr(self, field.name), MOST.get(field.name, MOST_OF_ANY)
             if type(value) is int and value > most:
                 raise UserError(f"config.json: {field.name} is {shown(value)}; no model has more than {most:,}")
+        if self.num_hidden_layers * self.num_experts > MOST_EXPERTS:
+            raise UserError(
+                f"config.json: {self.num_hidden_layers} layers of {self.num_experts} experts are more than any model "
+                f"has; at most {MOST_EXPERTS} experts are read"
+            )
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"config.json: {name} must be at least 1, not {getattr(self, name)}")

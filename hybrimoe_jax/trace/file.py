@@ -43,6 +43,7 @@ import numpy as np
 from hybrimoe_jax import tables
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_plain_file, replacing
+from hybrimoe_jax.npz import read_npz
 from hybrimoe_jax.trace.check import check_rows
 from hybrimoe_jax.trace.facts import TraceFacts
 
@@ -241,14 +242,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     where = f"trace {path}"
     check_plain_file(path, where)
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise UserError(f"{where}: a single array, not an .npz archive")
-            with archive:
-                return {name: archive[name] for name in archive.files}
-    except UserError:
-        raise
+        return read_npz(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged archive fails in zipfile, zlib, struct, numpy or not at all

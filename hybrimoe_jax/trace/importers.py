@@ -19,6 +19,7 @@ from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import decode, read_bytes
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_plain_file
+from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace import layouts, rows
 from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
 from hybrimoe_jax.trace.parquet import read_parquet
@@ -147,7 +148,11 @@ def _text(path: Path, where: str) -> str:
 
 def _unpacked(path: Path, where: str, size: int = -1) -> bytes:
     try:
+        most = most_bytes(path.stat().st_size)
         with gzip.open(path) as file:
-            return file.read(size)
+            data = file.read(size if size >= 0 else most + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{where}: a damaged gzip file ({error})") from None
+    if len(data) > most:
+        raise UserError(f"{where}: it would unpack to more than {most} bytes; unpack it, look, and give the part meant")
+    return data

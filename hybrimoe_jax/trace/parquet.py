@@ -16,6 +16,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace.file import BATCH, EMPTY, FORMAT, INDEX_COLUMNS, Trace
 from hybrimoe_jax.trace.rows import described, tables_of, undescribed
 
@@ -51,6 +52,7 @@ def read_parquet(data: bytes, where: str) -> Trace:
     """What `write_parquet` wrote; UserError for any other Parquet file."""
     arrow = need_pyarrow(where)
     try:
+        check_counts(arrow.parquet.ParquetFile(io.BytesIO(data)).metadata, len(data))
         table = arrow.parquet.read_table(io.BytesIO(data))
         meta = (table.schema.metadata or {})[FORMAT.encode()].decode()
     except KeyError:
@@ -65,6 +67,14 @@ def read_parquet(data: bytes, where: str) -> Trace:
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{where}: its columns are not those of a trace ({error})") from None
     return undescribed(meta, arrays, where)
+
+
+def check_counts(metadata: Any, size: int) -> None:
+    """ValueError where a file of `size` bytes says that it holds far more values than a real one."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    values = sum(group.column(place).num_values for group in groups for place in range(group.num_columns))
+    if 4 * values > most_bytes(size):
+        raise ValueError(f"its {size} bytes would unpack to {values} values")
 
 
 def _array(name: str, column: Any) -> np.ndarray:

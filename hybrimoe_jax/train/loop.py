@@ -33,6 +33,7 @@ from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.moe import Routing
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.npz import read_npz
 from hybrimoe_jax.train import tokens
 from hybrimoe_jax.train.experts import GroupedExperts
 
@@ -191,9 +192,9 @@ def save_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
 def load_state(path: Path, like: State, identity: Mapping[str, Any]) -> State:
     """The saved state in the structure of `like`; UserError where it is of another run or damaged."""
     try:
-        with path.open("rb") as raw, np.load(raw) as file:
-            meta = json.loads(file["meta"].tobytes())
-            leaves = [jnp.asarray(file[str(i)]) for i in range(len(file.files) - 1)]
+        arrays = read_npz(path)
+        meta = json.loads(arrays["meta"].tobytes())
+        leaves = [jnp.asarray(arrays[str(i)]) for i in range(len(arrays) - 1)]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a training state ({error}); start without --resume") from error
     saved = meta["identity"]
