@@ -21,8 +21,8 @@ class NotFinite(UserError):
 
 
 def check_logits(logits: np.ndarray) -> np.ndarray:
-    """The logits [V] given; NotFinite where one of them is no finite number."""
-    if not (-math.inf < logits.min() and logits.max() < math.inf):
+    """The logits given, of any shape; NotFinite where one of them is no finite number."""
+    if not (-math.inf < logits.item(logits.argmin()) and logits.item(logits.argmax()) < math.inf):  # NaN is both
         raise NotFinite("logits are", counted=True)
     return logits
 
