@@ -241,7 +241,7 @@ def test_a_landing_evicts_nothing_that_the_step_needs_or_expects():
     prefetch(p, 0, [Prediction(one_each(6))])
     p.plan(1, one_each(0, 1), None, 1)
     assert p.landed(1, 6) is REFUSED and p.resident(1) == {0, 1}
-    assert p.counters.prefetch_refused == 1 and p.counters.prefetch_wasted == 1
+    assert p.counters.prefetch_refused == 1 and p.counters.prefetch_wasted == 1 and not REFUSED
 
 
 def test_two_landings_in_one_layer_do_not_evict_each_other():

@@ -101,6 +101,15 @@ def test_a_layer_s_victim_is_remembered_until_it_runs_or_its_residents_change():
     assert of(1).expert == 0 and pooled.pool.used == 4
 
 
+def test_a_step_broken_off_while_it_was_judged_wastes_whatever_was_of_no_use():
+    transfers = InflightTransfers(1, Counters())
+    for expert in range(4):
+        transfers.start(0, expert, 1.0)
+    transfers.counters.prefetch_useful, transfers.counters.prefetch_late = 1, 1
+    transfers.abandon()
+    assert transfers.counters.prefetch_wasted == 2
+
+
 @pytest.mark.parametrize("arguments, slots", [((5, 3, 8), 2), ((6, 3, 8), 2), ((99, 3, 8), 8), ((0, 0, 8), 0)])
 def test_a_layer_s_share_of_the_pool_is_rounded_up(arguments, slots):
     assert capacity_of(*arguments) == slots

@@ -61,6 +61,9 @@ def ones(*experts: int) -> dict[int, int]:
         # The device takes what is ready first, then as the link; the CPU leaves it what is under way.
         ("paper", Problem(ones(2, 5, 6, 7), {6, 7}, SLOW_CPU, in_flight={2: 2.5, 5: 2.4}), (), (6, 7, 5, 2), ()),
         ("paper", Problem({0: 1, 1: 1}, (), costs(), in_flight={0: 9.0}), (1, 0), (), ()),
+        ("cheaper", Problem({0: 2, 1: 1, 2: 9}, (), costs(shared=0.0)), (1, 0), (2,), (2,)),
+        # What is under way needs no fetching.
+        ("released", Problem(ones(0, 1, 2), {0}, MIDDLE, in_flight={1: 0.5}, allow_fetch=False), (2,), (0, 1), ()),
         # All of the misses that the bandwidths' ratio gives, where it is a whole number but for rounding.
         ("bandwidth-split", Problem({0: 1, 1: 1, 2: 1}, (), costs(cpu=(0.1, 0, 0), transfer=0.2)), (2, 1), (0,), (0,)),
     ],

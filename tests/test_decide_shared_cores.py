@@ -72,6 +72,27 @@ def test_the_device_is_not_called_where_the_cpu_takes_all():
     assert found.uses_all_cores and found.makespan == pytest.approx(2.0 + 0.5 + 6.5)
 
 
+@pytest.mark.parametrize(("resident", "beside"), [({0}, 0.5 + 22), ((), -0.25 + 0.5 + 21 + 22), ({0, 1}, 0.0)])
+def test_a_rule_s_schedule_is_charged_for_both_lanes_with_all_cores(resident, beside):
+    """The CPU's experts in the device's time; calling the device is left out where it gets none."""
+    costs = dataclasses.replace(SHARED, alone_expert=20.0, device_block=0.25)
+    rule, problem = with_shared_cores(get_scheduler("cpu-misses"), costs), Problem({0: 2, 1: 4}, resident, costs)
+    found = rule.rule.schedule(problem)
+    assert rule.charged(problem, found) == found.device_seconds + beside
+
+
+def test_what_the_handover_must_be_is_what_the_rule_saves_at_most():
+    rule = with_shared_cores(get_scheduler("paper"), SHARED)
+    dear, cheap = (dataclasses.replace(SHARED, alone_expert=alone, device_expert=0.1) for alone in (9.0, 0.1))
+    needed, known = rule.prove_all_on_cpu(dear, 4, 2)
+    assert needed > 0 and known is None
+    for handover, proven in ((needed, True), (needed * 0.999, False)):
+        assert (rule.prove_all_on_cpu(dataclasses.replace(dear, handover=handover), 4, 2)[1] is not None) is proven
+    assert rule.prove_all_on_cpu(cheap, 4, 2) == (0.0, None), "nothing is saved, and the handover is not known"
+    needed, known = rule.prove_all_on_cpu(dataclasses.replace(cheap, handover=1e-9), 4, 2)
+    assert needed == 0 and known.cpu == (0, 1, 2, 3)
+
+
 def test_residents_stay_on_the_device_where_the_rule_keeps_them_there():
     rule = with_shared_cores(get_scheduler("cpu-misses"), SHARED)
     assert not rule.schedule(Problem({0: 8, 1: 8}, {0}, SHARED)).uses_all_cores
@@ -122,7 +143,7 @@ def test_a_step_is_all_on_the_cpu_only_where_no_routing_is_worth_leaving_the_pro
     assert saved > 0
     for handover, expected in ((0.0, False), (saved * 0.99, False), (saved * 1.01, True)):
         planner = planner_for(dataclasses.replace(costs, handover=handover))
-        assert planner.all_on_cpu is expected
+        assert planner.all_on_cpu is expected and planner.handover_for_all_on_cpu == saved
         plan = planner.plan(0, {0: 1, 1: 1, 5: 1, 6: 1}, None, 1)
         assert (sorted(plan.cpu) == [0, 1, 5, 6] and not plan.fetch) or not expected
 
