@@ -135,5 +135,6 @@ def _may_go(node: Any) -> bool:
     """Statements that can be left out without a name going missing."""
     if isinstance(node, ast.Assign):
         return all(isinstance(target, (ast.Attribute, ast.Subscript)) for target in node.targets)
-    known = (ast.AugAssign, ast.Continue, ast.Break)
-    return isinstance(node, known) or (isinstance(node, ast.Expr) and not _only_says(node))
+    if isinstance(node, ast.Expr):  # without `super` a function would have another closure, and could not be exchanged
+        return not _only_says(node) and not ast.unparse(node).startswith("super()")
+    return isinstance(node, (ast.AugAssign, ast.Continue, ast.Break))
