@@ -110,16 +110,15 @@ def flags() -> None:
 
 
 def api() -> None:
-    """A number of tokens that is no whole number is cut off."""
+    """A text that is to be continued loses its last character."""
     from hybrimoe_jax.engine.engine import Engine
 
-    original = Engine.steps
+    original = Engine.generate
 
-    def changed(self: Any, prompts: Any, *, max_new_tokens: Any = 64, **more: Any) -> Any:
-        whole = int(max_new_tokens) if isinstance(max_new_tokens, float) else max_new_tokens
-        return original(self, prompts, max_new_tokens=whole, **more)
+    def changed(self: Any, prompts: Any, **more: Any) -> Any:
+        return original(self, prompts[:-1] if isinstance(prompts, str) else prompts, **more)
 
-    Engine.steps = changed
+    Engine.generate = changed
 
 
 def policy() -> None:
