@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["HYBRIMOE_START_CACHE"] = "off"
 
@@ -34,14 +35,14 @@ from hybrimoe_jax.host_kernels.native import ffi
 
 RATIOS = (0.25, 0.5, 0.75)
 LENGTHS = ((20,), (20, 9, 14))
-SAMPLINGS = ({}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2, "top_k": 5})
+SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2, "top_k": 5})
 NEW = 12
 WAYS = ({"slots": "stacked"}, {"clock": "virtual"}, {"format": "int4-g32"})
 
 
 def cases() -> list[dict]:
     """Every system, two of them in every way, each at one ratio: after one pass nothing is compiled any more."""
-    found = [{"system": system} for system in SYSTEMS if system != "oracle"]
+    found: list[dict[str, Any]] = [{"system": system} for system in SYSTEMS if system != "oracle"]
     found += [{"system": system, **way} for system in ("hybrimoe", "adapmoe") for way in WAYS]
     if ffi.available():
         found.append({"system": "hybrimoe", "host_kernel": "native", "profile": all_on_cpu_costs(CONFIG)})
@@ -127,7 +128,7 @@ def grown(samples: list[dict[str, int]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=50_000, help="at least so many, in whole passes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -44,7 +44,10 @@ def test_a_device_is_read_as_people_write_it(tmp_path):
         ({"device": "cuda"}, 'say "auto" or "paced:PROFILE'),
         ({"device": "paced:"}, "device 'paced:' is unknown"),
         ({"device": "paced:no-such-machine:8"}, "profile no-such-machine: neither a known one"),
-        *(({"device": f"paced:a6000-paper:{times}"}, "above 0") for times in ("0", "-1", "nan", "inf", "slow", "")),
+        *(
+            ({"device": f"paced:a6000-paper:{times}"}, "a number from 1e-6")
+            for times in ("0", "-1", "nan", "inf", "slow", "")
+        ),
         ({**PACED, "executor": "dense"}, "wants the overlapped executor"),
         ({**PACED, "executor": "callback"}, "wants the overlapped executor"),
         ({"device": "paced:a6000-paper", "clock": "virtual", "profile": "laptop-8gb"}, "is watched by the wall clock"),

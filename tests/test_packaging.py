@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrimoe_jax"
 NATIVE = PACKAGE / "host_kernels" / "native"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "xdist": "pytest-xdist"}
+DISTRIBUTIONS = {"_pytest": "pytest", "orbax": "orbax-checkpoint", "ml_dtypes": "ml-dtypes", "xdist": "pytest-xdist"}
 """Distributions whose name is not their module's."""
 OPTIONAL = {"gguf", "matplotlib", "torch", "transformers"}
 """Imported where an extra is installed."""
@@ -58,7 +58,7 @@ def test_what_is_optional_is_in_an_extra():
 
 def test_what_tests_and_scripts_import_is_declared():
     folders = ROOT / "tests", ROOT / "scripts", ROOT / "examples"
-    own = {path.stem for folder in folders for path in folder.rglob("*.py")}
+    own = {name for folder in folders for path in folder.rglob("*.py") for name in (path.stem, path.parent.name)}
     modules = set().union(*map(imported, folders)) - own - BROUGHT
     project = PROJECT["project"]
     extras = [project["optional-dependencies"][name] for name in ("test", "baseline", "plots", "notebooks")]

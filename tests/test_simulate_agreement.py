@@ -10,13 +10,12 @@ import pytest
 import tiny
 
 from hybrimoe_jax.decide import SYSTEMS
-from hybrimoe_jax.engine.recording import EngineTrace
+from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.file import load_trace
-from hybrimoe_jax.trace.timeline import Timeline
 
 
 def live(tmp_path, system, family="qwen2_moe", lengths=(21,), **options):
@@ -138,10 +137,11 @@ def test_costs_that_were_measured_with_other_experts_are_refused():
 
 def test_a_virtual_timeline_holds_the_machine_s_events():
     engine = tiny.engine(clock="virtual")
-    timeline = Timeline(clock="virtual")
-    engine.record(timeline=timeline)
+    recorder = EngineTimeline(engine)
+    engine.record(timeline=recorder)
     config, _, _ = tiny.weights("qwen2_moe")
     stats = engine.generate(tiny.prompts(config, [12]), max_new_tokens=4).stats
+    timeline = recorder.finish()
     engine.close()
     assert timeline.busy("cpu") == pytest.approx(stats.lanes().cpu)
     assert timeline.span == pytest.approx(sum(step.seconds for step in stats.steps), rel=1e-6)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -173,17 +175,18 @@ class ExpertStore:
     def load_all(self, progress: Callable[[Iterable, int, str], Iterable] | None = None) -> None:
         """Reads every expert that was not read yet; `progress(items, total, label)` may wrap the walk.
 
-        Two threads: while one reads, the other sums up or copies what it has read.
+        Two threads: while one reads, the other sums up or copies what it has read. Layer by layer: an arena's block
+        holds one.
         """
         if self.arena is not None:
             parts = (2, 1) if self.layout is None else (3,)  # of three matrices of one size, or all of it
             expert = sum(aligned_bytes(part * self.expert_bytes // 3) for part in parts)
             self.arena.block_bytes = max(BLOCK, self.num_experts * expert)
-        every = [(i, e) for i in range(self.num_layers) for e in range(self.num_experts)]
-        pool = ThreadPoolExecutor(READERS, "experts")
+        pool, count = ThreadPoolExecutor(READERS, "experts"), self.num_layers * self.num_experts
         try:
-            read = pool.map(lambda at: self.get(*at), every)
-            for _ in read if progress is None else progress(read, len(every), "loading experts"):
+            layers = (pool.map(partial(self.get, layer), range(self.num_experts)) for layer in range(self.num_layers))
+            read = chain.from_iterable(layers)
+            for _ in read if progress is None else progress(read, count, "loading experts"):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)

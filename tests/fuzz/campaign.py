@@ -152,7 +152,8 @@ class Client:
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
                 with contextlib.suppress(OSError):
-                    pipe and pipe.close()
+                    if pipe:
+                        pipe.close()
             self.process = None
             shutil.rmtree(self.root, ignore_errors=True)
 

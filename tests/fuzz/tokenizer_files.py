@@ -80,7 +80,7 @@ class Kind:
             return value, f"{part} = {brief(WHOLE[part])}"
         inner = value.get(part)
         if part == "model" and isinstance(inner, dict) and rng.random() < 0.5:
-            vocab = inner.get("vocab") or {"a": 0}
+            vocab: dict[str, Any] = inner.get("vocab") or {"a": 0}
             token = rng.choice(list(vocab))
             vocab[token] = rng.choice((-1, 10**6, 2**32, 0, None, "1", 0.5))
             return value, f"model/vocab/{brief(token)} = {vocab[token]}"
@@ -93,7 +93,8 @@ class Kind:
         ours = Tokenizer(source)
         ids = ours.encode(text)
         reference = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-        reference.no_truncation(), reference.no_padding()
+        reference.no_truncation()
+        reference.no_padding()
         wanted = reference.encode(text).ids
         bos = ours.bos_id
         added = self.merged(source, reference)

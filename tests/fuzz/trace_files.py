@@ -136,7 +136,9 @@ class Kind:
                 raise Wrong(f"a sound trace is refused: {error}") from None
             raise
         sound(trace)
-        for name in ("step", "layer", "phase", "sequence", "position", "ids", "weights", "scores") if arrays else ():
+        names = ("step", "layer", "phase", "sequence", "position", "ids", "weights", "scores")
+        for name in names if arrays is not None else ():
+            assert arrays is not None
             if not np.array_equal(getattr(trace, name), arrays[name], equal_nan=name in ("weights", "scores")):
                 raise Wrong(f"{name}: other values than in the file")
         (folder / "out").mkdir(exist_ok=True)
@@ -178,7 +180,7 @@ def sound(trace: Any) -> None:
         last = here
         seen.add(token)
     for array in (trace.weights, trace.scores, *trace.lookahead.values()):
-        rows = [] if array is None else array[~np.isnan(array).all(axis=1)]
+        rows = np.zeros((0, 1)) if array is None else array[~np.isnan(array).all(axis=1)]
         if len(rows) and not (np.isfinite(rows).all() and (rows >= 0).all()):
             raise Wrong("probabilities that are none are taken")
 

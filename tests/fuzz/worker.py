@@ -158,7 +158,7 @@ class Worker:
         held = peak(reset=True)
         self.watch.strays, self.threads[:] = [], []
         self.watch.allowed = str(folder / "out"), *self.anywhere
-        found = {"outcome": "answered"}
+        found: dict[str, Any] = {"outcome": "answered"}
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
@@ -196,12 +196,15 @@ def serve(root: Path, planted: bool) -> None:
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     said = os.open(root / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1), os.dup2(said, 2)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=False)
     elsewhere, scratch = root / "elsewhere", root / "scratch"
-    elsewhere.mkdir(), scratch.mkdir()
-    home = dict.fromkeys(("HOME", "XDG_CACHE_HOME"), str(elsewhere))
-    os.environ.update(home, TMPDIR=str(scratch), HYBRIMOE_START_CACHE="off")
+    elsewhere.mkdir()
+    scratch.mkdir()
+    os.environ.update(
+        HOME=str(elsewhere), XDG_CACHE_HOME=str(elsewhere), TMPDIR=str(scratch), HYBRIMOE_START_CACHE="off"
+    )
     os.chdir(elsewhere)
     sys.dont_write_bytecode = True
     worker = Worker(root, planted)
