@@ -38,7 +38,7 @@ print("; ".join(f"{name} {ms[name] / ms['hybrimoe']:.2f} times hybrimoe's time a
 #
 # Now the runs take the time that the profile says, by the wall clock: programs and copies last as long as there, times
 # a slow-down that leaves this machine time to keep up. Whatever an engine loses between its lanes is seen. What is kept
-# here was taken while other work ran on both cores, so it is late; an idle machine is nearer to the computed times.
+# here was taken on two idle cores.
 
 # %% tags=["measured"]
 paced = hj.compare(systems=systems, against=torch, device=f"paced:a6000-paper:{slowdown}", rounds=rounds, **elsewhere)
@@ -59,7 +59,7 @@ for name, waited in zip(told["contender"], told["tbt_ms"]):
 # ## Measured, on this machine
 #
 # A CPU alone, without a device of its own: it computes a missing expert sooner than it could be moved, so policies look
-# alike and what differs is the engines. Each measures its own costs when it is loaded. Other work ran beside these too.
+# alike and what differs is the engines. Each measures its own costs when it is loaded.
 
 # %% tags=["measured"]
 measured = hj.compare(systems=systems, against=torch, cache_ratio=0.25, max_new_tokens=tokens, rounds=rounds)
