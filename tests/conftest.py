@@ -63,7 +63,7 @@ hypothesis.settings.register_profile("nightly", COMMON, max_examples=100, derand
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
     parser.addoption("--nightly", action="store_true", help="run all tests, those marked nightly as well")
-    parser.addoption("--fuzz-seconds", type=float, help="of the fuzz campaign (30, with --nightly 1200)")
+    parser.addoption("--fuzz-seconds", type=float, help="of the fuzz campaign (60, with --nightly 1200)")
 
 
 def pytest_configure(config):

@@ -26,11 +26,13 @@ from hybrimoe_jax.machine.profile import FOLDER
 
 LANE_S = 50e-3
 FAMILY = "qwen2_moe"
+ONE = "one_layer"
+tiny.CONFIGS[ONE] = {**tiny.CONFIGS[FAMILY], "num_hidden_layers": 1}
 
 
 def equal_lanes() -> CostModel:
     """A host expert, a layer's shared experts and a transfer take as long; all else takes nothing."""
-    costs = tiny.costs(tiny.weights(FAMILY)[0])
+    costs = tiny.costs(tiny.weights(ONE)[0])
     nothing = dict.fromkeys(
         "cpu_first cpu_token device_expert device_token shared_token layer_base layer_token transfer_latency".split(),
         0.0,
@@ -49,7 +51,7 @@ def overlap(folder: Path) -> dict[str, float]:
     """
     equal_lanes().save(folder / "lanes.json")
     engine = tiny.engine(
-        FAMILY, profile=None, device=f"paced:{folder / 'lanes.json'}", prefetch="none", cache_ratio=0.0
+        ONE, profile=None, device=f"paced:{folder / 'lanes.json'}", prefetch="none", cache_ratio=0.0
     )  # fmt: skip
     prompt = tiny.prompts(engine.config, (4,))
     seen = {"as it is": _layer(engine, prompt)}

@@ -73,7 +73,7 @@ def test_a_way_that_has_become_slow_is_left_and_taken_again_later(monkeypatch):
     engine = tiny.engine(host_kernel="native", profile=all_on_cpu_costs(config))
     forward, prompt = engine._forward, tiny.prompts(config, (9,))
     dense = tiny.engine(executor="dense").generate(prompt, max_new_tokens=100).token_ids
-    slow = {"fused": 0.06, "layered": 0.0}
+    slow = {"fused": 0.03, "layered": 0.0}
     take, layer_by_layer = forward.fused._take, forward.layered.forward
     monkeypatch.setattr(forward.fused, "_take", lambda *args: time.sleep(slow["fused"]) or take(*args))
     monkeypatch.setattr(
@@ -85,7 +85,7 @@ def test_a_way_that_has_become_slow_is_left_and_taken_again_later(monkeypatch):
     (switch,) = first.stats.summary()["switches"]
     assert not switch["to_fused"] and switch["layered_s"] < 0.9 * switch["fused_s"]
     assert WINDOW <= first.stats.summary()["fused_steps"] < 60 and first.stats.note is not None
-    slow.update(fused=0.0, layered=0.2)
+    slow.update(fused=0.0, layered=0.1)
     again = engine.generate(prompt, max_new_tokens=100)
     (switch,) = again.stats.summary()["switches"]
     assert again.token_ids == dense and switch["to_fused"] and forward.choice.fused

@@ -19,7 +19,7 @@ MOST = 40
 def test_no_input_breaks_the_promise(pytestconfig, record_property):
     nightly = pytestconfig.getoption("nightly")
     asked = pytestconfig.getoption("fuzz_seconds")
-    seconds, most = asked or (1200 if nightly else 30), None if asked or nightly else MOST
+    seconds, most = asked or (1200 if nightly else 60), None if asked or nightly else MOST
     first = int(time.time()) % 10**6 * 1000 if nightly else 0
     run = campaign.run(seconds, first=first, most=most)
     record_property("fuzz", f"{run.table()}\nseeds from {first}, {seconds:g} s at most")
