@@ -71,7 +71,7 @@ test-nightly: venv
 
 # What shows whether another version of Python or jax serves.
 test-engine: venv
-	$(PYTEST) tests/test_engine*.py tests/test_models_*.py
+	$(PYTEST) tests/test_engine*.py tests/test_models_*.py tests/test_budget.py tests/test_host_memory.py
 
 # The programs of published models, compiled for an H100 on a machine without one; docs/gpu.md gets the table. The
 # compiler's wheels (230 MB to fetch) lie in an environment of their own: beside them jax looks for a GPU at every start.

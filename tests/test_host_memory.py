@@ -127,7 +127,7 @@ def test_the_cpu_backend_keeps_plain_memory_and_says_nothing():
         warnings.simplefilter("error")
         engine = tiny.engine()
     assert engine._parts.link.memory.name == "plain"
-    with pytest.warns(UserWarning, match="mapped memory was refused .*cpu"):
+    with pytest.warns(UserWarning, match=r"mapped memory was refused \(UNIMPLEMENTED"):
         make(ExpertStore.from_arrays(tiny.weights("qwen2_moe")[2]))
 
 

@@ -101,7 +101,7 @@ class StepPrograms:
                 kinds.add((layer.moe_layer is None, layer.graphdef))
                 yield from self._layer(layer, shape)
         yield from self._experts(shape, self._routing_bytes(shape) + 5 * line)
-        last = jax.ShapeDtypeStruct((shape.batch,), jnp.int64)
+        last = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
         arguments = (self.described(model.norm), self.described(model.head), *self._stream(shape), last)
         yield StepProgram("last logits", programs.last_logits, arguments, {"eps": model.eps}, 3 * line)
         if model.sends_input:
