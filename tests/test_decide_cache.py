@@ -1,5 +1,7 @@
 """Cache policies: one contract for all of them, then what each is for."""
 
+import collections
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from hybrimoe_jax.decide.cache import (
     Belady,
     Echo,
     Static,
+    build_policies,
     policy_class,
     policy_rule,
 )
@@ -73,6 +76,7 @@ class TestContract:
         scores, loads = one_hot(e1=0.6, e5=0.3), {1: 1, 5: 1}
         expected = [policy.expected(e, scores[e], loads.get(e, 0)) for e in range(EXPERTS)]
         assert all(expected[e] >= policy.expected(e, 0.0, 0) for e in loads)
+        assert all(policy.expected(e, 0.0, 0) <= policy.value(e) for e in range(EXPERTS)), "nobody warms up unused"
         policy.observe(scores, loads)
         if name in (
             "mrs",
@@ -166,6 +170,8 @@ def test_mrs_is_the_formula_of_the_paper():
     assert [policy.value(e) for e in range(5)] == pytest.approx([0.12, 0.09, 0.045, 0, 0])  # the fourth is cut by TopP
     policy.observe([0.0, 0.5, 0.0, 0.3, 0.2, 0, 0, 0], {1: 1, 3: 1})
     assert [policy.value(e) for e in range(5)] == pytest.approx([0.084, 0.213, 0.0315, 0.09, 0.06])
+    policy.observe([0.1, 0.5, 0.2, 0.1, 0.1, 0, 0, 0], {1: 1, 2: 1})  # of three at the cut the first is kept
+    assert [policy.value(e) for e in range(5)] == pytest.approx([0.0888, 0.2991, 0.08205, 0.063, 0.042])
 
 
 def test_mrs_defaults_are_a_half_and_twice_top_k():
@@ -228,6 +234,21 @@ def test_a_step_that_belady_was_not_told_of_is_refused():
     with pytest.raises(UserError, match="step 2 needs expert 3, which its future does not say"):
         policy.observe(None, {3: 1})
     assert [p.value(0) for p in Belady.for_layers(EXPERTS, [2, 2], 1, future=[[[0]], [[0]]])] == [-1, -1.5]
+
+
+def test_random_evicts_every_resident_as_often():
+    policy, victims = policy_class("random")(EXPERTS, 4, TOP_K), collections.Counter[int | None]()
+    for _ in range(400):
+        policy.observe(None, {0: 1})
+        victims[policy.victim({1, 3, 4, 6}, {3})] += 1
+    assert victims.keys() == {1, 4, 6} and min(victims.values()) > 100
+
+
+@pytest.mark.parametrize(
+    "name", ["mrs:alpha=1.0,p=1", "lfu:decay=1.0", "slru:share=0", "slru:share=1", "s3-fifo:share=1", "echo:window=1"]
+)
+def test_the_ends_of_a_range_belong_to_it(name):
+    assert [policy.capacity for policy in build_policies(name, EXPERTS, [3, 0], TOP_K)] == [3, 0]
 
 
 def test_static_never_evicts():

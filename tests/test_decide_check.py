@@ -20,6 +20,7 @@ from hybrimoe_jax.decide.check import check
 from hybrimoe_jax.decide.schedule import PaperScheduler
 from hybrimoe_jax.decide.schedule.problem import split
 from hybrimoe_jax.decide.systems import get_system
+from hybrimoe_jax.decide.watch import shown
 from hybrimoe_jax.errors import RuleError, UserError
 from hybrimoe_jax.simulate.cases import Case
 from hybrimoe_jax.simulate.grid import run_case, run_cases
@@ -123,15 +124,108 @@ class SeesResidents(Fading):
             self.heat[entered] += 1
 
 
+class SeesCapacity(Fading):
+    sees = "routing"
+
+    def update(self, scores, loads):
+        self.heat[0] += self.capacity
+
+
 def test_what_a_class_says_of_itself_is_tried():
     with pytest.raises(RuleError, match=r"CountsAreNotAll: schedule gave the CPU .* `depends_on_counts_only` says"):
         check(CountsAreNotAll)
     with pytest.raises(RuleError, match=r"SeesResidents: update left other heats .*`sees` says"):
         check(SeesResidents)
+    with pytest.raises(RuleError, match=r"SeesCapacity: update left other heats"):
+        check(SeesCapacity)
     with pytest.raises(UserError, match=r"int is derived from none of CachePolicy, Scheduler, Predictor"):
         check(int)
     with pytest.raises(UserError, match=r"rule 'nope' is unknown \(known: mrs, .*paper, .*previous"):
         check("nope")
+
+
+PROBLEMS = {
+    "heavy": lambda p: max(p.loads.values()) > 30,
+    "prompt": lambda p: p.tokens == sum(p.loads.values()) > 1,
+    "decode": lambda p: p.tokens == 1 and set(p.loads.values()) == {1},
+    "two in flight": lambda p: len({seconds for seconds in p.in_flight.values() if seconds > 0}) == 2,
+    "no fetching": lambda p: not p.allow_fetch,
+    "no scores": lambda p: p.scores is None,
+    "scores": lambda p: p.scores is not None,
+    "all resident": lambda p: p.loads.keys() <= set(p.resident),
+    "none resident": lambda p: not p.resident,
+    "one expert": lambda p: len(p.loads) == 1,
+    "a start": lambda p: p.costs.cpu(1, True) > p.costs.cpu(1),
+    "no start": lambda p: p.costs.cpu(1, True) == p.costs.cpu(1),
+    "a busy link": lambda p: p.costs.transfer(True) > p.costs.transfer(),
+    "slow transfers": lambda p: p.costs.transfer() > p.costs.cpu(1),
+    "slow experts": lambda p: p.costs.cpu(1) > p.costs.transfer(),
+}
+
+
+class MeetsProblem(Half):
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def schedule(self, problem):
+        assert not PROBLEMS[self.where](problem), "met"
+        return super().schedule(problem)
+
+
+STEPS = {
+    "no slots": lambda policy, scores, loads: policy.capacity == 0,
+    "all slots": lambda policy, scores, loads: policy.capacity == policy.num_experts,
+    "known": lambda policy, scores, loads: policy.frequencies is not None,
+    "unknown": lambda policy, scores, loads: policy.frequencies is None,
+    "no scores": lambda policy, scores, loads: scores is None,
+    "scores": lambda policy, scores, loads: scores is not None,
+    "prompt": lambda policy, scores, loads: max(loads.values()) > 9,
+    "warm": lambda policy, scores, loads: policy.at_start and policy.step == 1,
+    "cold": lambda policy, scores, loads: policy.capacity and not policy.at_start and policy.step == 1,
+    "late": lambda policy, scores, loads: policy.step == 8,
+    "landed": lambda policy, scores, loads: policy.foreseen,
+    "shared slots": lambda policy, scores, loads: policy.lent,
+}
+
+
+class MeetsStep(Fading):
+    def __init__(self, *model, where, **common):
+        super().__init__(*model, **common)
+        self.where, self.at_start, self.recent, self.foreseen, self.lent = where, (), {}, False, False
+
+    def loaded(self, experts):
+        self.at_start = tuple(experts)
+
+    def moved(self, entered, left):
+        self.foreseen |= entered is not None and entered not in self.recent
+        self.lent |= entered is None
+
+    def update(self, scores, loads):
+        super().update(scores, loads)
+        assert not STEPS[self.where](self, scores, loads), "met"
+        self.recent = loads
+
+
+@pytest.mark.parametrize(
+    "rule", [*map(MeetsProblem, PROBLEMS), *(MeetsStep(where=where) for where in STEPS)], ids=[*PROBLEMS, *STEPS]
+)
+def test_a_rule_that_is_wrong_in_one_situation_only_is_found(rule):
+    with pytest.raises(RuleError, match="raised AssertionError: met"):
+        check(rule)
+
+
+class Counts(Fading):
+    asked = 0
+
+    def update(self, scores, loads):
+        super().update(scores, loads)
+        Counts.asked += 1
+
+
+def test_a_report_counts_what_was_asked():
+    report = check(Counts, runs=3)
+    assert report.calls["observe"] == Counts.asked == 3 * 4 * 8
 
 
 def planner(**parts) -> Planner:
@@ -154,6 +248,11 @@ def test_the_package_s_own_are_not_watched_and_all_others_are(monkeypatch):
     monkeypatch.setattr(PaperScheduler, "schedule", LeavesOut.schedule)
     with pytest.raises(RuleError, match="schedule left out expert"):
         planner().plan(0, {6: 1, 7: 1}, None, 1)
+
+
+def test_messages_show_eight_experts():
+    eight = "0, 1, 2, 3, 4, 5, 6, 7"
+    assert [shown(range(n)) for n in (0, 1, 8, 10)] == ["none", "0", eight, f"{eight} and 2 more"]
 
 
 class NumPyNumbers(Fading):

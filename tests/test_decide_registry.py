@@ -48,15 +48,32 @@ def test_a_name_a_class_and_an_object_are_the_same_rule():
     assert get_system("hybrimoe").override(predictor="router-input").predictor == "router-input"
 
 
+class Typed(Fading):
+    def __init__(self, *model, on=False, word: str = "a", limit: int | None = 3, open=None, **common):
+        super().__init__(*model, **common)
+
+
 @pytest.mark.parametrize(
     ("text", "parameters"),
-    [("decay=0.5", {"decay": 0.5}), ("decay=1", {"decay": 1.0}), ("", {}), ("p=3,alpha=1e-1", {"p": 3, "alpha": 0.1})],
+    [
+        ("lfu:decay=0.5", {"decay": 0.5}),
+        ("lfu:decay=1", {"decay": 1.0}),
+        ("lfu", {}),
+        ("mrs:p=3,alpha=1e-1", {"p": 3, "alpha": 0.1}),
+        ("mrs:p=None", {"p": None}),
+        (f"{__name__}:Typed:on=true,word=1,limit=4", {"on": True, "word": "1", "limit": 4}),
+        (f"{__name__}:Typed:on=False,word=None,limit=None", {"on": False, "word": "None", "limit": None}),
+        (f"{__name__}:Typed:open=-2", {"open": -2}),
+        (f"{__name__}:Typed:open=None", {"open": None}),
+        (f"{__name__}:Typed:open=[1]", {"open": "[1]"}),
+    ],
 )
 def test_parameters_are_read_as_they_are_annotated(text, parameters):
-    rule = policy_rule(f"{'mrs' if 'p=' in text else 'lfu'}{':' * bool(text)}{text}")
+    rule = policy_rule(text)
     assert rule.parameters == parameters and list(map(type, rule.parameters.values())) == [
         type(value) for value in parameters.values()
     ]
+    assert policy_rule(str(rule)) == rule, "what is written is read again"
 
 
 @pytest.mark.parametrize(
@@ -145,12 +162,14 @@ def local():
         weight = 2
 
         @classmethod
-        def times(cls, heat):
-            return cls.weight * heat
+        def times(cls, heat, by=3, *, plus=1):
+            return cls.weight * heat * by + plus
 
         def update(self, scores, loads):
             super().update(scores, loads)
-            self.heat = [doubled(self.times(heat)) for heat in self.heat]
+            self.heat = [doubled(self.times(heat)) - self.update.less for heat in self.heat]
+
+        update.less = 2  # an attribute of the function
 
     return Local
 
@@ -164,7 +183,7 @@ def test_a_class_that_no_other_process_could_import_goes_there_whole():
     assert found == f"{__name__}:local.<locals>.Local"
     policy = found.made_by(4, 2, 1)
     policy.observe(None, {1: 1})
-    assert policy.heat == [0, 4, 0, 0] and isinstance(policy, CachePolicy)
+    assert policy.heat == [0, 12, 0, 0] and isinstance(policy, CachePolicy)
     assert pickle.loads(pickle.dumps(policy_rule(Fading))).made_by is Fading, "others go by name"
 
 

@@ -26,7 +26,7 @@ from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.packing import pack, unpack
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.errors import UserError, said, shown
 from hybrimoe_jax.files import check_plain_file, is_object, replacing
 from hybrimoe_jax.npz import read_npz
 
@@ -56,10 +56,10 @@ class CacheState:
 
     @property
     def digest(self) -> str:
-        said = hashlib.sha256(json.dumps({**self.meta, "model": None}, sort_keys=True).encode())
+        found = hashlib.sha256(json.dumps({**self.meta, "model": None}, sort_keys=True).encode())
         for name, array in sorted(self.arrays.items()):
-            said.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        return said.hexdigest()[:16]
+            found.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it, whole or not at all."""
@@ -131,13 +131,13 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged archive fails in zipfile, zlib, struct, numpy or json
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: not a cache state ({said}); `generate --save-cache-state FILE` writes one") from None
+        text = f"{where}: not a cache state ({said(error)}); `generate --save-cache-state FILE` writes one"
+        raise UserError(text) from None
     if not is_object(meta) or meta.get("format") != FORMAT:
         raise UserError(f"{where}: not a cache state; `generate --save-cache-state FILE` writes one")
     if meta.get("version") != VERSION:
-        said = f"version {shown(meta.get('version'))} is not supported (this program reads {VERSION})"
-        raise UserError(f"{where}: {said}")
+        text = f"version {shown(meta.get('version'))} is not supported (this program reads {VERSION})"
+        raise UserError(f"{where}: {text}")
     kinds = {"model": dict, "system": dict, "slots": list, "resident": list, "back_off": int}
     for name, kind in kinds.items():
         if not isinstance(meta.get(name), kind):
@@ -146,8 +146,8 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
 
 
 def _model(facts: Facts, routers: str | None) -> dict[str, Any]:
-    said = {name: getattr(facts, name) for name in ("model_type", "layers", "experts", "top_k")}
-    return {**said, "routers": routers}
+    shape = {name: getattr(facts, name) for name in ("model_type", "layers", "experts", "top_k")}
+    return {**shape, "routers": routers}
 
 
 def _said(model: Mapping[str, Any]) -> str:

@@ -264,9 +264,11 @@ def _read(what: str, text: str, parameter: inspect.Parameter) -> Any:
     """A parameter's value from a name: as it is annotated, else as it looks."""
     annotation = parameter.annotation
     declared = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    kind = declared.split(" | ")[0]
+    kind, *others = declared.split(" | ")
     if text == "...":
         raise UserError(f"{what} stands for a value that a name cannot hold: give the class or object itself")
+    if text == "None" and "None" in others:
+        return None
     if kind == "str":
         return text
     try:

@@ -127,7 +127,6 @@ class Memory:
         self.slot = (self.slot + 1) % self.size
         ahead = (self.slot + self.horizon) % self.size
         self.masks[:, :, ahead] = 0
-        past[ahead] = 0
 
 
 class Echo(CachePolicy):

@@ -65,7 +65,8 @@ class SLRU(CachePolicy):
 class S3FIFO(CachePolicy):
     """S3-FIFO (Yang et al., SOSP 2023): three queues.
 
-    A small FIFO queue of newcomers, a main one, and a ghost queue of those evicted from the small one.
+    A small FIFO queue of newcomers, a main one, and a ghost queue of those evicted from the small one: as many as the
+    main one has slots, one at least.
 
     A newcomer not used again leaves from the small queue (`share` of the slots) and is remembered; one used again, or
     remembered when it comes back, goes to the main queue, where uses (counted up to 3) buy further rounds.

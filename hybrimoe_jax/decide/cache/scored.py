@@ -95,7 +95,7 @@ class MRS(CachePolicy):
         alpha, keep = self.alpha, 1 - self.alpha
         if scores is None:
             self.heat = heat = [keep * s for s in self.heat]
-            total = sum(loads.values()) or 1
+            total = sum(loads.values())
             for expert, load in loads.items():
                 heat[expert] += alpha * load / total
             return
