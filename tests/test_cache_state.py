@@ -224,6 +224,7 @@ class Everything:
         self.tables = {(1, 2): {"a": np.arange(seed)}, "deep": [[seed]]}
         self.chance, self.generator = random.Random(seed), np.random.default_rng(seed)
         self.seen, self.own = RouterOutlook(np.array([[seed]]), None, [np.ones(2)]), len
+        self.rule = Rule(LRU, {})  # a text, and more
         self.shared = self.queue
 
 
@@ -237,6 +238,7 @@ def test_whatever_an_object_holds_comes_back_as_it_was():
     assert second.array is second.again is place and second.shared is second.queue, "one object stays one"
     assert second.chance.random() == first.chance.random() and second.generator.random() == first.generator.random()
     assert (second.own, second.queue.maxlen, list(second.order)) == (len, 3, [5, 1])
+    assert type(second.rule) is Rule and second.rule == first.rule
     for name in ("numbers", "sets", "queue", "order"):
         assert getattr(second, name) == getattr(first, name) and type(getattr(second, name)) is type(
             getattr(first, name)

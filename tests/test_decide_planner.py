@@ -241,6 +241,19 @@ def test_a_landing_evicts_nothing_that_the_step_needs_or_expects():
     prefetch(p, 0, [Prediction(one_each(6))])
     p.plan(1, one_each(0, 1), None, 1)
     assert p.landed(1, 6) is REFUSED and p.resident(1) == {0, 1}
+    p.finish_step()
+
+    p = prefetching(slots=2)
+    p.plan(0, one_each(0), None, 1)
+    prefetch(p, 0, [Prediction(one_each(1, 6))])
+    p.plan(1, one_each(0), None, 1)
+    assert p.landed(1, 6) == 1  # the layer has shown that 1 was expected for nothing
+
+    p = prefetching(slots=2)
+    p.plan(0, one_each(0), None, 1)
+    prefetch(p, 0, [Prediction(one_each(6))])
+    p.plan(1, one_each(0, 1), None, 1)
+    assert p.landed(1, 6) is REFUSED
     assert p.counters.prefetch_refused == 1 and p.counters.prefetch_wasted == 1 and not REFUSED
 
 
@@ -349,14 +362,28 @@ def test_accuracy_is_measured_where_predictions_are_made():
     assert p.accuracy.probability(1) > before[0] and p.accuracy.probability(2) < before[1]
 
 
-def test_the_callers_clock_shortens_what_is_left_of_a_transfer():
-    soon, late = prefetching(), prefetching()
-    makespans = []
-    for p, arrival in ((soon, 100.5), (late, 102.0)):
-        p.plan(0, one_each(0), None, 1, now=100.0)
-        prefetch(p, 0, [Prediction(one_each(6))])
-        makespans.append(p.plan(1, one_each(6), None, 1, now=arrival).makespan)
-    assert makespans[0] > makespans[1]
+@pytest.mark.parametrize("arrival, wait", [(100.5, 2.0), (101.75, 0.75), (102.25, 0.5), (103.0, 0.5)])
+def test_the_callers_clock_shortens_what_is_left_of_a_transfer(arrival, wait):
+    """It takes 2.5 s from 100 s on, beside the shared experts' 0.5 s."""
+    p = prefetching()
+    p.plan(0, one_each(0), None, 1, now=100.0)
+    prefetch(p, 0, [Prediction(one_each(6))])
+    assert p.plan(1, one_each(6), None, 1, now=arrival).makespan == wait + 0.5
+
+
+def test_a_link_that_is_done_sooner_than_expected_is_free():
+    p = planner("hybrimoe", scheduler="fetch-misses", guard="none")
+    p.plan(0, one_each(0), None, 1, now=100.0)
+    assert prefetch(p, 0, [Prediction(one_each(6))])
+    p.landed(1, 6)
+    assert p.plan(1, one_each(7), None, 1, now=100.5).schedule.link_seconds == 2.0
+
+
+def test_the_shared_experts_of_several_tokens_are_charged_for_all_of_them():
+    """Even where each expert has a single one, which is remembered for steps of one token only."""
+    p = planner("ktransformers", costs=dataclasses.replace(COSTS, shared_token=1.0))
+    plans = [p.plan(0, one_each(0, 1), None, tokens) for tokens in (1, 2, 1)]
+    assert [plan.schedule.device_seconds for plan in plans] == [1.5 + 1.0, 2.5 + 1.0, 1.5 + 1.0]
 
 
 @pytest.mark.parametrize("now, link_seconds", [(None, 2.0), (6.0, 2.0), (5.0, 3.0)])
@@ -394,6 +421,9 @@ def test_a_step_broken_off_leaves_nothing_under_way():
     assert p.under_way() == [(1, 5), (1, 6)]
     p.abandon_step()
     assert not p.under_way() and p._inflight.link_left == 0
+    p.plan(1, one_each(5), None, 1)
+    assert p.accuracy.predicted[1] == 0, "what was predicted of the step broken off says nothing of another"
+    p.abandon_step()
     assert p.prefetch(0, None) == (), "nothing is planned"
     p.plan(0, one_each(0), None, 1)
     assert len(prefetch(p, 0, [Prediction(one_each(5, 6))])) == 2

@@ -165,6 +165,44 @@ def test_rows_of_a_step_are_counted_as_tokens_that_follow_those_of_the_step_befo
     assert together._after.any() == follow
 
 
+@pytest.mark.parametrize("rows, follow", [(3, True), (16, True), (17, False)])
+def test_rows_of_a_step_are_predicted_as_tokens_that_follow_those_of_the_step_before(rows, follow, recording):
+    first, second = steps(np.random.default_rng(7), [rows] * 2, gates=False)
+    known = load_recording(str(recording))
+
+    def found(part, told=True):
+        predictor = build_predictor(f"recorded:{recording}", *MODEL, known)
+        for layer, shown in enumerate(first if told else ()):
+            predictor.predict(layer, RouterOutlook(shown.ids[part]), 0)
+        predictor.finish_step()
+        return [predictor.predict(layer, RouterOutlook(shown.ids[part]), 9) for layer, shown in enumerate(second)]
+
+    apart = [found(slice(row, row + 1), follow) for row in range(rows)]
+    for layer, together in enumerate(found(slice(None))):
+        for d, prediction in enumerate(together):
+            means = np.mean([one[layer][d].scores for one in apart], axis=0)
+            np.testing.assert_allclose(prediction.scores, means, rtol=1e-4)
+
+
+def test_only_what_follows_or_lies_beside_each_other_is_counted_as_such():
+    run = steps(np.random.default_rng(9), [1, 1, 1], gates=False)
+    predictor = CoActivation(*MODEL)
+    for step, layers in zip(run, (LAYERS, 2, LAYERS)):  # the one in the middle is broken off
+        after = predictor._after.copy()
+        for layer, shown in enumerate(step[:layers]):
+            predictor.predict(layer, shown, 0)
+        predictor.finish_step()
+    assert (predictor._after - after).sum(axis=(1, 2)).tolist() == [TOP_K**2] * 2 + [0] * 2
+    across = predictor._across.copy()
+    (prompt,) = steps(np.random.default_rng(9), [5], gates=False)
+    for layer in (0, 1, 3):  # the last layer shows the last token only, the third nothing
+        predictor.predict(layer, RouterOutlook(prompt[layer].ids[-1 if layer == 3 else 0 :]), 0)
+    predictor.finish_step()
+    added = (predictor._across - across).sum(axis=(2, 3))
+    assert added[0].tolist() == [5 * TOP_K**2, 0, 0] and not added[1:].any()
+    assert predictor._tokens.tolist() == [3 + 5, 3 + 5, 2, 2 + 1]
+
+
 def test_after_a_step_broken_off_the_token_before_counts_where_all_layers_in_reach_have_it():
     run = steps(np.random.default_rng(6), [1] * 9, gates=False)
     found = {}
@@ -260,7 +298,20 @@ def test_a_recorded_table_is_what_learning_online_would_have_counted(recording):
         assert np.array_equal(getattr(online, table), getattr(recorded, table)), table
     before = recorded._count.copy()
     recorded.predict(0, RouterOutlook(np.array([[0, 1]])), DISTANCES)
+    recorded.finish_step()
     assert np.array_equal(recorded._count, before), "it learns no further"
+
+
+def test_a_recording_of_one_expert_a_token_is_counted_as_any():
+    ids = np.random.default_rng(7).integers(0, EXPERTS, (9, LAYERS, 1))
+    recorded, online = (CoActivation(LAYERS, EXPERTS, 1, DISTANCES) for _ in range(2))
+    recorded.count(ids, np.ones(8))
+    for token in ids:
+        for layer in range(LAYERS):
+            online.predict(layer, RouterOutlook(token[layer : layer + 1]), 0)
+        online.finish_step()
+    for table in TABLES:
+        np.testing.assert_array_equal(getattr(recorded, table), getattr(online, table))
 
 
 def test_a_recorded_table_of_a_batch_is_that_of_its_sequences_one_by_one(tmp_path):
@@ -358,6 +409,8 @@ def test_names_are_checked_before_anything_runs(recording, tmp_path):
         UserError, match=r"predictor 'oracle' is unknown \(known: router-reuse, .*recorded:TRACE; or a class"
     ):
         get_system("hybrimoe").override(predictor="oracle")
+    with pytest.raises(UserError, match="predictor 'recorded:' is unknown"):
+        get_system("hybrimoe").override(predictor="recorded:")
     with pytest.raises(UserError, match="'perfect' knows the future"):
         EngineConfig(predictor="perfect")
     with pytest.raises(UserError, match=r"none.npz: cannot be read"):

@@ -1,12 +1,13 @@
 """Prefetch: prediction, measured accuracy, impact, and the guards on what is moved and when."""
 
 import dataclasses
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrimoe_jax.decide.prefetch.impact import Forecast, Target, choose_by_impact, choose_next_layer
+from hybrimoe_jax.decide.prefetch.impact import TRIALS, Forecast, Target, choose_by_impact, choose_next_layer
 from hybrimoe_jax.decide.prefetch.prediction import Accuracy, Prediction, predict
 from hybrimoe_jax.decide.schedule import Problem, get_scheduler
 from hybrimoe_jax.machine.costs import CostModel
@@ -67,6 +68,7 @@ def test_candidates_come_by_load_then_score_then_id():
     loads, scores = {7: 1, 2: 1, 5: 1, 3: 2, 6: 1, 1: 1}, [0.0, 0.0, 0.1, 0.0, 0.0, 0.1, 0.3, 0.1]
     assert target(1, loads, present={1}, scores=scores).candidates() == [3, 6, 2, 5, 7]
     assert target(1, loads, present={1}).candidates() == [3, 2, 5, 6, 7]
+    assert target(1, {5: 1, 2: 3}).candidates() == [2, 5]
     assert [e for _, e in choose_next_layer(target(1, loads, scores=scores), room=9)] == [6, 2, 5, 7, 1, 3]
 
 
@@ -123,6 +125,73 @@ def test_nothing_is_chosen_without_a_gain():
     assert choose([target(1, {0: 1, 1: 1}, present={0})], model=slow_device, rule="cpu-misses") == []
     assert choose([target(1, {0: 1, 1: 1}, present={0, 1})]) == []
     assert choose([target(1, {})]) == []
+
+
+def chosen_by_definition(targets, model, rule, accuracy, tokens, until_next, link_free, room):
+    """One after the other whatever shortens its layer most, weighed by how often predictions at its distance come true.
+
+    Between equals the nearer layer, then the higher load, then the lower id. A layer begins when those before it are
+    done, its transfers must land by then, and before any nearer layer begins that fetches by itself.
+    """
+
+    def times(target, there):
+        loads, there = target.prediction.loads, target.present | there
+        found = get_scheduler(rule).schedule(Problem(loads, there, model, tokens))
+        return found.makespan, found.fetch
+
+    starts, quiet, deadlines = until_next, float("inf"), {}
+    for each in targets:
+        deadlines[each.distance] = min(starts, quiet)
+        makespan, fetches = times(each, set())
+        quiet = min(quiet, starts) if fetches else quiet
+        starts += makespan + model.layer(tokens)
+    chosen, closed = {each.distance: [] for each in targets}, set()
+    while sum(map(len, chosen.values())) < room:
+        options = []
+        for each in targets:
+            loads, mine = each.prediction.loads, chosen[each.distance]
+            places = each.openings()[len(mine) :]
+            left = sorted(set(loads) - each.present - {*mine}, key=lambda e: (-loads[e], e))
+            left = [e for e in left if places and each.worth(e) >= places[0] and each.distance not in closed]
+            for expert in left:
+                if loads[expert] in sorted({loads[e] for e in left})[-TRIALS:]:
+                    gain = times(each, {*mine})[0] - times(each, {*mine, expert})[0]
+                    options.append((-gain * accuracy.probability(each.distance), each.distance, -loads[expert], expert))
+        least, distance, _, expert = min(options, default=(0.0, 0, 0, 0))
+        if least >= 0:
+            break
+        queue = sorted([distance, *(d for d, some in chosen.items() for _ in some)])
+        if any(link_free + (i + 1) * model.transfer(True) > deadlines[d] for i, d in enumerate(queue)):
+            closed.add(distance)
+        else:
+            chosen[distance].append(expert)
+    return [(distance, expert) for distance, some in chosen.items() for expert in some]
+
+
+def test_the_choice_is_the_greedy_one_by_definition():
+    """Times are multiples of an eighth, so that equal gains are equal."""
+    generator, sizes = random.Random(0), set()
+    for number in range(150):
+        whole, rule = generator.randrange, generator.choice(["paper", "cpu-misses", "fetch-misses"])
+        model = dataclasses.replace(
+            costs(whole(9), whole(1, 9) / 8, 2.0 ** whole(-2, 3), whole(6), whole(9) / 8), device_token=whole(9) / 8
+        )
+        targets, most = [], generator.choice([1, 1, 3, 9])
+        for distance in range(1, whole(2, 5)):
+            loads = {e: whole(1, most + 1) for e in generator.sample(range(12), whole(1, 7))}
+            openings = [FREE] * whole(3) + [0.5] * whole(5)
+            present = set(generator.sample(range(12), whole(5)))
+            targets.append(target(distance, loads, present, None, openings, lambda e: (e % 4) * 0.25))
+        accuracy = Accuracy(4)
+        if number % 2:
+            accuracy.update(1, {1, 2}, {3})  # predictions at distance 1 come true less often
+        limits = {"until_next": whole(40) / 4, "link_free": whole(8) / 4, "room": whole(1, 6)}
+        forecast = Forecast(get_scheduler(rule), model)
+        found = choose_by_impact(targets, forecast, accuracy, tokens=2, **limits)
+        found = [(each.distance, expert) for each, expert in found]
+        assert found == chosen_by_definition(targets, model, rule, accuracy, 2, **limits)
+        sizes.add(len(found))
+    assert sizes >= {0, 1, 2, 3, 4}
 
 
 def test_the_more_probable_distance_wins_at_equal_impact():

@@ -151,6 +151,14 @@ def test_nothing_enters_or_leaves_the_slots_and_every_transfer_is_counted():
     assert [planner.resident(layer) for layer in range(LAYERS)] == [{0, 1}] * LAYERS
 
 
+@pytest.mark.parametrize("now", [0.0, 100.0])
+def test_the_first_layer_is_on_the_link_from_the_moment_that_the_step_begins(now):
+    """Six experts of 1 s each cross it in the order of their ids, two of them by the time that the layer starts."""
+    planner = Planner("freetoken", LAYERS, EXPERTS, TOP_K, 2, machine(token=0.0))
+    planner.begin_step("prefill", now)
+    assert planner.plan(0, {2: 1, 7: 1}, None, 9, now + 2.0).schedule.device_seconds == pytest.approx(4.0 + 0.5)
+
+
 def test_only_prompts_are_streamed_and_only_where_the_system_says_so():
     for system, phase in (("freetoken", "decode"), ("hybrimoe", "prefill")):
         planner = Planner(system, LAYERS, EXPERTS, TOP_K, 2, machine())

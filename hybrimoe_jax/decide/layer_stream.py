@@ -82,7 +82,3 @@ class LayerStream:
         self.counters.layer_streamed_used += len(double_buffered)
         device = tuple([expert for expert in schedule.device if expert in resident])
         return StreamedLayer(double_buffered, schedule, device, tuple([e for e in schedule.awaited if e in in_flight]))
-
-    def clear(self) -> None:
-        """Forgets what is under way."""
-        self._landing.clear()

@@ -48,7 +48,7 @@ class _Writer:
 
     def node(self, value: Any, path: str) -> Node:
         if value is None or isinstance(value, (bool, int, str)):
-            return value if value is None or type(value) in (bool, int, str) else _plain(value)
+            return value
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else ["float", str(float(value))]
         if isinstance(value, np.generic):
@@ -93,11 +93,6 @@ class _Writer:
         name = f"array_{len(self.arrays)}"
         self.arrays[name] = array.copy()
         return name
-
-
-def _plain(value: int | str) -> int | str:
-    """Of a subclass, such as a `Rule`."""
-    return str(value) if isinstance(value, str) else int(value)
 
 
 def _is_function(value: Any) -> bool:

@@ -239,9 +239,7 @@ class Planner:
 
         Prefetches for layers that were not planned are wasted.
         """
-        if self._stream is not None:
-            self._stream.clear()
-            self._stream = None
+        self._stream = None
         self._inflight.finish_step()
         self._residency.finish_step()
         self._prefetch_planner.finish_step(self._tokens, self.counters.prefetch_issued)
