@@ -17,5 +17,6 @@ def planner_of(system: str, num_layers, num_experts, top_k, slots, costs, **opti
 
 def prefetch(planner: Planner, layer: int, predictions):
     """What `planner.prefetch` starts where its predictor says `predictions`, of the layers after `layer`."""
-    predictions = [Prediction(loads, as_list(scores)) for loads, scores in predictions]
+    reach = min(planner.system.max_distance, planner.num_layers - 1 - layer)
+    predictions = [Prediction(loads, as_list(scores)) for loads, scores in predictions[:reach]]
     return planner._prefetch_planner.start(layer, predictions, planner._tokens, planner._until_next)

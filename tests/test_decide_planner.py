@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from grids import examples
 from hypothesis import given
@@ -11,7 +12,7 @@ from planner_cases import planner_of, prefetch
 from hybrimoe_jax.decide.cache import POLICIES, policy_class
 from hybrimoe_jax.decide.plan import REFUSED, Fetch, Prefetch
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.prefetch.prediction import Prediction, predict
+from hybrimoe_jax.decide.prefetch.prediction import Prediction, RouterOutlook, predict
 from hybrimoe_jax.decide.schedule import SCHEDULERS
 from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.errors import UserError
@@ -329,6 +330,7 @@ def test_no_prefetch_into_a_layer_without_slots_or_a_static_one():
     for p in (prefetching(slots=[2, 0, 2]), prefetching(cache="static")):
         p.plan(0, one_each(0), None, 1)
         assert prefetch(p, 0, coming) == ()
+    assert [prefetching(slots=slots).depth(1) for slots in ([2, 0, 2], 0)] == [3, 0]
 
 
 def test_a_busy_link_leaves_no_room_for_a_prefetch():
@@ -347,6 +349,7 @@ def test_adapmoe_prefetches_the_next_layers_misses_by_score():
     p = planner("adapmoe")
     p.plan(0, one_each(0), None, 1)
     coming = predict([0.05, 0.0, 0.1, 0.0, 0.3, 0.0, 0.55, 0.0], 2)
+    assert prefetch(p, 0, []) == (), "nothing is known"
     assert prefetch(p, 0, [coming, coming]) == (Prefetch(1, 6, 1), Prefetch(1, 4, 1))
 
 
@@ -431,19 +434,24 @@ def test_a_step_broken_off_leaves_nothing_under_way():
 
 def test_after_a_prompt_that_brought_nothing_predicting_is_left_out_for_seven_of_its_kind():
     p = prefetching()
-    p.plan(0, {0: 3, 1: 3}, None, 3)
-    assert not p.backing_off(3) and prefetch(p, 0, [Prediction(one_each(0))]) == ()
+    p.plan(0, {0: 2, 1: 2}, None, 2)
+    assert not p.backing_off(2) and prefetch(p, 0, [Prediction(one_each(0))]) == ()
     p.finish_step()
     for left in range(7, 0, -1):
-        assert (p.back_off, p.backing_off(3), p.backing_off(1)) == (left, True, False)
-        for tokens in (1, 3):  # steps of one token do not count
+        assert (p.back_off, p.backing_off(2), p.backing_off(1)) == (left, True, False)
+        for tokens in (1, 2):  # steps of one token do not count
             p.plan(0, {0: tokens}, None, tokens)
             p.finish_step()
-    assert p.back_off == 0 and not p.backing_off(3)
-    p.plan(0, {0: 3}, None, 3)
-    assert prefetch(p, 0, [Prediction({6: 3})])
+    assert p.back_off == 0 and not p.backing_off(2)
+    p.plan(0, {0: 2}, None, 2)
+    assert prefetch(p, 0, [Prediction({6: 2})])
     p.finish_step()
     assert p.back_off == 0, "it brought something"
+    p = prefetching(max_in_flight=0)
+    p.plan(0, {0: 2}, None, 2)
+    p.prefetch(0, RouterOutlook(np.array([[0, 1]] * 2)))
+    p.finish_step()
+    assert p.back_off == 7, "no buffer was free, and so nothing was predicted"
 
 
 @pytest.mark.parametrize("host, fetched", [(2.9, 1), (3.0, 0)])

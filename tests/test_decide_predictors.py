@@ -258,17 +258,20 @@ def test_what_is_not_asked_for_changes_no_later_prediction():
 
 def test_a_planner_predicts_only_where_a_transfer_could_start(monkeypatch):
     """A layer with two misses on the CPU takes 9.5 s. Four layers, two of lookahead."""
-    asked = []
+    asked, ended = [], []
 
     class Spy(PREDICTORS["previous"]):
         def predict(self, layer, shown, depth):
             asked.append(depth)
             return super().predict(layer, shown, depth)
 
+        def finish_step(self):
+            ended.append(len(asked))
+
     monkeypatch.setitem(PREDICTORS, "spy", Spy)
 
     def depths(max_in_flight, transfer):
-        asked.clear()
+        asked.clear(), ended.clear()
         costs = dataclasses.replace(COSTS, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
         planner = planner_of(
             "hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor="spy", lookahead=2,
@@ -279,10 +282,13 @@ def test_a_planner_predicts_only_where_a_transfer_could_start(monkeypatch):
                 planner.plan(layer, {e: 1 for e in ids}, None, 1)
                 planner.prefetch(layer, RouterOutlook(np.array([ids])))
             planner.finish_step()
+        assert ended == [LAYERS, 2 * LAYERS], "a predictor is told when a step ends"
         return list(asked)
 
     assert depths(2, 2.5)[:LAYERS] == [2, 2, 1, 0]
     assert depths(0, 2.5) == [0] * 2 * LAYERS, "no buffer is free"
+    assert depths(1, 2.5)[LAYERS:] == [2, 0, 0, 0], "the only one is taken"
+    assert [depths(2, transfer)[0] for transfer in (19.0, 19.1)] == [2, 0], "two such layers and no more"
     slow = depths(2, 18.0)
     assert slow[:LAYERS] == [2, 2, 0, 0], "it lands within two layers, not within one"
     assert slow[LAYERS:] == [2, 0, 0, 0], "the link is taken by the one that layer 0 started"
@@ -419,17 +425,41 @@ def test_names_are_checked_before_anything_runs(recording, tmp_path):
         build_predictor(f"recorded:{recording}", 4, 8, 2, DISTANCES, load_recording(str(recording)))
 
 
-@pytest.mark.parametrize("transfer, depth", [(1.0, 1), (6.5, 1), (6.6, 2), (20.0, 4), (38.9, 6), (39.1, 0)])
-def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth):
+@pytest.mark.parametrize(
+    "transfer, depth, slots",
+    [(1.0, 1, 1), (6.5, 1, 1), (6.6, 2, 1), (20.0, 4, 1), (38.9, 6, 1), (39.1, 0, 1), (4.0, 1, 4), (4.1, 2, 4)],
+)
+def test_an_adaptive_depth_is_the_smallest_that_hides_a_transfer(transfer, depth, slots):
     """A layer takes 6.5 s: two misses on the CPU at 2.5, 0.5 more for the first, and 1 for the rest.
 
-    Six layers are the limit.
+    With slots for half of the experts one of the two is taken to be there. Six layers are the limit.
     """
     costs = dataclasses.replace(COSTS, layer_base=1.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
-    planner = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead="adaptive")
+    planner = planner_of("hybrimoe", 12, 8, 2, slots, costs, scheduler="cpu-misses", lookahead="adaptive")
     assert planner.depth(1) == planner.routers_wanted(1) == depth
-    fixed = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=6)
+    fixed = planner_of("hybrimoe", 12, 8, 2, slots, costs, scheduler="cpu-misses", lookahead=6)
     assert fixed.depth(1) == (6 if depth else 0)
+
+
+@pytest.mark.parametrize("transfer, depth", [(16.0, 1), (16.1, 0)])
+def test_the_depth_for_several_tokens_is_that_of_equal_loads_rounded_up(transfer, depth):
+    """Five tokens ask eight experts for 1.25 tokens each; of load 2, all of them take the CPU 16 s."""
+    costs = dataclasses.replace(
+        COSTS, cpu_expert=0.0, cpu_token=1.0, cpu_first=0.0, layer_base=0.0, bandwidth=1 / transfer,
+        bandwidth_cpu_busy=1 / transfer,
+    )  # fmt: skip
+    planner = planner_of("hybrimoe", 12, 8, 2, 1, costs, scheduler="cpu-misses", lookahead=1)
+    assert planner.depth(5) == depth
+
+
+@pytest.mark.parametrize(
+    "name, look, depth", [("router-reuse", 2.4, 3), ("router-reuse", 2.5, 0), ("previous", 9.0, 3)]
+)
+def test_routers_are_applied_where_a_prefetch_saves_more_than_they_take(name, look, depth):
+    """A layer with two misses on the CPU gets faster by 2.5 s where one of them is there."""
+    costs = dataclasses.replace(COSTS, look=look)
+    planner = planner_of("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor=name)
+    assert planner.depth(1) == depth
 
 
 @pytest.mark.parametrize("name", ["co-activation", "previous"])

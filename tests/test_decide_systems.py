@@ -52,9 +52,11 @@ def test_the_most_popular_have_slots_then_the_earlier_layers_and_the_lower_ids()
     assert get_system("fiddler").slots_for_total(5, 2, 3) == [2, 2], "unknown: as many in each"
 
 
-@pytest.mark.parametrize("lookahead, known", [(0, True), (8, True), (9, False), (-1, False), ("adaptive", True)])
+@pytest.mark.parametrize(
+    "lookahead, known", [(0, True), (8, True), (9, False), (-1, False), ("adaptive", True), ("8", False)]
+)
 def test_a_lookahead_is_of_eight_layers_at_most(lookahead, known):
-    with contextlib.nullcontext() if known else pytest.raises(UserError, match=r"outside 0\.\.8"):
+    with contextlib.nullcontext() if known else pytest.raises(UserError, match=r'outside 0\.\.8|must be "adaptive"'):
         check_lookahead(lookahead)
 
 

@@ -202,7 +202,7 @@ class System:
         if prefetch is not None:
             arguments.choice("prefetch", prefetch, PREFETCH_MODES)
         if prefetch not in (None, "none") and not self.lookahead and lookahead is None:
-            lookahead = 3 if prefetch == "impact" else 1
+            lookahead = 3  # of which next-layer takes 1
         parts: dict[str, Any] = {"cache": cache, "scheduler": scheduler, "prefetch": prefetch, "lookahead": lookahead}
         parts |= {"guard": guard, "predictor": predictor, "scope": scope, "stream_prefill": stream_prefill}
         return dataclasses.replace(self, **{part: value for part, value in parts.items() if value is not None})

@@ -99,7 +99,7 @@ class PrefetchPlanner:
         """Chooses the transfers to start behind `layer` and queues them, in sending order.
 
         Args:
-          lookahead: predictions of the layers after `layer`.
+          lookahead: predictions of the layers after `layer`, as many as are to be looked at.
           tokens: in the step. until_next: seconds until the next layer's MoE block.
         """
         chosen = self._choose(layer, lookahead, tokens, until_next) if self.active else ()
@@ -111,10 +111,6 @@ class PrefetchPlanner:
         self, layer: int, lookahead: Sequence[Prediction], tokens: int, until_next: float
     ) -> list[tuple[Target, int]]:
         self._predicted = True
-        depth = self.system.max_distance if self.system.lookahead != "adaptive" else self.depth(tokens)
-        depth = min(depth, self.num_layers - 1 - layer)
-        if len(lookahead) > depth:
-            lookahead = lookahead[:depth]
         residency, targets = self.residency, list[Target]()
         for distance, prediction in enumerate(lookahead, 1):
             residency.predictions[layer + distance].append((distance, prediction))
