@@ -7,14 +7,18 @@ of range: True is no number, 2.5 no count, None and NaN are nothing at all.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 import numbers
 import operator
 import os
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from hybrimoe_jax.errors import UserError, shown
+
+T = TypeVar("T")
 
 MOST = 2**63 - 1
 """Counts above it are slips of the keyboard, and more than arrays take."""
@@ -101,8 +105,21 @@ def names(what: str, given: Iterable[str], known: Collection[str], kind: str = "
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{what} has no {kind}{name!r} ({meant})")
+            meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise UserError(f"{what} has no {kind}{shown(name)} ({meant})")
+
+
+def named_fields(cls: type[T]) -> type[T]:
+    """The dataclass, whose constructor refuses a name that is no field as `names` does."""
+    make, known = cls.__init__, list(inspect.signature(cls).parameters)
+
+    @functools.wraps(make)
+    def checked(self: T, *args: Any, **fields: Any) -> None:
+        names(cls.__name__, fields, known)
+        make(self, *args, **fields)
+
+    cls.__init__ = checked
+    return cls
 
 
 def _is_bool(value: Any) -> bool:

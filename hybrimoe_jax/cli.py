@@ -1,7 +1,7 @@
 """What every command shares: errors as one line, exit codes, a progress bar.
 
-Exit codes: 0 done, 1 the device failed, 2 bad input (argparse's own code too), 130 interrupted, 141 the reader of a
-pipe went away.
+Exit codes: 0 done, 1 the device or the machine's memory failed, or this program did (a fault of its own keeps its
+traceback), 2 bad input (argparse's own code too), 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import errno
 import gc
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from hybrimoe_jax import interrupts
 from hybrimoe_jax.encoding import prepare_streams, say
-from hybrimoe_jax.errors import DeviceError, UserError, printable
+from hybrimoe_jax.errors import DeviceError, UserError, printable, said
 from hybrimoe_jax.interrupts import INTERRUPTED
 from hybrimoe_jax.progress import track
 
@@ -63,9 +64,6 @@ def _run(main: Callable[[], int | None]) -> int:
         return code
     except UserError as error:
         return fail(str(error))
-    except DeviceError as error:
-        fail(str(error))
-        return FAILED
     except BrokenPipeError:
         _forget_output()
         return 141
@@ -75,7 +73,23 @@ def _run(main: Callable[[], int | None]) -> int:
         if error.errno in UNWRITABLE:
             _forget_output()
             return fail(f"cannot write the output: {error.strerror}")
-        raise
+        _say_fault(error)
+    except Exception as error:
+        _say_fault(error)
+    return FAILED
+
+
+def _say_fault(error: Exception) -> None:
+    """A line where a device or the memory failed; the traceback where this program did."""
+    if isinstance(error, MemoryError):
+        fail(f"this machine's memory ran out ({said(error)}); end other programs, or take a smaller model or --lazy")
+    elif isinstance(error, DeviceError):
+        fail(str(error))
+    elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        fail(f"the device's memory ran out ({said(error)}); end what else uses it, or give it less to hold")
+    else:
+        say("".join(traceback.format_exception(error)))
+        fail("that is a fault of this program and none of yours; please report it with the lines above")
 
 
 def _forget_output() -> None:
@@ -88,6 +102,9 @@ class Parser(argparse.ArgumentParser):
 
     argparse alone prints the whole usage first.
     """
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse alone is silent where it cannot be written
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see {self.prog} --help)"))

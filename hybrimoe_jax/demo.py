@@ -15,7 +15,7 @@ import textwrap
 from typing import NamedTuple
 
 from hybrimoe_jax.cli import Parser, first_paragraph, run
-from hybrimoe_jax.encoding import argument, for_stream
+from hybrimoe_jax.encoding import argument, for_stream, show
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.errors import UserError
 
@@ -91,7 +91,7 @@ def next_step() -> str:
 
 
 def say(stage: str) -> None:
-    print(f"* {stage}\n", file=sys.stderr, flush=True)
+    show(f"* {stage}\n\n")
 
 
 def filled(*sentences: str) -> str:

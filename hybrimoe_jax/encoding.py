@@ -153,8 +153,14 @@ def _occupy(number: int) -> None:
 
 def say(text: str) -> None:
     """A line on standard error, printable. Where nobody can be told, nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        print(printable(text), file=sys.stderr, flush=True)
+    show(printable(text) + "\n")
+
+
+def show(text: str) -> None:
+    """The same of a text as it is, which may move a terminal's cursor."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def for_stream(text: str, stream: IO[str]) -> str:

@@ -60,7 +60,7 @@ def shown_name(value: Any) -> str:
 
 def said(error: BaseException, characters: int = 300) -> str:
     """What kind of error it is and what it says, as a message quotes it."""
-    return printable(_cut(f"{type(error).__name__}: {' '.join(str(error).split())}", characters))
+    return printable(_cut(": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())))), characters))
 
 
 def is_name(value: Any) -> bool:

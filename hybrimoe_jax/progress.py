@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from hybrimoe_jax import encoding
+
 T = TypeVar("T")
 
 EVERY_S = 0.1
@@ -82,16 +84,14 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
 class _Terminal:
     def show(self, text: str) -> None:
         columns = shutil.get_terminal_size().columns
-        sys.stderr.write(f"\r{text[: columns - 1]}\x1b[K")
-        sys.stderr.flush()
+        encoding.show(f"\r{text[: columns - 1]}\x1b[K")
         self._used = True
 
     _used = False
 
     def clear(self) -> None:
         if self._used:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            encoding.show("\r\x1b[K")
 
 
 class _Notebook:

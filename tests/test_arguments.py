@@ -10,8 +10,11 @@ import pytest
 
 import hybrimoe_jax
 from hybrimoe_jax import EngineConfig, UserError, arguments
-from hybrimoe_jax.engine.request import SAMPLING, read_stop
+from hybrimoe_jax.decide.cache import LFU
+from hybrimoe_jax.engine.request import SAMPLING, read_request, read_stop
 from hybrimoe_jax.engine.sampling import Sampling
+from hybrimoe_jax.machine.profile import load_profile
+from hybrimoe_jax.simulate.runs import Runs
 
 ODD = (
     *(None, True, 2.5, float("nan"), float("inf"), -1, 10**30, "x", "", b"x", [], {"a": 1}, object()),
@@ -105,6 +108,35 @@ def test_nothing_but_a_user_error_leaves_an_entry(given, call):
         with pytest.raises((UserError, hybrimoe_jax.RuleError)) as refused:
             call(odd)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: EngineConfig(cache_ration=0.5), r"EngineConfig has no 'cache_ration' \(did you mean cache_ratio\?\)"),
+        (lambda: Sampling(temperatur=1), "Sampling has no 'temperatur' .did you mean temperature"),
+        (lambda: hybrimoe_jax.load("/nowhere", cach="lru"), "EngineConfig has no 'cach' .did you mean cache"),
+        (lambda: hybrimoe_jax.compare("/nowhere", cach="lru"), "EngineConfig has no 'cach'"),
+        (lambda: hybrimoe_jax.replay("/nowhere", cach="lru"), "replay has no 'cach' .did you mean cache"),
+        (lambda: hybrimoe_jax.system("mine", cach="lru"), "system 'mine' has no part 'cach' .did you mean cache"),
+        (lambda: hybrimoe_jax.system("mine", cache=LFU(decy=1)), "cache lfu has no parameter 'decy' .did you mean dec"),
+        (lambda: Runs([{"hits": 1}]).where(hit=1), "a run has no entry 'hit' .did you mean hits"),
+        (lambda: load_profile("a6000-paper").changed(link=2), "a machine profile has no figure 'link' .known: "),
+        (lambda: read_request(Asked(), [1], max_tokens=3), "generate has no 'max_tokens' .did you mean max_new_tokens"),
+        (
+            lambda: EngineConfig(**{"\x1b" * 10**6: 1}),
+            r"no '\\x1b.*\(1,000,000 characters\) \(known: system",
+        ),
+    ],
+)
+def test_an_unknown_name_is_named_beside_the_one_that_was_meant(call, said):
+    with pytest.raises(UserError, match=said) as refused:
+        call()
+    assert len(str(refused.value)) < 1600
+
+
+class Asked:
+    """All that a request asks of an engine before its names are checked."""
 
 
 def test_more_threads_than_a_machine_has_are_refused():

@@ -212,6 +212,26 @@ def test_files_that_are_no_state_are_refused(trace, tmp_path):
             load_state(path).restore(planner, trace.facts)
 
 
+@pytest.mark.parametrize("damaged", ["learned", "resident"])
+def test_a_refused_state_leaves_a_planner_as_it_was(trace, damaged):
+    """What it had learned, too, though most of the state was good."""
+    whole, fresh = (planner_for("hybrimoe", trace.facts) for _ in range(2))
+    machine = VirtualMachine(costs())
+    replay(whole, machine, list(recorded_steps(trace))[:16])
+    settle(whole, machine)
+    state, before = take_state(whole, trace.facts), take_state(fresh, trace.facts).digest
+    meta = json.loads(json.dumps(state.meta))
+    if damaged == "learned":
+        meta["learned"][2][-1][1] = ["object", 10**6, "Nonsense", {}]  # the last of the objects
+    else:
+        meta["resident"][3] = list(range(16))
+    with pytest.raises(UserError, match=r"it is damaged .(it holds a Nonsense|more residents than slots)"):
+        dataclasses.replace(state, meta=meta).restore(fresh, trace.facts)
+    assert take_state(fresh, trace.facts).digest == before
+    state.restore(fresh, trace.facts)
+    assert take_state(fresh, trace.facts).digest == state.digest != before
+
+
 class Everything:
     """All kinds of values that an object may hold."""
 

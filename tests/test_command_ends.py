@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
+from hybrimoe_jax import cli
 from hybrimoe_jax.bench.engine import Contender
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import DeviceError, UserError
 
 
 def ended(body: str, **options) -> subprocess.CompletedProcess:
@@ -40,6 +43,46 @@ def test_a_full_output_is_one_line(body):
         done = ended(body, stdout=full)
     assert done.returncode == 2
     assert done.stderr == f"error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_help_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hybrimoe_jax.trace", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, f"error: cannot write the output: {os.strerror(errno.ENOSPC)}\n")
+
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4711 bytes.\nBFC: ..."
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (jax.errors.JaxRuntimeError(OUT_OF_MEMORY), "the device's memory ran out .*allocate 4711 bytes"),
+        (MemoryError("Unable to allocate 4.00 TiB"), "this machine's memory ran out .MemoryError: Unable to allocate"),
+        (DeviceError("the device may hang"), "the device may hang"),
+    ],
+)
+def test_a_device_or_a_memory_that_fails_is_one_line(raised, said, capsys):
+    assert cli._run(raising(raised)) == 1
+    assert re.fullmatch(f"error: {said}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("slots \x1b"), AssertionError(), OSError("odd"), KeyError("layer")])
+def test_a_fault_of_the_program_keeps_its_traceback(raised, capsys):
+    assert cli._run(raising(raised)) == 1
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-2].startswith(type(raised).__name__)
+    assert "\x1b" not in " ".join(lines)
+    assert last.startswith("error: that is a fault of this program")
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -180,6 +181,20 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(command, first):
     assert done.returncode == 0 and done.stdout.decode() == first[0] + "\n"
     stderr = done.stderr.decode()
     assert all(word in stderr for word in ("hit rate", "prefetches", "wall clock", "device memory"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_reply_is_whole_where_standard_error_cannot_be_written(here, first, monkeypatch):
+    kept = os.dup(2)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it tries once more
+        monkeypatch.setattr(sys, "stderr", full)
+        os.dup2(full.fileno(), 2)
+        try:
+            done = here("--prompt", PROMPT, "--max-tokens", TOKENS)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+    assert done.returncode == 0 and done.stdout.decode() == first[0] + "\n"
 
 
 def test_a_stop_string_and_silence(here, first, decode):

@@ -94,6 +94,13 @@ def test_an_engine_is_built_with_fewer_slots(wanted, monkeypatch, name):
     engine.close()
 
 
+@pytest.mark.parametrize("executor", ["overlapped", "dense"])
+def test_weights_that_do_not_fit_are_one_clear_error(monkeypatch, executor):
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(DeviceError, match=r"ran out \(Out of memory .*4711 bytes.\) before there were slots: "):
+        build(executor=executor, cache_ratio=None)
+
+
 def test_what_a_run_needs_beside_its_steps_counts_too(wanted, monkeypatch):
     prompts, tokens = wanted
     engine = build()

@@ -89,7 +89,7 @@ def test_synthetic_routing_has_the_statistics_that_are_stated(name):
         ("gpt-5", "synthetic routing of"),
         ("gpt-oss-20b:skew=1", "by skew and stay only"),
         ("qwen2-57b-a14b:skew", "skew='' is not a number"),
-        ("qwen2-57b-a14b:size=3", "unknown parameter 'size'"),
+        ("qwen2-57b-a14b:size=3", "has no parameter 'size'"),
         ("qwen2-57b-a14b:stay=1", "below 1"),
     ],
 )

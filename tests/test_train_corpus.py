@@ -79,6 +79,12 @@ def test_plain_folder_gives_one_work_per_file(tmp_path):
         corpus.split(corpus.read_texts(tmp_path), ["one", "two"])
 
 
+def test_a_text_that_is_not_utf_8_is_refused_by_name(tmp_path):
+    (tmp_path / "one.txt").write_bytes(b"Fran\xe7ois")
+    with pytest.raises(UserError, match=r"one\.txt: byte 4 \(0xe7\) is not UTF-8 text; save it as UTF-8"):
+        corpus.read_texts(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "empty"])
 def test_folder_without_texts_is_one_clear_error(tmp_path, content):
     folder = tmp_path / "nowhere" if content is None else tmp_path
@@ -86,12 +92,13 @@ def test_folder_without_texts_is_one_clear_error(tmp_path, content):
         corpus.read_texts(folder)
 
 
-def test_boilerplate_goes_and_the_work_stays():
+def test_boilerplate_goes_and_the_work_stays(tmp_path):
     text = (
         "\ufeffThe Project Gutenberg EBook of X\r\nlicense\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n"
         "ACT I.  \r\n\r\n\r\n\r\n\r\nEnter X.\r\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\r\nmore license\r\n"
     )
-    assert corpus.strip_boilerplate(text) == "ACT I.\n\n\nEnter X.\n"
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    assert corpus.read_texts(tmp_path)[0].text == "ACT I.\n\n\nEnter X.\n"
     old = (
         "legal words\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n"
         "ACT I.\nEnd of Project Gutenberg's X\nbye\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.encoding import say
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, collect, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
@@ -113,7 +113,7 @@ class TorchOffload:
         for note in self.notes:
             if note not in _said:
                 _said.add(note)
-                print(f"PyTorch baseline: {note}", file=sys.stderr)
+                say(f"PyTorch baseline: {note}")
 
     @property
     def planner(self):

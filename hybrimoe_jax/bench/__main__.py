@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
+from hybrimoe_jax.encoding import show
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be
 from hybrimoe_jax.records import stamped
@@ -154,7 +155,7 @@ def _print(name: str, record: dict) -> None:
 def _note(text: str) -> None:
     """What is going on, for who watches a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        show(f"\r\x1b[K{text}")
 
 
 def _llamacpp_arguments(peer) -> None:

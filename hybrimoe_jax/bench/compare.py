@@ -102,7 +102,6 @@ def _description(given: Given, common: dict[str, Any]) -> EngineConfig | dict[st
         if mode not in MODES:
             get_system(mode)
         return {"mode": mode, **common}
-    arguments.names("EngineConfig", common, [field.name for field in dataclasses.fields(EngineConfig)])
     return EngineConfig(system=given, **common)
 
 

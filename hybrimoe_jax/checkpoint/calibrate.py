@@ -35,6 +35,7 @@ from hybrimoe_jax.formats.plain import aligned_empty, is_finite
 from hybrimoe_jax.models.decoder import CausalLM
 from hybrimoe_jax.models.parameters import merge, split
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.models.target import default_device
 
 WINDOW, TOKENS, LEAST = 512, 32768, 64
 """Tokens of a window, at most of all windows, and at least."""
@@ -65,6 +66,7 @@ def calibrated(weights: Weights, format: Format, ids: np.ndarray) -> Weights:
     """
     if any(isinstance(shard.experts, PackedExperts) for shard in weights.shards):
         raise ValueError("experts that are quantised already cannot be calibrated")
+    default_device()
     run = _Run(weights, format, ids)
     layout = ExpertLayout(format, weights.config.hidden_size, weights.config.moe_width)
 

@@ -88,8 +88,12 @@ class CacheState:
             raise UserError(f"{self.where}: it is of {there} slots in layer {layer}; this run has {slots[layer]}")
 
     def restore(self, planner: Planner, facts: Facts, routers: str | None = None) -> None:
-        """Has a planner, with nothing under way, go on from it. UserError as of `check`, and where it is damaged."""
+        """Has a planner, with nothing under way, go on from it. UserError as of `check`, and where it is damaged.
+
+        The planner is as before then.
+        """
         self.check(facts, planner.system, planner.slots, routers)
+        before = pack(planner.learned(), self.where)
         try:
             resident = [set(map(int, layer)) for layer in self.meta["resident"]]
             if len(resident) != planner.num_layers or any(r - set(range(planner.num_experts)) for r in resident):
@@ -97,6 +101,7 @@ class CacheState:
             unpack(self.meta["learned"], self.arrays, planner.learned())
             planner.go_on(resident, int(self.meta["back_off"]), self.digest)
         except (ValueError, TypeError) as error:
+            unpack(*before, planner.learned())
             raise UserError(f"{self.where}: it is damaged ({error})") from None
 
 

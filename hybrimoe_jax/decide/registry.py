@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide import by_value
 from hybrimoe_jax.errors import UserError, said, shown, shown_name
 
@@ -191,9 +192,7 @@ class Kind:
         known = self.parameters_of(made_by)
         for part in text.split(",") if text else ():
             key, _, value = part.partition("=")
-            if key not in known:
-                names = ", ".join(known) or "none"
-                raise UserError(f"{self.flag} {shown_name(name)}: unknown parameter {shown(key)} (known: {names})")
+            arguments.names(f"{self.flag} {shown_name(name)}", [key], known, "parameter ")
             chosen[key] = _read(f"{self.flag} {name}: {key}", value, known[key])
         return chosen
 
@@ -208,9 +207,12 @@ class Kind:
     def _check(self, rule: Rule) -> None:
         """UserError for a class that does not fulfil the contract, as far as can be seen without a run."""
         self._check_class(rule, rule.made_by)
-        if not rule.built_in:
-            for name, arguments in self.methods.items():
-                self._check_method(rule, name, arguments)
+        if rule.built_in:  # others may pass on what is not theirs
+            known = self.parameters_of(rule.made_by)
+            arguments.names(f"{self.flag} {rule.label}", rule.parameters, known, "parameter ")
+        else:
+            for name, takes in self.methods.items():
+                self._check_method(rule, name, takes)
         if rule.parameters or not rule.built_in:
             self._try_out(rule)
 
@@ -222,16 +224,15 @@ class Kind:
             missing = ", ".join(sorted(cast(Any, made_by).__abstractmethods__))
             raise UserError(f"{self.flag} {shown(name)}: {made_by.__name__} lacks the method {missing} of {base}")
 
-    def _check_method(self, rule: Rule, name: str, arguments: tuple[str, ...]) -> None:
+    def _check_method(self, rule: Rule, name: str, takes: tuple[str, ...]) -> None:
         method = getattr(rule.made_by, name)
         if not callable(method):
             raise UserError(f"{self.flag} {rule}: {rule.made_by.__name__}.{name} is not a method")
         try:
-            inspect.signature(method).bind(None, *arguments)
+            inspect.signature(method).bind(None, *takes)
         except TypeError as error:
             raise UserError(
-                f"{self.flag} {rule}: {rule.made_by.__name__}.{name} must take ({', '.join(('self', *arguments))}): "
-                f"{error}"
+                f"{self.flag} {rule}: {rule.made_by.__name__}.{name} must take ({', '.join(('self', *takes))}): {error}"
             ) from None
 
     def _try_out(self, rule: Rule) -> None:

@@ -253,8 +253,5 @@ def system(name: str, base: str | System = "hybrimoe", **parts: Any) -> System:
         raise UserError("system: give yours a name")
     if name in SYSTEMS:
         raise UserError(f"system {shown(name)} is there already; call yours by another name")
-    unknown = parts.keys() - inspect.signature(System.override).parameters.keys()
-    if unknown:
-        known = ", ".join(list(inspect.signature(System.override).parameters)[1:])
-        raise UserError(f"system {shown(name)}: {shown(min(unknown))} is no part of a system (known: {known})")
+    arguments.names(f"system {shown(name)}", parts, list(inspect.signature(System.override).parameters)[1:], "part ")
     return dataclasses.replace(get_system(base).override(**parts), name=name)

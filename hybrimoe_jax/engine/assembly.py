@@ -55,6 +55,7 @@ from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.models.target import default_device
 from hybrimoe_jax.trace.tokens import load_recording
 
 STAGING = 2
@@ -75,12 +76,13 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     device_memory.limit_allocator(options)
     threads.set_async_dispatch(options.executor)
     check_options(options, config, store.format)
-    device = jax.devices()[0]
+    device = default_device()
     cores = threads.beside(cores, device.platform)
     options = dataclasses.replace(options, vram_budget=device_memory.budget_on(device, options))
-    model = DeviceModel(config, dense, device, native=options.executor != "dense" and native_here())
+    native = options.executor != "dense" and native_here()
+    model = exhaustion.without_slots(lambda: DeviceModel(config, dense, device, native=native))
     if options.executor == "dense":
-        return _dense_parts(model, store, options, device, cores, max_context)
+        return exhaustion.without_slots(lambda: _dense_parts(model, store, options, device, cores, max_context))
     made = _HybridAssembly(model, store, options, options.chosen_system, device, cores, max_context, frequencies)
     parts = exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
     rounded = options.precision == "bfloat16"

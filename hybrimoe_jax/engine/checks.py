@@ -6,7 +6,6 @@ import os
 import warnings
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from hybrimoe_jax.checkpoint.reader import Checkpoint
@@ -31,6 +30,7 @@ from hybrimoe_jax.machine.shapes import ModelShape, parse_cost_shape, shape_of
 from hybrimoe_jax.models import moe, packed_cuda
 from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.models.target import default_device
 
 
 class Given(NamedTuple):
@@ -54,7 +54,7 @@ def check_options(options: EngineConfig, config, held_format: str) -> None:
         return
     if options.paced is not None:
         check_paced(options.device)
-    device = jax.devices()[0]
+    device = default_device()
     on_device = device_format(held_format, device.platform, options, config)
     device_kernel(options.device_kernel, on_device)
     if options.host_kernel == "onednn" and is_format(held_format):
@@ -70,7 +70,7 @@ def check_precision(options: EngineConfig) -> None:
     """UserError where products are to be rounded that are not, or that others are compared with."""
     if options.precision == "float32":
         return
-    if jax.devices()[0].platform == "cpu":
+    if default_device().platform == "cpu":
         raise UserError(f"precision {options.precision} is for a GPU: the CPU backend multiplies in float32")
     if options.executor == "dense":
         raise UserError(f"the dense executor is the reference: it takes no precision {options.precision}")
@@ -78,7 +78,7 @@ def check_precision(options: EngineConfig) -> None:
 
 def check_budget(options: EngineConfig, checkpoint: Checkpoint) -> None:
     """UserError where a vram_budget does not even hold the dense weights and the cache."""
-    device = jax.devices()[0]
+    device = default_device()
     budget = budget_on(device, options, warn=False)
     if budget is None:
         return
@@ -116,7 +116,7 @@ def host_format(stored_format: str, options: EngineConfig) -> str:
 
     That is on the CPU backend without the native kernels, which alone compute with bfloat16 weights as they lie.
     """
-    if jax.default_backend() != "cpu" or stored_format != "bf16":
+    if default_device().platform != "cpu" or stored_format != "bf16":
         return stored_format
     return "bf16" if native_here() and options.host_kernel in (AUTO, "native") else "f32"
 
@@ -152,7 +152,7 @@ def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
     if costs is None:
         return Given(shape, fmt, None)
     if not isinstance(costs, CostModel):
-        here = this_machine(device_name(jax.devices()[0], options)) if options.clock == "wall" else None
+        here = this_machine(device_name(default_device(), options)) if options.clock == "wall" else None
         costs = load_costs(costs, shape, fmt, here)
     if costs.expert_bytes != size:
         raise UserError(
@@ -164,7 +164,7 @@ def given_costs(options: EngineConfig, config, expert_format: str) -> Given:
 
 def check_paced(device: str) -> None:
     """UserError where this process cannot have a paced device."""
-    if jax.default_backend() != "cpu":
+    if default_device().platform != "cpu":
         raise UserError(f"device {device} is XLA's CPU backend, slowed: start with JAX_PLATFORMS=cpu")
     if not pace.available():
         raise UserError(
@@ -178,7 +178,7 @@ def device_kernel(kernel: str, expert_format: str) -> str:
 
     UserError where it cannot compute experts of this format on the device.
     """
-    if kernel == "xla" or (kernel == AUTO and (not is_format(expert_format) or jax.default_backend() != "gpu")):
+    if kernel == "xla" or (kernel == AUTO and (not is_format(expert_format) or default_device().platform != "gpu")):
         return "xla"
     if not is_format(expert_format):
         raise UserError(f"device kernel {kernel!r} computes quantised experts, and these are {expert_format}; use xla")

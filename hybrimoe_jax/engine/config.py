@@ -40,6 +40,7 @@ CHOICES = {
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+@arguments.named_fields
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig:
     """How the engine places, fetches and computes experts. None means: what the system or the machine suggests.

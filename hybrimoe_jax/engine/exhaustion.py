@@ -53,6 +53,19 @@ def with_fewer_slots(work: Callable[[], T], give_up: Callable[[str], None]) -> T
         raise still(why) from None
 
 
+def without_slots(work: Callable[[], T]) -> T:
+    """`work()`, which puts on the device what must be there; DeviceError where its memory runs out."""
+    try:
+        return work()
+    except Exception as error:
+        if (why := reason(error)) is None:
+            raise
+    raise DeviceError(
+        f"the device's memory ran out ({why}) before there were slots: end what else uses it, convert with "
+        "--dense-format, take no dense executor, or leave the device out (JAX_PLATFORMS=cpu)"
+    )
+
+
 def still(why: str) -> DeviceError:
     """The error where slots were given up already, or there are none."""
     return DeviceError(

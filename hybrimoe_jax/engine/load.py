@@ -132,7 +132,6 @@ def config_of(options: EngineConfig | None, machine: str | None, fields: dict[st
     """The options of `load`; UserError for a field that there is not."""
     if options is not None and not isinstance(options, EngineConfig):
         raise UserError(f"options {shown(options)} is no EngineConfig; write EngineConfig(...), or its fields by name")
-    arguments.names("EngineConfig", fields, [field.name for field in dataclasses.fields(EngineConfig)])
     if machine is not None:
         for name in ("profile", "clock"):
             if name in fields:

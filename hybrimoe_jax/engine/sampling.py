@@ -13,6 +13,7 @@ from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError
 
 
+@arguments.named_fields
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError, is_name, shown, shown_name
 from hybrimoe_jax.files import is_object, read_json
 from hybrimoe_jax.machine.costs import CostModel, check_figure, is_profile, slower
@@ -88,7 +89,9 @@ class MachineProfile:
 
     def changed(self, **factors: float) -> MachineProfile:
         """The same machine with some figures multiplied, for what-if questions."""
-        figures = dataclasses.replace(self.figures, **{n: getattr(self.figures, n) * f for n, f in factors.items()})
+        arguments.names("a machine profile", factors, [field.name for field in dataclasses.fields(Figures)], "figure ")
+        changes = {n: getattr(self.figures, n) * arguments.number(n, f) for n, f in factors.items()}
+        figures = dataclasses.replace(self.figures, **changes)
         said = " ".join(f"{name} x{factor:g}" for name, factor in factors.items())
         return dataclasses.replace(self, name=f"{self.name} ({said})" if said else self.name, figures=figures)
 

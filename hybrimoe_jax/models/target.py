@@ -1,21 +1,35 @@
-"""Which backend the programs being traced are for: the process's own, or one that is only compiled for."""
+"""The device that programs run on, and the backend that those being traced are for: its own, or another's."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
+from hybrimoe_jax.errors import UserError, said, shown
+
 _traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend being traced for", default=None)
-_own = functools.cache(jax.default_backend)
+
+
+@functools.cache
+def default_device() -> Any:
+    """jax's first device; the first call starts jax. UserError where it has none."""
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # the latter for a platform without its plugin
+        chosen = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS is {shown(chosen)}, {said(error)}"
+    raise UserError(f"jax starts no device here ({why}); JAX_PLATFORMS=cpu works everywhere")
 
 
 def backend() -> str:
     """ "cpu", "gpu" or "tpu"."""
-    return _traced_for.get() or _own()
+    return _traced_for.get() or default_device().platform
 
 
 @contextlib.contextmanager

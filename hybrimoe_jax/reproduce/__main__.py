@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
-from hybrimoe_jax.encoding import read_text
+from hybrimoe_jax.encoding import read_text, say
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.identity import cores
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             runs += sum("run" in row for row in rows)
     text = page(read_records(results))
     if missing := text.count(NOT_RUN):
-        print(f"{missing} places of {args.docs} say {NOT_RUN}: {args.results} has no records of them", file=sys.stderr)
+        say(f"{missing} places of {args.docs} say {NOT_RUN}: {args.results} has no records of them")
     with replacing(args.docs) as file:
         file.write(text)
     print(json.dumps({"docs": args.docs, "results": args.results, "runs": runs, "clock": "virtual"}))
@@ -125,7 +125,7 @@ def bundled_model(folder: Path, table: bool) -> tuple[Records, Path | None]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode == 0:
         return [json.loads(line) for line in done.stdout.splitlines()], folder / "bundled.npz"
-    print("the bundled model did not run, see above: what is of it stays as it is", file=sys.stderr)
+    say("the bundled model did not run, see above: what is of it stays as it is")
     return [], None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.encoding import say
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
@@ -74,7 +74,7 @@ def reuse_by_rank(traces: Mapping[str, str]) -> list[dict]:
         try:
             rows.append({"trace": row, "share_by_rank": open_trace(path).reuse_by_rank()[:RANKS].tolist()})
         except UserError as error:
-            print(f"{row}: {error}", file=sys.stderr)
+            say(f"{row}: {error}")
     return rows
 
 

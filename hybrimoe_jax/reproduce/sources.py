@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hybrimoe_jax.encoding import say
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulate.synthetic import PREFIX
 
@@ -34,7 +34,7 @@ def public_traces(folder: str | None) -> dict[str, str]:
         raise UserError(f"--data {data}: holds none of {', '.join(TRACES.values())}")
     for row, path in TRACES.items():
         if row not in traces:
-            print(f"{data / path} is not there: rows of {row} are left out", file=sys.stderr)
+            say(f"{data / path} is not there: rows of {row} are left out")
     return traces
 
 

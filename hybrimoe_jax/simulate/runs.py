@@ -140,6 +140,8 @@ class Runs:
 
     def where(self, **equal: Any) -> Runs:
         """The runs whose records have these values, as in `where(start="warm", cache_ratio=0.25)`."""
+        if self.records:
+            arguments.names("a run", equal, list(dict.fromkeys(key for one in self.records for key in one)), "entry ")
         chosen = [n for n, record in enumerate(self.records) if all(record.get(k) == v for k, v in equal.items())]
         cases = [self._cases[n] for n in chosen] if self._cases else ()
         return Runs([self.records[n] for n in chosen], cases, self._folder)

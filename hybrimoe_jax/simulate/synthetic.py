@@ -15,7 +15,8 @@ import dataclasses
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax import arguments
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.trace.facts import facts_of
 from hybrimoe_jax.trace.file import Trace
@@ -43,15 +44,15 @@ def synthetic_of(text: str) -> Trace:
     """`NAME[:skew=S,stay=S,noise=N,sequences=N,tokens=N,seed=N]`: a shape's name, and what is not as usual."""
     name, _, rest = text.partition(":")
     where, counts, knobs = f"trace {PREFIX}{text}", {}, {}
+    known = [*(field.name for field in dataclasses.fields(Knobs)), "sequences", "tokens", "seed"]
     for part in rest.split(",") if rest else ():
         key, _, value = part.partition("=")
-        count = key in ("sequences", "tokens", "seed")
-        if not count and key not in (f.name for f in dataclasses.fields(Knobs)):
-            raise UserError(f"{where}: unknown parameter {key!r} (known: skew, stay, noise, sequences, tokens, seed)")
+        arguments.names(where, [key], known, "parameter ")
+        count = key in known[-3:]
         try:
             (counts if count else knobs)[key] = int(value) if count else float(value)
         except ValueError:
-            raise UserError(f"{where}: {key}={value!r} is not a number") from None
+            raise UserError(f"{where}: {key}={shown(value)} is not a number") from None
     if name not in KNOBS and not {"skew", "stay"} <= knobs.keys():
         raise UserError(f"{where}: there is synthetic routing of {', '.join(KNOBS)}; of others by skew and stay only")
     if not 0 <= knobs.get("stay", 0) < 1 or min(counts.get("sequences", 1), counts.get("tokens", 1)) < 1:

@@ -72,4 +72,5 @@ def _panics_unheard() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
         held.seek(0)
-        os.write(2, held.read())
+        with contextlib.suppress(OSError):  # a device that is full, for one: nobody can be told
+            os.write(2, held.read())

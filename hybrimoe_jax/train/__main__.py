@@ -18,6 +18,7 @@ from typing import Any
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.cli import Parser, first_paragraph
+from hybrimoe_jax.encoding import show
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, replacing
 
@@ -92,13 +93,11 @@ class Report:
         self.first = step if self.first is None else self.first
         if self.terminal:
             left = seconds / (step - self.first + 1) * (self.steps - step)
-            line = f"step {step}/{self.steps}  loss {values['loss']:.3f}  balance {values['balance']:.3f}  "
-            f"{left / 60:.0f} min left"
-            end = "\n" if step == self.steps else ""
-            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
+            line = f"step {step}/{self.steps}  loss {values['loss']:.3f}  balance {values['balance']:.3f}"
+            show(f"\r\033[K{line}  {left / 60:.0f} min left" + "\n" * (step == self.steps))
 
     def say(self, text: str) -> None:
-        print(("\r\033[K" if self.terminal else "") + text, file=sys.stderr, flush=True)
+        show(("\r\033[K" if self.terminal else "") + text + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

