@@ -108,7 +108,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(config, items):
     everything, slow = config.getoption("--nightly"), config.getoption("--slow")
     left_out = set() if everything else {"nightly"} if slow else {"nightly", "slow"}
-    items.sort(key=lambda item: item.path.stem == "test_exactness_matrix")  # the longest, and the last that one misses
+    # The matrix is the longest, and the last that one misses. A test that wants to be alone would wait for a long one.
+    alone = {item.path for item in items if item.get_closest_marker("alone")}
+    items.sort(key=lambda item: (item.path.stem == "test_exactness_matrix", item.path in alone))
     deselected = [item for item in items if any(mark.name in left_out for mark in item.iter_markers())]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
