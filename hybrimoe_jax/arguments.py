@@ -7,6 +7,7 @@ of range: True is no number, 2.5 no count, None and NaN are nothing at all.
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -84,8 +85,12 @@ def path(name: str, value: Any) -> str:
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
     try:
         fine = isinstance(found, str) and found and "\0" not in found and os.fsencode(found)
+        if fine:
+            os.lstat(found)
     except UnicodeEncodeError:
         fine = False
+    except OSError as error:
+        fine = error.errno != errno.ENAMETOOLONG
     if not fine:
         raise UserError(f"{name} {shown(value)} is no file or folder; give its path")
     return found

@@ -30,7 +30,7 @@ from hybrimoe_jax.engine.config import (
     EngineConfig,
 )
 from hybrimoe_jax.engine.stats_text import stats_text
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.machine.costs import CostModel, is_profile
 from hybrimoe_jax.machine.paced import example
@@ -154,7 +154,7 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
             return [int(part) for part in args.prompt_ids.split(",") if part.strip()]
         except ValueError:
             raise UserError(
-                f'--prompt-ids {args.prompt_ids!r}: write token ids separated by commas, e.g. "1,2,3"'
+                f'--prompt-ids {shown(args.prompt_ids)}: write token ids separated by commas, e.g. "1,2,3"'
             ) from None
     text = read_stdin() if args.prompt == "-" else argument(args.prompt, "--prompt")
     if not text.strip():

@@ -43,7 +43,7 @@ def test_what_is_no_finite_number_is_refused_by_name(given):
     assert type(arguments.number("share", np.float32(0.5))) is float
 
 
-@pytest.mark.parametrize("given", ["", "a\0b", "\ud800", 5, None, b"x"])
+@pytest.mark.parametrize("given", ["", "a\0b", "\ud800", 5, None, b"x", "x" * 10_000])
 def test_what_is_no_path_is_refused_by_name(given):
     with pytest.raises(UserError, match=r"^out "):
         arguments.path("out", given)

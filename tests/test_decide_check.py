@@ -20,7 +20,7 @@ from hybrimoe_jax.decide.check import check
 from hybrimoe_jax.decide.schedule import PaperScheduler
 from hybrimoe_jax.decide.schedule.problem import split
 from hybrimoe_jax.decide.systems import get_system
-from hybrimoe_jax.decide.watch import shown
+from hybrimoe_jax.decide.watch import listed
 from hybrimoe_jax.errors import RuleError, UserError
 from hybrimoe_jax.simulate.cases import Case
 from hybrimoe_jax.simulate.grid import run_case, run_cases
@@ -252,7 +252,7 @@ def test_the_package_s_own_are_not_watched_and_all_others_are(monkeypatch):
 
 def test_messages_show_eight_experts():
     eight = "0, 1, 2, 3, 4, 5, 6, 7"
-    assert [shown(range(n)) for n in (0, 1, 8, 10)] == ["none", "0", eight, f"{eight} and 2 more"]
+    assert [listed(range(n)) for n in (0, 1, 8, 10)] == ["none", "0", eight, f"{eight} and 2 more"]
 
 
 class NumPyNumbers(Fading):

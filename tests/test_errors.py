@@ -5,7 +5,15 @@ import pathlib
 import numpy as np
 import pytest
 
+from hybrimoe_jax.__main__ import command_main
+from hybrimoe_jax.decide.watch import Watch
 from hybrimoe_jax.errors import RuleError, UserError, printable, shown, shown_name
+from hybrimoe_jax.formats.layout import check_format
+from hybrimoe_jax.formats.sizes import expert_bytes
+from hybrimoe_jax.host_kernels import get_kernel
+from hybrimoe_jax.machine.paced import parse_device
+from hybrimoe_jax.machine.shapes import get_shape
+from hybrimoe_jax.trace.export import export_trace
 
 nested: list = []
 for _ in range(100_000):
@@ -38,6 +46,26 @@ class Unprintable:
 )
 def test_a_quoted_value_is_printable_and_short(value, text):
     assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        get_shape,
+        get_kernel,
+        check_format,
+        lambda text: expert_bytes(8, 8, text),
+        parse_device,
+        lambda text: parse_device(f"paced:a6000-paper:{text}"),
+        lambda text: export_trace(None, "nowhere", text),
+        lambda text: Watch("cache", object.__new__(Unprintable)).number("value", text),
+        lambda text: command_main("generate")(["--prompt-ids", text]),
+    ],
+    ids=lambda call: call.__name__,
+)
+def test_a_value_of_a_megabyte_is_quoted_short_whoever_refuses_it(call):
+    with pytest.raises((UserError, RuleError), match=r"'x{100}'?\.\.\. \(1,000,000 characters\)"):
+        call("x" * 1_000_000)
 
 
 def test_a_value_without_a_repr_is_shown():

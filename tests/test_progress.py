@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from hybrimoe_jax import progress
+from hybrimoe_jax import encoding, progress
 from hybrimoe_jax.progress import Progress, track
 
 
@@ -22,7 +22,8 @@ def screen(monkeypatch):
     monkeypatch.setattr(progress, "SOON_S", 0.0)
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     stream = Screen()
-    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=stream, modules=sys.modules))
+    for module in (progress, encoding):  # pytest puts its own in place of sys.stderr after this
+        monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=stream, modules=sys.modules))
     return stream
 
 
@@ -41,7 +42,7 @@ def test_it_vanishes_when_the_work_breaks_off(screen):
 
 def test_short_work_and_files_show_nothing(monkeypatch):
     for stream in (Screen(), io.StringIO()):
-        monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=stream, modules=sys.modules))
+        monkeypatch.setattr(sys, "stderr", stream)
         assert list(track(range(3), 3, "reading")) == [0, 1, 2]
         assert stream.getvalue() == ""
 

@@ -24,7 +24,7 @@ from hybrimoe_jax.engine.lanes.threads import available_cores
 from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
 from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
 from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", "hybrid": "hybrimoe"}
 """Modes by the system whose decisions they are; any other system's name, or a `System`, is a mode too."""
@@ -273,7 +273,7 @@ OPTIONS = {
 def torch_device(torch: Any, device: str) -> str:
     """What torch calls it; UserError for one that is not there."""
     if device not in DEVICES:
-        raise UserError(f'device {device!r} is unknown; say {", ".join(DEVICES)} or "paced:PROFILE[:SLOWDOWN]"')
+        raise UserError(f'device {shown(device)} is unknown; say {", ".join(DEVICES)} or "paced:PROFILE[:SLOWDOWN]"')
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
         raise UserError("device cuda: torch finds no GPU; say cpu, or paced:PROFILE")

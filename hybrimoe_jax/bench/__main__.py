@@ -14,7 +14,7 @@ from pathlib import Path
 from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.encoding import show
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_folder_to_be
 from hybrimoe_jax.records import stamped
 
@@ -97,7 +97,7 @@ def _engine(args: argparse.Namespace) -> int:
     _check_models(args)
     for model in args.models.split(","):
         if model not in ("bundled", "mid") and not Path(model).is_dir():
-            raise UserError(f"--models {model!r}: neither bundled, mid nor a folder")
+            raise UserError(f"--models {shown(model)}: neither bundled, mid nor a folder")
     if not args.no_baseline:
         _need_transformers()
     workers("--threads", args.threads)
@@ -174,7 +174,7 @@ def _llamacpp(args: argparse.Namespace) -> int:
     models, formats = args.models.split(","), tuple(args.formats.split(",")) if args.formats else None
     for option, names, known in (("models", models, benchmark.MODELS), ("formats", formats or (), benchmark.TYPES)):
         if unknown := [name for name in names if name not in known]:
-            raise UserError(f"--{option} {unknown[0]!r} is not known (known: {', '.join(known)})")
+            raise UserError(f"--{option} {shown(unknown[0])} is not known (known: {', '.join(known)})")
     _check_models(args)
     workers("--threads", args.threads)
     options = benchmark.Options(formats, args.threads, args.rounds, args.new, args.cache_ratio)
@@ -239,7 +239,7 @@ def _cache(args: argparse.Namespace) -> int:
     try:
         ratios = tuple(float(part) for part in args.ratios.split(","))
     except ValueError:
-        raise UserError(f'--ratios {args.ratios!r}: write numbers separated by commas, e.g. "0.25,0.5"') from None
+        raise UserError(f'--ratios {shown(args.ratios)}: write numbers separated by commas, e.g. "0.25,0.5"') from None
     if not all(0 < ratio <= 1 for ratio in ratios):
         raise UserError(f"--ratios {args.ratios}: a ratio is above 0 and at most 1")
     policies = tuple(args.policies or benchmark.DEFAULT)
@@ -275,7 +275,7 @@ def _kernels(args: argparse.Namespace) -> int:
     peers = tuple(filter(None, args.peers.split(",")))
     for peer in peers:
         if peer not in PEERS:
-            raise UserError(f"--peers {peer!r} is not known (known: {', '.join(PEERS)})")
+            raise UserError(f"--peers {shown(peer)} is not known (known: {', '.join(PEERS)})")
     formats = tuple(args.formats.split(",")) if args.formats else benchmark.FORMATS
     for format in formats:
         check_format(format)
@@ -293,7 +293,7 @@ def _kernels(args: argparse.Namespace) -> int:
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} {text!r}: write numbers of at least 1 separated by commas")
+        raise UserError(f"{option} {shown(text)}: write numbers of at least 1 separated by commas")
     return tuple(int(part) for part in parts)
 
 

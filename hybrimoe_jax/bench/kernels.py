@@ -28,7 +28,7 @@ import numpy as np
 
 from hybrimoe_jax.bench.kernel_contenders import SHAPES, Contender, Shape, Weights, native, peers_of
 from hybrimoe_jax.bench.kernel_ratios import Row, mean_ratio, ratios
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.host_kernels.native.library import isas, library
 
 LOADS = (1, 2, 4, 8, 32, 128)
@@ -229,5 +229,5 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         elif len(sizes) == 2 and all(size.isdecimal() and int(size) for size in sizes):
             found.append(Shape(part, int(sizes[0]), int(sizes[1])))
         else:
-            raise UserError(f"--shapes {part!r}: say {', '.join(known)} or widths like 1024x512")
+            raise UserError(f"--shapes {shown(part)}: say {', '.join(known)} or widths like 1024x512")
     return tuple(found)

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn, cast
 
-from hybrimoe_jax.errors import RuleError, UserError, said
+from hybrimoe_jax.errors import RuleError, UserError, said, shown
 
 MOST_SHOWN = 8
 
@@ -78,20 +78,20 @@ class Watch:
         try:
             return operator.index(value)
         except TypeError:
-            self.fault(method, f"{what} {value!r}, which is no whole number", layer)
+            self.fault(method, f"{what} {shown(value)}, which is no whole number", layer)
 
     def number(self, method: str, value: Any) -> Any:
         """A finite number, as it is."""
         try:
             finite = math.isfinite(value)
-        except (TypeError, ValueError):
-            self.fault(method, f"gave {value!r}, which is no number")
+        except (TypeError, ValueError, OverflowError):
+            self.fault(method, f"gave {shown(value)}, which is no number")
         if not finite:
             self.fault(method, f"gave {value}, which is not finite")
         return value
 
 
-def shown(experts: Collection[int]) -> str:
+def listed(experts: Collection[int]) -> str:
     """Experts for a message, in order as far as they go."""
     some = list(experts)
     text = ", ".join(map(str, some[:MOST_SHOWN]))

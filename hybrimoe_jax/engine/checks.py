@@ -181,11 +181,11 @@ def device_kernel(kernel: str, expert_format: str) -> str:
     if kernel == "xla" or (kernel == AUTO and (not is_format(expert_format) or default_device().platform != "gpu")):
         return "xla"
     if not is_format(expert_format):
-        raise UserError(f"device kernel {kernel!r} computes quantised experts, and these are {expert_format}; use xla")
+        raise UserError(f"device kernel {kernel} computes quantised experts, and these are {expert_format}; use xla")
     refused = packed_cuda.refusal()
     if refused is None:
         return "cuda"
     if kernel == AUTO:
         warnings.warn(f"device kernel 'cuda' is left out: {refused}. XLA computes quantised experts", stacklevel=2)
         return "xla"
-    raise UserError(f"device kernel {kernel!r} cannot run: {refused}; use xla")
+    raise UserError(f"device kernel {kernel} cannot run: {refused}; use xla")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hybrimoe_jax.engine.stats import LayerStats, RunStats
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.tables import Table, as_text
 
 Row = dict[str, Any]
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def rows_by(stats: RunStats, by: str) -> Iterator[Row]:
     """The rows of `RunStats.table(by)`; UserError for another `by`."""
     if by not in WAYS:
-        raise UserError(f"a table by {by!r} is unknown; choose one of {', '.join(WAYS)}")
+        raise UserError(f"a table by {shown(by)} is unknown; choose one of {', '.join(WAYS)}")
     return WAYS[by](stats)
 
 

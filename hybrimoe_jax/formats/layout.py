@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.formats.plain import ALIGNMENT
 
 PANEL, STEP, PADDED = 8, 4, 32
@@ -65,7 +65,7 @@ class Format:
         """Raises UserError for what is not a format's name."""
         match = _NAME.fullmatch(name)
         if match is None:
-            raise UserError(f"format {name!r} is not known; say {QUANTISED}")
+            raise UserError(f"format {shown(name)} is not known; say {QUANTISED}")
         kind, group, scale, a8 = match.groups()
         return Format(int(kind[0]), int(group), kind == "4z", "f32" if scale else "f16", bool(a8))
 
@@ -91,7 +91,7 @@ def is_format(name: str) -> bool:
 def check_format(name: str) -> None:
     """UserError, listing the names, for what is neither a plain format nor a quantised one."""
     if name not in PLAIN and not is_format(name):
-        raise UserError(f"format {name!r} is not known; say {', '.join(PLAIN)}, or {QUANTISED}")
+        raise UserError(f"format {shown(name)} is not known; say {', '.join(PLAIN)}, or {QUANTISED}")
 
 
 def _padded(n: int, to: int) -> int:

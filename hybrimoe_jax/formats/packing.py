@@ -229,6 +229,6 @@ def refuse_packed(expert: HostExpert, kernel: str) -> ExpertWeights:
 def packed_refusal(fmt: str, kernel: str) -> UserError:
     """Of experts in a quantised format, by a kernel that computes none."""
     return UserError(
-        f"host kernel {kernel!r} computes float32 and bfloat16 experts, and these are {fmt}; "
+        f"host kernel {kernel} computes float32 and bfloat16 experts, and these are {fmt}; "
         "use auto, native or reference"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.formats.layout import QUANTISED, ExpertLayout, Format, is_format
 
 BITS_PER_WEIGHT = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}
@@ -27,8 +27,8 @@ def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
     if not fits:
         known = ", ".join(BITS_PER_WEIGHT)
         raise UserError(
-            f"weight format {fmt!r} is unknown (known: {known}; int8 and int4 with groups of any size, as int4-g256; "
-            f"or {QUANTISED})"
+            f"weight format {shown(fmt)} is unknown (known: {known}; int8 and int4 with groups of any size, as "
+            f"int4-g256; or {QUANTISED})"
         )
     bits = 3 * hidden * moe_width * BITS_PER_WEIGHT[plain]
     if group:

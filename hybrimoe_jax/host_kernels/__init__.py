@@ -6,7 +6,7 @@ imports jax, but for `native`'s calls from jitted programs.
 
 from __future__ import annotations
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.formats.packing import HostExpert, refuse_packed
 from hybrimoe_jax.formats.plain import ExpertWeights, aligned_empty
 from hybrimoe_jax.host_kernels.kernel import HostKernel, run_experts
@@ -56,4 +56,4 @@ def get_kernel(name: str, sample: HostExpert | None = None, threads: int = 1) ->
         from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
 
         return NativeKernel(threads)
-    raise UserError(f"host kernel {name!r} is not known (known: {', '.join(KERNELS)})")
+    raise UserError(f"host kernel {shown(name)} is not known (known: {', '.join(KERNELS)})")

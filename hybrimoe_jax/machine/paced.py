@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import NamedTuple
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.machine.costs import CostModel, is_profile, slower
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
 
@@ -28,10 +28,10 @@ def parse_device(text: str) -> PacedDevice | None:
     if text == AUTO:
         return None
     if not text.startswith(PREFIX) or text == PREFIX:
-        raise UserError(f'device {text!r} is unknown; say "auto" or "paced:PROFILE[:SLOWDOWN]", as in {example()}')
+        raise UserError(f'device {shown(text)} is unknown; say "auto" or "paced:PROFILE[:SLOWDOWN]", as in {example()}')
     rest = text.removeprefix(PREFIX)
     profile, colon, times = rest.rpartition(":")
-    if not colon or Path(rest).exists():
+    if not colon or os.path.exists(rest):
         return PacedDevice(rest)
     try:
         slowdown = float(times)
@@ -39,7 +39,8 @@ def parse_device(text: str) -> PacedDevice | None:
         slowdown = 0.0
     if not 1e-6 <= slowdown <= 1e6:
         raise UserError(
-            f"device {text!r}: the slowdown must be a number from 1e-6 to 1e6, not {times!r}, as in {example()}"
+            f"device {shown(text)}: the slowdown must be a number from 1e-6 to 1e6, not {shown(times)}, as in "
+            f"{example()}"
         )
     return PacedDevice(profile, slowdown)
 

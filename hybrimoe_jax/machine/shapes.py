@@ -144,7 +144,7 @@ SHAPES: dict[str, ModelShape] = {name: shape_of(config, name) for name, config i
 def get_shape(name: str) -> ModelShape:
     """The shape called `name`; UserError listing the names."""
     if name not in SHAPES:
-        raise UserError(f"model shape {name!r} is unknown (known: {', '.join(SHAPES)})")
+        raise UserError(f"model shape {shown(name)} is unknown (known: {', '.join(SHAPES)})")
     return SHAPES[name]
 
 

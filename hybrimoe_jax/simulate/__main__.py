@@ -15,7 +15,7 @@ from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
 from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.encoding import say
-from hybrimoe_jax.errors import UserError, printable
+from hybrimoe_jax.errors import UserError, printable, shown
 from hybrimoe_jax.figures import check_matplotlib
 from hybrimoe_jax.files import check_folder_to_be, check_outputs, replacing
 from hybrimoe_jax.machine.profile import PROFILES
@@ -195,7 +195,7 @@ def _words(text: str, flag: str) -> list[str]:
 
 def _whole(word: str, flag: str) -> int:
     if not word.strip().isdecimal() or len(word) > 9 or int(word) < 1:
-        raise UserError(f"{flag}: {word.strip()!r} is not a number of tokens, at least 1")
+        raise UserError(f"{flag}: {shown(word.strip())} is not a number of tokens, at least 1")
     return int(word)
 
 
@@ -203,7 +203,7 @@ def _number(word: str, flag: str, low: float, high: float = float("inf")) -> flo
     try:
         value = float(word)
     except ValueError:
-        raise UserError(f"{flag}: {word!r} is not a number") from None
+        raise UserError(f"{flag}: {shown(word)} is not a number") from None
     if not low <= value <= high:
         raise UserError(f"{flag}: {word} is outside {low:g}..{high:g}")
     return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.systems import RULE_PARTS, SYSTEMS, System, get_system
-from hybrimoe_jax.errors import UserError, printable
+from hybrimoe_jax.errors import UserError, printable, shown
 from hybrimoe_jax.machine.profile import load_costs
 from hybrimoe_jax.machine.shapes import ModelShape, find_shape, get_shape
 from hybrimoe_jax.simulate.bound import CLAIRVOYANT, CLAIRVOYANTS, knows_the_future
@@ -124,7 +124,7 @@ def system_of(case: Case, tokens: TokenSteps) -> System:
         return known
     if isinstance(case.system, str) and case.system not in SYSTEMS:
         known = ", ".join([*SYSTEMS, *CLAIRVOYANTS])
-        raise UserError(f"system {case.system!r} is unknown (known: {known})")
+        raise UserError(f"system {shown(case.system)} is unknown (known: {known})")
     system = get_system(case.system).override(**dict(case.parts))
     return system.override(predictor="co-activation") if learns_instead(case, system, tokens) else system
 
@@ -178,7 +178,7 @@ def samples(tokens: TokenSteps, case: Case) -> list[tuple[list[int], list[list[i
 def prepared(case: Case) -> tuple[TokenSteps, System, Any]:
     """(trace, system, costs); UserError where they do not fit together."""
     if case.start not in STARTS and (case.start != LOADED or case.load_state is None):
-        raise UserError(f"start {case.start!r} is unknown (known: {', '.join(STARTS)})")
+        raise UserError(f"start {shown(case.start)} is unknown (known: {', '.join(STARTS)})")
     tokens = tokens_of(case.trace)
     system = system_of(case, tokens)
     if case.keeps_state:
@@ -190,7 +190,7 @@ def _check_state(case: Case, tokens: TokenSteps, system: System) -> None:
     if case.prompt is not None:
         raise UserError("a cache state goes from token to token; prompts (--prompt-lengths) begin anew each time")
     if knows_the_future(case.system):
-        raise UserError(f"system {case.system!r} knows the future of its own run: its state is of no use to another")
+        raise UserError(f"system {case.system} knows the future of its own run: its state is of no use to another")
     if case.load_state is not None:
         facts = tokens.facts
         load_state(case.load_state).check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.trace import public_exports, rows
 from hybrimoe_jax.trace.file import Trace, check_trace
 from hybrimoe_jax.trace.parquet import write_parquet
@@ -20,7 +20,7 @@ def export_trace(trace: Trace, path: str | Path, layout: str | None = None) -> l
     path = Path(path)
     layout = layout or layout_of(path)
     if layout not in EXPORTS:
-        raise UserError(f"trace layout {layout!r} is unknown (known: {', '.join(EXPORTS)})")
+        raise UserError(f"trace layout {shown(layout)} is unknown (known: {', '.join(EXPORTS)})")
     check_trace(trace, f"trace for {path}")
     return EXPORTS[layout](trace, path)
 

@@ -17,7 +17,7 @@ from hybrimoe_jax.bench.e2e.parts import parts
 from hybrimoe_jax.bench.e2e.rounds import measure
 from hybrimoe_jax.bench.engine import processor
 from hybrimoe_jax.decide.systems import get_system
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_folder_to_be
 from hybrimoe_jax.formats.layout import check_format
 from hybrimoe_jax.machine.paced import check_device
@@ -55,19 +55,19 @@ def numbers(option: str, text: str) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"{option} {text!r}: write numbers separated by commas") from None
+        raise UserError(f"{option} {shown(text)}: write numbers separated by commas") from None
 
 
 def check(options: Options) -> None:
     for model in options.models:
         if model not in grid.MODELS and not Path(model).is_dir():
-            raise UserError(f"--models {model!r}: neither bundled, mid nor a folder")
+            raise UserError(f"--models {shown(model)}: neither bundled, mid nor a folder")
     for format in options.formats:
         check_format(format)
     for system in options.systems:
         get_system(system)
     if unknown := set(options.peers) - set(grid.PEERS):
-        raise UserError(f"--peers {min(unknown)!r} is not known (known: {', '.join(grid.PEERS)})")
+        raise UserError(f"--peers {shown(min(unknown))} is not known (known: {', '.join(grid.PEERS)})")
     if not options.systems:
         raise UserError("--systems: name one at least")
     for name, values in (("threads", [options.threads]), ("rounds", [options.rounds]), ("prompts", options.prompts)):

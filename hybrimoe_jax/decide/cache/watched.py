@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from hybrimoe_jax.decide.cache.policy import CachePolicy
-from hybrimoe_jax.decide.watch import Watch, shown, trusted
+from hybrimoe_jax.decide.watch import Watch, listed, trusted
+from hybrimoe_jax.errors import shown
 
 
 class PolicyWatch(Watch):
@@ -35,9 +36,9 @@ class PolicyWatch(Watch):
             return None
         victim = self.expert("victim", "gave", found, self.rule.num_experts)
         if victim not in here:
-            self.fault("victim", f"gave expert {victim}, which is not resident (resident: {shown(sorted(here))})")
+            self.fault("victim", f"gave expert {victim}, which is not resident (resident: {listed(sorted(here))})")
         if victim in kept:
-            self.fault("victim", f"gave expert {victim}, which must stay (needed or promised: {shown(sorted(kept))})")
+            self.fault("victim", f"gave expert {victim}, which must stay (needed or promised: {listed(sorted(kept))})")
         return victim
 
     def value(self, expert: int) -> float:
@@ -52,7 +53,7 @@ class PolicyWatch(Watch):
     def initial(self) -> list[int]:
         found = self.ask("initial")
         if not isinstance(found, Iterable):
-            self.fault("initial", f"gave {found!r}, which is no list of experts")
+            self.fault("initial", f"gave {shown(found)}, which is no list of experts")
         given = cast(Iterable[Any], found)
         experts = [self.expert("initial", "gave", expert, self.rule.num_experts) for expert in given]
         twice = [expert for i, expert in enumerate(experts) if expert in experts[:i]]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, replay
-from hybrimoe_jax.decide.watch import Watch, shown, trusted
+from hybrimoe_jax.decide.watch import Watch, listed, trusted
 
 _NEAR = 1e-6
 """By what share of itself a time may differ from `replay`'s: sums in another order."""
@@ -57,7 +57,7 @@ class SchedulerWatch(Watch):
         return tuple([e if type(e) is int else self.whole("schedule", what, e) for e in given])
 
     def _check_lanes(self, problem: Problem, cpu: Sequence[int], device: Sequence[int]) -> None:
-        placed, lanes = set[int](), f"cpu: {shown(cpu)}; device: {shown(device)}"
+        placed, lanes = set[int](), f"cpu: {listed(cpu)}; device: {listed(device)}"
         for lane, experts in (("CPU", cpu), ("device", device)):
             for expert in experts:
                 if expert not in problem.loads:
@@ -67,7 +67,7 @@ class SchedulerWatch(Watch):
                 placed.add(expert)
         missing = [expert for expert in problem.loads if expert not in placed]
         if missing:
-            chosen = shown(list(problem.loads))
+            chosen = listed(list(problem.loads))
             self.fault("schedule", f"left out expert {missing[0]} (activated: {chosen}; {lanes})")
 
     def _check_link(self, problem: Problem, device: Sequence[int], fetch: Sequence[int]) -> None:
@@ -86,7 +86,7 @@ class SchedulerWatch(Watch):
                 self.fault(
                     "schedule",
                     f"gave the device expert {expert}, which is neither resident nor in flight nor fetched "
-                    f"(resident: {shown(sorted(problem.resident))}; fetched: {shown(fetch)})",
+                    f"(resident: {listed(sorted(problem.resident))}; fetched: {listed(fetch)})",
                 )
 
     def _check_flags(self, problem: Problem, cpu: Sequence[int], fetch: Sequence[int]) -> None:
@@ -108,7 +108,7 @@ class SchedulerWatch(Watch):
     ) -> Schedule:
         timed = replay(problem, cpu, device, fetch)
         if set(found.awaited) != set(timed.awaited):
-            said, true = shown(list(found.awaited)), shown(timed.awaited)
+            said, true = listed(list(found.awaited)), listed(timed.awaited)
             self.fault("schedule", f"awaited {said}; of those in flight the device runs {true}")
         for name in ("makespan", "cpu_seconds", "device_seconds", "link_seconds"):
             said, true = self.number("schedule", getattr(found, name)), getattr(timed, name)
