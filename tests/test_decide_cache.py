@@ -178,6 +178,9 @@ def test_mrs_defaults_are_a_half_and_twice_top_k():
     policy = MRS(EXPERTS, 4, TOP_K)
     policy.observe([0.3, 0.25, 0.2, 0.15, 0.1, 0, 0, 0], {0: 1, 1: 1})
     assert [policy.value(e) for e in range(5)] == pytest.approx([0.15, 0.125, 0.1, 0.075, 0])
+    policy = MRS(EXPERTS, 4, TOP_K, p=EXPERTS + 1)  # more than there are are all
+    policy.observe([1 / EXPERTS] * EXPERTS, {0: 1, 1: 1})
+    assert [policy.value(e) for e in range(EXPERTS)] == [0.5 / EXPERTS] * EXPERTS
 
 
 def test_mrs_keeps_what_almost_made_it_where_lru_does_not():

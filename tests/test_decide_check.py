@@ -131,13 +131,19 @@ class SeesCapacity(Fading):
         self.heat[0] += self.capacity
 
 
+class SeesTheStart(Fading):
+    sees = "routing"
+
+    def loaded(self, experts):
+        self.heat[experts[0]] = 9
+
+
 def test_what_a_class_says_of_itself_is_tried():
     with pytest.raises(RuleError, match=r"CountsAreNotAll: schedule gave the CPU .* `depends_on_counts_only` says"):
         check(CountsAreNotAll)
-    with pytest.raises(RuleError, match=r"SeesResidents: update left other heats .*`sees` says"):
-        check(SeesResidents)
-    with pytest.raises(RuleError, match=r"SeesCapacity: update left other heats"):
-        check(SeesCapacity)
+    for rule in (SeesResidents, SeesCapacity, SeesTheStart):
+        with pytest.raises(RuleError, match=rf"{rule.__name__}: update left other heats .*`sees` says"):
+            check(rule)
     with pytest.raises(UserError, match=r"int is derived from none of CachePolicy, Scheduler, Predictor"):
         check(int)
     with pytest.raises(UserError, match=r"rule 'nope' is unknown \(known: mrs, .*paper, .*previous"):
@@ -145,7 +151,7 @@ def test_what_a_class_says_of_itself_is_tried():
 
 
 PROBLEMS = {
-    "heavy": lambda p: max(p.loads.values()) > 30,
+    "heavy": lambda p: max(p.loads.values(), default=0) > 30,
     "prompt": lambda p: p.tokens == sum(p.loads.values()) > 1,
     "decode": lambda p: p.tokens == 1 and set(p.loads.values()) == {1},
     "two in flight": lambda p: len({seconds for seconds in p.in_flight.values() if seconds > 0}) == 2,
@@ -178,6 +184,8 @@ STEPS = {
     "all slots": lambda policy, scores, loads: policy.capacity == policy.num_experts,
     "known": lambda policy, scores, loads: policy.frequencies is not None,
     "unknown": lambda policy, scores, loads: policy.frequencies is None,
+    "one a token": lambda policy, scores, loads: policy.top_k == 1,
+    "several a token": lambda policy, scores, loads: policy.top_k > 1,
     "no scores": lambda policy, scores, loads: scores is None,
     "scores": lambda policy, scores, loads: scores is not None,
     "prompt": lambda policy, scores, loads: max(loads.values()) > 9,
@@ -224,8 +232,46 @@ class Counts(Fading):
 
 
 def test_a_report_counts_what_was_asked():
-    report = check(Counts, runs=3)
-    assert report.calls["observe"] == Counts.asked == 3 * 4 * 8
+    report = check(Counts, runs=1)
+    assert report.calls["observe"] == Counts.asked == 4 * 8
+
+
+class PlausibleProblems(Half):
+    def schedule(self, problem):
+        cpu, transfer = problem.costs.cpu, problem.costs.transfer
+        start = cpu(1, True) - cpu(1)
+        assert transfer(True) >= transfer() > 0 and cpu(9) > cpu(1) > 0 and start >= 0
+        assert cpu(9, True) - cpu(9) == pytest.approx(start)
+        if problem.loads:  # of a layer to come nothing may be foreseen
+            assert max(problem.loads.values()) <= problem.tokens <= sum(problem.loads.values())
+        assert 0 <= min(problem.in_flight.values(), default=0) <= problem.link_start
+        return super().schedule(problem)
+
+
+class PlausibleSteps(Fading):
+    def update(self, scores, loads):
+        super().update(scores, loads)
+        tokens, odd = divmod(sum(loads.values()), self.top_k)
+        assert not odd and max(loads.values()) <= tokens
+        if scores is not None and tokens == 1:
+            others = [score for expert, score in enumerate(scores) if expert not in loads]
+            assert min(scores[expert] for expert in loads) >= max(others, default=0.0)
+
+
+class PlausibleRouters(Popular):
+    known = None
+
+    def predict(self, layer, shown, depth):
+        if layer and self.known is not None:
+            np.testing.assert_array_equal(shown.scores, self.known)
+        self.known = next(iter(shown.ahead), None)
+        return super().predict(layer, shown, depth)
+
+
+@pytest.mark.parametrize("rule", [PlausibleProblems, PlausibleSteps, PlausibleRouters])
+def test_what_rules_are_tried_with_could_be_a_run(rule):
+    """Costs as `Problem.costs` promises them, loads and scores of a router, what the next layer will be."""
+    assert sum(check(rule, runs=3).calls.values()) > 50
 
 
 def planner(**parts) -> Planner:

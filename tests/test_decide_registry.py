@@ -42,6 +42,12 @@ def test_a_name_a_class_and_an_object_are_the_same_rule():
     assert get_system("hybrimoe").override(scheduler=Half(0.25)) == get_system("hybrimoe").override(
         scheduler="own_rules:Half:share=0.25"
     )
+
+    class Third(Half):
+        def __init__(self, first, share=0.5):
+            super().__init__(share)
+
+    assert Third(1, 0.25).as_rule().parameters == {"first": 1, "share": 0.25}
     built_in = get_system("hybrimoe").override(**BUILT_IN)
     assert (built_in.cache, built_in.scheduler, built_in.predictor) == ("mrs", "paper", "previous")
     assert get_system("hybrimoe").override(cache=MRS(alpha=0.3)).cache == "mrs:alpha=0.3"

@@ -37,7 +37,10 @@ from hybrimoe_jax.errors import RuleError, UserError, shown
 
 KINDS: dict[str, Kind] = {"cache": CACHES, "scheduler": RULES, "predictor": FORESEEING}
 LAYERS, STEPS, PROBLEMS_A_RUN, MOST_RUNS = 4, 8, 20, 10**6
-"""Of one random run."""
+EXPERTS, TOKENS = (4, 8, 24, 60), (1, 1, 1, 2, 30)
+"""Of one random run; of a layer and of a step, by chance."""
+RANGES = {"cpu_expert": (1, 30), "cpu_token": (0.01, 1), "moe": (0.1, 2), "link": (1, 10), "busy": (1, 2)}
+"""Of a machine made up, in seconds of an expert on its device; `busy` is a factor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,11 @@ class _Machine:
 
     cpu_expert: float
     cpu_token: float
-    cpu_first: float
-    device_expert: float
     moe: float
     link: float
     busy: float
+    cpu_first: float
+    device_expert: float = 1.0
     shares_cores: bool = False
     fetch_host: float = 0.0
     look: float = 0.0
@@ -76,11 +79,10 @@ class _Machine:
 
     @classmethod
     def draw(cls, draws: random.Random) -> _Machine:
-        def between(low: float, high: float) -> float:
-            return math.exp(draws.uniform(math.log(low), math.log(high)))
-
-        first = draws.choice((0.0, 0.5))
-        return cls(between(1, 30), between(0.01, 1), first, 1.0, between(0.1, 2), between(1, 10), between(1, 2))
+        figures: dict[str, Any] = {
+            name: math.exp(draws.uniform(math.log(low), math.log(high))) for name, (low, high) in RANGES.items()
+        }
+        return cls(**figures, cpu_first=draws.choice((0.0, 0.5)))
 
     def cpu(self, load: int, first: bool = False) -> float:
         return self.cpu_expert + self.cpu_token * load + (self.cpu_first if first else 0.0)
@@ -138,7 +140,7 @@ def _kind_of(rule: Any) -> tuple[str, Rule]:
 
 def _run(part: str, rule: Rule, draws: random.Random) -> Iterator[Mapping[str, int]]:
     """One random model: the calls of every object that was made for it."""
-    experts = draws.choice((4, 8, 24, 60))
+    experts = draws.choice(EXPERTS)
     top_k, slots = draws.randint(1, max(1, experts // 4)), [draws.randint(0, experts) for _ in range(LAYERS)]
     base = draws.choice(("hybrimoe", "on-demand", "adapmoe"))
     system = get_system(base).override(**cast(dict[str, Any], {part: rule}))
@@ -164,7 +166,7 @@ def _run(part: str, rule: Rule, draws: random.Random) -> Iterator[Mapping[str, i
 
 def _step(planner: Planner, draws: random.Random) -> None:
     """One step of random routing, as an engine takes it; transfers land when they like."""
-    tokens, experts = draws.choice((1, 1, 1, 2, 30)), planner.num_experts
+    tokens, experts = draws.choice(TOKENS), planner.num_experts
     planner.begin_step("decode" if tokens == 1 else "prefill")
     looks, under_way = planner.should_predict(tokens), set[tuple[int, int]]()
     scores = np.random.default_rng(draws.getrandbits(32)).dirichlet(np.full(experts, 0.5), (planner.num_layers, tokens))

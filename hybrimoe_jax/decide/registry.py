@@ -13,7 +13,6 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
@@ -171,7 +170,7 @@ class Kind:
         module, _, name = spec.partition(":")
         name = name.partition(":")[0]
         try:
-            found: Any = sys.modules[module] if module in sys.modules else importlib.import_module(module)
+            found: Any = importlib.import_module(module)
             for part in name.split("."):
                 found = getattr(found, part, None)
         except UserError:
