@@ -259,9 +259,14 @@ class PlausibleSteps(Fading):
 
 
 class PlausibleRouters(Popular):
-    known = None
+    known, finished = None, True
+
+    def finish_step(self):
+        self.finished = True
 
     def predict(self, layer, shown, depth):
+        assert self.finished or layer, "one step is over before the next begins"
+        self.finished = False
         if layer and self.known is not None:
             np.testing.assert_array_equal(shown.scores, self.known)
         self.known = next(iter(shown.ahead), None)
