@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import tiny
 from cuda_emulation import KERNELS, Emulation, build, needs_compiler
 from grids import few
 
-from hybrimoe_jax.engine import programs
+from hybrimoe_jax.engine import checks, programs
 from hybrimoe_jax.engine.checks import device_kernel
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import GROUPS
@@ -186,7 +187,7 @@ def test_an_engine_says_the_same_with_it(emulated, monkeypatch):
 
 def test_auto_is_xla_without_a_gpu_and_with_one_that_refuses(monkeypatch):
     assert device_kernel("auto", "int4-g64") == "xla"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(checks, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
     monkeypatch.setattr(packed_cuda, "refusal", lambda: None)
     assert device_kernel("auto", "int4-g64") == "cuda" and device_kernel("auto", "bf16") == "xla"
     monkeypatch.setattr(packed_cuda, "refusal", lambda: "JaxRuntimeError: no such instruction")
