@@ -17,10 +17,11 @@ import numpy as np
 
 from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.engine import budget, device_memory, exhaustion, probes, programs, warmup
 from hybrimoe_jax.engine.checks import check_options, device_format, device_kernel, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
+from hybrimoe_jax.engine.dense_assembly import dense_parts
 from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
 from hybrimoe_jax.engine.fused.choice import WayChoice
@@ -28,7 +29,7 @@ from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
-from hybrimoe_jax.engine.lanes.host_memory import open_host_memory, parts_of
+from hybrimoe_jax.engine.lanes.host_memory import open_host_memory
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.paced_link import PacedLink
 from hybrimoe_jax.engine.lanes.pacing import Pacing
@@ -39,22 +40,18 @@ from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Mea
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
 from hybrimoe_jax.engine.rounded import RoundedForward
 from hybrimoe_jax.engine.start_cache import start_folder
-from hybrimoe_jax.engine.step import DenseForward
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
 from hybrimoe_jax.engine.workspace import StepPrograms, StepShape, workspace_bytes
 from hybrimoe_jax.formats.packing import PackedMatrix
-from hybrimoe_jax.formats.plain import to_f32
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.identity import machine_facts
 from hybrimoe_jax.machine.profile import MachineCosts
 from hybrimoe_jax.machine.virtual import VirtualMachine
-from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.products import native_here
-from hybrimoe_jax.models.registry import build_model
 from hybrimoe_jax.models.target import default_device
 from hybrimoe_jax.trace.tokens import load_recording
 
@@ -82,7 +79,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     native = options.executor != "dense" and native_here()
     model = exhaustion.without_slots(lambda: DeviceModel(config, dense, device, native=native))
     if options.executor == "dense":
-        return exhaustion.without_slots(lambda: _dense_parts(model, store, options, device, cores, max_context))
+        return exhaustion.without_slots(lambda: dense_parts(model, store, options, device, cores, max_context))
     made = _HybridAssembly(model, store, options, options.chosen_system, device, cores, max_context, frequencies)
     parts = exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
     rounded = options.precision == "bfloat16"
@@ -343,35 +340,3 @@ class _HybridAssembly:
 
 def _form(array: jax.Array | PackedMatrix) -> str:
     return repr(array.layout) if isinstance(array, PackedMatrix) else f"{array.dtype} {array.shape}"
-
-
-def _dense_parts(model: DeviceModel, store, options, device, cores, max_context: int) -> Parts:
-    config, clock = model.config, WallClock()
-    graphdef, abstract = split(build_model(config))
-    flat = {"model.embed_tokens.weight": model.table, "model.norm.weight": model.norm, "lm_head.weight": model.head}
-    for index, layer in enumerate(model.layers):
-        flat |= {f"model.layers.{index}.{name}": array for name, array in layer.params.items()}
-    weights, on_device = [], device_format(store.format, device.platform, options, model.config)
-    for layer in model.layers:
-        if layer.moe_layer is None:
-            weights.append(None)
-            continue
-        experts = [store.get(layer.moe_layer, expert) for expert in range(config.num_experts)]
-        stacked = jax.tree.map(lambda *parts: np.stack(parts), *map(parts_of, experts))
-        if on_device == "f32":
-            stacked = jax.tree.map(to_f32, stacked)
-        weights.append(jax.device_put(stacked, device))
-    held = sum(a.nbytes for a in jax.tree.leaves(weights))
-    return Parts(
-        options=options,
-        system=get_system(options.system),
-        device=device,
-        model=model,
-        forward=DenseForward(graphdef, {name: flat[name] for name in abstract}, weights, clock),
-        clock=clock,
-        footprint=budget.Footprint(model.nbytes, model.cache_bytes(1, max_context), 0, 0, held),
-        cores=cores,
-        expert_format=on_device,
-        device_kernel="xla",
-        slots=[config.num_experts] * len(model.moe_layers),
-    )
