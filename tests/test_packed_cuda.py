@@ -227,7 +227,7 @@ def test_what_it_cannot_compute_is_refused(options, message):
 
 @pytest.mark.skipif(not tiny.on_cpu(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused():
-    with pytest.raises(UserError, match="device kernel 'cuda' cannot run: it needs a GPU, and jax finds none; use xla"):
+    with pytest.raises(UserError, match="device kernel cuda cannot run: it needs a GPU, and jax finds none; use xla"):
         tiny.engine(format="int4-g32", device_kernel="cuda")
 
 

@@ -275,11 +275,11 @@ def test_formats_and_flags_that_do_not_fit_are_refused_in_one_line(tmp_path):
     assert "'llama' is not supported" in refused("convert", "--random", tmp_path, tmp_path / "no")
     path = convert(hf, tmp_path / "ckpt", "int4-g64")
     given = ("--model", path, "--prompt-ids", "1,2", "--max-tokens", "2")
-    assert "host kernel 'onednn' computes float32 and bfloat16 experts" in refused(
+    assert "host kernel onednn computes float32 and bfloat16 experts" in refused(
         "generate", *given, "--host-kernel", "onednn"
     )
     if tiny.on_cpu():
-        assert "device kernel 'cuda' cannot run: it needs a GPU, and jax finds none; use xla" in refused(
+        assert "device kernel cuda cannot run: it needs a GPU, and jax finds none; use xla" in refused(
             "generate", *given, "--device-kernel", "cuda"
         )
     assert "holds int4-g64" in refused("convert", "--export-hf", path, tmp_path / "no", "--format", "int8-g64")
