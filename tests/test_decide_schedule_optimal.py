@@ -56,9 +56,10 @@ class _Lanes:
 def test_no_rule_is_ever_better():
     generator, scheduler = random.Random(7), get_scheduler("optimal")
     for _ in range(150):
-        problem = random_problem(generator, generator.randint(9, 40), generator.random() < 0.5)
+        constant = generator.random() < 0.5
+        problem = random_problem(generator, generator.randint(9, 40), constant)
         best = scheduler.schedule(problem)
-        assert best.bound <= best.makespan
+        assert best.bound == best.makespan if constant else best.bound <= best.makespan
         for name in SCHEDULERS:
             try:
                 other = get_scheduler(name).schedule(problem).makespan
@@ -77,9 +78,21 @@ def test_an_exhausted_budget_is_admitted():
         hasty, thorough = OptimalScheduler(nodes=3).schedule(problem), OptimalScheduler(nodes=10**6).schedule(problem)
         assert thorough.gap < CLOSE
         assert hasty.bound * (1 - CLOSE) <= thorough.makespan <= hasty.makespan * (1 + CLOSE)
+        forecast = OptimalScheduler().forecaster().schedule(problem)
+        one_load = len(set(problem.loads.values())) == 1  # which needs no search
+        assert forecast.bound == (forecast.makespan if one_load else 0), "no search and no bound"
+        assert forecast.makespan >= thorough.makespan * (1 - CLOSE)
         stated.append(hasty.gap)
         proven += hasty.gap < CLOSE
     assert 0 < proven < 40 and max(stated) < 0.5
+
+
+@pytest.mark.parametrize("experts, proven, gap", [(9, 40, 0.0), (16, 34, 0.005), (40, 28, 0.003)])
+def test_the_usual_budget_proves_most_and_leaves_little_open(experts, proven, gap):
+    """Of 40 problems, and what is left on average."""
+    generator, scheduler = random.Random(13), get_scheduler("optimal")
+    gaps = [scheduler.schedule(random_problem(generator, experts, False, flags=False)).gap for _ in range(40)]
+    assert sum(each < CLOSE for each in gaps) >= proven and np.mean(gaps) < gap + CLOSE
 
 
 def test_equal_loads_are_remembered_without_mixing_machines_or_flags():

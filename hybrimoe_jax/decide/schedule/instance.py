@@ -114,9 +114,6 @@ class Instance:
 
         `absent` is in link order. Running jobs by release time gives the earliest end.
         """
-        if self.constant and absent and not in_flight and self.device_absent[0] <= self.alone:
-            seconds = self.device_absent[0]  # each is done before the next lands
-            return max(work + len(absent) * seconds, self.landing(len(absent), cpu_seconds) + seconds)
         arrivals = []
         if absent:
             landed = landings(self.link, cpu_seconds, len(absent), self.beside, self.alone)
