@@ -254,7 +254,7 @@ def test_whatever_an_object_holds_comes_back_as_it_was():
     first.chance.random(), first.generator.random()
     place = second.array
     node, arrays = pack(first, "it")
-    unpack(json.loads(json.dumps(node)), arrays, second)
+    unpack(json.loads(json.dumps(node, allow_nan=False)), arrays, second)
     assert second.array is second.again is place and second.shared is second.queue, "one object stays one"
     assert second.chance.random() == first.chance.random() and second.generator.random() == first.generator.random()
     assert (second.own, second.queue.maxlen, list(second.order)) == (len, 3, [5, 1])

@@ -8,7 +8,9 @@ import pytest
 from schedule_cases import costs, least_makespan, random_problem, simulate
 
 from hybrimoe_jax.decide.schedule import SCHEDULERS, Problem, get_scheduler
+from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 from hybrimoe_jax.decide.schedule.optimal import OptimalScheduler
+from hybrimoe_jax.decide.schedule.search import _choice, _items, _Relaxation
 from hybrimoe_jax.errors import UserError
 
 CLOSE = 1e-9
@@ -26,6 +28,51 @@ def test_optimal_is_what_brute_force_finds(constant):
     for _ in range(800):
         problem = random_problem(generator, generator.choice((1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 8)), constant)
         check(problem, scheduler.schedule(problem), least_makespan(problem))
+
+
+def test_optimal_is_what_brute_force_finds_where_weights_are_tried():
+    """They are for more than eight experts."""
+    generator, scheduler = random.Random(2), get_scheduler("optimal")
+    for number in range(30):
+        problem = random_problem(generator, 9 + number % 2, False)
+        check(problem, scheduler.schedule(problem), least_makespan(problem))
+
+
+def subsets(count: int):
+    return [some for size in range(count + 1) for some in itertools.combinations(range(count), size)]
+
+
+def test_the_bound_is_that_of_the_best_weight():
+    """Of each weight: the least weighted sum of both lanes' work over all choices with so many demand fetches."""
+    generator, weights = random.Random(4), np.linspace(0, 1, 257)[:, None]
+    for _ in range(40):
+        i = Instance.of(random_problem(generator, 5, False))
+        items = _items(i)
+        relaxation = _Relaxation(i, items)
+        lanes, (fewest, most) = list(relaxation.bounds), i.fetches
+        here = [some for some in subsets(len(i.here)) if i.steals or len(some) == len(i.here)]
+        coming = [some for some in subsets(len(i.in_flight)) if not i.awaits or len(some) == len(i.in_flight)]
+        for q in range(fewest, most + 1):
+            choices = [Choice(*c) for c in itertools.product(here, coming, subsets(len(i.absent))) if len(c[2]) == q]
+            cpu = np.full(len(choices), i.first if q < len(i.absent) else 0.0)  # others than absent ones may add it
+            device, others = np.full(len(choices), i.shared), np.full(len(choices), i.shared)
+            for n, chosen in enumerate(choices):
+                for group in Choice._fields:
+                    for k, seconds in enumerate(getattr(i, f"cpu_{group}")):
+                        on_device = getattr(i, f"device_{group}")[k]
+                        cpu[n] += 0 if k in getattr(chosen, group) else seconds
+                        device[n] += on_device if k in getattr(chosen, group) else 0
+                        others[n] += on_device if k in getattr(chosen, group) and group != "absent" else 0
+            landed = i.landing(q, min(cpu)) + min(i.device_absent) if q else 0.0
+            assert lanes[q] == pytest.approx(max(min(cpu), min(others), landed))
+            for _ in range(12):
+                w = (relaxation.low[q] + relaxation.high[q]) / 2
+                chosen = choices.index(Choice(*map(tuple, _choice(items, relaxation.halve(q)))))
+                weighed = w * cpu + (1 - w) * device
+                assert weighed[chosen] == pytest.approx(min(weighed))
+            best = max((weights * cpu + (1 - weights) * device).min(axis=1))
+            assert 0.999 <= relaxation.bounds[q] / max(lanes[q], best) <= 1.01
+            assert relaxation.bounds[q] <= min(map(i.makespan, choices)) * (1 + CLOSE)
 
 
 def test_no_order_beats_the_one_that_brute_force_takes():
@@ -101,9 +148,16 @@ def test_equal_loads_are_remembered_without_mixing_machines_or_flags():
     for model, flags in itertools.product(
         (cheap, dear, cheap), ({}, {"allow_fetch": False}, {"allow_steal": False}, {"link_busy": 50.0})
     ):
-        for here in (0, 3, 6):
-            problem = Problem({e: 1 for e in range(8)}, set(range(here)), model, **flags)
+        for here, other in itertools.product((0, 3, 6), (1, 5, 2)):  # loads that differ are not remembered
+            problem = Problem({e: other if e > 4 else 1 for e in range(7)}, set(range(here)), model, **flags)
             check(problem, scheduler.schedule(problem), least_makespan(problem))
+
+
+def test_the_fewest_demand_fetches_among_equals():
+    """The heavy expert lands at 10 s and takes the device 1 s, wherever the light one runs."""
+    model = costs(cpu=(0.0, 1.0, 0.0), device=(1.0, 0.0), shared=1.0, transfer=2.0)
+    found = get_scheduler("optimal").schedule(Problem({0: 100, 1: 1}, (), model, 1, None, {0: 10.0}, 0.0))
+    assert (found.makespan, found.cpu, found.fetch) == (11.0, (1,), ())
 
 
 def test_many_transfers_in_flight_are_still_solved():
@@ -117,6 +171,15 @@ def test_many_transfers_in_flight_are_still_solved():
         least = least_makespan(problem)
         assert s.bound <= least * (1 + CLOSE) and s.makespan >= least * (1 - CLOSE)
         check(problem, OptimalScheduler(nodes=10**6).schedule(problem), least)
+
+
+def test_the_sets_of_four_transfers_in_flight_are_tried():
+    generator = random.Random(12)
+    for _ in range(60):
+        problem = random_problem(generator, 6, True, flags=False)
+        in_flight = {e: generator.uniform(0, 8) for e in generator.sample(range(6), 4)}
+        problem = Problem(problem.loads, set(range(6)) - {*in_flight}, problem.costs, 1, None, in_flight, 0.0)
+        check(problem, OptimalScheduler(nodes=0).schedule(problem), least_makespan(problem))
 
 
 def milp(problem: Problem) -> float:
