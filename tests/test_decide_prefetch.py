@@ -127,6 +127,13 @@ def test_nothing_is_chosen_without_a_gain():
     assert choose([target(1, {})]) == []
 
 
+@pytest.mark.parametrize("loads, sent", [((12, 11, 1), [(1, 2)]), ((12, 12, 11, 1), [(1, 3)]), ((12, 11, 10, 1), [])])
+def test_a_candidate_of_each_of_the_three_highest_loads_is_tried(loads, sent):
+    """The CPU takes 10 s for any; the device 4 s a token, so that only the light expert is worth moving."""
+    model = dataclasses.replace(costs(cpu=10.0, device=0.0), device_token=4.0)
+    assert choose([target(1, dict(enumerate(loads)))], model=model, rule="cpu-misses", room=1) == sent
+
+
 def chosen_by_definition(targets, model, rule, accuracy, tokens, until_next, link_free, room):
     """One after the other whatever shortens its layer most, weighed by how often predictions at its distance come true.
 

@@ -144,7 +144,7 @@ def test_the_usual_budget_proves_most_and_leaves_little_open(experts, proven, ga
 
 def test_equal_loads_are_remembered_without_mixing_machines_or_flags():
     scheduler = OptimalScheduler()
-    cheap, dear = costs(cpu=(1.0, 0.0, 0.0), shared=0.0), costs(cpu=(9.0, 0.0, 0.0), shared=0.0)
+    cheap, dear = costs(cpu=(0.0, 1.0, 0.0), shared=0.0), costs(cpu=(8.0, 1.0, 0.0), shared=0.0)
     for model, flags in itertools.product(
         (cheap, dear, cheap), ({}, {"allow_fetch": False}, {"allow_steal": False}, {"link_busy": 50.0})
     ):
