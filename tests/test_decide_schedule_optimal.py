@@ -124,7 +124,8 @@ def test_an_exhausted_budget_is_admitted():
         problem = random_problem(generator, 14, False, flags=False)
         hasty, thorough = OptimalScheduler(nodes=3).schedule(problem), OptimalScheduler(nodes=10**6).schedule(problem)
         assert thorough.gap < CLOSE
-        assert hasty.bound * (1 - CLOSE) <= thorough.makespan <= hasty.makespan * (1 + CLOSE)
+        for each in (hasty, *(OptimalScheduler(nodes).schedule(problem) for nodes in (1, 2, 9, 27))):
+            assert each.bound * (1 - CLOSE) <= thorough.makespan <= each.makespan * (1 + CLOSE)
         forecast = OptimalScheduler().forecaster().schedule(problem)
         one_load = len(set(problem.loads.values())) == 1  # which needs no search
         assert forecast.bound == (forecast.makespan if one_load else 0), "no search and no bound"

@@ -122,8 +122,7 @@ class _Relaxation:
     def halve(self, chosen: int) -> int:
         """Tries the middle of the interval of `chosen`, which tells the others something too; -> its choice (bits)."""
         on_cpu, on_device, bounds, low, high = self.on_cpu, self.on_device, self.bounds, self.low, self.high
-        fewest, most = self.instance.fetches
-        count, first = len(self.absent), self.instance.first
+        count, most, first = len(self.absent), self.instance.fetches[1], self.instance.first
         w = (low[chosen] + high[chosen]) / 2
         v = 1.0 - w
         keys = sorted([(v * on_device[i] - w * on_cpu[i], i) for i in self.absent])
@@ -138,8 +137,6 @@ class _Relaxation:
             if q:
                 i = keys[q - 1][1]
                 cpu, device, mask = cpu - on_cpu[i], device + on_device[i], mask | 1 << i
-            if q < fewest:
-                continue
             if q == chosen:
                 found = mask
             end = cpu + first if q < count else cpu
