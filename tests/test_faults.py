@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 
 import pytest
@@ -77,11 +78,22 @@ def fail_once(patch, target, name: str, call: int, raised: type[BaseException]) 
     patch.setattr(target, name, once)
 
 
-def kill(thread_name: str) -> None:
-    """Raises SystemExit in the threads of this name, where they next run Python: with the next task in their hands."""
-    for thread in threading.enumerate():
-        if thread.name.startswith(thread_name):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+@pytest.fixture
+def kill():
+    """Raises SystemExit in the threads of a name, where they next run Python: with the next task in their hands.
+
+    Until they do, this thread is not traced: Python 3.11 would enter its next traced function for ever.
+    """
+    trace = sys.gettrace()
+
+    def threads_of(name: str) -> None:
+        sys.settrace(None)
+        for thread in threading.enumerate():
+            if thread.name.startswith(name):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+    yield threads_of
+    sys.settrace(trace)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +104,7 @@ def kill(thread_name: str) -> None:
         ("host-experts", {"system": "ktransformers", "cpu": SLOW_CPU}),
     ],
 )
-def test_a_thread_that_dies_ends_one_run(thread, options, wanted):
+def test_a_thread_that_dies_ends_one_run(thread, options, wanted, kill):
     engine = build(**options)
     assert answer(engine) == wanted
     kill(thread)
@@ -102,7 +114,7 @@ def test_a_thread_that_dies_ends_one_run(thread, options, wanted):
     engine.close()
 
 
-def test_a_timeline_whose_watcher_died_ends(wanted):
+def test_a_timeline_whose_watcher_died_ends(wanted, kill):
     engine = build()
     timeline = EngineTimeline(engine)
     kill("timeline")
