@@ -53,6 +53,15 @@ def test_help_that_cannot_be_written_is_one_line():
     assert (done.returncode, done.stderr) == (2, f"error: cannot write the output: {os.strerror(errno.ENOSPC)}\n")
 
 
+def test_a_platform_that_jax_has_not_is_one_line():
+    body = "from hybrimoe_jax.models.target import default_device\ndefault_device()"
+    done = ended(body, env={**os.environ, "JAX_PLATFORMS": "nonsense"})
+    assert done.returncode == 2
+    assert re.fullmatch(
+        "error: jax starts no device here .JAX_PLATFORMS is 'nonsense', .*JAX_PLATFORMS=cpu.*\n", done.stderr
+    )
+
+
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4711 bytes.\nBFC: ..."
 
 

@@ -20,7 +20,7 @@ from hybrimoe_jax.decide.check import check
 from hybrimoe_jax.decide.schedule import PaperScheduler
 from hybrimoe_jax.decide.schedule.problem import split
 from hybrimoe_jax.decide.systems import get_system
-from hybrimoe_jax.decide.watch import listed
+from hybrimoe_jax.decide.watch import Watch, listed
 from hybrimoe_jax.errors import RuleError, UserError
 from hybrimoe_jax.simulate.cases import Case
 from hybrimoe_jax.simulate.grid import run_case, run_cases
@@ -325,3 +325,12 @@ def test_a_fault_goes_from_worker_to_starter():
     cases = [Case("synthetic:mixtral-8x7b", "a6000-paper", system, ratio, steps=2) for ratio in (0.25, 0.5)]
     with faults(Flatters):
         list(run_cases(cases, 2))
+
+
+@pytest.mark.parametrize("answer", [10**400, 10**5000, -(10**5000)], ids=["no float", "no text", "negative"])
+def test_numbers_of_any_size_are_refused_in_one_short_line(answer):
+    watch = Watch("cache", PARTS["cache"]())
+    for refuse in (lambda: watch.number("heat", answer), lambda: watch.expert("victim", "gave", answer, 8)):
+        with pytest.raises(RuleError) as fault:
+            refuse()
+        assert len(str(fault.value)) < 300 and "\n" not in str(fault.value)

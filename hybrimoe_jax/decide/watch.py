@@ -70,7 +70,7 @@ class Watch:
         """An expert's number as a plain int."""
         expert = value if type(value) is int else self.whole(method, what, value, layer)
         if not 0 <= expert < num_experts:
-            self.fault(method, f"{what} expert {expert}; experts are 0..{num_experts - 1}", layer)
+            self.fault(method, f"{what} expert {shown(expert)}; experts are 0..{num_experts - 1}", layer)
         return expert
 
     def whole(self, method: str, what: str, value: Any, layer: int | None = None) -> int:
@@ -87,7 +87,7 @@ class Watch:
         except (TypeError, ValueError, OverflowError):
             self.fault(method, f"gave {shown(value)}, which is no number")
         if not finite:
-            self.fault(method, f"gave {value}, which is not finite")
+            self.fault(method, f"gave {shown(value)}, which is not finite")
         return value
 
 

@@ -195,7 +195,6 @@ def attend(
     Where T = S, every row starts at position 0. XLA:CPU runs long ones in blocks: the whole product's passes over [H,
     T, S] cost more than the products.
     """
-
     chex.assert_rank((q, k, v), 4)
     chex.assert_shape(positions, q.shape[:2])
 

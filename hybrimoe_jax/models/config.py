@@ -98,7 +98,9 @@ class ModelConfig(RoutedExperts, abc.ABC):
         }
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)} (needed for model_type {shown(raw.get('model_type'))})")
+            raise UserError(
+                f"config.json lacks {', '.join(missing)} (needed for model_type {shown(raw.get('model_type'))})"
+            )
         for field in fields:
             if values.get(field.name) is not None:
                 check_kind(field.name, str(field.type).removesuffix(" | None"), values[field.name])
@@ -117,7 +119,9 @@ class ModelConfig(RoutedExperts, abc.ABC):
         self._check_sizes(raw)
         self._check_layer_types(raw.get("layer_types") or ())
         if not all(type(token) is int for token in self.eos_ids):
-            raise UserError(f"config.json: eos_token_id must be an id or a list of ids, not {shown(raw['eos_token_id'])}")
+            raise UserError(
+                f"config.json: eos_token_id must be an id or a list of ids, not {shown(raw['eos_token_id'])}"
+            )
         if not self.moe_layers:
             raise UserError("config.json: no layer has routed experts; this engine runs mixture-of-experts models")
         _ = self.rope  # refuses an unknown scaling rule by name
@@ -128,7 +132,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
         if settings := raw.get("quantization_config"):
             method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
             raise UserError(
-                f"config.json: quantization_config ({shown_name(method)}) is not supported; use an unquantised checkpoint"
+                f"config.json: quantization_config ({shown_name(method)}) is not supported; "
+                "use an unquantised checkpoint"
             )
         honoured = {f.name for f in dataclasses.fields(self)}
         for key, neutral in (NEUTRAL | dict(self.neutral)).items():
@@ -181,7 +186,9 @@ class ModelConfig(RoutedExperts, abc.ABC):
                 )
             if (kind == "sliding_attention") != (self.window(layer) is not None):
                 window = "none" if self.window(layer) is None else self.window(layer)
-                raise UserError(f"config.json: layer_types[{layer}] is {shown(kind)}, but the layer's window is {window}")
+                raise UserError(
+                    f"config.json: layer_types[{layer}] is {shown(kind)}, but the layer's window is {window}"
+                )
 
     @property
     def kv_heads(self) -> int:

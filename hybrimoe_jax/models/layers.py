@@ -24,7 +24,9 @@ def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float) -> jax.Ar
 class Linear(nnx.Module):
     """`y = x W^T + b` with `weight` [out, in], plain or a `PackedMatrix`."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs | None, std: float = 0.02):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs | None, std: float = 0.02
+    ):
         self.weight = nnx.Param(initial(rngs, (out_features, in_features), std))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 

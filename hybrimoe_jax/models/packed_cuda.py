@@ -3,9 +3,9 @@
 XLA's form (`models.packed`) reads codes four bytes or fewer at a time, computes experts that are not here, and takes
 kernels for each. These read packed bytes once, 16 at a time, of the experts that are here only.
 
-The kernels are CUDA C++, compiled to PTX by `scripts/make_ptx.py` when they change; the PTX is part of the package, and the
-GPU's driver turns it into machine code. So nothing has to be compiled or installed on a user's machine: XLA takes PTX
-as a custom call.
+The kernels are CUDA C++, compiled to PTX by `scripts/make_ptx.py` when they change; the PTX is part of the package, and
+the GPU's driver turns it into machine code. So nothing has to be compiled or installed on a user's machine: XLA takes
+PTX as a custom call.
 
 Shapes: N rows, k experts a row, S slots, D model width, F expert width.
 """
@@ -71,9 +71,7 @@ def routed(acc: jax.Array, x: jax.Array, slots: jax.Array, weights: jax.Array, p
     return _call(kernels, "add_down", grid, DOWN_THREADS, out, acc, inner, slots, weights, pool.data, shape)
 
 
-def _shape(
-    layout: MatrixLayout, rows: int, top: int, expert_bytes: int, at: tuple[int, int], pitch: int
-) -> np.ndarray:
+def _shape(layout: MatrixLayout, rows: int, top: int, expert_bytes: int, at: tuple[int, int], pitch: int) -> np.ndarray:
     """The kernels' `Shape`. at: where the matrices begin in an expert."""
     format = layout.format
     inputs = STEP * 8 // format.bits

@@ -85,19 +85,27 @@ def make_rope(
     for name in POSITIVE:
         value = scaling.get(name)
         if value is not None and not (type(value) in (int, float) and 0 < value <= LARGEST):
-            raise UserError(f"config.json: rope_scaling {shown(kind)}: {name} must be a number above 0, not {shown(value)}")
+            raise UserError(
+                f"config.json: rope_scaling {shown(kind)}: {name} must be a number above 0, not {shown(value)}"
+            )
     for name in ("mscale", "mscale_all_dim"):
         value = scaling.get(name)
         if value is not None and not (type(value) in (int, float) and 0 <= value <= LARGEST):
-            raise UserError(f"config.json: rope_scaling {shown(kind)}: {name} must be a number of at least 0, not {shown(value)}")
+            raise UserError(
+                f"config.json: rope_scaling {shown(kind)}: {name} must be a number of at least 0, not {shown(value)}"
+            )
     try:
         frequencies, factor = SCALINGS[kind](base, width, float(theta), scaling, max_position_embeddings)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"config.json: rope_scaling {shown(kind)} is incomplete or malformed ({shown(error)})") from error
+        raise UserError(
+            f"config.json: rope_scaling {shown(kind)} is incomplete or malformed ({shown(error)})"
+        ) from error
     if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
-        raise UserError(f"config.json: rope_theta {theta} and rope_scaling {shown(kind)} do not give finite frequencies")
+        raise UserError(
+            f"config.json: rope_theta {theta} and rope_scaling {shown(kind)} do not give finite frequencies"
+        )
     return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor))
 
 

@@ -18,17 +18,17 @@ _traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("backen
 
 @functools.cache
 def default_device() -> Any:
-    """jax's first device; the first call starts jax. UserError where it has none."""
+    """The first device of jax; the first call starts jax. UserError where it has none."""
     try:
         return jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # the latter for a platform without its plugin
         chosen = os.environ.get("JAX_PLATFORMS")
-        why = f"JAX_PLATFORMS is {shown(chosen)}, {said(error)}"
+        why = (f"JAX_PLATFORMS is {shown(chosen)}, " if chosen else "") + said(error)
     raise UserError(f"jax starts no device here ({why}); JAX_PLATFORMS=cpu works everywhere")
 
 
 def backend() -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """One of "cpu", "gpu" and "tpu"."""
     return _traced_for.get() or default_device().platform
 
 

@@ -44,6 +44,8 @@ METHODS = ("greedy", "group_limited_greedy")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepseekV2Config(ModelConfig):
+    """DeepSeek-V2's own keys of config.json, with their defaults."""
+
     n_routed_experts: int
     moe_intermediate_size: int
     kv_lora_rank: int = 512

@@ -20,6 +20,8 @@ from hybrimoe_jax.models.moe import MoEBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtralConfig(ModelConfig):
+    """Mixtral's own keys of config.json, with their defaults."""
+
     num_local_experts: int
     num_key_value_heads: int | None = 8
     head_dim: int | None = None

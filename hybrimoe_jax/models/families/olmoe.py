@@ -19,6 +19,8 @@ from hybrimoe_jax.models.moe import MoEBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OlmoeConfig(ModelConfig):
+    """OLMoE's own keys of config.json, with their defaults."""
+
     num_experts: int
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False

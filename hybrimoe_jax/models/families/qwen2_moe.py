@@ -21,6 +21,8 @@ from hybrimoe_jax.models.moe import MoEBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2MoeConfig(ModelConfig):
+    """Qwen2-MoE's own keys of config.json, with their defaults."""
+
     num_experts: int
     moe_intermediate_size: int
     shared_expert_intermediate_size: int

@@ -19,6 +19,8 @@ from hybrimoe_jax.models.moe import MoEBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(ModelConfig):
+    """Qwen3-MoE's own keys of config.json, with their defaults."""
+
     num_experts: int
     moe_intermediate_size: int
     num_key_value_heads: int | None = 4
