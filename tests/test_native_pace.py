@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,13 +14,33 @@ import pytest
 import tiny
 
 from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
-from hybrimoe_jax.engine.lanes.pacing import NoPacing, Pacing, block_seconds
+from hybrimoe_jax.engine.lanes.pacing import NoPacing, Pacing, block_seconds, sleep_until
 from hybrimoe_jax.host_kernels.native import pace
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
 from hybrimoe_jax.machine.shapes import get_shape
 from hybrimoe_jax.machine.virtual import VirtualMachine
 
 PACED = pytest.mark.skipif(not pace.available(), reason="the package was installed without its FFI handlers")
+
+
+def test_a_sleep_is_never_too_short_and_leaves_the_interpreter_to_others():
+    counted, going = [0], True
+
+    def count():
+        while going:
+            counted[0] += 1
+
+    other = threading.Thread(target=count)
+    other.start()
+    try:
+        for seconds in (0.03, 0.03, 1e-5, -1.0):
+            before, until = counted[0], time.perf_counter() + seconds
+            late = sleep_until(until)
+            assert 0 <= late <= time.perf_counter() - until
+            assert seconds < 0.01 or counted[0] > before
+    finally:
+        going = False
+        other.join()
 
 
 @PACED

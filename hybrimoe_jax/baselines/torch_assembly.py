@@ -63,7 +63,7 @@ class Parts:
         if not isinstance(self.device, PacedDevice) or not isinstance(self.link, PacedLink):
             return {}
         assert self.host.pace is not None
-        lates = {"link": self.link.late, "cpu": self.host.pace.late}
+        lates = {"link": self.link.pace.late, "cpu": self.host.pace.late}
         seen = {"device": self.device.overshoot()} | {lane: dataclasses.asdict(late) for lane, late in lates.items()}
         if reset:
             self.device.reset()
@@ -222,9 +222,7 @@ def lanes(options: EngineConfig, device: torch.device, given, host: list[Bank], 
     """-> clock, device, link and host lane."""
     if options.paced is not None:
         clock = PacedClock(Pacing(given), HostPace(given, time.perf_counter))
-        assert clock.host is not None
-        link = PacedLink(host, slots, given, clock.host.watchers)
-        return clock, PacedDevice(), link, Host(experts, True, clock.host)
+        return clock, PacedDevice(), PacedLink(host, slots, clock), Host(experts, True, clock.host)
     clock = WallClock() if options.clock == "wall" else VirtualClock(VirtualMachine(given))
     if device.type == "cuda":
         return clock, CudaDevice(), CudaLink(host, slots), Host(experts, True)

@@ -9,17 +9,14 @@ copies last as long as a profile says. `CudaLink`: copies from pinned memory on 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hybrimoe_jax.baselines.torch_experts import Bank
 from hybrimoe_jax.baselines.torch_lanes import Program, now
-from hybrimoe_jax.engine.lanes.pacing import Lateness
+from hybrimoe_jax.engine.lanes.clock import PacedClock
 from hybrimoe_jax.engine.lanes.workers import Worker
-from hybrimoe_jax.machine.link import LinkLane
 
 INLINE_WAKES = 4
 """Copies shorter than this many wake-ups of a thread are made by the thread that asks."""
@@ -137,11 +134,8 @@ class ThreadLink:
 class PacedLink(ThreadLink):
     """Real copies that last as a profile says: first come, first served, slower while the host lane computes."""
 
-    def __init__(self, host: list[Bank], slots: Bank, costs: Any, watchers: list[Callable[[float, float], None]]):
-        self._lane, self._waits, self.late = LinkLane(costs), costs.copies_wait, Lateness()
-        self._changed = threading.Condition()
-        self._ended: list[tuple[Any, float, float]] = []
-        watchers.append(self._cpu_computes)
+    def __init__(self, host: list[Bank], slots: Bank, clock: PacedClock):
+        self.pace, self._waits = clock.link, clock.costs.copies_wait
         super().__init__(host, slots)
 
     def fetch(self, transfer: Transfer) -> Transfer:
@@ -155,33 +149,13 @@ class PacedLink(ThreadLink):
                 if program is not None and program.running:
                     program.wait()
                     issued = now()
-            with self._changed:
-                self._lane.send(("", transfer.layer, transfer.expert), issued)
-                half = (self._lane.next_end() - now()) / 2
-            time.sleep(max(0.0, half))
+            self.pace.start(transfer.layer, transfer.expert, issued)
             self._copy(transfer)
-            transfer.began, transfer.landed = self._hold()
-            self.late.note(max(0.0, now() - transfer.landed))
+            transfer.began, transfer.landed = self.pace.wait()
             self.busy_s += transfer.seconds
         except BaseException as error:  # handed to whoever waits for it
             transfer.error = error
         transfer.done.set()
-
-    def _hold(self) -> tuple[float, float]:
-        """Waits for the end of the one transfer in the lane: when it began and ended."""
-        with self._changed:
-            while True:
-                self._ended += self._lane.advance(now())
-                if self._ended:
-                    _, began, end = self._ended.pop()
-                    return began, end
-                self._changed.wait(max(0.0, self._lane.next_end() - now()))
-
-    def _cpu_computes(self, moment: float, until: float) -> None:
-        with self._changed:
-            self._ended += self._lane.advance(moment)
-            self._lane.cpu_until = until
-            self._changed.notify()
 
 
 class CudaLink(ThreadLink):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
-from hybrimoe_jax.engine.lanes.pacing import NO_PACING, Lateness, NoPacing, Pacing
+from hybrimoe_jax.engine.lanes.link_pace import LinkPace
+from hybrimoe_jax.engine.lanes.pacing import NO_PACING, NoPacing, Pacing
 from hybrimoe_jax.engine.stats import Lanes
 
 if TYPE_CHECKING:
@@ -141,13 +142,14 @@ class PacedClock(WallClock):
     """This machine's seconds, on a device that is slowed to a profile.
 
     Args: pacing: of its programs. host: of host experts, if there are any.
-    Attributes: costs: seconds of everything. link: how well transfers keep their pace.
+    Attributes: costs: seconds of everything. link: how long transfers last.
     """
 
     name = "paced"
 
     def __init__(self, pacing: Pacing, host: HostPace | None = None):
-        self.pacing, self.costs, self.host, self.link = pacing, pacing.costs, host, Lateness()
+        self.pacing, self.costs, self.host = pacing, pacing.costs, host
+        self.link = LinkPace(self.costs, self.now, host)
 
     def planning_time(self) -> float:
         return self.now()
@@ -155,13 +157,14 @@ class PacedClock(WallClock):
     def overshoot(self, reset: bool = False) -> dict[str, dict[str, float]]:
         from hybrimoe_jax.host_kernels.native import pace
 
-        lanes = {"device": pace.overshoot(reset), "link": self.link}
+        lanes = {"device": pace.overshoot(reset), "link": self.link.late}
         if self.host is not None:
             lanes["cpu"] = self.host.late
         seen = {lane: dataclasses.asdict(late) for lane, late in lanes.items()}
         if reset:
-            for late in (self.link, *([self.host.late] if self.host else [])):
-                late.reset()
+            for lane in (self.link, self.host):
+                if lane is not None:
+                    lane.late.reset()
         return seen
 
 

@@ -8,6 +8,10 @@
 #include <mutex>
 #include <thread>
 
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+
 #include "experts.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -20,6 +24,21 @@ using Instant = std::chrono::time_point<std::chrono::steady_clock, Seconds>;
 constexpr Seconds SPIN(100e-6);  // a sleep ends some 50 us late; the rest is waited for awake
 
 Instant now() { return std::chrono::steady_clock::now(); }
+
+// Returns at `until`, or at once; what time it is then.
+Instant sleep_until(Instant until) {
+    if (until - SPIN > now()) {
+#ifdef __linux__
+        // The kernel may put the end of a sleep off by 50 us, to wake several threads at once.
+        static thread_local const int at_once = prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL);
+        (void)at_once;
+#endif
+        std::this_thread::sleep_until(until - SPIN);
+    }
+    Instant woken = now();
+    while (woken < until) woken = now();
+    return woken;
+}
 
 // The device: one program at a time. Where programs of several threads meet they queue.
 struct Device {
@@ -59,9 +78,7 @@ ffi::Error end(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> seconds, ffi::Result<ffi:
         until = device.free = std::max(device.free, device.begun) + Seconds(asked);
     }
     const Instant worked = now();
-    if (until - SPIN > worked) std::this_thread::sleep_until(until - SPIN);
-    Instant woken = now();
-    while (woken < until) woken = now();
+    const Instant woken = sleep_until(until);
     const std::lock_guard<std::mutex> held(device.lock);
     if (worked > until) {
         device.free = std::max(device.free, worked);
@@ -86,6 +103,9 @@ extern "C" EXPORTED void pace_report(double* report, int64_t reset) {
     std::copy(std::begin(counted), std::end(counted), report);
     if (reset) device.programs = device.late = device.latest = device.overrun = device.overran = 0;
 }
+
+// Returns at `until`, seconds of the monotonic clock, or at once.
+extern "C" EXPORTED void pace_sleep_until(double until) { sleep_until(Instant(Seconds(until))); }
 
 extern "C" EXPORTED XLA_FFI_Error* pace_ffi_begin(XLA_FFI_CallFrame* frame);
 extern "C" EXPORTED XLA_FFI_Error* pace_ffi_end(XLA_FFI_CallFrame* frame);
