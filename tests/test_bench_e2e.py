@@ -202,10 +202,13 @@ def flags(**given) -> dict:
 
 def test_quick_measures_less_and_adds_a_paced_part():
     (whole,) = command.parts_of(flags())
-    quick, on_paced = command.parts_of(flags(quick=True, new=4))
-    assert whole == Options() and quick.ratios == (0.25,) and quick.new == on_paced.new == 4
-    assert quick.models == grid.MODELS and on_paced.device.startswith("paced:") and on_paced.models == ("bundled",)
-    assert len(command.parts_of(flags(quick=True, device="auto"))) == 1
+    small, mid, on_paced = command.parts_of(flags(quick=True, new=4))
+    assert whole == Options() and small.ratios == mid.ratios == (0.25,) and small.new == mid.new == on_paced.new == 4
+    assert (small.models, mid.models) == (("bundled",), ("mid",)) and {*small.formats} < {*mid.formats}
+    assert on_paced.device.startswith("paced:") and on_paced.models == ("bundled",)
+    assert [part.device for part in command.parts_of(flags(quick=True, device="auto"))] == ["auto", "auto"]
+    quick, on_paced = command.parts_of(flags(quick=True, models="mid"))
+    assert quick.models == ("mid",) and quick.formats == mid.formats and on_paced.models == ("bundled",)
 
 
 @pytest.mark.parametrize(

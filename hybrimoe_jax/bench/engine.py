@@ -28,7 +28,7 @@ SYSTEMS = ("hybrimoe", "cpu-only", "device-only", "on-demand")
 PREFILLS = (128, 512)
 MEASURES = (*(f"prefill {size}" for size in PREFILLS), "decode")
 DECODE_PROMPT = 128
-SETTLE_S = 0.5
+SETTLE_S = 0.3
 """Pause before each contender: the OpenMP threads of the one before go on spinning for some 0.2 s after their work."""
 
 

@@ -23,9 +23,10 @@ from hybrimoe_jax.formats.layout import check_format
 from hybrimoe_jax.machine.paced import check_device
 from hybrimoe_jax.simulate.records import commit
 
-QUICK = {"formats": ("f32", "int4-g64"), "ratios": (0.25,), "prompts": (128,), "new": 16}
+QUICK = {"ratios": (0.25,), "prompts": (128,), "new": 16}
 QUICK |= {"systems": ("hybrimoe", "ktransformers", "adapmoe", "on-demand")}
 """What `--quick` measures less of."""
+QUICK_FORMATS = {"bundled": ("f32",), "mid": ("f32", "int4-g64")}
 PACED = {"models": ("bundled",), "formats": ("f32",), "prompts": (32,), "rounds": 2, "device": "paced:a6000-paper:8"}
 """The part of a quick run that a paced device does."""
 
@@ -40,7 +41,9 @@ def parts_of(flags: Mapping[str, Any]) -> list[Options]:
     if not flags["quick"]:
         parts = [Options(**given)]
     else:
-        parts = [Options(**{**QUICK, **given})]
+        parts = [Options(**{**QUICK, "models": (m,), "formats": f, **given}) for m, f in QUICK_FORMATS.items()]
+        if {"models", "formats"} & set(given):
+            parts = [Options(**{**QUICK, "formats": QUICK_FORMATS["mid"], **given})]
         if "device" not in given:
             parts.append(Options(**{**QUICK, **given, **PACED}))
     for options in parts:

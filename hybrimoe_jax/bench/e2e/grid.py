@@ -149,7 +149,7 @@ def prepare(model: str, format: str, base: Path, peers: tuple[str, ...], threads
         return learned(Files(checkpoint.name, format, checkpoint, None), threads)
     if not source.exists():
         write_random_hf(source) if model == "mid" else export_hf(bundled_model(), source)
-    checkpoint, hf = base / f"{model}-{format}", base / f"{model}-{format}-hf"
+    checkpoint, hf = base / f"{model}-{format}", source if format == "f32" else base / f"{model}-{format}-hf"
     if not checkpoint.exists():
         convert(source, checkpoint, format)
     plain = format in ("f32", "bf16")
