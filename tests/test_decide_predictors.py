@@ -9,9 +9,8 @@ import pytest
 from grids import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_cases import planner_of, prefetch
+from planner_cases import COSTS, planner_of, prefetch, prefetching
 from public_traces import shared
-from test_decide_planner import COSTS, prefetching
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, RouterOutlook
