@@ -246,3 +246,40 @@ def test_after_a_prompt_that_brought_nothing_predicting_is_left_out_for_seven_of
     p.prefetch(0, RouterOutlook(np.array([[0, 1]] * 2)))
     p.finish_step()
     assert p.back_off == 7, "no buffer was free, and so nothing was predicted"
+
+
+def in_flight():
+    """A planner with expert 6 on its way into layer 1; a transfer takes 2.5 s."""
+    p = prefetching()
+    p.plan(0, {0: 1}, None, 1)
+    assert len(prefetch(p, 0, [Prediction({6: 1})])) == 1
+    return p, p.counters
+
+
+def test_the_links_seconds_go_where_the_prefetch_goes():
+    p, counters = in_flight()
+    p.landed(1, 6)
+    p.plan(1, {6: 1}, None, 1)
+    assert counters.prefetch_useful_s == 2.5, "nobody measured: the cost model's"
+
+    p, counters = in_flight()
+    p.landed(1, 6, 0.125)
+    p.plan(1, {1: 1}, None, 1)
+    assert (counters.prefetch_useful_s, counters.prefetch_wasted_s) == (0, 0.125)
+
+    p, counters = in_flight()
+    p.plan(1, {6: 1}, None, 1, now=0.0)
+    assert (counters.prefetch_late_s, counters.prefetch_wait_s) == (2.5, 2.5)
+    p.waited(1, 6, 9.0, 0.25)
+    assert (counters.prefetch_late_s, counters.prefetch_wait_s) == (9.0, 0.25)
+
+    p, counters = in_flight()
+    p.plan(1, {1: 1}, None, 1)
+    p.finish_step()
+    assert counters.prefetch_wasted == 1 and counters.prefetch_wasted_s == 0, "it is still on the link"
+    p.landed(1, 6, 3.0)
+    assert counters.prefetch_wasted_s == 3.0
+
+    p, counters = in_flight()
+    p.abandon_step()
+    assert counters.prefetch_wasted_s == 2.5
