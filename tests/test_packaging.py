@@ -168,4 +168,4 @@ def test_only_what_has_changed_is_compiled_again(sources):
     if platform.machine() == "x86_64":  # the others' objects are there, those of left-out sets are nearly empty
         made, said = compiled(sources, HYBRIMOE_NATIVE_ONLY_HERE="1")
         isas = {name for name in files if name.startswith("isa_")} - {"isa_avx2.cpp", "isa_portable.cpp"}
-        assert made < isas and len(made) >= 2 and re.search("about [0-2] s", said)
+        assert made <= isas and len(made) >= 2 and re.search("about [0-2] s", said)
