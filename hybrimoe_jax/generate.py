@@ -104,6 +104,8 @@ ENGINE_FLAGS = {
     "debug": dict(action="store_true", help="check the slots' contents at every step (slow)"),
 }
 
+BUNDLED_PROMPT = "My lord,"
+
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(
@@ -112,8 +114,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--model", metavar="DIR", help="folder written by hybrimoe_jax.convert (default: the bundled model)"
     )
-    prompt = top.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help='the prompt; "-" reads standard input')
+    prompt = top.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help=f'the prompt; "-" reads standard input (the bundled model goes on from "{BUNDLED_PROMPT}" without one)',
+    )
     prompt.add_argument("--prompt-ids", metavar="IDS", help='token ids, e.g. "1,2,3"')
     top.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
     top.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -156,6 +162,11 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
             raise UserError(
                 f'--prompt-ids {shown(args.prompt_ids)}: write token ids separated by commas, e.g. "1,2,3"'
             ) from None
+    if args.prompt is None and args.model is not None:
+        raise UserError("there is no prompt: give --prompt TEXT, --prompt - for standard input, or --prompt-ids IDS")
+    if args.prompt is None:
+        say(f'no --prompt: the bundled model goes on from "{BUNDLED_PROMPT}"')
+        return BUNDLED_PROMPT
     text = read_stdin() if args.prompt == "-" else argument(args.prompt, "--prompt")
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt TEXT, or text on standard input with --prompt -")

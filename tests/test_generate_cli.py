@@ -379,6 +379,13 @@ def test_an_empty_standard_input_is_one_line(command):
     assert one_line(done) and b"empty" in done.stderr
 
 
+def test_without_a_prompt_the_bundled_model_has_one_and_others_are_refused(here, capsys):
+    assert generate.read_prompt(generate.parser().parse_args([])) == "My lord,"
+    assert capsys.readouterr().err.splitlines() == ['no --prompt: the bundled model goes on from "My lord,"']
+    refused = here("--max-tokens", 2)
+    assert one_line(refused) and b"--prompt TEXT" in refused.stderr
+
+
 def test_a_wrong_folder_is_one_line(here, tmp_path):
     missing = here("--prompt", "x", model=tmp_path / "missing")
     assert one_line(missing) and b"no such folder" in missing.stderr
