@@ -53,16 +53,15 @@ void pass_on(const ffi::AnyBuffer& from, ffi::Result<ffi::AnyBuffer>& to) {
     if (to->untyped_data() != from.untyped_data()) std::memcpy(to->untyped_data(), from.untyped_data(), from.size_bytes());
 }
 
-// pace [2 or more]: the first two words are when the program was dispatched, a double of seconds. What waited in the
-// device's queue begins when the device is free, however late this thread was woken; all else begins now.
+// pace [2 or more]: the first two words are when the program was dispatched, a double of seconds. It begins then, or
+// when the device is free, however late this thread was woken: dispatching is a part of what a program lasts.
 ffi::Error begin(ffi::AnyBuffer x, ffi::Buffer<ffi::F32> pace, ffi::Result<ffi::AnyBuffer> out) {
     pass_on(x, out);
     if (pace.element_count() < 2) return ffi::Error::InvalidArgument("pace: when it was dispatched is missing");
     double seconds;
     std::memcpy(&seconds, pace.typed_data(), sizeof seconds);
     const std::lock_guard<std::mutex> held(device.lock);
-    device.begun = now();
-    if (Instant(Seconds(seconds)) <= device.free) device.begun = std::min(device.begun, device.free);
+    device.begun = std::min(now(), std::max(Instant(Seconds(seconds)), device.free));
     return ffi::Error::Success();
 }
 

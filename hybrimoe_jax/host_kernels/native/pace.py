@@ -1,9 +1,9 @@
 """A device's pace on the CPU backend: programs that last as long as they are told.
 
 `begin` notes when a program starts; `end` sleeps until it has lasted its seconds. Programs queue as on a device: one
-that was dispatched while the device was busy starts when the device is free, and not when a thread was woken for it. A
-program's own work counts. Both give back what they are given. Whatever of the program depends on what `begin` gave, and
-comes before what `end` takes, runs between the two.
+starts when it was dispatched or when the device is free, and not when a thread was woken for it. So dispatching counts,
+as it does where costs are measured, and a program's own work. Both give back what they are given. Whatever of the
+program depends on what `begin` gave, and comes before what `end` takes, runs between the two.
 
 A pace is float32 [2 + n], a new array for each call (`dispatched`): when the call was made, as the two words of a
 double, then seconds.
