@@ -52,6 +52,11 @@ def main() -> None:
     def paced():
         return program(x, told(40 * MS))
 
+    def dispatched_before():
+        pace_of_it = told(40 * MS)
+        time.sleep(30 * MS)
+        return seconds(lambda: program(x, pace_of_it).block_until_ready())
+
     big, loads = jnp.ones((200, 200)), jnp.array([2, 0, 1, 0, 0])
     table = 5 * MS, 10 * MS, 30 * MS, 1.0
     for ready in (paced(), working(big, told(0)), block(x, told(*table), loads), program(x, None)):
@@ -62,6 +67,7 @@ def main() -> None:
     dispatched = time.perf_counter() - start
     result.block_until_ready()
     record = {"dispatch": dispatched, "one": time.perf_counter() - start, "same": bool((result == jnp.sin(x)).all())}
+    record["rest"] = dispatched_before()
     record["five"] = seconds(lambda: jax.block_until_ready([paced() for _ in range(5)]))
     record["beside"] = seconds(lambda: (y := paced(), time.sleep(40 * MS), y.block_until_ready()))
     record["work"] = seconds(lambda: working(big, None).block_until_ready())  # compiles

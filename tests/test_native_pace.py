@@ -52,6 +52,7 @@ def test_programs_last_as_long_as_they_are_told_and_the_host_works_beside():
     got = json.loads(done.stdout)
     assert got["same"] and got["unpaced"]
     assert got["dispatch"] < 0.020 < 0.039 < got["one"] < 0.060
+    assert got["rest"] < 0.035, "it lasts from when it was dispatched, 30 ms before"
     assert 0.199 < got["five"] < 0.230, "programs queue, and neither gaps nor sleeps add up"
     assert got["beside"] < 0.060, "the host is free while a program sleeps"
     assert 0.399 < got["worked"] < 0.4 + max(0.03, 0.5 * got["work"]), "a program's own work counts"
