@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.sizes import expert_bytes
-from hybrimoe_jax.machine.costs import NEW_IN_5, CostModel
+from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.fit import Samples, fit, predicted
 
 MODEL = CostModel(
@@ -166,17 +166,6 @@ def test_save_and_load_round_trip(tmp_path):
     MODEL.save(path)
     assert CostModel.load(path) == MODEL
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
-
-
-@pytest.mark.parametrize("more", [{"version": 3}, {"version": 4, "kernels": [{"key": {"threads": 1}}]}])
-def test_older_profiles_are_still_read(tmp_path, more):
-    path = tmp_path / "profile.json"
-    MODEL.save(path)
-    older = {**json.loads(path.read_text()), **more}
-    for name in NEW_IN_5:
-        assert not older.pop(name)
-    path.write_text(json.dumps(older))
-    assert CostModel.load(path) == MODEL
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ the error only a GPU can tell.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 
 from hybrimoe_jax.engine.checks import check_precision
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.engine.rounded import RoundedForward
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models import precision
 from hybrimoe_jax.models.target import traced_for
@@ -108,15 +110,22 @@ def test_the_sides_of_a_product(spec, left, right, side):
     assert precision.smallest_side(spec, jnp.zeros(left), jnp.zeros(right)) == side
 
 
-def test_bfloat16_is_refused_on_the_cpu_and_set_for_steps_elsewhere():
+def test_bfloat16_is_refused_on_the_cpu_and_set_for_steps_elsewhere(monkeypatch):
     with pytest.raises(UserError, match="precision bfloat16 is for a GPU"):
         check_precision(EngineConfig(precision="bfloat16"))
     with pytest.raises(UserError, match="precision 'half' is unknown"):
         EngineConfig(precision="half")
 
-    class Inner:
-        def forward(self, step, caches):
-            return jax.config.jax_default_matmul_precision, caches, step
+    seen = []
+    with tiny.engine() as engine:
+        engine.options = dataclasses.replace(engine.options, precision="bfloat16")
+        forward = engine._forward.forward
 
-    assert RoundedForward(Inner()).forward(None, [])[0] == "bfloat16"
+        def noting(*step):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return forward(*step)
+
+        monkeypatch.setattr(engine._forward, "forward", noting)
+        engine.generate([[3, 1, 4]], max_new_tokens=2)
+    assert seen == ["bfloat16"] * 2
     assert jax.config.jax_default_matmul_precision != "bfloat16"

@@ -13,7 +13,8 @@ from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import SHAPES, get_shape, shape_of
 from hybrimoe_jax.simulate.cases import ORACLE, Case
 from hybrimoe_jax.simulate.grid import run_case
-from hybrimoe_jax.simulate.synthetic import KNOBS, statistics, synthetic_of, synthetic_trace
+from hybrimoe_jax.simulate.synthetic import KNOBS, synthetic_of, synthetic_trace
+from hybrimoe_jax.trace.analysis import overlap
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.recorder import TraceRecorder
 
@@ -78,9 +79,9 @@ def test_fiddler_asks_of_each_miss_alone_where_it_would_be_done_first():
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_synthetic_routing_has_the_statistics_that_are_stated(name):
-    said = statistics(synthetic_trace(name, 3, 100))
-    assert said["overlap"] == pytest.approx(0.31, abs=0.04)
-    assert [said[f"recall_{d}"] for d in (1, 2, 3)] == pytest.approx([0.77, 0.735, 0.715], abs=0.03)
+    trace = synthetic_trace(name, 3, 100)
+    assert overlap(trace).mean() == pytest.approx(0.31, abs=0.04)
+    assert [trace.recall(d) for d in (1, 2, 3)] == pytest.approx([0.77, 0.735, 0.715], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_the_knobs_of_synthetic_routing_are_in_its_name():
     trace = synthetic_of("gpt-oss-20b:skew=0,stay=0.9,sequences=3,tokens=20")
     assert trace.facts.layers == 24 and len(np.unique(trace.sequence)) == 3 and trace.position.max() == 19
     lasting, fleeting = (
-        statistics(synthetic_of(f"gpt-oss-20b:skew=0,stay={stay},tokens=20"))["overlap"] for stay in (0.9, 0.0)
+        overlap(synthetic_of(f"gpt-oss-20b:skew=0,stay={stay},tokens=20")).mean() for stay in (0.9, 0.0)
     )
     assert lasting > 0.5 > 2 * fleeting
 

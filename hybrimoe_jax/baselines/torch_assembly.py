@@ -18,7 +18,7 @@ from hybrimoe_jax.baselines.torch_model import TorchModel
 from hybrimoe_jax.baselines.torch_slots import IN_FLIGHT, STAGING, Slots
 from hybrimoe_jax.checkpoint.reader import Checkpoint
 from hybrimoe_jax.decide.planner import Planner
-from hybrimoe_jax.decide.systems import System, get_system
+from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.engine import budget
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes.clock import Clock, PacedClock, VirtualClock, WallClock
@@ -74,16 +74,7 @@ class Parts:
 
 def system_of(options: EngineConfig) -> System:
     """UserError for a system of which this engine lacks a part."""
-    system = options.system if isinstance(options.system, System) else get_system(options.system)
-    system = system.override(
-        cache=options.cache,
-        scheduler=options.scheduler,
-        prefetch=options.prefetch,
-        lookahead=options.lookahead,
-        predictor=options.predictor,
-        scope=options.cache_scope,
-        stream_prefill=options.stream_prefill,
-    )
+    system = options.chosen_system
     if system.stream_prefill:
         raise UserError(f"the PyTorch engine streams no whole layers: system {system.name} needs stream_prefill=False")
     return system

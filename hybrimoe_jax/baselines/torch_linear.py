@@ -12,7 +12,6 @@ Shapes: a matrix is [R, K], R outputs by K inputs; N rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ INT4_ROWS, INT4_GROUPS = 16, (32, 64, 128, 256)
 """What torch's int4 kernel takes: rows in multiples of, and group sizes, which divide the columns."""
 
 Tensor = torch.Tensor
-Product = Callable[[Tensor], Tensor]
 
 
 def tensor_of(array: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:

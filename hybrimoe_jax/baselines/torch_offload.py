@@ -17,12 +17,13 @@ import numpy as np
 from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.encoding import say
+from hybrimoe_jax.engine.call import Call, Calls, Totals
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, collect, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.threads import available_cores
 from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
-from hybrimoe_jax.engine.stats import PrefetchStats, RunStats, StepStats
+from hybrimoe_jax.engine.stats import RunStats, StepStats
 from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
 from hybrimoe_jax.errors import UserError, shown
 
@@ -110,6 +111,7 @@ class TorchOffload:
         self.notes = self._parts.notes
         self.stats: RunStats | None = None
         self._closed, self._turns = False, Turns()
+        self._calls = Calls(lambda: Totals.of(self.planner))
         for note in self.notes:
             if note not in _said:
                 _said.add(note)
@@ -156,12 +158,12 @@ class TorchOffload:
         check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
         self._check_open()
         capacity = capacity_for(prompts, 0, self.max_context)
-        stats, caches, out = self._start(1, capacity), self._init_cache(1, capacity), []
+        call, caches, out = self._start(1, capacity), self._init_cache(1, capacity), []
         for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            logits, caches, record = self._forward(StepInput(chunk, positions, capacity, "prefill", None), caches)
-            stats.steps.append(record)
+            logits, caches, record = self._forward(call, StepInput(chunk, positions, capacity, "prefill", None), caches)
+            call.stats.steps.append(record)
             out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
-        self._finish(stats)
+        self._finish(call)
         return np.concatenate(out)
 
     @in_turn
@@ -183,9 +185,9 @@ class TorchOffload:
 
     def _run(self, request: Request) -> Steps:
         capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)
-        stats = self._turns.serve(lambda: self._start(len(request.prompts), capacity))
+        call = self._turns.serve(lambda: self._start(len(request.prompts), capacity))
         inner = generate_steps(
-            lambda step, caches: self._turns.serve(lambda: self._forward(step, caches), step=True),
+            lambda step, caches: self._turns.serve(lambda: self._forward(call, step, caches), step=True),
             lambda *shape: self._turns.serve(lambda: self._init_cache(*shape), step=True),
             request.prompts,
             new_tokens=request.max_new_tokens,
@@ -198,33 +200,32 @@ class TorchOffload:
         try:
             while True:
                 emitted = inner.send(stopped)
-                stats.steps.append(emitted.stats)
-                stats.new_tokens += len(emitted.tokens)
+                call.stats.steps.append(emitted.stats)
+                call.stats.new_tokens += len(emitted.tokens)
                 stopped = yield emitted
         except StopIteration:
             pass
         finally:
-            self._turns.serve_now(lambda: self._finish(stats))
-        return stats
+            self._turns.serve_now(lambda: self._finish(call))
+        return call.stats
 
-    def _forward(self, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+    def _forward(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         self._check_open()
+        self._calls.serve(call)
         return self._parts.forward.forward(step, caches)
 
     def _init_cache(self, batch: int, capacity: int) -> list:
         return self._parts.model.init_cache(batch, capacity)
 
-    def _start(self, batch: int, capacity: int) -> RunStats:
+    def _start(self, batch: int, capacity: int) -> Call:
         parts, options, paced = self._parts, self.options, self.options.paced
         self._torch.set_num_threads(self.threads)
         parts.overshoot(reset=True)
-        counters, accuracy = self.planner.counters, self.planner.accuracy
-        self._before = dataclasses.replace(counters), list(zip(accuracy.predicted, accuracy.came_true))
         experts = self.config.num_experts * len(parts.slots)
         footprint = parts.footprint
         if options.cost_shape is None:
             footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity))
-        return RunStats(
+        stats = RunStats(
             system=parts.system.name,
             executor="torch",
             cache_ratio=sum(parts.slots) / experts,
@@ -242,21 +243,13 @@ class TorchOffload:
             peak_device_bytes=footprint.total,
             host_bytes=parts.host_bytes,
         )
+        call = Call(stats)
+        self._calls.serve(call)
+        return call
 
-    def _finish(self, stats: RunStats) -> None:
+    def _finish(self, call: Call) -> None:
+        stats = self._calls.finish(call)
         stats.overshoot = self._parts.overshoot()
-        before, tried = self._before
-        after, accuracy = self.planner.counters, self.planner.accuracy
-        names = [field.name for field in dataclasses.fields(PrefetchStats) if field.name != "accuracy"]
-        counted = {n: getattr(after, f"prefetch_{n}") - getattr(before, f"prefetch_{n}") for n in names}
-        shares = {
-            str(distance): (hits - hits_before) / (tries - tries_before)
-            for distance, ((tries_before, hits_before), tries, hits) in enumerate(
-                zip(tried, accuracy.predicted, accuracy.came_true)
-            )
-            if distance and tries > tries_before
-        }
-        stats.prefetch = PrefetchStats(**counted, accuracy=shares)
         if self._device.type == "cuda":
             stats.peak_device_bytes = self._torch.cuda.max_memory_allocated()
         self.stats = stats

@@ -18,15 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.gguf.file import BLOCK, BLOCK_BYTES
 from hybrimoe_jax.checkpoint.random import HEAD_SPREAD, ROUTER_SPREAD, generator
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.families.deepseek_v2 import DeepseekV2Config
 from hybrimoe_jax.models.families.qwen2_moe import Qwen2MoeConfig
 
-BLOCK = 32
-BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}
-TYPES = ("F32", *BLOCK_BYTES)
 MEAN_SQUARE = {"Q8_0": 5461.5, "Q4_0": 21.5}
 """Of a uniformly random code: -128 to 127, and -8 to 7."""
 CONTEXT = 2048
@@ -57,7 +55,7 @@ def write_gguf(path: Path, config: ModelConfig, kind: str, read: Callable[[str],
     """Writes and returns `path`.
 
     Args:
-      kind: of TYPES.
+      kind: "F32", "Q8_0" or "Q4_0".
       read: gives a checkpoint's tensor by name; None writes random weights. Only
         Qwen2-MoE is written from a checkpoint.
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,21 +29,9 @@ from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.errors import UserError, said, shown
 from hybrimoe_jax.files import check_plain_file, is_object, replacing
 from hybrimoe_jax.npz import read_npz
+from hybrimoe_jax.trace.facts import TraceFacts
 
 FORMAT, VERSION = "hybrimoe-cache-state", 1
-
-
-class Facts(Protocol):
-    """What is asked of a model, see `trace.facts.TraceFacts`."""
-
-    @property
-    def model_type(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +54,9 @@ class CacheState:
         with replacing(path, "wb") as file:
             np.savez_compressed(file, meta=np.array(json.dumps(self.meta)), **cast(Any, dict(self.arrays)))
 
-    def check(self, facts: Facts, system: System, slots: list[int] | None = None, routers: str | None = None) -> None:
+    def check(
+        self, facts: TraceFacts, system: System, slots: list[int] | None = None, routers: str | None = None
+    ) -> None:
         """UserError, in one line, where it is of another model, another system, or of other slots.
 
         Args: routers: a digest of the model's routers, which tells checkpoints of one shape apart. What is None is not
@@ -87,7 +77,7 @@ class CacheState:
             there = self.meta["slots"][layer]
             raise UserError(f"{self.where}: it is of {there} slots in layer {layer}; this run has {slots[layer]}")
 
-    def restore(self, planner: Planner, facts: Facts, routers: str | None = None) -> None:
+    def restore(self, planner: Planner, facts: TraceFacts, routers: str | None = None) -> None:
         """Has a planner, with nothing under way, go on from it. UserError as of `check`, and where it is damaged.
 
         The planner is as before then.
@@ -105,7 +95,9 @@ class CacheState:
             raise UserError(f"{self.where}: it is damaged ({error})") from None
 
 
-def take_state(planner: Planner, facts: Facts, where: str = "cache state", routers: str | None = None) -> CacheState:
+def take_state(
+    planner: Planner, facts: TraceFacts, where: str = "cache state", routers: str | None = None
+) -> CacheState:
     """The state of a planner that is between two steps and has nothing under way (RuntimeError where it has)."""
     if planner.under_way():
         raise RuntimeError("transfers are under way: a cache state is taken when they have landed")
@@ -150,7 +142,7 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
     return CacheState(meta, arrays, where)
 
 
-def _model(facts: Facts, routers: str | None) -> dict[str, Any]:
+def _model(facts: TraceFacts, routers: str | None) -> dict[str, Any]:
     shape = {name: getattr(facts, name) for name in ("model_type", "layers", "experts", "top_k")}
     return {**shape, "routers": routers}
 

@@ -38,7 +38,6 @@ from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
 from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
-from hybrimoe_jax.engine.rounded import RoundedForward
 from hybrimoe_jax.engine.start_cache import start_folder
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
@@ -81,9 +80,7 @@ def assemble(config, dense, store, options: EngineConfig, max_context: int, freq
     if options.executor == "dense":
         return exhaustion.without_slots(lambda: dense_parts(model, store, options, device, cores, max_context))
     made = _HybridAssembly(model, store, options, options.chosen_system, device, cores, max_context, frequencies)
-    parts = exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
-    rounded = options.precision == "bfloat16"
-    return dataclasses.replace(parts, forward=RoundedForward(parts.forward)) if rounded else parts
+    return exhaustion.with_fewer_slots(made.parts, made.give_up_before_the_start)
 
 
 class _HybridAssembly:

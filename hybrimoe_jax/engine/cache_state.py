@@ -49,6 +49,5 @@ def load(state: CacheState | str | os.PathLike[str], forward: Forward, config: A
     """UserError for a state of another model, checkpoint, system or number of slots; nothing has changed then."""
     state = state if isinstance(state, CacheState) else load_state(state)
     planner = forward.between_steps()
-    state.check(facts_of(config), planner.system, planner.slots, digest(routers))
-    state.restore(planner, facts_of(config))
+    state.restore(planner, facts_of(config), digest(routers))
     forward.fill()

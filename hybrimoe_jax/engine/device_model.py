@@ -34,7 +34,6 @@ class DeviceLayer:
     params: dict[str, jax.Array | PackedMatrix]
     programs: LayerPrograms
     cache_shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
-    eps: float
 
 
 class DeviceModel:
@@ -91,7 +90,6 @@ class DeviceModel:
                     params,
                     layer_programs(graphdef, has_shared),
                     layer.self_attn.cache_shapes,
-                    self.eps,
                 )
             )
             moe_layer += layer.is_moe

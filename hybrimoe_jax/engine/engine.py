@@ -16,7 +16,7 @@ from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache_state import CacheState
 from hybrimoe_jax.engine import budget, cache_state, device_memory
 from hybrimoe_jax.engine.assembly import assemble
-from hybrimoe_jax.engine.call import Call
+from hybrimoe_jax.engine.call import Call, Calls, Totals
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
@@ -72,7 +72,7 @@ class Engine:
         self._closed = self._recording = False
         self._sequences = 0
         self._turns = Turns()
-        self._call: Call | None = None
+        self._calls = Calls(lambda: Totals.of(self._parts.planner, self._forward.switches))
         self._routers = cache_state.routers_of(dense)
 
     @property
@@ -287,9 +287,14 @@ class Engine:
         `caches` then has those of the layers that were done: what a step writes again is the same.
         """
         self._check_open()
-        if self._call is not call:
-            self._go_on_with(call)
-        return with_fewer_slots(lambda: self._forward.forward(step, caches), lambda why: self._give_up(why, caches))
+        self._calls.serve(call)
+        with self._precision():
+            return with_fewer_slots(lambda: self._forward.forward(step, caches), lambda why: self._give_up(why, caches))
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        """jax's default precision while a step runs: `models.precision` reads it when it traces."""
+        rounded = self.options.precision == "bfloat16"
+        return jax.default_matmul_precision("bfloat16") if rounded else contextlib.nullcontext()
 
     def _init_cache(self, batch: int, capacity: int) -> list:
         init_cache = self._parts.model.init_cache
@@ -363,23 +368,13 @@ class Engine:
             footprint = dataclasses.replace(footprint, kv=parts.model.cache_bytes(batch, capacity))
         stats.peak_device_bytes = footprint.total
         call, self._sequences = Call(stats, self._sequences), self._sequences + batch
-        self._go_on_with(call)
+        self._calls.serve(call)
         return call
-
-    def _go_on_with(self, call: Call | None) -> None:
-        """What is counted from now on is this call's; what was counted since the last change is the other's."""
-        if self._call is not None:
-            self._call.pause(self._parts, self._forward)
-        if call is not None:
-            call.resume(self._parts, self._forward)
-        self._call = call
 
     def _finish(self, call: Call) -> None:
         if not self._closed:
             self._forward.synchronize()
-        if self._call is call:
-            self._go_on_with(None)
-        parts, stats = self._parts, call.finish()
+        parts, stats = self._parts, self._calls.finish(call)
         stats.overshoot = parts.clock.overshoot()
         measured = device_memory.peak_bytes(parts.device)
         if measured is not None and self.options.cost_shape is None:

@@ -5,6 +5,7 @@ Nothing of the engine is touched: a block of an expert's size is allocated in ea
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +26,11 @@ def seconds_by_memory(device: Device, size: int, now: Callable[[], float]) -> di
     """Median seconds of copying `size` bytes, by an `EngineConfig.host_memory`; kinds that are refused are left out."""
     blocks = [aligned_copy(np.full(size, i, np.uint8)) for i in range(BLOCKS)]
     found = {"plain": _median(device, blocks, now)}
-    try:
+    with contextlib.suppress(Exception):  # of whatever class the client has for it
         found["mapped"] = _mapped(device, blocks, now)
-    except Exception:  # of whatever class the client has for it
-        found.pop("mapped", None)
-    try:
+    with contextlib.suppress(Exception):
         kept = SingleDeviceSharding(device, memory_kind="pinned_host")
         found["pinned"] = _median(device, [jax.device_put(block, kept) for block in blocks], now)
-    except Exception:
-        found.pop("pinned", None)
     return found
 
 

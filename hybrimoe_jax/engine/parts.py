@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from hybrimoe_jax.decide.plan import Counters
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.engine import budget, exhaustion
@@ -86,15 +85,6 @@ class Parts:
         self.planner, self.slots = self.shrink(why)
         self.slots_given_up = before - sum(self.slots)
         self.footprint = dataclasses.replace(self.footprint, slots=self.pool.expert_bytes * sum(self.slots))
-
-    def counters(self) -> Counters:
-        """The planner's totals so far (all zero for the dense executor)."""
-        return dataclasses.replace(self.planner.counters) if self.planner else Counters()
-
-    def predicted(self) -> list[tuple[int, int]]:
-        """By distance from 1: experts predicted so far, and how many of them were activated."""
-        accuracy = self.planner.accuracy if self.planner else None
-        return list(zip(accuracy.predicted, accuracy.came_true))[1:] if accuracy else []
 
     def close(self) -> None:
         for part in (self.host, self.link):

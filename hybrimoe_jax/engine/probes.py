@@ -11,6 +11,7 @@ import itertools
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -199,14 +200,11 @@ class EngineLanes:
         ready = np.asarray(run())
         return max(_timed(self.now, lambda: read(ready)), apart - queued)
 
-    @contextlib.contextmanager
-    def beside_cpu(self) -> Iterator[None]:
+    def beside_cpu(self) -> AbstractContextManager[None]:
         """While open, the CPU computes experts of load 1 over and over: it reads memory beside what is timed."""
-        with _beside(self.cpu(1, 1)):
-            yield
+        return _beside(self.cpu(1, 1))
 
-    @contextlib.contextmanager
-    def beside_link(self) -> Iterator[None]:
+    def beside_link(self) -> AbstractContextManager[None]:
         """While open, experts cross the link one behind the other, beside what is timed."""
         wanted = itertools.cycle(self._experts)
 
@@ -215,8 +213,7 @@ class EngineLanes:
             self.link.prefetch(layer, expert, self.weights(layer, expert))
             self.link.wait(layer, expert)
 
-        with _beside(run):
-            yield
+        return _beside(run)
 
     def opens(self, tokens: int) -> bool:
         """Whether a block without routed experts runs anything on the device."""

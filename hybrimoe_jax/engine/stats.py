@@ -28,11 +28,6 @@ class Lanes:
     device: float = 0.0
     link: float = 0.0
 
-    def add(self, other: Lanes) -> None:
-        self.cpu += other.cpu
-        self.device += other.device
-        self.link += other.link
-
 
 @dataclasses.dataclass
 class LayerStats:
@@ -204,11 +199,8 @@ class RunStats:
 
     def lanes(self) -> Lanes:
         """Busy seconds over all layers and steps."""
-        total = Lanes()
-        for step in self.steps:
-            for layer in step.layers:
-                total.add(layer.lanes)
-        return total
+        lanes = [layer.lanes for step in self.steps for layer in step.layers]
+        return Lanes(sum(one.cpu for one in lanes), sum(one.device for one in lanes), sum(one.link for one in lanes))
 
     @property
     def note(self) -> str | None:

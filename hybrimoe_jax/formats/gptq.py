@@ -25,7 +25,7 @@ BLOCK = 128
 
 
 def compensated(
-    weights: np.ndarray, hessian: np.ndarray, format: Format, damping: float = DAMPING
+    weights: np.ndarray, hessian: np.ndarray, format: Format
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """`weights` float32 [R, K] and H [K, K] of their inputs -> codes, scales and zero points for `packing.pack`.
 
@@ -38,7 +38,7 @@ def compensated(
     if not diagonal.any():
         return codes, scales, zeros
     columns = weights.shape[1]
-    hessian[np.diag_indices(columns)] += np.where(diagonal > 0, damping * diagonal.mean(), diagonal.mean())
+    hessian[np.diag_indices(columns)] += np.where(diagonal > 0, DAMPING * diagonal.mean(), diagonal.mean())
     order = np.argsort(-diagonal, kind="stable")
     inverse = np.linalg.inv(hessian[np.ix_(order, order)])
     factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)

@@ -220,9 +220,6 @@ class _ThreadState(threading.local):
             found = self._buffers[name, columns] = aligned_empty((MAX_LOAD, columns))
         return found
 
-    def scratchpad(self, size: int) -> np.ndarray:
-        return aligned_empty(-(-size // 4))
-
 
 class _Plan:
     """Three argument lists for one (shape, load, layout) on one thread; running swaps the weights and calls them."""
@@ -251,7 +248,7 @@ class _Plan:
         entries += [Argument(index, memory.pointer) for index, memory in extra]
         size = self._api.size(product.scratchpad)
         if size:
-            pad = thread.scratchpad(size)
+            pad = aligned_empty(-(-size // 4))
             memory = self._api.memory(product.scratchpad, pad.ctypes.data, keep=pad)
             self._keep.append(memory)
             entries.append(Argument(ARG_SCRATCHPAD, memory.pointer))

@@ -124,9 +124,9 @@ class Api:
     def stream(self) -> Owned:
         return self._make("stream", self.engine.pointer, STREAM_IN_ORDER)
 
-    def layout(self, rows: int, columns: int, stride: int | None = None) -> Owned:
-        """Row-major float32 [rows, columns]; `stride` between rows where it is not `columns`."""
-        dims, strides = (c_int64 * MAX_DIMS)(rows, columns), (c_int64 * MAX_DIMS)(stride or columns, 1)
+    def layout(self, rows: int, columns: int) -> Owned:
+        """Row-major float32 [rows, columns]."""
+        dims, strides = (c_int64 * MAX_DIMS)(rows, columns), (c_int64 * MAX_DIMS)(columns, 1)
         return self._make("memory_desc", 2, dims, F32, strides, by="memory_desc_create_with_strides")
 
     def any_layout(self, rows: int, columns: int) -> Owned:

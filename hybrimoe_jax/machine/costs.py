@@ -24,12 +24,6 @@ from hybrimoe_jax.errors import UserError, is_name, shown, shown_name
 from hybrimoe_jax.files import is_object, read_json, replacing
 
 PROFILE_VERSION = 5
-OLDER_VERSIONS = (3, 4)
-"""Still read. They lack `NEW_IN_5`; 4 had `kernels` besides, measurements that nothing uses any more."""
-NEW_IN_5 = (
-    *("device_block", "device_floor", "shared_floor", "cpu_floor", "alone_floor"),
-    *("layer_floor", "layer_place", "layer_context", "host_memory"),
-)
 _TEXTS = ("source", "host_memory")
 ORIGIN, POINTS = "origin", "points"
 """What a file may hold besides: what was measured where (`machine.origin`), and the measurements themselves."""
@@ -211,19 +205,15 @@ class CostModel:
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
         """The cost model of a file that `save` wrote; UserError naming the file and the first thing wrong in it."""
-        raw = _read(path)
+        raw = read_profile(path)
         version = raw.pop("version", None)
-        if version not in (PROFILE_VERSION, *OLDER_VERSIONS):
-            older = " and ".join(map(str, OLDER_VERSIONS))
+        if version != PROFILE_VERSION:
             raise UserError(
-                f"{path}: profile version {shown(version)} is not supported "
-                f"(this program reads {PROFILE_VERSION}, {older})"
+                f"{path}: profile version {shown(version)} is not supported (this program reads {PROFILE_VERSION})"
             )
-        for name in ("kernels",) if version == 4 else (ORIGIN, POINTS):
+        for name in (ORIGIN, POINTS):
             raw.pop(name, None)
         names = {field.name for field in dataclasses.fields(cls)}
-        if version != PROFILE_VERSION:
-            names.difference_update(NEW_IN_5)
         missing, unknown = sorted(names - raw.keys()), sorted(raw.keys() - names)
         if missing or unknown:
             problem = f"missing {', '.join(missing)}" if missing else f"unknown {shown_name(unknown[0])}"
@@ -239,13 +229,8 @@ def slower(factor: float) -> str:
     return "" if factor == 1 else f", {factor:g} times slower"
 
 
-def read_more(path: str | Path) -> dict[str, Any]:
-    """What a profile that `save` wrote holds under `ORIGIN` and `POINTS`. UserError for a file that is none."""
-    raw = _read(path)
-    return {name: raw[name] for name in (ORIGIN, POINTS) if name in raw}
-
-
-def _read(path: str | Path) -> dict[str, Any]:
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """What a file that `save` wrote holds. UserError for a file that is none."""
     raw = read_json(Path(path), f"{path}: not a profile")
     if not is_object(raw) or raw.pop("kind", None) != _KIND:
         raise UserError(f"{path}: not a profile: expected a JSON object of kind {_KIND!r}")

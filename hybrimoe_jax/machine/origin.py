@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.files import is_object
-from hybrimoe_jax.machine.costs import ORIGIN, read_more
+from hybrimoe_jax.machine.costs import ORIGIN, read_profile
 from hybrimoe_jax.machine.identity import cores, processor, software
 from hybrimoe_jax.machine.shapes import ModelShape
 
@@ -64,7 +64,7 @@ class Origin:
     @classmethod
     def read(cls, path: str | Path) -> Origin | None:
         """Of a profile's file; None where it says nothing of it. UserError where that is damaged."""
-        raw = read_more(path).get(ORIGIN)
+        raw = read_profile(path).get(ORIGIN)
         if raw is None:
             return None
         try:

@@ -29,50 +29,31 @@ def figure_of(found: Calibration) -> Any:
     plt = matplotlib_pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 2.2), dpi=200, layout="constrained")
-        _by_experts(axes[0], found)
-        _by_load(axes[1], found)
+        _by(axes[0], found, changing=1)
+        axes[0].set_xlabel("experts of one token each")
+        axes[0].set_ylabel("time [ms]")
+        axes[0].legend(fontsize=6)
+        _by(axes[1], found, changing=0)
+        axes[1].set_xscale("log", base=2)
+        axes[1].set_yscale("log")
+        axes[1].set_xlabel("load of one expert [tokens]")
         _by_size(axes[2], found)
         machine, model = found.origin.machine, found.origin.model
         figure.suptitle(f"{machine}; {model.name}, {found.origin.format}", fontsize=6)
     return figure
 
 
-def _by_experts(axes: Any, found: Calibration, load: int = 1) -> None:
-    """The paper's figure: experts of a fixed load, one behind the other."""
+def _by(axes: Any, found: Calibration, changing: int) -> None:
+    """The paper's figures: experts of one token each, one behind the other (1), or one expert by its tokens (0)."""
     for place, (kind, name) in enumerate(LANES.items()):
-        points = [point for point in found.of(kind) if point.at[0] == load and point.at[1]]
+        points = [point for point in found.of(kind) if point.at[1 - changing] == 1 and point.at[changing]]
         if points:
-            counts = range(1, max(point.at[1] for point in points) + 1)
-            _series(axes, name, place, [(p.at[1], p) for p in points])
-            axes.plot(
-                counts,
-                [1e3 * predicted(found.costs, kind, (load, n)) for n in counts],
-                lw=0.8,
-                color=_colour(place),
-                ls=LINES[place],
-            )
-    axes.set_xlabel("experts of one token each")
-    axes.set_ylabel("time [ms]")
-    axes.legend(fontsize=6)
-
-
-def _by_load(axes: Any, found: Calibration) -> None:
-    """The paper's figure: one expert by the tokens routed to it."""
-    for place, (kind, name) in enumerate(LANES.items()):
-        points = [point for point in found.of(kind) if point.at[1] == 1]
-        if points:
-            loads = [point.at[0] for point in points]
-            _series(axes, name, place, [(p.at[0], p) for p in points])
-            axes.plot(
-                loads,
-                [1e3 * predicted(found.costs, kind, (n, 1)) for n in loads],
-                lw=0.8,
-                color=_colour(place),
-                ls=LINES[place],
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("load of one expert [tokens]")
+            tried = [point.at[changing] for point in points]
+            at = range(1, max(tried) + 1) if changing else tried
+            places = [(1, n) if changing else (n, 1) for n in at]
+            line = [1e3 * predicted(found.costs, kind, one) for one in places]
+            _series(axes, name, place, list(zip(tried, points)))
+            axes.plot(at, line, lw=0.8, color=_colour(place), ls=LINES[place])
 
 
 def _by_size(axes: Any, found: Calibration) -> None:

@@ -33,8 +33,6 @@ class VirtualMachine:
     Attributes: `now`; `cpu`, `device`: busy seconds so far; `attention`: the part of `device` outside MoE blocks.
     """
 
-    name = "virtual"
-
     def __init__(self, costs: Any, timeline: Timeline | None = None, links: int = 1):
         self.costs, self.timeline = costs, timeline
         self.links = [LinkLane(costs) for _ in range(links)]

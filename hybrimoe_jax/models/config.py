@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from flax.core import FrozenDict
@@ -274,6 +274,32 @@ def unify_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def on_sparse_step(layer: int, step: int, dense_layers: Sequence[int] | None) -> bool:
-    """Qwen's rule for which layers have experts: every `step`-th, except those listed as dense."""
-    return layer not in (dense_layers or ()) and (layer + 1) % step == 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenConfig(ModelConfig):
+    """What Qwen's families have in common: every `decoder_sparse_step`-th layer has experts, but `mlp_only_layers`."""
+
+    num_experts: int
+    moe_intermediate_size: int
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+
+    aliases: ClassVar[Mapping[str, str]] = {"num_local_experts": "num_experts"}
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        if self.decoder_sparse_step < 1:
+            raise UserError(f"config.json: decoder_sparse_step must be at least 1, not {self.decoder_sparse_step}")
+        if self.use_sliding_window and not self.sliding_window:
+            raise UserError("config.json: use_sliding_window is true but sliding_window is not given")
+        super().check(raw)
+
+    @property
+    def moe_width(self) -> int:
+        return self.moe_intermediate_size
+
+    def is_moe(self, layer: int) -> bool:
+        return layer not in (self.mlp_only_layers or ()) and (layer + 1) % self.decoder_sparse_step == 0

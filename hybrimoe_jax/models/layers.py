@@ -14,20 +14,18 @@ from flax import nnx
 from hybrimoe_jax.models.products import fused_linear, product
 
 
-def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], std: float) -> jax.Array:
+def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...]) -> jax.Array:
     """A matrix to begin with, random; zeros without `rngs`, where only shapes are wanted: tracing those is quicker."""
     if rngs is None:
         return jnp.zeros(shape, jnp.float32)
-    return std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class Linear(nnx.Module):
     """`y = x W^T + b` with `weight` [out, in], plain or a `PackedMatrix`."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs | None, std: float = 0.02
-    ):
-        self.weight = nnx.Param(initial(rngs, (out_features, in_features), std))
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs | None):
+        self.weight = nnx.Param(initial(rngs, (out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,8 +44,8 @@ def apply_fused(x: jax.Array, *layers: Linear) -> list[jax.Array]:
 class Embedding(nnx.Module):
     """Token table, `weight` [vocab, D]."""
 
-    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs | None, std: float = 0.02):
-        self.weight = nnx.Param(initial(rngs, (vocab, width), std))
+    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs | None):
+        self.weight = nnx.Param(initial(rngs, (vocab, width)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.weight[...][ids].astype(jnp.float32)

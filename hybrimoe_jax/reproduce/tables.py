@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 from hybrimoe_jax.reproduce import experiments as e
 from hybrimoe_jax.reproduce import routing, times
-from hybrimoe_jax.reproduce.figures import Figures, Missing, markdown, seconds
+from hybrimoe_jax.reproduce.figures import Figures, markdown, seconds
 
-__all__ = ["TABLES", "all_tables", "markdown", "places", "renewed", "seconds"]
+__all__ = ["TABLES", "markdown", "places", "renewed", "seconds"]
 PLACE = re.compile(r"(?<=<!-- table: )(?P<name>[^>]+?)(?P<mark> -->\n).*?(?=<!-- end -->)", re.DOTALL)
 TABLES: dict[str, Callable[[Figures], str]] = {
     **{f"decode, {profile}": functools.partial(times.decode, profile=profile) for profile in e.PROFILES},
@@ -30,17 +30,6 @@ TABLES: dict[str, Callable[[Figures], str]] = {
         )
     },
 }
-
-
-def all_tables(found: Figures) -> dict[str, str]:
-    """Every table, by name, that the records suffice for."""
-    made = {}
-    for name, make in TABLES.items():
-        try:
-            made[name] = make(found)
-        except Missing:
-            continue
-    return made
 
 
 def places(text: str) -> list[str]:

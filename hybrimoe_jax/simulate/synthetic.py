@@ -119,22 +119,6 @@ def chosen(layers: int, experts: int, top_k: int, count: int, tokens: int, knobs
     return np.argpartition(-logits, top_k - 1, axis=2)[:, :, :top_k]
 
 
-def statistics(trace: Trace) -> dict[str, float]:
-    """Share of a token's experts that its predecessor chose too, and recall of the predictions by distance."""
-    facts = trace.facts
-    ids = trace.ids.reshape(-1, facts.layers, facts.top_k)
-    chosen = np.zeros((len(ids), facts.layers, facts.experts), bool)
-    np.put_along_axis(chosen, ids, True, axis=2)
-    follows = trace.position.reshape(-1, facts.layers)[1:, 0] > 0
-    said = {"overlap": float((chosen[1:] & chosen[:-1])[follows].sum() / (follows.sum() * facts.layers * facts.top_k))}
-    for d, ahead in sorted(trace.lookahead.items()):
-        guess = np.argsort(-ahead.reshape(-1, facts.layers, facts.experts)[:, : facts.layers - d], axis=2)[
-            :, :, : facts.top_k
-        ]
-        said[f"recall_{d}"] = float(np.take_along_axis(chosen[:, d:], guess, 2).mean())
-    return said
-
-
 def _softmax(logits: np.ndarray) -> np.ndarray:
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return shares / shares.sum(axis=-1, keepdims=True)

@@ -96,7 +96,7 @@ def esft_arrays(arrays: dict[str, np.ndarray], path: Path, where: str) -> Trace:
 def _whole_prompts(facts: TraceFacts, ids: np.ndarray, weights: np.ndarray, lengths: np.ndarray, name: str) -> Trace:
     """Every sequence as one prefill step: rows by (sequence, layer, position)."""
     sequence = np.repeat(np.arange(len(lengths)), lengths)
-    position = _counted(lengths)
+    position = places_of(lengths)
     tokens, layers = ids.shape[:2]
     order = np.lexsort(
         (np.tile(np.arange(tokens), layers), np.repeat(np.arange(layers), tokens), np.tile(sequence, layers))
@@ -221,7 +221,7 @@ def _token_steps(facts, ids, weights, lengths, prompts, about) -> Trace:
         layer=np.tile(np.arange(layers, dtype=np.int32), tokens),
         phase=np.full(tokens * layers, DECODE, np.uint8),
         sequence=rows(np.repeat(np.arange(len(lengths)), lengths)),
-        position=rows(_counted(lengths) + np.repeat(first, lengths)),
+        position=rows(places_of(lengths) + np.repeat(first, lengths)),
         ids=ids.reshape(-1, top_k).astype(np.int64),
         weights=weights.reshape(-1, top_k).astype(np.float32),
         about=about,
@@ -245,7 +245,7 @@ def _table(arrays: dict[str, np.ndarray], weights: str, facts: TraceFacts, where
     return ids, lengths.astype(np.int64)
 
 
-def _counted(lengths: np.ndarray) -> np.ndarray:
+def places_of(lengths: np.ndarray) -> np.ndarray:
     """0, 1, 2 ... within each sequence."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)

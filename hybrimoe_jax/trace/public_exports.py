@@ -18,7 +18,7 @@ from hybrimoe_jax.errors import UserError, is_name
 from hybrimoe_jax.files import check_folder_to_be, replacing
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
 from hybrimoe_jax.trace.file import Trace
-from hybrimoe_jax.trace.layouts import DECODE, PREFILL
+from hybrimoe_jax.trace.layouts import DECODE, PREFILL, places_of
 from hybrimoe_jax.trace.route_csv import ROUTE_COLUMNS
 from hybrimoe_jax.trace.rows import write_lines
 from hybrimoe_jax.trace.tokens import Tokens, by_token, one_token_steps
@@ -79,7 +79,7 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
     left = _left_out(trace, ROUTE_EXTRA) + _numbered(tokens)
     if len(np.unique(trace.step)) < len(tokens.step):
         left.append("which tokens ran in one step")
-    if not np.array_equal(tokens.position, _counted(tokens)):
+    if not np.array_equal(tokens.position, places_of(_lengths(tokens))):
         left.append("positions: they are counted from the first token of each sequence")
     if "residency" not in trace.extra:
         left.append("that residency is unknown: its column is 0 throughout")
@@ -184,12 +184,6 @@ def _lengths(tokens: Tokens) -> np.ndarray:
     return np.unique(tokens.sequence, return_counts=True)[1]
 
 
-def _counted(tokens: Tokens) -> np.ndarray:
-    """Each token's place in its sequence."""
-    starts = np.flatnonzero(np.diff(tokens.sequence, prepend=-1))
-    return np.arange(len(tokens.sequence)) - np.repeat(starts, _lengths(tokens))
-
-
 def _left_out(trace: Trace, held: tuple[str, ...] = ()) -> list[str]:
     """What no public layout holds, of what this trace has."""
     additions = sorted(trace.extra.keys() - set(held))
@@ -214,7 +208,7 @@ def _as_prompts(trace: Trace, tokens: Tokens) -> list[str]:
     said = {
         f"that {decoded} tokens were decoded: each sequence is one prefill step": decoded > 0,
         "which tokens ran in one step": decoded == 0 and not np.array_equal(trace.step, trace.sequence),
-        "positions: they are counted from 0": not np.array_equal(tokens.position, _counted(tokens)),
+        "positions: they are counted from 0": not np.array_equal(tokens.position, places_of(_lengths(tokens))),
     }
     return [what for what, lost in said.items() if lost] + _numbered(tokens)
 

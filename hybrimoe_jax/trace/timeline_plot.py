@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from hybrimoe_jax.figures import WIDTH, axes_of
-from hybrimoe_jax.trace.timeline_view import COLOURS, PLAIN, View, lane_kind
+from hybrimoe_jax.figures import LANE_COLOURS, WIDTH, axes_of
+from hybrimoe_jax.trace.timeline_view import PLAIN, View, lane_kind
 
 NAMES = {"cpu": "CPU", "device": "device", "link": "link"}
 
@@ -32,7 +32,7 @@ def draw(shown: View, ax: Any = None) -> Any:
 
 def _bar(axes: Any, bar: Any, shown: View) -> None:
     lane = lane_kind(bar.lane)
-    colour = PLAIN if bar.kind == "plain" else COLOURS.get(lane, PLAIN)
+    colour = PLAIN if bar.kind == "plain" else LANE_COLOURS.get(lane, PLAIN)
     row = len(shown.lanes) - 1 - shown.lanes.index(bar.lane) - 0.4
     place = {"bottom": row + 0.8 * bar.low, "height": 0.8 * (bar.high - bar.low)}
     middle, begin, width = place["bottom"] + place["height"] / 2, 1e3 * bar.start, 1e3 * (bar.end - bar.start)
@@ -51,10 +51,10 @@ def _bar(axes: Any, bar: Any, shown: View) -> None:
 def _legend(axes: Any, below: float) -> None:
     patch = importlib.import_module("matplotlib.patches").Patch
     handles = [
-        patch(color=COLOURS["cpu"], label="expert on the CPU"),
-        patch(color=COLOURS["device"], label="expert on the device"),
-        patch(color=COLOURS["link"], label="fetch"),
-        patch(facecolor="white", edgecolor=COLOURS["link"], hatch="/////", label="prefetch"),
+        patch(color=LANE_COLOURS["cpu"], label="expert on the CPU"),
+        patch(color=LANE_COLOURS["device"], label="expert on the device"),
+        patch(color=LANE_COLOURS["link"], label="fetch"),
+        patch(facecolor="white", edgecolor=LANE_COLOURS["link"], hatch="/////", label="prefetch"),
         patch(color=PLAIN, label="attention, shared experts, head"),
     ]
     axes.legend(handles=handles, ncols=5, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, below))

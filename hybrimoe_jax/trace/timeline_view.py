@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.figures import LANE_COLOURS
 from hybrimoe_jax.trace.timeline import Timeline
 
 CLOCKS = {
@@ -14,7 +15,6 @@ CLOCKS = {
     "paced": "by the wall clock, on a paced device; not measured on that machine",
     "wall": "measured",
 }
-COLOURS = {"cpu": "#E69F00", "device": "#0072B2", "link": "#009E73"}
 PLAIN = "#BFBFBF"
 """Attention, shared experts, the head: what is no routed expert."""
 
@@ -122,7 +122,7 @@ def as_html(shown: View) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height + 40}" width="100%" '
         'style="max-width: 1100px; background: white" font-family="sans-serif" font-size="11">'
         '<defs><pattern id="hm-prefetch" width="5" height="5" patternUnits="userSpaceOnUse" '
-        f'patternTransform="rotate(45)"><rect width="2" height="5" fill="{COLOURS["link"]}"/></pattern></defs>',
+        f'patternTransform="rotate(45)"><rect width="2" height="5" fill="{LANE_COLOURS["link"]}"/></pattern></defs>',
         f'<text x="{LEFT}" y="12">{html.escape(shown.title)}; {html.escape(shown.kind)}</text>',
     ]
     for row, lane in enumerate(shown.lanes):
@@ -142,7 +142,8 @@ def as_html(shown: View) -> str:
 
 
 def _rectangle(bar: Bar, top: float, scale: float) -> str:
-    colour = {"plain": PLAIN, "prefetch": "url(#hm-prefetch)"}.get(bar.kind, COLOURS.get(lane_kind(bar.lane), PLAIN))
+    by_lane = LANE_COLOURS.get(lane_kind(bar.lane), PLAIN)
+    colour = {"plain": PLAIN, "prefetch": "url(#hm-prefetch)"}.get(bar.kind, by_lane)
     height = (ROW - 6) * (bar.high - bar.low)
     x, y = LEFT + scale * bar.start, top + 2 + (ROW - 6) * (1 - bar.high)
     width = max(scale * (bar.end - bar.start), 0.5)

@@ -20,7 +20,7 @@ from hybrimoe_jax import arguments
 from hybrimoe_jax.cli import Parser, first_paragraph
 from hybrimoe_jax.encoding import show
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import check_folder_to_be, replacing
+from hybrimoe_jax.files import cache_folder, check_folder_to_be, replacing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,7 +134,7 @@ def check(args) -> dict[str, Any] | None:
 def load_corpus(args):
     from hybrimoe_jax.train import corpus
 
-    folder = args.text or corpus.fetch(Path.home() / ".cache" / "hybrimoe-jax")
+    folder = args.text or corpus.fetch(cache_folder())
     held_out = args.held_out.split(",") if args.held_out else corpus.HELD_OUT
     return corpus.split(corpus.read_texts(folder), held_out)
 

@@ -17,7 +17,6 @@ from hybrimoe_jax.decide.residency.residency import Residency
 from hybrimoe_jax.decide.systems import MAX_DEPTH, System
 
 BACK_OFF_STEPS = 7
-_INF = float("inf")
 
 
 class PrefetchPlanner:

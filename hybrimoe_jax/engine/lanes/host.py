@@ -59,13 +59,14 @@ class HostExecutor:
       weights: (layer, expert) -> HostExpert.
       workers: threads in all; work uses `usual_workers` of them (the other cores are the device's) unless it is
         `wide`.
-      detailed: time every expert on its own (for the timeline) instead of every share.
       pace: how long experts last; None: as long as they take.
 
-    Attributes: `expected`: the seconds that waking a thread takes, and the costs of experts, once they are known. Work
-    that takes PATIENCE times as long is given up.
+    Attributes: `detailed`: time every expert on its own (for the timeline) instead of every share. `expected`: the
+    seconds that waking a thread takes, and the costs of experts, once they are known. Work that takes PATIENCE times as
+    long is given up.
     """
 
+    detailed = False
     expected: tuple[float, Costs] | None = None
 
     def __init__(
@@ -75,10 +76,9 @@ class HostExecutor:
         workers: int,
         usual_workers: int,
         clock: WallClock,
-        detailed=False,
         pace: HostPace | None = None,
     ):
-        self.kernel, self.clock, self.detailed, self.pace = kernel, clock, detailed, pace
+        self.kernel, self.clock, self.pace = kernel, clock, pace
         self.usual_workers = max(1, usual_workers)
         self._weights = weights
         self._handles: dict[tuple[int, int], object] = {}
