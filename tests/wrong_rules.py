@@ -75,6 +75,14 @@ class RunsAbsent(Half):
         return super().schedule(problem)._replace(cpu=(), fetch=(), device=(*here, *moving, *absent))
 
 
+class RunsAbsentToo(Half):
+    """Where another one is under way, too."""
+
+    def schedule(self, problem):
+        here, moving, absent = split(problem)
+        return replay(problem, (), here + moving + absent, ())
+
+
 class FetchesResident(Half):
     def schedule(self, problem):
         here, moving, absent = split(problem)
@@ -150,6 +158,7 @@ WRONG = {
     LeavesOut: r"schedule left out expert \d+ \(activated: \d.*; cpu: .*; device: ",
     RunsTwice: r"schedule ran expert \d+ twice",
     RunsAbsent: r"schedule gave the device expert \d+, which is neither resident nor in flight nor fetched",
+    RunsAbsentToo: r"schedule gave the device expert \d+, which is neither resident nor in flight nor fetched",
     FetchesResident: r"schedule fetched expert \d+, which is resident",
     Invents: r"schedule gave the CPU expert \d+, which no token chose",
     Flatters: r"schedule gave makespan \S+, but its lanes take \S+ s",

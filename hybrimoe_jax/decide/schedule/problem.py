@@ -175,8 +175,9 @@ def replay(problem: Problem, cpu: Sequence[int], device: Sequence[int], fetch: S
     awaited: list[int] = []
     for expert in device:
         if ready and expert not in resident:
-            if busy_device < ready[expert]:
-                busy_device = ready[expert]
+            landed_at = ready.get(expert, 0.0)  # one that is nowhere is for `watch` to refuse
+            if busy_device < landed_at:
+                busy_device = landed_at
             if expert in in_flight:
                 awaited.append(expert)
         busy_device += device_of(loads[expert])
