@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
+from grids import few
 from test_text import byte_fallback, byte_level, saved
 from tokenizers import AddedToken
 
@@ -60,10 +62,19 @@ def write(folder, backend, case):
     return folder
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["new", "other flags in tokenizer.json"])
-@pytest.mark.parametrize("make", [byte_level, byte_fallback])
-@pytest.mark.parametrize("name", beside(byte_level()))
-def test_the_view_is_that_of_transformers(tmp_path, make, name, there):
+KINDS = list(itertools.product((byte_level, byte_fallback), (False, True)))
+CASES = list(beside(byte_level()))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "there"),
+    few(
+        [(name, *kind) for name, kind in zip(CASES, itertools.cycle(KINDS))],
+        [(name, *kind) for name in CASES for kind in KINDS],
+    ),
+    ids={False: "new", True: "other flags in tokenizer.json"}.get,
+)
+def test_the_view_is_that_of_transformers(tmp_path, name, make, there):
     transformers = pytest.importorskip("transformers")
     backend = make()
     if there:

@@ -8,6 +8,7 @@ import json
 import jax.numpy as jnp
 import pytest
 import tiny
+from grids import few
 
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
@@ -31,7 +32,10 @@ def run(prompts, **options):
     return engine, out
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+USUAL = ["hybrimoe", "adapmoe", "on-demand", "freetoken", "fiddler", "cpu-only"]
+
+
+@pytest.mark.parametrize("system", few(USUAL, SYSTEMS))
 def test_every_activation_is_a_hit_or_a_miss_and_runs_once(system, prompts):
     engine, out = run(prompts, system=system, cache_ratio=0.25)
     layers = [layer for step in out.stats.steps for layer in step.layers]

@@ -4,7 +4,6 @@ meant."""
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -13,18 +12,19 @@ import tiny
 from hybrimoe_jax.engine.fused import choice, select
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.fused.program import MAX_STEPS_PER_CALL
-from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.host_kernels.native import ffi, library
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
 
-@pytest.fixture(autouse=True)
-def found_faster(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def found_faster():
     """Both ways are timed as ever, but beside other work either may be the faster one, at load and later."""
     is_faster = select.is_faster
-    monkeypatch.setattr(select, "is_faster", lambda *args: is_faster(*args) or True)
-    monkeypatch.setattr(choice, "CLEARLY", float("inf"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "is_faster", lambda *args: is_faster(*args) or True)
+        patch.setattr(choice, "CLEARLY", float("inf"))
+        yield
 
 
 def all_on_cpu_costs(config, **changes):
@@ -38,6 +38,12 @@ def all_on_cpu_costs(config, **changes):
 def fused_engine(family="qwen2_moe", format="f32", **options):
     costs = all_on_cpu_costs(tiny.weights(family)[0])  # small experts are float32 on the device
     return tiny.engine(family, host_kernel="native", profile=costs, format=format, **options)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Shared by tests that leave it as it was."""
+    return fused_engine()
 
 
 def go_layer_by_layer(engine) -> None:
@@ -98,13 +104,12 @@ def test_a_narrow_embedding_is_handed_over_in_place_and_read_by_the_row():
     np.testing.assert_array_equal(compiled(handed, np.int32(7), np.int32(1))[0], np.asarray(rows[7], np.float32))
 
 
-def test_a_call_needs_no_memory_in_the_size_of_the_embedding():
+def test_a_call_needs_no_memory_in_the_size_of_the_embedding(engine):
     import jax
     import jax.numpy as jnp
 
     from hybrimoe_jax.engine.fused.program import to_program_layout
 
-    engine = fused_engine()
     fused, model = engine._forward.fused, engine._parts.model
     table = jnp.zeros((1 << 16, model.table.shape[1]), jnp.bfloat16)
     before, numbers = jax.device_put(np.zeros(MAX_STEPS_PER_CALL + 2, np.int32)), np.array([5, 1, 1, 1], np.int32)
@@ -134,157 +139,6 @@ def test_statistics_are_the_layer_by_layer_ones():
     assert runs[True] == runs[False]
 
 
-def steps_started_ahead(engine) -> list[bool]:
-    """For every fused step that follows: whether it had been started before it was asked for."""
-    fused, seen = engine._forward.fused, []
-    find = fused._find
-
-    def watched(*args):
-        call = find(*args)
-        seen.append(call is not None)
-        return call
-
-    fused._find = watched
-    return seen
-
-
-def steps_of_calls(engine, most: int = MAX_STEPS_PER_CALL) -> list[int]:
-    """How many steps XLA was given in each call that follows."""
-    fused, seen = engine._forward.fused, []
-    start, fused.max_steps = fused._start, most
-
-    def watched(before, position, steps, *rest):
-        seen.append(steps)
-        return start(before, position, steps, *rest)
-
-    fused._start = watched
-    return seen
-
-
-def test_the_next_greedy_step_is_started_ahead():
-    engine = fused_engine()
-    seen = steps_started_ahead(engine)
-    prompt = tiny.prompts(engine.config, (9,))
-    engine.generate(prompt, max_new_tokens=6)
-    assert seen == [False, True, True, True, True]
-    assert engine._forward.fused._next_call is None, "nothing follows the last token"
-    seen.clear()
-    engine.generate(prompt, max_new_tokens=6, temperature=0.7)
-    assert seen == [False] * 5, "which token is drawn is not known before"
-
-
-@pytest.mark.parametrize(
-    ("new_tokens", "most", "calls"), [(22, 8, [1, 2, 4, 8, 6]), (9, 3, [1, 2, 3, 2]), (4, 1, [1, 1, 1])]
-)
-def test_steps_share_calls_that_grow_and_end_with_the_run(new_tokens, most, calls):
-    engine, dense = fused_engine(), tiny.engine(executor="dense")
-    seen, prompt = steps_of_calls(engine, most), tiny.prompts(engine.config, (9,))
-    made = engine.generate(prompt, max_new_tokens=new_tokens)
-    assert seen == calls
-    assert made.token_ids == dense.generate(prompt, max_new_tokens=new_tokens).token_ids
-    assert len(made.stats.steps) == new_tokens and all(step.seconds > 0 for step in made.stats.steps)
-
-
-def test_no_call_reads_beyond_the_span_that_its_program_was_made_for():
-    """A call begins where attention must read more of the cache, and ends before."""
-    engine, dense = fused_engine(), tiny.engine(executor="dense")
-    prompt = tiny.prompts(engine.config, (250,))
-    seen = steps_of_calls(engine)
-    made = engine.generate(prompt, max_new_tokens=20).token_ids
-    assert seen == [1, 2, 3, 1, 2, 4, 6]
-    assert made == dense.generate(prompt, max_new_tokens=20).token_ids
-
-
-def test_nothing_is_computed_behind_a_token_that_ends_the_sequence():
-    engine = fused_engine()
-    prompt = tiny.prompts(engine.config, (9,))
-    tokens = engine.generate(prompt, max_new_tokens=20).token_ids[0]
-    at = next(i for i in range(5, 15) if tokens[i] not in tokens[:i])
-    engine.eos = (tokens[at],)
-    fused, given = engine._forward.fused, []
-    start, fused.max_steps = fused._start, MAX_STEPS_PER_CALL
-    fused._start = lambda *args: given.append(start(*args)) or given[-1]
-    assert engine.generate(prompt, max_new_tokens=20).token_ids[0] == tokens[: at + 1]
-    computed = [int(np.asarray(call.results.tokens)[1]) for call, _ in given]
-    assert sum(computed) == at and computed[-1] == 0, "the last call is given the ending token"
-
-
-def test_a_token_that_ends_sequences_can_be_given():
-    engine = fused_engine()
-    model, fused = engine._parts.model, engine._forward.fused
-    zero = np.zeros((1, 1), np.int32)
-    logits = []
-    for ends in ((), (0,)):
-        step = StepInput(zero, zero + 3, 256, "decode", np.zeros(1, np.int64), 4, ends)
-        logits.append(fused.logits(step, model.init_cache(1, 256))[0])
-        fused.synchronize()
-    np.testing.assert_array_equal(*logits)
-    assert np.abs(logits[0]).max() > 0
-
-
-def test_a_drawn_steps_layers_are_planned_beside_the_next_one():
-    """Nothing runs meanwhile, so planning waits; it reads the same as layer by layer, and reading runs nothing."""
-    runs = {}
-    for fused in (True, False):
-        engine, steps = fused_engine(cache_ratio=0.5), []
-        if not fused:
-            go_layer_by_layer(engine)
-        for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=8, temperature=0.7):
-            steps.append(emitted.stats)
-            if fused and len(steps) > 2:
-                assert not steps[-1].layers and all(step.layers for step in steps[:-1])
-        runs[fused] = [(at.layer, at.loads, at.hits, at.misses) for step in steps for at in step.layers]
-        assert len(steps[-1].layers) == len(engine.config.moe_layers), "the run's end plans what is left"
-    assert runs[False] == runs[True]
-
-
-def test_an_interrupt_while_steps_are_planned_leaves_statistics_that_can_be_read(monkeypatch):
-    engine = fused_engine()
-    prompt = tiny.prompts(engine.config, (9,))
-    want = engine.generate(prompt, max_new_tokens=12).token_ids
-    fused, plan, planned = engine._forward.fused, engine._forward.fused._plan, []
-
-    def interrupted(*args):
-        planned.append(1)
-        if len(planned) == 4:
-            raise KeyboardInterrupt
-        return plan(*args)
-
-    monkeypatch.setattr(fused, "_plan", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompt, max_new_tokens=12)
-    assert engine.stats.summary()["hits"] >= 0
-    assert engine.generate(prompt, max_new_tokens=12).token_ids == want
-
-
-@pytest.mark.parametrize(
-    ("temperature", "call"), [(0.0, 7), (0.7, 7), (0.7, 3 * 6 + 2)], ids=["greedy", "drawn", "at the end"]
-)
-def test_an_interrupt_in_the_planner_leaves_an_exact_engine(temperature, call, monkeypatch):
-    """Also at a run's end, where the latest drawn step is planned: what is half planned is repaired."""
-    engine, prompt = fused_engine(), tiny.prompts(tiny.weights("qwen2_moe")[0], (9,))
-    options = {"max_new_tokens": 8, "temperature": temperature}
-    want = engine.generate(prompt, **options).token_ids
-    plan, repair, calls, repaired = engine.planner.plan, engine._forward.layered.repair, [], []
-
-    def interrupted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3 + call:  # the prompt's layers are planned first
-            raise KeyboardInterrupt
-        return plan(*args, **kwargs)
-
-    monkeypatch.setattr(engine.planner, "plan", interrupted)
-    monkeypatch.setattr(engine._forward.layered, "repair", lambda: repaired.append(1) or repair())
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompt, **options)
-    for _ in range(2):
-        again = engine.generate(prompt, **options)
-        assert again.token_ids == want
-        assert all(len(step.layers) == 3 for step in again.stats.steps)
-    assert repaired == [1]
-    engine.close()
-
-
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
     engine = fused_engine(eos=(95, 94))
     prompt = tiny.prompts(engine.config, (9,))
@@ -294,67 +148,6 @@ def test_a_program_made_at_load_serves_models_with_ending_tokens():
     engine._forward, made = forward, tiny.executables()
     engine.generate(prompt, max_new_tokens=12)
     assert tiny.executables() == made
-
-
-def test_runs_that_take_turns_compute_no_steps_for_nobody():
-    engine = fused_engine()
-    prompts = tiny.prompts(engine.config, (9, 12), seed=5)
-    want = [engine.generate([prompt], max_new_tokens=12).token_ids[0] for prompt in prompts]
-    calls, made = steps_of_calls(engine), [[], []]
-    for pair in zip(*(engine.steps([prompt], max_new_tokens=12) for prompt in prompts), strict=True):
-        for tokens, emitted in zip(made, pair, strict=True):
-            tokens += [token for _, token in emitted.tokens]
-    assert made == want
-    assert sum(calls) <= 2 * 11 + 2, "the first step could not know"
-
-
-def test_steps_share_the_time_of_their_calls():
-    engine = fused_engine()
-    engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20)
-    start = time.perf_counter()
-    steps = engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=20).stats.steps
-    took = time.perf_counter() - start
-    assert 0 < sum(step.seconds for step in steps) <= took
-    decode = [step.seconds for step in steps if step.phase == "decode"]
-    assert decode[1] == decode[2] and len(set(decode[3:7])) == 1, "one, two, four"
-
-
-@pytest.mark.parametrize(("step_s", "most"), [(0.001, MAX_STEPS_PER_CALL), (0.03, 3), (0.5, 1)])
-def test_calls_hold_as_many_steps_as_take_a_tenth_of_a_second(step_s, most):
-    engine = fused_engine()
-    fused, now = engine._forward.fused, [0.0]
-
-    class Clock:
-        def now(self):
-            now[0] += step_s
-            return now[0]
-
-    fused.calibrate(Clock(), 256, 2)
-    assert fused.max_steps == most
-
-
-def test_what_was_started_ahead_and_not_wanted_harms_nothing(monkeypatch):
-    """A sampler that takes the second likeliest token."""
-    from hybrimoe_jax.engine.sampling import Sampler
-
-    engine, dense = fused_engine(), tiny.engine(executor="dense")
-    prompt = tiny.prompts(engine.config, (9,))
-    greedy = engine.generate(prompt, max_new_tokens=12).token_ids
-    monkeypatch.setattr(Sampler, "__call__", lambda self, row, logits: int(np.argsort(logits)[-2]))
-    seen = steps_started_ahead(engine)
-    other = engine.generate(prompt, max_new_tokens=12).token_ids
-    assert not any(seen) and other != greedy
-    assert other == dense.generate(prompt, max_new_tokens=12).token_ids
-
-
-def occupy() -> None:
-    """Gives XLA some tenths of a second of work before what this thread gives it next, once the latest step has
-    begun."""
-    import jax
-    import jax.numpy as jnp
-
-    a = jnp.full((600, 600), 1e-3)
-    jax.jit(lambda a: jax.lax.fori_loop(0, 60, lambda _, b: b @ a, a))(a)
 
 
 def test_a_step_that_fails_is_told_once():
@@ -374,30 +167,9 @@ def test_a_step_that_fails_is_told_once():
     assert engine.generate(prompt, max_new_tokens=4).token_ids == want
 
 
-def test_a_row_stopped_early_leaves_the_next_run_as_it_was():
-    engine = fused_engine()
-    prompts = tiny.prompts(engine.config, (9, 21), seed=5)
-    want = [engine.generate([prompt], max_new_tokens=8).token_ids for prompt in prompts]
-    run = engine.steps([prompts[0]], max_new_tokens=8)
-    for _ in range(2):
-        next(run)
-    occupy()  # so that the step ahead is still to be computed when the run ends
-    next(run)
-    ahead = engine._forward.fused._next_call
-    assert ahead is not None and ahead.cache() is not None
-    with pytest.raises(StopIteration):
-        run.send(0)
-    del run
-    assert ahead.cache() is None, "the caches are the caller's, and he has left"
-    assert ahead.results.logits.is_ready(), "nothing reads the experts any more"
-    for prompt, tokens in zip(prompts, want, strict=True):
-        assert engine.generate([prompt], max_new_tokens=8).token_ids == tokens
-
-
-def test_a_recorder_attached_between_steps_sees_the_same_tokens():
+def test_a_recorder_attached_between_steps_sees_the_same_tokens(engine):
     from hybrimoe_jax.engine.recording import EngineTrace
 
-    engine = fused_engine()
     prompt = tiny.prompts(engine.config, (9,))
     want = engine.generate(prompt, max_new_tokens=10).token_ids[0]
     tokens = []
@@ -410,31 +182,14 @@ def test_a_recorder_attached_between_steps_sees_the_same_tokens():
     assert tokens == want
 
 
-def test_the_callers_own_time_is_not_a_steps():
-    engine = fused_engine()
-    for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=6):
-        time.sleep(0.2)
-        assert emitted.stats.phase == "prefill" or emitted.stats.seconds < 0.2
-
-
-def test_every_step_yielded_has_its_statistics():
-    engine = fused_engine()
-    for emitted in engine.steps(tiny.prompts(engine.config, (9,)), max_new_tokens=5):
-        assert [layer.layer for layer in emitted.stats.layers] == list(range(len(engine.config.moe_layers)))
-
-
-def test_batches_and_recorders_go_layer_by_layer():
-    from hybrimoe_jax.engine.recording import EngineTrace
-
-    engine = fused_engine()
-
+def test_batches_and_recorders_go_layer_by_layer(engine, monkeypatch):
     def refuse(*args):
         raise AssertionError("this step must go layer by layer")
 
-    engine._forward.fused.step = refuse
+    monkeypatch.setattr(engine._forward.fused, "step", refuse)
     engine.generate(tiny.prompts(engine.config, (9, 5)), max_new_tokens=4)
-    engine.record(trace=EngineTrace(engine))
-    engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=4)
+    with engine.recording():
+        engine.generate(tiny.prompts(engine.config, (9,)), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -448,11 +203,11 @@ def test_other_engines_have_no_fused_decode(options):
     assert not isinstance(engine._forward, FusedForward)
 
 
-def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(monkeypatch):
+def test_a_noisy_warm_up_does_not_say_that_leaving_the_program_is_free(engine, monkeypatch):
     """That would mean: there is no such program."""
     from hybrimoe_jax.engine import probes
 
-    parts = fused_engine()._parts
+    parts = engine._parts
     lanes = probes.EngineLanes(parts.model, parts.pool, parts.link, parts.host, None)
     timed, seconds = probes._timed, iter((1.0, 1e6))  # a layer's front read at once, and many queued in a bad moment
     monkeypatch.setattr(probes, "_timed", lambda *args: next(seconds, None) or timed(*args))

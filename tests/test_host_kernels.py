@@ -77,6 +77,12 @@ def kernels() -> list:
 
 
 every_kernel = pytest.mark.parametrize("make", kernels())
+BY_DEFAULT = {"reference", "onednn-packed", "auto"}
+"""Of a test that takes a second for every kernel."""
+few_kernels = pytest.mark.parametrize(
+    "make",
+    [form if form.id in BY_DEFAULT else form._replace(marks=(*form.marks, pytest.mark.slow)) for form in kernels()],
+)
 
 
 @every_kernel
@@ -201,7 +207,7 @@ def test_run_experts_without_work_leaves_the_output():
 
 
 @pytest.mark.alone
-@every_kernel
+@few_kernels
 def test_host_experts_release_the_interpreter_lock(make):
     """With forced switches off, another thread runs only when the lock is let go: often during a call, not just between
     its three products."""

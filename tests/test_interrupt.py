@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+from grids import each_once
 
 from hybrimoe_jax.engine.sampling import Sampler
 from hybrimoe_jax.simulate.recorded import replay_run
@@ -13,18 +14,15 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize(
-    ("system", "method"),
-    [
-        *(("adapmoe", name) for name in ("_place", "prefetch", "land", "_residents")),
-        ("freetoken", "double_buffered"),
-    ],
-)
-@pytest.mark.parametrize("call", [1, 4])
-def test_an_interrupted_engine_recovers(system, method, call, monkeypatch):
+PLACES = dict.fromkeys(("_place", "prefetch", "land", "_residents"), "adapmoe") | {"double_buffered": "freetoken"}
+"""Method that is broken off -> the system that calls it."""
+
+
+@pytest.mark.parametrize(("method", "call"), each_once(PLACES, (1, 4)))
+def test_an_interrupted_engine_recovers(method, call, monkeypatch):
     config, _, _ = tiny.weights("qwen2_moe")
     prompts = tiny.prompts(config, (21, 9))
-    engine = tiny.engine(system=system, cache_ratio=0.5, debug=True)
+    engine = tiny.engine(system=PLACES[method], cache_ratio=0.5, debug=True)
     expected = engine.generate(prompts, max_new_tokens=8).token_ids
     forward, count = engine._forward, 0
     original = getattr(forward, method)

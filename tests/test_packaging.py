@@ -4,6 +4,7 @@ again."""
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import platform
 import re
@@ -30,6 +31,7 @@ BROUGHT = {"scipy", "PIL"}
 SOURCE_ENDINGS = {".py", ".cpp", ".h", ".inc", ".so", ".pyc"}
 
 
+@functools.cache
 def imported(folder: Path) -> set[str]:
     """Top-level modules of others that the files import, within functions too."""
     found = set()

@@ -1,6 +1,7 @@
 """`python -m hybrimoe_jax.reproduce`: the page, the records it is made from, and plain calculations beside them."""
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -125,6 +126,7 @@ def test_a_run_again_gives_the_committed_record(experiment, run, row):
     assert figures.seconds(record) == pytest.approx(figures.seconds(kept), rel=1e-9)
 
 
+@functools.cache
 def replayed(row: str) -> tuple[Trace, np.ndarray, np.ndarray, np.ndarray]:
     """(trace, ids [T, L, k], weights, whether each token is replayed): 16 sequences, evenly spread."""
     from hybrimoe_jax.trace.importers import open_trace

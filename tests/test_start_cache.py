@@ -104,9 +104,14 @@ def test_a_folder_that_takes_no_files_is_warned_of_once(tmp_path):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Makes an engine -> it, and how often the warm-up has measured so far."""
+    """Makes an engine -> it, and how often measurements were asked for so far; only the first are taken."""
     measure, calls = warmup.measure, []
-    monkeypatch.setattr(warmup, "measure", lambda *args, **kwargs: calls.append(1) or measure(*args, **kwargs))
+
+    def measure_once(*args, **kwargs):
+        calls.append(calls[0] if calls else measure(*args, **kwargs))
+        return calls[0]
+
+    monkeypatch.setattr(warmup, "measure", measure_once)
 
     def make(**options):
         options = {"host_kernel": "auto", "profile": None, "start_cache": str(tmp_path), "cache_ratio": 0.5, **options}

@@ -51,6 +51,7 @@ def test_loss_on_unseen_text_is_below_the_recorded_figure(measured):
     assert measured.loss < EXCERPT_LOSS
 
 
+@pytest.mark.slow
 def test_router_is_neither_collapsed_nor_random(measured):
     assert min(measured.least_share) >= LEAST_SHARE
     ratios = np.asarray(measured.overlap) / np.asarray(measured.chance)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import each_once
 
 from hybrimoe_jax.models.moe import DenseExperts, Routing
 from hybrimoe_jax.train.experts import GroupedExperts, assign_blocks
@@ -35,8 +36,9 @@ def output(experts, x, logits):
     return experts(0, x, Routing(ids.astype(jnp.int32), values, scores))
 
 
-@pytest.mark.parametrize("skew", ["even", "two experts take all", "last expert takes half"])
-@pytest.mark.parametrize("block", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("skew", "block"), each_once(["even", "two experts take all", "last expert takes half"], [1, 8, 64])
+)
 def test_grouped_equals_dense_in_value_and_gradient(skew, block):
     weights, x, logits = problem(skew)
 

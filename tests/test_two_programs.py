@@ -6,12 +6,13 @@ The CPU backend's own kernels are switched off, so that what runs is what a GPU 
 from __future__ import annotations
 
 import collections
+import itertools
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from grids import each_once
+from grids import few
 
 from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
@@ -80,7 +81,10 @@ def wrap_layers(engine, counter) -> None:
         )
 
 
-@pytest.mark.parametrize(("system", "batch"), each_once(SYSTEMS, (8, 1)))
+USUAL = [("hybrimoe", 8), ("adapmoe", 1), ("on-demand", 8), ("freetoken", 1), ("cpu-only", 1)]
+
+
+@pytest.mark.parametrize(("system", "batch"), few(USUAL, itertools.product(SYSTEMS, (8, 1))))
 def test_a_decode_layer_is_two_programs_and_a_copy_each_way(system, batch, counter):
     engine = tiny.engine("qwen2_moe", system=system, slots="stacked", cache_ratio=0.5, max_batch=8)
     wrap_layers(engine, counter)

@@ -13,8 +13,6 @@ from hybrimoe_jax.decide.systems import SYSTEMS
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.lanes.clock import compile_clock
 
-STEPS = 100
-
 
 def live(engine) -> tuple[int, int]:
     """Arrays on the device and their bytes, without those of prefetches that no slot has taken yet."""
@@ -34,16 +32,17 @@ CASES = [(system, slots) for system in SYSTEMS for slots in ("separate", "stacke
 @pytest.mark.parametrize(
     ("system", "slots"), [case if case in USUAL else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_warm_decode_steps_compile_nothing_and_keep_nothing(system, slots):
+def test_warm_decode_steps_compile_nothing_and_keep_nothing(system, slots, pytestconfig):
+    count = 100 if pytestconfig.getoption("slow") or pytestconfig.getoption("nightly") else 40
     engine = tiny.engine(system=system, slots=slots, cache_ratio=0.5)
     warm, timed = tiny.prompts(engine.config, (9, 9))
-    engine.generate([warm], max_new_tokens=STEPS)
-    steps = engine.steps([timed], max_new_tokens=STEPS + 4)
+    engine.generate([warm], max_new_tokens=count)
+    steps = engine.steps([timed], max_new_tokens=count + 4)
     for _ in range(3):
         next(steps)
     gc.collect()
     before, compiled = live(engine), compile_clock().seconds
-    for _ in range(STEPS):
+    for _ in range(count):
         next(steps)
     assert compile_clock().seconds == compiled
     assert live(engine) == before
