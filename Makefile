@@ -109,7 +109,7 @@ types: venv
 QUICK := $(filter-out %/test_trace_record.py,$(wildcard tests/test_decide_*.py tests/test_trace_*.py))
 
 quick: venv
-	$(BIN)/python -m pytest -q $(QUICK) tests/test_packing.py tests/test_rooms.py
+	$(BIN)/python -m pytest -q $(QUICK) tests/test_packing.py tests/test_rooms.py tests/test_imports.py
 
 DOCS_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 

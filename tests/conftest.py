@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -141,3 +143,39 @@ def pytest_runtest_protocol(item, nextitem):
     if PROGRAMS is not None and (nextitem is None or nextitem.path != item.path):
         PROGRAMS.exchange()
     return result
+
+
+@pytest.fixture
+def in_process(capsys):
+    """in_process(main, *arguments): a command without a start of its own -> the process that it would have been."""
+
+    def run(main, *arguments) -> subprocess.CompletedProcess:
+        from hybrimoe_jax import cli
+
+        words = [str(each) for each in arguments]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.run(lambda: main(words))
+        return subprocess.CompletedProcess(words, int(left.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The model of `tiny_checkpoint`, converted once for all tests of a process. They only read it."""
+    import tiny_checkpoint
+
+    return tiny_checkpoint.converted(tmp_path_factory.mktemp("model"), eos_token_id=tiny_checkpoint.VOCAB - 1)
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory):
+    """plain_model(format): the model of `checkpoint_folders`, converted once likewise."""
+    import checkpoint_folders as folders
+
+    from hybrimoe_jax.checkpoint.convert import convert
+
+    root = tmp_path_factory.mktemp("plain")
+    source = folders.write_hf(root / "hf", folders.tensors())
+    return functools.cache(lambda format=None: convert(source, root / (format or "own"), format))

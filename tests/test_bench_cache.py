@@ -15,6 +15,7 @@ import tiny
 from grids import few
 from public_traces import ESFT, esft_folder, routing, shared
 
+from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.bench import cache as bench
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.recorder import TraceRecorder
@@ -153,11 +154,15 @@ def test_a_policy_of_one_s_own_runs_live(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, message):
+def test_bad_input_is_one_line(tmp_path, arguments, message, in_process):
     small_trace(tmp_path / "t.npz", tokens=4)
     small_trace(tmp_path / "one.npz", tokens=1)
-    done = run(*arguments, cwd=tmp_path, code=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    words = [tmp_path / word if word.endswith(".npz") else word for word in arguments]
+    if "0.5,x" in arguments:
+        done = run(*words, cwd=tmp_path, code=2)
+    else:
+        done = in_process(command_main("bench"), "cache", *words)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
 @pytest.mark.parametrize("task", few(["intent"], ["law", "intent"]))

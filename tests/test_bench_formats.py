@@ -4,24 +4,16 @@ import json
 
 import golden
 import pytest
-import tiny_checkpoint
 
 from hybrimoe_jax.bench import __main__ as bench
 from hybrimoe_jax.bench import formats
 from hybrimoe_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("formats")
-    checkpoint = tiny_checkpoint.converted(place)
-    (place / "text.txt").write_text("the other and the father, hither and thither. " * 10)
-    return checkpoint, place / "text.txt"
-
-
 @pytest.mark.slow
-def test_a_table_and_one_json_line(folder, capsys):
-    checkpoint, text = folder
+def test_a_table_and_one_json_line(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the other and the father, hither and thither. " * 10)
     options = ["--model", str(checkpoint), "--text", str(text), "--calibrate", str(text)]
     names = "f32,bf16,int8-g32,int4-g32,int8-g32-a8"
     assert bench.main(["formats", "--formats", names, *options]) == 0
@@ -62,7 +54,7 @@ def test_bad_options_are_refused(options, message):
         bench.main(["formats", *options])
 
 
-def test_a_text_too_short_is_refused(folder, tmp_path):
+def test_a_text_too_short_is_refused(checkpoint, tmp_path):
     (tmp_path / "short.txt").write_text("the other")
     with pytest.raises(UserError, match="give one of at least 257"):
-        bench.main(["formats", "--model", str(folder[0]), "--text", str(tmp_path / "short.txt")])
+        bench.main(["formats", "--model", str(checkpoint), "--text", str(tmp_path / "short.txt")])

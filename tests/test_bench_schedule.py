@@ -2,26 +2,21 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import golden
 import pytest
 
 from hybrimoe_jax.bench import schedule as bench
+from hybrimoe_jax.bench.__main__ import main
 from hybrimoe_jax.decide.schedule import SCHEDULERS
+from hybrimoe_jax.errors import UserError
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "hybrimoe_jax.bench", "schedule", *arguments], capture_output=True, text=True
-    )
-
-
-def test_the_last_line_is_the_record():
-    done = command("--instances", "12", "--seed", "3")
-    assert done.returncode == 0 and done.stderr == ""
-    record = json.loads(done.stdout.splitlines()[-1])
+def test_the_last_line_is_the_record(capsys):
+    assert main(["schedule", "--instances", "12", "--seed", "3"]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    record = json.loads(out.splitlines()[-1])
     golden.check(record)
     assert set(record["gap"]) == {workload.name for workload in bench.WORKLOADS}
     for name, gaps in record["gap"].items():
@@ -33,9 +28,10 @@ def test_the_last_line_is_the_record():
     assert all(set(times) >= set(SCHEDULERS) and min(times.values()) > 0 for times in record["cpu_us"].values())
 
 
-def test_bad_numbers_are_refused():
-    done = command("--instances", "0")
-    assert (done.returncode, done.stdout) == (2, "") and "--instances must be at least 1" in done.stderr
+def test_bad_numbers_are_refused(capsys):
+    with pytest.raises(UserError, match="--instances must be at least 1"):
+        main(["schedule", "--instances", "0"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("workload", bench.WORKLOADS, ids=lambda workload: workload.name)

@@ -3,6 +3,7 @@ left behind."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -133,19 +134,11 @@ def process(*args) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, in_process):
     """run(*arguments): the command in this process."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(command, "return_freed_memory", lambda: None)  # it would slow every later test of this process
-
-    def called(*args) -> subprocess.CompletedProcess:
-        arguments = [str(each) for each in args]
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.run(lambda: command.main(arguments))
-        return subprocess.CompletedProcess(arguments, caught.value.code or 0, *capsys.readouterr())
-
-    return called
+    return functools.partial(in_process, command.main)
 
 
 def assert_one_line(done: subprocess.CompletedProcess, *parts: str) -> None:
@@ -188,10 +181,10 @@ def test_wrong_places(tmp_path, run):
         convert(tmp_path / "ckpt", tmp_path / "other")
 
 
-def test_export_command(tmp_path, run):
-    weights = folders.tensors()
-    ckpt = convert(folders.write_hf(tmp_path / "hf", weights), tmp_path / "ckpt")
-    assert_one_line(run(tmp_path / "hf", tmp_path / "back", "--export-hf"), "not converted yet")
+def test_export_command(tmp_path, run, plain_model):
+    weights, ckpt = folders.tensors(), plain_model()
+    unconverted = folders.write_hf(tmp_path / "hf", weights)
+    assert_one_line(run(unconverted, tmp_path / "back", "--export-hf"), "not converted yet")
     done = run(ckpt, tmp_path / "back", "--export-hf")
     assert done.returncode == 0, done.stderr
     assert all(np.array_equal(weights[n], a) for n, a in load_file(tmp_path / "back" / "model.safetensors").items())

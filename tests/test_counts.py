@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import time
 import zipfile
 
@@ -92,10 +93,9 @@ def test_the_manifest_describes_the_model(tmp_path, converted, tensor, key, valu
 
 
 @pytest.fixture
-def converted(tmp_path):
-    from hybrimoe_jax.checkpoint.convert import convert
-
-    return convert(folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "out")
+def converted(tmp_path, plain_model):
+    """A checkpoint to damage."""
+    return shutil.copytree(plain_model(), tmp_path / "out")
 
 
 def test_arrays_are_what_the_manifest_says(tmp_path, converted):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint
 
 from hybrimoe_jax import demo
 from hybrimoe_jax.decide.systems import get_system
@@ -16,13 +15,6 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.host_kernels.native import pace
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.converted(tmp_path_factory.mktemp("model"), eos_token_id=None)
-
-
 FLAGS = ["--prompt", "the and", "--max-tokens", "9"]
 
 

@@ -3,9 +3,6 @@ every placement."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import tiny
 from grids import few
 
+from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.checkpoint import dense as dense_packing
 from hybrimoe_jax.checkpoint.convert import convert, convert_random, save
 from hybrimoe_jax.checkpoint.export import export_hf
@@ -114,13 +112,13 @@ def test_random_weights_take_it_and_a_second_run_goes_on(tmp_path):
     assert open_checkpoint(done).manifest["version"] == 2
 
 
-def test_what_is_no_quantised_format_is_refused(tmp_path):
+def test_what_is_no_quantised_format_is_refused(tmp_path, capsys):
     for wrong, why in (
         ("bf16", "leave it out, or say a quantised one"),
         ("int5-g32", "not known; say a quantised one"),
     ):
         with pytest.raises(UserError, match=why):
             convert(tmp_path, tmp_path / "out", dense_format=wrong)
-    command = [sys.executable, "-m", "hybrimoe_jax.convert", "--export-hf", "a", "b", "--dense-format", "int8-g32"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
-    assert done.returncode == 2 and "--dense-format does not go with --export-hf" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        command_main("convert")(["--export-hf", "a", "b", "--dense-format", "int8-g32"])
+    assert "--dense-format does not go with --export-hf" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import tiny
 from hybrimoe_jax.engine.fused import choice, select
 from hybrimoe_jax.engine.fused.forward import FusedForward
 from hybrimoe_jax.engine.fused.program import MAX_STEPS_PER_CALL
-from hybrimoe_jax.host_kernels.native import ffi, library
+from hybrimoe_jax.host_kernels.native import ffi
 
 pytestmark = pytest.mark.skipif(not ffi.available(), reason="no native kernels for jitted programs here")
 
@@ -254,13 +254,3 @@ def test_routed_experts_are_the_reference_kernels(tokens):
     ids[0, 0] = count
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the routing does not fit the experts"):
         jax.block_until_ready(call(x, ids, mix, addresses, np.int32(1)))
-
-
-def test_without_the_library_nothing_is_claimed(monkeypatch, tmp_path):
-    monkeypatch.setenv(library.VARIABLE, str(tmp_path / "absent.so"))
-    ffi.available.cache_clear()
-    try:
-        assert not ffi.available()
-    finally:
-        monkeypatch.undo()
-        ffi.available.cache_clear()

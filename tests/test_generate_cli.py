@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -40,11 +41,6 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.converted(tmp_path_factory.mktemp("model"), eos_token_id=263)
-
-
-@pytest.fixture(scope="module")
 def decode():
     backend = tiny_checkpoint.tokenizer()
     return lambda ids: backend.decode(ids, skip_special_tokens=True)
@@ -60,11 +56,11 @@ def profile(tmp_path_factory):
 def command(checkpoint, profile):
     """Runs the command on the checkpoint -> the finished process, outputs as bytes."""
 
-    def run(*flags, model=checkpoint, stdin=b""):
+    def run(*flags, model=checkpoint):
         base = ["--model", str(model), "--host-kernel", "reference", "--profile", str(profile)]
         return subprocess.run(
             [sys.executable, "-m", "hybrimoe_jax.generate", *base, *map(str, flags)],
-            input=stdin,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=180,
             env=ENVIRONMENT,
@@ -74,15 +70,13 @@ def command(checkpoint, profile):
 
 
 @pytest.fixture
-def here(checkpoint, profile, first, capsys):
+def here(checkpoint, profile, first, in_process):
     """The same in this process, which saves a start."""
 
     def run(*flags, model=checkpoint):
         base = ["--model", str(model), "--host-kernel", "reference", "--profile", str(profile)]
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda: generate.main([*base, *map(str, flags)]))
-        out, error = capsys.readouterr()
-        return subprocess.CompletedProcess(flags, left.value.code, out.encode(), error.encode())
+        done = in_process(generate.main, *base, *flags)
+        return subprocess.CompletedProcess(flags, done.returncode, done.stdout.encode(), done.stderr.encode())
 
     return run
 
@@ -176,8 +170,9 @@ def test_the_callback_executor_gives_the_same_tokens_and_a_timeline_of_transfers
     assert names.count("moe") == 3 * TOKENS, "one block a layer and step"
 
 
-def test_text_goes_to_stdout_and_statistics_to_stderr(command, first):
-    done = command("--prompt", "-", "--max-tokens", TOKENS, stdin=PROMPT.encode())
+def test_text_goes_to_stdout_and_statistics_to_stderr(here, first, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    done = here("--prompt", "-", "--max-tokens", TOKENS)
     assert done.returncode == 0 and done.stdout.decode() == first[0] + "\n"
     stderr = done.stderr.decode()
     assert all(word in stderr for word in ("hit rate", "prefetches", "wall clock", "device memory"))
@@ -374,8 +369,9 @@ def test_a_budget_that_the_compiled_workspace_exceeds_is_one_line(here):
     assert one_line(done) and b"workspace" in done.stderr and b"prefill_chunk" in done.stderr
 
 
-def test_an_empty_standard_input_is_one_line(command):
-    done = command("--prompt", "-")
+def test_an_empty_standard_input_is_one_line(here, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    done = here("--prompt", "-")
     assert one_line(done) and b"empty" in done.stderr
 
 

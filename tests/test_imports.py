@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from test_rooms import MODULES, WITHOUT_JAX, room
 
 import hybrimoe_jax
 
+HEAVY = {"jax", "jaxlib", "flax", "torch"}
 QUIET = (
     "hybrimoe_jax",
-    "hybrimoe_jax.decide",
     "hybrimoe_jax.engine.config",
     "hybrimoe_jax.engine.stats",
     "hybrimoe_jax.trace.file",
@@ -26,31 +27,17 @@ QUIET = (
     "hybrimoe_jax.engine.routing",
     "hybrimoe_jax.engine.budget",
     "hybrimoe_jax.host_kernels",
+    "hybrimoe_jax.host_kernels.reference",
+    "hybrimoe_jax.host_kernels.onednn",
+    "hybrimoe_jax.host_kernels.native.kernel",
     "hybrimoe_jax.engine.load",
     "hybrimoe_jax.engine.streaming",
     "hybrimoe_jax.generate",
     "hybrimoe_jax.calibrate",
     "hybrimoe_jax.demo",
+    *(module for module in MODULES if room(module) in WITHOUT_JAX),
 )
-
-
-def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after `statement`."""
-    program = (
-        f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-@pytest.mark.parametrize("module", QUIET)
-def test_importing_it_imports_no_jax(module):
-    assert not loaded_after(f"import {module}") & {"jax", "jaxlib", "flax", "torch"}
-
-
-def test_configuring_and_deciding_need_no_jax():
-    program = """
+CONFIGURING = """
 from hybrimoe_jax import EngineConfig, UserError
 from hybrimoe_jax.decide.systems import SYSTEMS
 EngineConfig(cache_ratio=0.5)
@@ -61,7 +48,35 @@ except UserError:
 for system in SYSTEMS.values():
     system.slots_per_layer(0.25, 6, 32)
 """
-    assert "jax" not in loaded_after(program)
+LOADING = """
+import json, sys
+held, loaded = set(), {}
+for statement in json.load(sys.stdin):
+    exec(statement, {})
+    now = {name.partition(".")[0] for name in sys.modules}
+    loaded[statement], held = sorted(now - held), now
+print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """By statement, the top-level modules that it loads and none before it has, all in one fresh interpreter."""
+    statements = [*(f"import {module}" for module in QUIET), CONFIGURING]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], input=json.dumps(statements), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("module", QUIET)
+def test_importing_it_imports_no_jax(module, loaded):
+    assert not HEAVY & set(loaded[f"import {module}"])
+
+
+def test_configuring_and_deciding_need_no_jax(loaded):
+    assert not HEAVY & set(loaded[CONFIGURING])
 
 
 def test_every_public_name_resolves_and_is_listed():

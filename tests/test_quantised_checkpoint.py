@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -81,14 +82,13 @@ def test_experts_are_rounded_and_dense_tensors_keep_their_type(tmp_path, name, d
 
 
 @pytest.mark.slow
-def test_plain_checkpoints_are_written_as_before(tmp_path):
-    path = convert(folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "ckpt", "bf16")
-    manifest = json.loads((path / "manifest.json").read_text())
+def test_plain_checkpoints_are_written_as_before(plain_model):
+    manifest = json.loads((plain_model("bf16") / "manifest.json").read_text())
     assert (manifest["version"], manifest["format"]) == (shards.PLAIN_VERSION, "bf16")
 
 
-def test_a_changed_byte_of_a_quantised_expert_is_named(tmp_path):
-    path = convert(folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "ckpt", "int4-g64")
+def test_a_changed_byte_of_a_quantised_expert_is_named(tmp_path, plain_model):
+    path = shutil.copytree(plain_model("int4-g64"), tmp_path / "ckpt")
     folders.flip_byte(path / "pieces" / "layer_00001" / "state" / "experts" / "c" / "3" / "0")
     for verify in (False, True):
         with pytest.raises(UserError, match="expert 3 of layer 1 is corrupted"):
@@ -115,9 +115,8 @@ def test_a_quantised_conversion_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fmt", few([None], [None, "bf16"]))
-def test_export_writes_the_numbers_that_the_codes_stand_for(tmp_path, fmt):
-    path = convert(folders.write_hf(tmp_path / "hf", folders.tensors()), tmp_path / "ckpt", "int4-g64")
-    out = load_file(export_hf(path, tmp_path / "back", fmt=fmt) / "model.safetensors")
+def test_export_writes_the_numbers_that_the_codes_stand_for(tmp_path, fmt, plain_model):
+    out = load_file(export_hf(plain_model("int4-g64"), tmp_path / "back", fmt=fmt) / "model.safetensors")
     packed = pack_expert(*matrices(1, 2), Format.parse("int4-g64"))
     for part, matrix in zip(("gate", "up", "down"), packed.matrices, strict=True):
         want = dequantise(matrix).astype(folders.BF16 if fmt else np.float32)

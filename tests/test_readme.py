@@ -165,7 +165,7 @@ def test_families_are_those_that_exist():
 
 
 @needs_bundled
-def test_documented_statistics_and_tokens_are_those_that_generate_prints():
+def test_documented_statistics_and_tokens_are_those_that_generate_prints(capsys):
     exactness = TEXTS["docs/exactness.md"]
     shown = re.search(r'\{"token_ids": \[([\d, ]+)\]', exactness)
     table = TEXTS["docs/statistics.md"].split("## Reading the statistics")[1].split("\n## ")[0]
@@ -173,11 +173,8 @@ def test_documented_statistics_and_tokens_are_those_that_generate_prints():
     documented = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
     line = next(line for line in exactness.splitlines() if "--stats json" in line and '"To be, or not"' in line)
     arguments = shlex.split(re.split(r"\$\w|[|;]", line)[0].split("hybrimoe_jax.generate")[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "hybrimoe_jax.generate", *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout.splitlines()[-1])
+    assert command_main("generate")([*arguments, "--start-cache", "off"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert documented == set(printed)
     assert printed["token_ids"] == [int(token) for token in shown[1].split(",")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from public_traces import ESFT, GPT_OSS, esft_folder, fingerprint_json, route_csv, routing
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.trace.__main__ import main
 from hybrimoe_jax.trace.facts import TraceFacts
 from hybrimoe_jax.trace.file import save_trace
 from hybrimoe_jax.trace.importers import open_trace
@@ -29,6 +31,12 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "hybrimoe_jax.trace", *map(str, arguments)], capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.fixture
+def here(in_process):
+    """The same in this process, which saves a start."""
+    return functools.partial(in_process, main)
 
 
 def recorded(steps=((2, 3), (1, 1), (1, 1)), layers=3, experts=8, top_k=2, seed=0):
@@ -102,9 +110,9 @@ def test_a_truncated_file_is_refused_and_other_damage_never_crashes(layout, tmp_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_imports_to_a_trace_that_checks(layout, tmp_path):
+def test_every_layout_imports_to_a_trace_that_checks(layout, tmp_path, here):
     path = written(layout, tmp_path)
-    done = command("import", path, tmp_path / "out.npz")
+    done = (command if layout == "native" else here)("import", path, tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     golden.check(said)
@@ -115,7 +123,7 @@ def test_every_layout_imports_to_a_trace_that_checks(layout, tmp_path):
     assert back.about == sound.about and back.facts == sound.facts
 
 
-def test_bad_files_are_one_line_and_exit_2(tmp_path):
+def test_bad_files_are_one_line_and_exit_2(tmp_path, here):
     trace = recorded()
     good = tmp_path / "good.npz"
     save_trace(trace, good)
@@ -138,12 +146,12 @@ def test_bad_files_are_one_line_and_exit_2(tmp_path):
         ("check", "lens.npz"): "seq_lens must hold positive integers that add up to 2",
     }
     for (what, name), said in cases.items():
-        done = command(what, tmp_path / name)
+        done = (command if name == "bad.npz" else here)(what, tmp_path / name)
         assert done.returncode == 2 and done.stdout == "", done
         assert re.fullmatch(rf"error: trace \S+{name}: .*{said}.*\n", done.stderr), done.stderr
-    done = command("import", good, tmp_path / "bad.npz", tmp_path / "out.npz")
+    done = here("import", good, tmp_path / "bad.npz", tmp_path / "out.npz")
     assert done.returncode == 2 and not (tmp_path / "out.npz").exists()
-    done = command("import", good, good)
+    done = here("import", good, good)
     assert done.returncode == 2 and "another name" in done.stderr and len(open_trace(good)) == len(trace)
 
 
@@ -192,10 +200,10 @@ def test_rows_missing_from_one_layer_are_noticed(tmp_path):
         open_trace(tmp_path / "t.npz")
 
 
-def test_info_counts_as_one_would_by_hand(tmp_path):
+def test_info_counts_as_one_would_by_hand(tmp_path, here):
     trace = recorded(steps=((6, 4), *[(1, 1)] * 9), seed=3)
     save_trace(trace, tmp_path / "t.npz")
-    done = command("info", tmp_path / "t.npz")
+    done = here("info", tmp_path / "t.npz")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     golden.check(said)

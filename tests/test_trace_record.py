@@ -19,11 +19,6 @@ PROMPTS = ("the man and", "he sang", "other things")
 QUICK = ("--profile", "a6000-paper", "--start-cache", "off", "--host-kernel", "reference")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.converted(tmp_path_factory.mktemp("record"))
-
-
 def record(checkpoint, prompts, out, *flags) -> list[str]:
     return ["record", "--model", str(checkpoint), "--prompts", str(prompts), "--out", str(out), *QUICK, *flags]
 
