@@ -67,3 +67,17 @@ def test_a_predictor_without_gates_asks_for_none_and_prefetches_all_the_same(nam
         planner.finish_step()
     counters = planner.counters
     assert counters.prefetch_useful > 0 and planner.accuracy.came_true[1] > 0
+
+
+@pytest.mark.parametrize("transfer, asked", [(20.0, 3), (20.1, 0)])
+def test_nothing_is_predicted_that_cannot_land_within_the_lookahead(transfer, asked):
+    """A transfer has 1 s until the next layer and two layers more: 4 s each, and 5.5 s at most for their experts.
+
+    That is one token's two misses on the CPU. Both of the device's experts take 4.5 s.
+    """
+    costs = dataclasses.replace(COSTS, shared_token=3.0, bandwidth=1 / transfer, bandwidth_cpu_busy=1 / transfer)
+    planner = planner_of("hybrimoe", LAYERS, EXPERTS, TOP_K, 2, costs, scheduler="cpu-misses", predictor="previous")
+    part, depths = planner._prefetch_planner, []
+    part.predictor.predict = lambda layer, shown, depth: depths.append(depth) or []
+    part.prefetch(0, RouterOutlook(np.array([[2, 3]])), 1, until_next=1.0)
+    assert depths == [asked]
