@@ -106,6 +106,14 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)  # argparse alone is silent where it cannot be written
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """`--flag=--` is a value as any other: Python 3.11 drops it, and hands over an empty list."""
+        if action.option_strings and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value if action.nargs in (None, argparse.OPTIONAL) else [value]
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see {self.prog} --help)"))
 

@@ -39,6 +39,7 @@ def test_an_unknown_command_or_flag_is_one_line(line, says, in_process):
     [
         ("convert nowhere /proc/x", "/proc/x: its folder /proc: cannot be written"),
         ("convert nowhere x --dense-format bf16", "leave it out, or say a quantised one: int8-g64, "),
+        ("convert nowhere x --format=--", "format '--' is not known"),
         ("convert nowhere x --format int3", "say f32, bf16, or a quantised one: int8-g64, "),
         ("train --run /proc/run", "--run /proc/run: cannot be written"),
         ("train --run /proc/version/run", "/proc/version is no folder"),

@@ -216,6 +216,16 @@ def test_damaged_and_missing_files_are_named(tmp_path):
             Tokenizer(tmp_path)
 
 
+def test_two_tokens_of_one_id_are_refused(tmp_path):
+    """The library decodes the id to either, another one at each load."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    damaged = json.loads((tmp_path / "tokenizer.json").read_text())
+    damaged["model"]["vocab"]["A"] = damaged["model"]["vocab"]["!"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokens '!' and 'A' have one id, 0; download or save"):
+        Tokenizer(tmp_path)
+
+
 def test_truncation_and_padding_saved_in_the_file_are_for_batches_not_prompts(tmp_path):
     backend = byte_level()
     plain = saved(tmp_path / "plain", backend).encode("hi there")

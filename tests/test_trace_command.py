@@ -149,6 +149,9 @@ def test_bad_files_are_one_line_and_exit_2(tmp_path, here):
         done = (command if name == "bad.npz" else here)(what, tmp_path / name)
         assert done.returncode == 2 and done.stdout == "", done
         assert re.fullmatch(rf"error: trace \S+{name}: .*{said}.*\n", done.stderr), done.stderr
+    for what in ("check", "info", "overlap"):
+        done = here(what, good, tmp_path / "bad.npz")
+        assert done.returncode == 2 and done.stdout == "", "nothing is said of one file where another is refused"
     done = here("import", good, tmp_path / "bad.npz", tmp_path / "out.npz")
     assert done.returncode == 2 and not (tmp_path / "out.npz").exists()
     done = here("import", good, good)

@@ -96,6 +96,22 @@ def test_a_damaged_table_names_the_line(name, at, old, new, said, tmp_path):
         open_trace(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_number_beyond_float32_is_refused(name, tmp_path):
+    export_trace(whole(), tmp_path / name)
+    lines = (tmp_path / name).read_text().splitlines(keepends=True)
+    if name == "t.csv":
+        cells = lines[3].split(",")
+        cells[lines[1].split(",").index("weight_0")] = "1e300"
+        lines[3] = ",".join(cells)
+    else:
+        row = json.loads(lines[3])
+        lines[3] = json.dumps({**row, "weights": [1e300, *row["weights"][1:]]}) + "\n"
+    (tmp_path / name).write_text("".join(lines))
+    with pytest.raises(UserError, match="a number in it is beyond what float32 holds"):
+        open_trace(tmp_path / name)
+
+
 def test_what_is_empty_is_an_error_everywhere(tmp_path):
     trace = recorded()
     nothing = trace.select(np.zeros(0, int))

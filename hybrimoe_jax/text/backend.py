@@ -40,7 +40,21 @@ def load_backend(path: Path) -> Backend:
         for text in PROBES:
             with contextlib.suppress(Exception):  # an error of one text is told when that text comes; panics pass
                 backend.encode(text)
+    _check_ids(backend.get_vocab(with_added_tokens=False), path)
     return backend
+
+
+def _check_ids(vocabulary: dict[str, int], path: Path) -> None:
+    """UserError for two tokens of one id: the library decodes it to either, another one at each load."""
+    if len(set(vocabulary.values())) < len(vocabulary):
+        holders = dict[int, str]()
+        for token, number in sorted(vocabulary.items()):
+            if number in holders:
+                raise UserError(
+                    f"{path}: the tokens {shown(holders[number])} and {shown(token)} have one id, {number}; "
+                    "download or save it again"
+                )
+            holders[number] = token
 
 
 @contextlib.contextmanager

@@ -86,34 +86,38 @@ def _export(args) -> int:
 def _check(args) -> int:
     from hybrimoe_jax.trace.info import lacks
 
+    records = []  # all of them before a word is said: a file that is refused leaves nothing on stdout
     for source in progress(args.sources, len(args.sources), "checking"):
         trace = open_trace(source)
-        record = {"file": source, "rows": len(trace), "lacks": lacks(trace)}
-        _say(f"{source}: all {len(trace)} rows are sound", record["lacks"])
-        print(json.dumps(stamped("trace check", record)))
+        records.append({"file": source, "rows": len(trace), "lacks": lacks(trace)})
+    for made in records:
+        _say(f"{made['file']}: all {made['rows']} rows are sound", made["lacks"])
+        print(json.dumps(stamped("trace check", made)))
     return 0
 
 
 def _info(args) -> int:
     from hybrimoe_jax.trace.info import info
 
-    for source in progress(args.sources, len(args.sources), "reading"):
-        record = {"file": source, **info(open_trace(source))}
-        for label, text in _lines(record):
+    sources = progress(args.sources, len(args.sources), "reading")
+    for made in [{"file": source, **info(open_trace(source))} for source in sources]:
+        for label, text in _lines(made):
             print(printable(f"{label:<16}{text}"))
-        print(json.dumps(stamped("trace info", record)))
+        print(json.dumps(stamped("trace info", made)))
     return 0
 
 
 def _overlap(args) -> int:
     from hybrimoe_jax.trace import concurrency
 
+    records = []
     for source in progress(args.sources, len(args.sources), "reading"):
         try:
-            said = {"file": source, **concurrency.as_record(open_trace(source))}
+            records.append({"file": source, **concurrency.as_record(open_trace(source))})
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
-        print(printable(f"{source}: experts of a layer in a decode step, by how many sequences ran side by side"))
+    for said in records:
+        print(printable(f"{said['file']}: experts of a layer in a decode step, by how many sequences ran side by side"))
         print("sequences  chosen  distinct  shared  distinct by chance: uniform  by popularity")
         for row in said["side_by_side"]:
             print(

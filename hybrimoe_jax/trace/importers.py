@@ -42,6 +42,14 @@ def open_trace(path: str | os.PathLike) -> Trace:
     """
     path = Path(arguments.path("trace", path))
     where = f"trace {path}"
+    try:
+        with np.errstate(over="raise"):
+            return _opened(path, where)
+    except FloatingPointError:
+        raise UserError(f"{where}: a number in it is beyond what float32 holds (3.4e38)") from None
+
+
+def _opened(path: Path, where: str) -> Trace:
     if path.is_dir():
         return _checked(layouts.esft_folder(path, where), where)
     check_plain_file(path, where)

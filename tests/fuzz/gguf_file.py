@@ -110,7 +110,8 @@ class Reader:
             return raw.view("<f4")
         blocks = raw.reshape(-1, 34)
         scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-        return (scales * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)).ravel()
+        with np.errstate(invalid="ignore"):
+            return (scales * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)).ravel()
 
 
 def build(fields: list, tensors: list, data: bytes, version: int = 3, order: str = "<", counts=(0, 0)) -> bytes:

@@ -6,6 +6,7 @@ unwound through C++ frames, which aborts the process. Imports no jax.
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
 import weakref
@@ -18,6 +19,7 @@ PATIENCE = 50_000
 """A task that takes so many times what the costs say hangs. Seconds for a large expert, and no less than what a busy
 machine keeps a thread waiting for a small one."""
 SLICES = 50
+Call = Callable[..., Any]
 
 
 def ended(done: threading.Event, patience_s: float | None) -> bool:
@@ -42,12 +44,15 @@ def tell_lost(task: Any, error: BaseException) -> None:
 class Worker:
     """One thread that calls `serve(task)` for each task in turn, until `stop` or the end of the program.
 
+    `serve` and `lost` may be methods of whoever owns the worker: it is held only while a task is served. Once it is
+    gone the thread ends, so that an engine that nobody closed leaves nothing behind.
+
     A thread may die: `serve` raises, or someone raises in it. Then `lost(task, error)` is called for every task that it
     was given and has not served, so that nobody waits for them, and the next task has a new thread.
     """
 
     def __init__(self, serve: Callable[[Any], None], name: str, lost: Callable[[Any, BaseException], None] = tell_lost):
-        self._serve, self._name, self._lost = serve, name, lost
+        self._serve, self._name, self._lost = _weakly(serve), name, _weakly(lost)
         self._begin()
 
     def _begin(self) -> None:
@@ -101,13 +106,18 @@ class _Tasks:
         return left
 
 
-def _loop(tasks: _Tasks, serve: Callable[[Any], None], lost: Callable[[Any, BaseException], None], name: str) -> None:
+def _weakly(call: Call) -> Callable[[], Call | None]:
+    """A method that does not keep its object, as long as that is there; a function as it is."""
+    return weakref.WeakMethod(call) if inspect.ismethod(call) else lambda: call
+
+
+def _loop(tasks: _Tasks, serve: Callable[[], Call | None], lost: Callable[[], Call | None], name: str) -> None:
     died = None
     try:
-        while (task := tasks.queue.get()) is not None:
-            serve(task)
+        while (task := tasks.queue.get()) is not None and (call := serve()) is not None:
+            call(task)
             tasks.unserved.pop(id(task), None)
-            task = None  # else what it holds, an expert on the device perhaps, would stay until the next one comes
+            task = call = None  # else what they hold, an expert on the device perhaps, would stay until the next one
     except BaseException as error:
         died = error
     left = tasks.close()
@@ -115,9 +125,10 @@ def _loop(tasks: _Tasks, serve: Callable[[Any], None], lost: Callable[[Any, Base
         for task in left:
             error = DeviceError(f"the thread {name} has died ({type(died).__name__}: {died})")
             error.__cause__ = died
-            lost(task, error)
+            (lost() or tell_lost)(task, error)
 
 
 def _finish(tasks: _Tasks, thread: threading.Thread) -> None:
     tasks.queue.put(None)
-    thread.join()
+    if thread is not threading.current_thread():  # whose last task was what kept the owner
+        thread.join()
