@@ -6,6 +6,8 @@ unwound through C++ frames, which aborts the process. Imports no jax.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import inspect
 import queue
 import threading
@@ -20,6 +22,8 @@ PATIENCE = 50_000
 machine keeps a thread waiting for a small one."""
 SLICES = 50
 Call = Callable[..., Any]
+_RUNNING: dict[_Tasks, threading.Thread] = {}
+"""Threads that the program's end waits for."""
 
 
 def ended(done: threading.Event, patience_s: float | None) -> bool:
@@ -58,9 +62,12 @@ class Worker:
     def _begin(self) -> None:
         self._tasks = _Tasks()
         arguments = (self._tasks, self._serve, self._lost, self._name)
-        thread = threading.Thread(target=_loop, args=arguments, name=self._name, daemon=True)
-        thread.start()
-        self._stop = weakref.finalize(self, _finish, self._tasks, thread)  # also runs at exit
+        self._thread = threading.Thread(target=_loop, args=arguments, name=self._name, daemon=True)
+        _join_at_exit()
+        self._thread.start()
+        _RUNNING[self._tasks] = self._thread
+        self._end = weakref.finalize(self, self._tasks.queue.put, None)  # by the garbage collector: it must not wait
+        self._end.atexit = False
 
     def put(self, task: Any) -> None:
         while not self._tasks.put(task):
@@ -68,14 +75,17 @@ class Worker:
 
     def stop(self) -> None:
         """Returns when the tasks put before have been served. Calling it again does nothing."""
-        self._stop()
+        if self._end.alive:
+            self._end()
+            self._thread.join()
 
     def abandon(self) -> None:
         """For a thread that does not come back: what waits behind its task is dropped, and nobody waits for it.
 
         The next task has a new thread.
         """
-        self._stop.detach()
+        self._end.detach()
+        _RUNNING.pop(self._tasks, None)
         self._tasks.close()
 
 
@@ -126,9 +136,15 @@ def _loop(tasks: _Tasks, serve: Callable[[], Call | None], lost: Callable[[], Ca
             error = DeviceError(f"the thread {name} has died ({type(died).__name__}: {died})")
             error.__cause__ = died
             (lost() or tell_lost)(task, error)
+    _RUNNING.pop(tasks, None)
 
 
-def _finish(tasks: _Tasks, thread: threading.Thread) -> None:
-    tasks.queue.put(None)
-    if thread is not threading.current_thread():  # whose last task was what kept the owner
+@functools.cache
+def _join_at_exit() -> None:
+    atexit.register(_join)
+
+
+def _join() -> None:
+    for tasks, thread in list(_RUNNING.items()):
+        tasks.queue.put(None)
         thread.join()
