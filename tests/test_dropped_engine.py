@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -73,3 +75,20 @@ def test_a_dropped_torch_engine_leaves_nothing(mode):
     gc.collect()
     assert held() is None
     wait_for(before)
+
+
+LEFT = """
+import sys
+import hybrimoe_jax
+left = getattr(hybrimoe_jax, sys.argv[1])(cache_ratio=0.25).steps("To be", max_new_tokens=9)
+next(left)
+"""
+
+
+@pytest.mark.parametrize("make", few(["load"], ["load", "TorchOffload"]))
+def test_a_stream_that_is_left_until_the_program_ends_says_nothing(make):
+    if make == "TorchOffload":
+        pytest.importorskip("torch", reason="the PyTorch baseline needs torch")
+    done = subprocess.run([sys.executable, "-c", LEFT, make], capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "PyTorch baseline: " not in line]
+    assert (done.returncode, done.stdout, said) == (0, "", [])

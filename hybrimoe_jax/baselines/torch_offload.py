@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ class TorchOffload:
             chunk=self.options.prefill_chunk,
             max_context=self.max_context,
         )
-        stopped = None
+        stopped, at_the_end = None, sys.is_finalizing  # a stream that is left until then outlives the module
         try:
             while True:
                 emitted = inner.send(stopped)
@@ -206,7 +207,8 @@ class TorchOffload:
         except StopIteration:
             pass
         finally:
-            self._turns.serve_now(lambda: self._finish(call))
+            if not at_the_end():
+                self._turns.serve_now(lambda: self._finish(call))
         return call.stats
 
     def _forward(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:

@@ -233,6 +233,7 @@ class Engine:
             max_context=self.max_context,
         )
         stopped, rows = None, [list(prompt) for prompt in request.prompts]
+        at_the_end, not_finite = sys.is_finalizing, NotFinite  # a stream that is left until then outlives the module
         try:
             while True:
                 emitted = inner.send(stopped)
@@ -242,10 +243,10 @@ class Engine:
                 stopped = yield emitted
         except StopIteration:
             self._turns.serve(lambda: self._finish(call))
-        except NotFinite as error:
+        except not_finite as error:
             raise self._turns.serve(lambda why=error: self._explained(why, call, rows), step=True) from None
         finally:
-            if not call.finished and not sys.is_finalizing():  # jax may be gone where it is left until the very end
+            if not call.finished and not at_the_end():
                 self._turns.serve_now(lambda: self._finish(call))
         return call.stats
 
