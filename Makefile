@@ -89,11 +89,14 @@ test-gpu-aot: venv $(GPU_AOT)/.made
 	@test ! -e $(GPU_AOT)/.made || HYBRIMOE_GPU_AOT=1 PYTHONPATH=$(CURDIR) $(GPU_AOT)/bin/python -m pytest -n auto tests/gpu_aot
 	@test ! -e $(GPU_AOT)/.made || PYTHONPATH=$(CURDIR) $(GPU_AOT)/bin/python tests/gpu_aot/table.py docs/gpu.md
 
-# The package's lines that `make test` runs, in the commands that tests start as well; fewer than pyproject.toml says fail.
+# The package's lines that `make test` runs, in the commands that tests start as well, and those of whole benchmarks,
+# which are slow tests; fewer than pyproject.toml says fail.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(BIN)/python -m coverage
+WHOLE := tests/test_bench_*.py tests/test_compare.py tests/test_reproduce.py tests/test_simulate_command.py
 coverage: venv
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(COVERAGE) run -m pytest -n auto
+	$(COVERAGE) run -m pytest -n auto --slow -m slow $(WHOLE)
 	$(COVERAGE) combine --quiet
 	$(COVERAGE) report --skip-covered
 

@@ -138,20 +138,31 @@ def fastest(call, repeats: int = 60) -> float:
     return best
 
 
+def plain() -> int:
+    """A hundred rounds of plain Python: what the core, and whatever watches it, takes for them."""
+    total = 0
+    for number in range(100):
+        total += number
+        if total > 10:
+            total -= 3
+    return total
+
+
 @pytest.mark.alone
 def test_decisions_cost_microseconds():
-    """Bounds of several times what an idle core takes (14, 40 and 60 us), so that only a change of kind trips them."""
+    """Bounds of several times what they take (10, 4 and 5 times `plain`), so that only a change of kind trips them."""
+    unit = fastest(plain)
     generator = random.Random(0)
     scores = [generator.random() for _ in range(64)]
     loads = dict.fromkeys(generator.sample(range(64), 8), 1)
     problem = Problem(loads, set(range(16)), MACHINE, 1, scores)
-    assert fastest(lambda: get_scheduler("paper").schedule(problem)) < 100e-6
+    assert fastest(lambda: get_scheduler("paper").schedule(problem)) < 40 * unit
     planner = Planner("hybrimoe", 8, 64, 8, 16, MACHINE)
-    assert fastest(lambda: planner.plan(0, loads, scores, 1)) < 250e-6
+    assert fastest(lambda: planner.plan(0, loads, scores, 1)) < 20 * unit
     ahead = [predict(generator.sample(scores, 64), 8) for _ in range(3)]
 
     def start_prefetches():
         for p in prefetch(planner, 0, ahead):
             planner.landed(p.layer, p.expert)
 
-    assert fastest(start_prefetches) < 400e-6
+    assert fastest(start_prefetches) < 30 * unit
