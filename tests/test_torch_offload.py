@@ -149,14 +149,7 @@ def test_interleaved_streams_count_what_is_theirs():
     options = {"mode": "lru", "cache_ratio": 0.25, "clock": "virtual"}
     prompts = tiny.prompts(tiny.weights("qwen2_moe")[0], LENGTHS)[:2]
     with offload("qwen2_moe", **options) as engine:
-        runs = [engine.steps(prompt, max_new_tokens=6) for prompt in prompts]
-        stats = []
-        while len(stats) < 2:
-            for run in runs:
-                try:
-                    next(run)
-                except StopIteration as end:
-                    stats += [end.value] if end.value is not None else []
+        stats = tiny.in_turns([engine.steps(prompt, max_new_tokens=6) for prompt in prompts])
         issued = [one.prefetch.issued for one in stats]
         assert sum(issued) == engine.planner.counters.prefetch_issued and all(issued)
         assert [one.new_tokens for one in stats] == [6, 6]

@@ -73,20 +73,8 @@ def test_a_stream_that_is_left_holds_nobody_up(engine):
 
 
 def test_interleaved_streams_count_what_is_theirs(engine):
-    def issued(prompt):
-        engine.generate(prompt, max_new_tokens=6)
-        return engine.stats.prefetch
-
     before = engine.planner.counters.prefetch_issued
-    runs = [engine.steps(prompt, max_new_tokens=6) for prompt in PROMPTS[:2]]
-    stats = []
-    while len(stats) < 2:
-        for run in runs:
-            try:
-                next(run)
-            except StopIteration as end:
-                if end.value is not None:
-                    stats.append(end.value)
+    stats = tiny.in_turns([engine.steps(prompt, max_new_tokens=6) for prompt in PROMPTS[:2]])
     assert sum(one.prefetch.issued for one in stats) == engine.planner.counters.prefetch_issued - before
     assert [len(one.steps) for one in stats] == [6, 6]
 

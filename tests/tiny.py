@@ -139,5 +139,17 @@ def prompts(config, lengths, seed: int = 1) -> list[list[int]]:
     return [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
 
 
+def in_turns(runs: list) -> list:
+    """Takes a step of each run in turn, to their ends; their statistics, the first to end first."""
+    stats = []
+    while len(stats) < len(runs):
+        for run in runs:
+            try:
+                next(run)
+            except StopIteration as end:
+                stats += [end.value] if end.value is not None else []
+    return stats
+
+
 def on_cpu() -> bool:
     return jax.devices()[0].platform == "cpu"
