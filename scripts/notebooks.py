@@ -85,10 +85,12 @@ def notebook(name: str) -> dict[str, Any]:
 def execute(name: str) -> dict[str, Any]:
     """The notebook with what its cells give, in a kernel of its own; the exception of the first cell that fails."""
     nbformat, nbclient = map(importlib.import_module, ("nbformat", "nbclient"))  # not everywhere, so not for pyright
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of a widget that nobody sees
-    os.environ["HYBRIMOE_PROGRESS"] = "off"  # where a cell is slow its line would leave an empty output
+    # Not shown: tqdm's warning of a widget that nobody sees, and a slow cell's progress, which leaves an empty output.
+    quiet = {"PYTHONWARNINGS": "ignore:IProgress not found", "HYBRIMOE_PROGRESS": "off"}
     node = nbformat.reads(json.dumps(notebook(name)), as_version=4)
-    nbclient.NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(node, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute(
+        env=os.environ | quiet
+    )
     done = json.loads(nbformat.writes(node))
     for cell in done["cells"]:
         cell["metadata"].pop("execution", None)
