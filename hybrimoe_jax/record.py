@@ -21,7 +21,7 @@ from hybrimoe_jax.records import stamped
 
 if TYPE_CHECKING:
     from hybrimoe_jax.engine.generation import Generation
-    from hybrimoe_jax.trace.file import Trace
+    from hybrimoe_jax.trace.columns import Trace
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

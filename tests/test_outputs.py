@@ -16,8 +16,9 @@ from checkpoint_folders import CONFIG
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.models.registry import parse_config
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS
-from hybrimoe_jax.trace.file import Trace, load_trace, save_trace
+from hybrimoe_jax.trace.file import load_trace, save_trace
 
 OUTPUTS = {
     "generate --prompt x --model gone": ("--trace", "--timeline", "--save-cache-state", "--profile"),

@@ -22,8 +22,8 @@ from hybrimoe_jax.reproduce.sources import QWEN2, SYNTHETIC, TRACES, inputs
 from hybrimoe_jax.simulate.grid import run_case
 from hybrimoe_jax.simulate.records import versions
 from hybrimoe_jax.simulate.synthetic import Knobs, chosen
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import facts_of
-from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.tokens import by_token
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,9 @@ from hybrimoe_jax import cli
 from hybrimoe_jax.simulate import __main__ as simulate
 from hybrimoe_jax.simulate import plots
 from hybrimoe_jax.simulate.cases import Case, tokens_of, trace_names
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS
-from hybrimoe_jax.trace.file import Trace, save_trace
+from hybrimoe_jax.trace.file import save_trace
 
 SLOW = """
 import os, time

@@ -15,8 +15,9 @@ from hybrimoe_jax.simulate.cases import Case, halves, samples
 from hybrimoe_jax.simulate.records import interval, measures
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.workload import TokenSteps, recorded_steps
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import facts_of
-from hybrimoe_jax.trace.file import Trace, check_trace
+from hybrimoe_jax.trace.file import check_trace
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 4, 16, 3, 5
 SHAPE = ModelShape(

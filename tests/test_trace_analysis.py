@@ -9,8 +9,8 @@ import pytest
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace import analysis
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import Trace
 
 LAYERS, EXPERTS, K, SEQUENCES, LENGTH = 3, 6, 2, 2, 12
 

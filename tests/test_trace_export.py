@@ -15,9 +15,10 @@ from test_trace_command import recorded, written
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.simulate.recorded import replay_run
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.export import export_trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
-from hybrimoe_jax.trace.file import Trace, arrays_of, save_trace
+from hybrimoe_jax.trace.file import arrays_of, save_trace
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.tokens import by_token
 

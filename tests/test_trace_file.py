@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import Trace, load_trace, save_trace
+from hybrimoe_jax.trace.file import load_trace, save_trace
 from hybrimoe_jax.trace.recorder import TraceRecorder
 
 FACTS = TraceFacts("qwen2_moe", layers=3, experts=8, top_k=2, expert_bytes={"f32": 4096, "int4": 640})

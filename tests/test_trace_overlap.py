@@ -12,9 +12,10 @@ from test_trace_command import recorded
 
 from hybrimoe_jax.__main__ import command_main
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.concurrency import side_by_side
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import Trace, save_trace
+from hybrimoe_jax.trace.file import save_trace
 
 
 def test_it_counts_as_one_would_by_hand(tmp_path, capsys):

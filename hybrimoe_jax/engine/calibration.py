@@ -22,7 +22,7 @@ from hybrimoe_jax.machine.origin import Origin
 if TYPE_CHECKING:
     from hybrimoe_jax.engine.engine import Engine
     from hybrimoe_jax.engine.parts import Parts
-    from hybrimoe_jax.trace.file import Trace
+    from hybrimoe_jax.trace.columns import Trace
 
 LOADS = (2, 4, 8, 16, 64, 128)
 WHOLE = Plan(

@@ -19,8 +19,8 @@ from hybrimoe_jax.engine.lanes.workers import Worker
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import facts_of
-from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.recorder import TraceRecorder
 from hybrimoe_jax.trace.timeline import Timeline
 

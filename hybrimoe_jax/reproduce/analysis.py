@@ -18,7 +18,7 @@ from hybrimoe_jax.reproduce.sources import QWEN2, SYNTHETIC
 from hybrimoe_jax.simulate.cases import samples, tokens_of
 from hybrimoe_jax.simulate.replay import replay
 from hybrimoe_jax.simulate.synthetic import Knobs, chosen
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.importers import open_trace
 from hybrimoe_jax.trace.tokens import by_token
 

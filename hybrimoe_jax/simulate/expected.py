@@ -15,7 +15,7 @@ from hybrimoe_jax.decide.systems import SYSTEMS, get_system
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import Machine, replay
 from hybrimoe_jax.simulate.workload import TokenSteps
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 
 STEPS = 32
 """Of each half of the sequences, at most."""

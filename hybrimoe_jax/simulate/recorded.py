@@ -20,7 +20,8 @@ from hybrimoe_jax.machine.shapes import ModelShape
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.simulate.replay import Result, replay, settle
 from hybrimoe_jax.simulate.workload import recorded_steps
-from hybrimoe_jax.trace.file import EMPTY, Trace
+from hybrimoe_jax.trace.columns import Trace
+from hybrimoe_jax.trace.file import EMPTY
 from hybrimoe_jax.trace.tokens import load_recording
 
 

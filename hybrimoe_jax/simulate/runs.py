@@ -20,7 +20,8 @@ from hybrimoe_jax.files import replacing
 from hybrimoe_jax.progress import track
 from hybrimoe_jax.simulate import grid, plots, records
 from hybrimoe_jax.simulate.cases import OVERRIDES, STARTS, Case, cases_of, parts_of, prepared
-from hybrimoe_jax.trace.file import Trace, save_trace
+from hybrimoe_jax.trace.columns import Trace
+from hybrimoe_jax.trace.file import save_trace
 from hybrimoe_jax.trace.timeline import Timeline
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.machine.shapes import get_shape
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import facts_of
-from hybrimoe_jax.trace.file import Trace
 
 PREFIX = "synthetic:"
 

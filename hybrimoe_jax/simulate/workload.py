@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.tokens import one_token_steps
 
 

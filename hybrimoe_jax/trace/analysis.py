@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.tokens import by_token, token_of_row
 
 

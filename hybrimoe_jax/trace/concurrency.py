@@ -11,7 +11,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.analysis import frequency
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.layouts import DECODE
 
 

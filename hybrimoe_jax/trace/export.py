@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.trace import public_exports, rows
-from hybrimoe_jax.trace.file import Trace, check_trace
+from hybrimoe_jax.trace.columns import Trace
+from hybrimoe_jax.trace.file import check_trace
 from hybrimoe_jax.trace.parquet import write_parquet
 
 

@@ -21,7 +21,8 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_plain_file
 from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace import layouts, rows
-from hybrimoe_jax.trace.file import Trace, check_trace, read_arrays, stack_lookahead, stack_rows, trace_of
+from hybrimoe_jax.trace.columns import Trace, stack_lookahead, stack_rows
+from hybrimoe_jax.trace.file import check_trace, read_arrays, trace_of
 from hybrimoe_jax.trace.parquet import read_parquet
 from hybrimoe_jax.trace.route_csv import route_csv
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.trace import analysis
-from hybrimoe_jax.trace.file import PHASES, Trace
+from hybrimoe_jax.trace.columns import PHASES, Trace
 from hybrimoe_jax.trace.tokens import by_token
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.check import LARGEST
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
-from hybrimoe_jax.trace.file import Trace
 
 ESFT_ARRAYS = {"expert_ids", "weights_e4", "seq_lens"}
 FINGERPRINT_ARRAYS = {"expert_ids", "probs", "seq_lens"}

@@ -17,7 +17,8 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.npz import most_bytes
-from hybrimoe_jax.trace.file import BATCH, EMPTY, FORMAT, INDEX_COLUMNS, Trace
+from hybrimoe_jax.trace.columns import BATCH, INDEX_COLUMNS, Trace
+from hybrimoe_jax.trace.file import EMPTY, FORMAT
 from hybrimoe_jax.trace.rows import described, tables_of, undescribed
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.figures import LINES, SHADES, axes_of, line_style
 from hybrimoe_jax.trace import analysis
-from hybrimoe_jax.trace.file import Trace
+from hybrimoe_jax.trace.columns import Trace
 
 
 class TracePlots:

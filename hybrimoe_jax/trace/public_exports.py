@@ -16,8 +16,8 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError, is_name
 from hybrimoe_jax.files import check_folder_to_be, replacing
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
-from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.layouts import DECODE, PREFILL, places_of
 from hybrimoe_jax.trace.route_csv import ROUTE_COLUMNS
 from hybrimoe_jax.trace.rows import write_lines

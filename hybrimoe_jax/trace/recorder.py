@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.trace.columns import PHASES, Trace, stack_lookahead, stack_rows
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import PHASES, Trace, save_trace, stack_lookahead, stack_rows
+from hybrimoe_jax.trace.file import save_trace
 
 
 class TraceRecorder:

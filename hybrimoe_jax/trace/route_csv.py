@@ -16,8 +16,8 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.check import LARGEST
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
-from hybrimoe_jax.trace.file import Trace
 from hybrimoe_jax.trace.layouts import PREFILL, whole_lines
 
 ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"

@@ -21,15 +21,12 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.trace.columns import BATCH, INDEX_COLUMNS, PHASES, Trace
 from hybrimoe_jax.trace.file import (
-    BATCH,
     EMPTY,
     EXTRA,
     FORMAT,
-    INDEX_COLUMNS,
     LOOKAHEAD,
-    PHASES,
-    Trace,
     arrays_of,
     check_trace,
     describe,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import TraceFacts
-from hybrimoe_jax.trace.file import Trace
 
 REPLAYED = "prefill, replayed token by token"
 

@@ -26,8 +26,8 @@ TABLES = ("t.parquet",) if importlib.util.find_spec("pyarrow") else ()
 
 def small(layers: int = 2, experts: int = 6, top_k: int = 2) -> Any:
     """Four steps of two sequences, with everything that a trace may hold."""
+    from hybrimoe_jax.trace.columns import Trace
     from hybrimoe_jax.trace.facts import TraceFacts
-    from hybrimoe_jax.trace.file import Trace
 
     rng = np.random.default_rng(0)
     places = {0: (0, 1), 1: (2,), 2: (3,), 3: (4,)}
