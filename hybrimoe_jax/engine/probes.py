@@ -12,7 +12,6 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import numpy as np
 from hybrimoe_jax.decide.prefetch.prediction import predict
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceModel
-from hybrimoe_jax.engine.inputs import StepInput, bucket
+from hybrimoe_jax.engine.device_probes import DevicePrograms
 from hybrimoe_jax.engine.lanes.clock import PacedClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork
 from hybrimoe_jax.engine.lanes.slots import SlotPool, write_slot
@@ -52,11 +51,11 @@ class EngineLanes:
         if isinstance(self.clock, PacedClock):
             costs = self.clock.costs
             self.expert_bytes, self.shares_cores, self.moves_parts = costs.expert_bytes, costs.shares_cores, False
-        self.layer = model.moe_layers[0]
         count = max(4, ROTATION_BYTES // pool.expert_bytes)
         every = itertools.product(range(len(model.moe_layers)), range(model.config.num_experts))
         self._experts = list(itertools.islice(every, count))
         self._wanted = itertools.cycle(self._experts)
+        self.on_device = DevicePrograms(model, pool, link, weights, self.clock, count)
 
     @property
     def part_bytes(self) -> int:
@@ -91,7 +90,7 @@ class EngineLanes:
 
     def device(self, tokens: int, experts: int) -> Run:
         """A MoE block on the device: the shared experts, and so many others that all tokens are routed to."""
-        start = self._block(tokens, experts, shared=self.layer.programs.shared is not None)
+        start = self.on_device.block(tokens, experts, shared=self._shares())
         return lambda: jax.block_until_ready(start())
 
     def dispatch(self, tokens: int, experts: int) -> float:
@@ -99,9 +98,9 @@ class EngineLanes:
 
         Nothing where they are part of a call that is made in any case.
         """
-        if self._in_one_program(tokens):
+        if self.on_device.finder(tokens) is not None:
             return 0.0
-        start, times = self._block(tokens, experts, shared=False), []
+        start, times = self.on_device.block(tokens, experts, shared=False), []
         for _ in range(REPEATS):
             began = self.now()
             result = start()
@@ -111,7 +110,7 @@ class EngineLanes:
 
     def layer_front(self, tokens: int, context: int) -> Run:
         """Attention and router of a MoE layer, the last token at place `context` of its cache."""
-        start = self._front(tokens, context)
+        start = self.on_device.front(tokens, context)
         return lambda: jax.block_until_ready(start())
 
     def transfer(self, size: int) -> Run:
@@ -190,7 +189,7 @@ class EngineLanes:
         never nothing, which would say that there is no program to leave.
         """
         config, repeats = self.model.config, 4 * REPEATS
-        run, row = self._front(1, context), np.zeros(1, np.int64)
+        run, row = self.on_device.front(1, context), np.zeros(1, np.int64)
 
         def read(packed) -> None:
             read_routing(np.asarray(packed), config.num_experts_per_tok, config.num_experts, row)
@@ -217,77 +216,14 @@ class EngineLanes:
 
     def opens(self, tokens: int) -> bool:
         """Whether a block without routed experts runs anything on the device."""
-        return self.layer.programs.shared is not None or self._in_one_program(tokens)
+        return self._shares() or self.on_device.finder(tokens) is not None
 
     def most_experts(self, tokens: int) -> int | None:
         """Of a block: where its program finds residents by itself, no more than a token has. None: any number."""
-        return len(self._residents()) if self._in_one_program(tokens) else None
+        return len(self.on_device.residents()) if self.on_device.finder(tokens) is not None else None
 
-    def _in_one_program(self, tokens: int) -> bool:
-        return self.pool.finds_residents and tokens <= programs.DENSE_ROWS and bool(self._residents())
-
-    def _residents(self) -> list[int]:
-        """Experts of the first MoE layer in slots, no more than a token has; some are put there where none are."""
-        layer, most = self.layer.moe_layer or 0, self.model.config.num_experts_per_tok
-        if not self.pool.residents(layer):
-            for expert in range(min(self.pool.free(layer), most)):
-                self.pool.write(layer, expert, self.link.put(self.weights(layer, expert)), None)
-        return sorted(self.pool.residents(layer))[:most]
-
-    def _block(self, tokens: int, experts: int, shared: bool) -> Callable[[], Any]:
-        """-> a function that dispatches a block, its `shared` experts too, and returns its result."""
-        x = jax.device_put(jnp.ones((tokens, self.width), jnp.float32), self.model.device)
-        if self._in_one_program(tokens):
-            return self._block_in_one(x, self._residents()[:experts])
-        pacing, program = self.clock.pacing, self.layer.programs.shared if shared else None
-        places = itertools.cycle(self.pool.some(len(self._experts)))  # valid until a transfer writes them
-        routed = self._routed(x, list(range(self.model.config.num_experts_per_tok)))
-        rows = dict.fromkeys(range(experts), np.arange(tokens))
-        mix = dict.fromkeys(range(experts), np.ones(tokens, np.float32))
-
-        def start():
-            acc = x if program is None else program(self.layer.params, x, pacing.block(tokens))
-            slots = [(expert, next(places)) for expert in range(experts)]
-            return self.pool.add(acc, routed, slots, rows, mix, pacing)
-
-        return start
-
-    def _block_in_one(self, x: jax.Array, residents: list[int]) -> Callable[[], Any]:
-        """The same as one program, which finds these residents; other experts that tokens have are left out."""
-        config, pool = self.model.config, self.pool
-        others = [expert for expert in range(config.num_experts) if expert not in residents]
-        chosen = (residents + others)[: config.num_experts_per_tok]
-        routed, there = self._routed(x, chosen), pool.residents(self.layer.moe_layer or 0)
-        left_out = [expert for expert in chosen if expert in there and expert not in residents]
-        return lambda: pool.block(self.layer, routed, left_out, self.clock.pacing.block(len(x)))
-
-    def _routed(self, x: jax.Array, chosen: list[int]) -> programs.Routed:
-        """Every token has the same experts."""
-        ids = np.array([chosen] * len(x), np.int32)
-        on_device = jax.device_put((ids, np.ones(ids.shape, np.float32)), self.model.device)
-        return programs.Routed(x, *on_device)
-
-    def _front(self, tokens: int, context: int) -> Callable[[], jax.Array]:
-        """-> a function that dispatches a front and returns the packed routing."""
-        layer, capacity, pacing = self.layer, bucket(context, 256), self.clock.pacing
-        positions = np.arange(max(0, context - tokens), max(tokens, context), dtype=np.int32)[None]
-        span = StepInput(np.zeros_like(positions), positions, capacity, "decode", None).span
-        positions = jax.device_put(positions, self.model.device)
-        h = jax.device_put(jnp.ones((1, tokens, self.width), jnp.float32), self.model.device)
-        no_host_part = jnp.zeros((tokens, self.width), jnp.float32)  # bound to no device, as in a step
-        nothing = jax.device_put(no_host_part, self.model.device)
-        shapes = layer.cache_shapes(1, capacity).items()
-        cache = {name: jnp.zeros(shape, self.model.cache_dtype) for name, shape in shapes}
-        cache = jax.device_put(cache, self.model.device)
-
-        def start() -> jax.Array:
-            nonlocal cache
-            pace = pacing.front(tokens, context, False)
-            parts = (h, nothing, no_host_part, cache, positions, span, self.model.sends_input, pace)
-            *_, cache, packed = layer.programs.front(layer.params, (), *parts)
-            return packed
-
-        return start
+    def _shares(self) -> bool:
+        return self.on_device.layer.programs.shared is not None
 
 
 def wake_latency(host: HostExecutor, width: int) -> float:

@@ -43,9 +43,6 @@ class SlotPool(abc.ABC):
     Attributes: `pooled`, as given.
     """
 
-    finds_residents = False
-    """Whether a program can tell on the device which of the chosen experts are in slots: see `block`."""
-
     def __init__(
         self,
         slots: list[int],
@@ -136,14 +133,6 @@ class SlotPool(abc.ABC):
     @abc.abstractmethod
     def buffers(self, place: Place) -> list[jax.Array]:
         """What is ready once that slot is written."""
-
-    def block(self, layer, routed: programs.Routed, left_out: list[int], pace=None) -> jax.Array:
-        """A MoE layer's shared experts, and those of each token that are in slots, in one program: [N, D].
-
-        Only where it `finds_residents`. Args: layer: a `DeviceLayer`. left_out: residents that somebody else computes.
-        pace: `pacing.block`.
-        """
-        raise NotImplementedError
 
     @abc.abstractmethod
     def add(

@@ -31,8 +31,6 @@ class StackedSlots(SlotPool):
     none. Both are donated when a slot is written.
     """
 
-    finds_residents = True
-
     def __init__(self, *args, num_experts: int, **kwargs):
         self._num_experts = num_experts
         super().__init__(*args, **kwargs)
@@ -41,7 +39,11 @@ class StackedSlots(SlotPool):
         self._numbers = jax.device_put([np.int32(number) for number in range(most)])
         self._nobody = jax.device_put(np.int32(NOWHERE))
 
-    def block(self, layer, routed, left_out, pace=None):
+    def block(self, layer, routed: Routed, left_out: list[int], pace=None) -> jax.Array:
+        """A MoE layer's shared experts, and those of each token that are in slots, in one program: [N, D].
+
+        Args: layer: a `DeviceLayer`. left_out: residents that somebody else computes. pace: `pacing.block`.
+        """
         count = bucket(len(left_out), routed.ids.shape[1]) if left_out else 0
         others = tuple(self._numbers[expert] for expert in left_out) + (self._nobody,) * (count - len(left_out))
         run = block_program(layer.graphdef, layer.programs.shared is not None, self.kernel)
@@ -76,6 +78,11 @@ class StackedSlots(SlotPool):
         nobody = self._layers, 0  # outside the table: writes nothing
         at = [self._numbers[number] for pair in (enters or nobody, leaves or nobody) for number in pair]
         self.pool, self.table = write_stacked(self.pool, self.table, self._numbers[index], new, *at)
+
+
+def finder(pool: SlotPool, rows: int) -> StackedSlots | None:
+    """The pool, where its programs can tell which experts of so many rows are in slots: it has a `block` for them."""
+    return pool if isinstance(pool, StackedSlots) and rows <= programs.DENSE_ROWS else None
 
 
 def _write(pool, table, slot, new: DeviceExpert, layer, expert, old_layer, old_expert):

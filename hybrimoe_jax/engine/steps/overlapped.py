@@ -19,6 +19,7 @@ from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer
 from hybrimoe_jax.engine.lanes.host import HostWork, Pending
 from hybrimoe_jax.engine.lanes.slots import Experts, Place
+from hybrimoe_jax.engine.lanes.stacked import StackedSlots, finder
 from hybrimoe_jax.engine.lanes.transfer import Transfer
 from hybrimoe_jax.engine.programs import Routed
 from hybrimoe_jax.engine.routing import HostRouting
@@ -55,16 +56,17 @@ class OverlappedForward(LayeredForward):
         """The residents that the layer's block runs, for the timeline: known once there is a plan."""
 
     def early(self, tokens: int, rows: int) -> bool:
-        found = self.pool.finds_residents and rows <= programs.DENSE_ROWS
+        found = finder(self.pool, rows) is not None
         return found and self.clock.real and self.planner.keeps_residents(tokens)
 
     def dispatch_block(self, run, layer: DeviceLayer, routed: Routed) -> jax.Array | None:
         self._working_from, self._found = self._working(), []
         if self.timeline is not None:
             self.timeline.watch("device", f"attention {run.moe_layer}", run.began, routed.x, layer=run.moe_layer)
-        if run.early:
-            return self._block(run, layer, routed, [])
-        if layer.programs.shared is None or self._in_one_program(routed):
+        pool = finder(self.pool, len(routed.x))
+        if pool is not None:
+            return self._block(run, pool, layer, routed, []) if run.early else None
+        if layer.programs.shared is None:
             return None
         dispatched = self._wall.now()
         block = layer.programs.shared(layer.params, routed.x, self.clock.pacing.block(run.tokens, len(routed.x)))
@@ -114,13 +116,10 @@ class OverlappedForward(LayeredForward):
         """A clock that stands still while something compiles; lane times are read on it."""
         return self._wall.now() - self._wall.compile_seconds()
 
-    def _in_one_program(self, routed: Routed) -> bool:
-        """Whether shared experts and residents are one program."""
-        return self.pool.finds_residents and len(routed.x) <= programs.DENSE_ROWS
-
-    def _block(self, run, layer: DeviceLayer, routed: Routed, left_out: list[int]) -> jax.Array:
+    def _block(self, run, pool: StackedSlots, layer: DeviceLayer, routed: Routed, left_out: list[int]) -> jax.Array:
+        """Shared experts and residents as one program."""
         dispatched = self._wall.now()
-        block = self.pool.block(layer, routed, left_out, self.clock.pacing.block(run.tokens, len(routed.x)))
+        block = pool.block(layer, routed, left_out, self.clock.pacing.block(run.tokens, len(routed.x)))
         if self.timeline is not None:
             about = {"layer": run.moe_layer, "experts": self._found}
             self.timeline.watch("device", "shared and residents", dispatched, block, **about)
@@ -128,12 +127,14 @@ class OverlappedForward(LayeredForward):
 
     def _residents(self, run, layer, routed: Routed, block, routing: HostRouting, plan: LayerPlan) -> jax.Array:
         """The shared experts and the residents that the plan gives to the device."""
-        if not run.early and self._in_one_program(routed):
-            block = self._block(run, layer, routed, [expert for expert in plan.hits if expert not in plan.device])
-        moe_layer, acc = run.moe_layer, self.zeros(len(routed.x)) if block is None else block
-        if self._in_one_program(routed):
+        pool = finder(self.pool, len(routed.x))
+        if pool is not None:
+            if block is None:
+                left_out = [expert for expert in plan.hits if expert not in plan.device]
+                block = self._block(run, pool, layer, routed, left_out)
             self._found += plan.device
-            return acc
+            return block
+        moe_layer, acc = run.moe_layer, self.zeros(len(routed.x)) if block is None else block
         experts = [(expert, self.pool.get(moe_layer, expert)) for expert in plan.device]
         if self.timeline is None:
             return self._add(acc, routed, experts, routing, moe_layer)
