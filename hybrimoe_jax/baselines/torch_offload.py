@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,12 @@ import numpy as np
 from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.systems import System
 from hybrimoe_jax.encoding import say
-from hybrimoe_jax.engine.call import Call, Calls, Totals
+from hybrimoe_jax.engine.base import BaseEngine
+from hybrimoe_jax.engine.call import Call, Totals
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.engine.generation import Generation, Steps, capacity_for, collect, generate_steps, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.threads import available_cores
-from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
 from hybrimoe_jax.engine.stats import RunStats, StepStats
-from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
 from hybrimoe_jax.errors import UserError, shown
 
 MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", "hybrid": "hybrimoe"}
@@ -33,7 +30,6 @@ MODES = {"on-demand": "on-demand", "lru": "adapmoe", "static": "ktransformers", 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 ABLATIONS = ("kernels", "forms", "pinned")
-LOGIT_ROWS = 16
 INSTALL = 'pip install "hybrimoe-jax[baseline]"'
 
 _said: set[str] = set()
@@ -51,7 +47,7 @@ def require_torch() -> Any:
         ) from None
 
 
-class TorchOffload:
+class TorchOffload(BaseEngine):
     """Runs one model in PyTorch, its experts in host memory and, as slots allow, on the device.
 
     Args:
@@ -90,7 +86,7 @@ class TorchOffload:
         self.given = {"mode": mode, "device": device, "precision": precision, "without": without, **options}
         system = MODES.get(mode, mode) if isinstance(mode, str) else mode
         paced = device.startswith("paced")
-        self.options = EngineConfig(system=system, device=device if paced else "auto", **options)  # pyright: ignore
+        chosen = EngineConfig(system=system, device=device if paced else "auto", **options)  # pyright: ignore
         self._device = torch.device("cpu" if paced else torch_device(torch, device))
         self.precision, self._torch = precision, torch
         from hybrimoe_jax.baselines.torch_assembly import assemble, system_of
@@ -98,21 +94,18 @@ class TorchOffload:
         from hybrimoe_jax.engine.load import bundled_model, checked_place
         from hybrimoe_jax.text.replies import eos_ids, warn_of_what_is_left_out
 
-        system_of(self.options)
+        system_of(chosen)
         checkpoint = checked_place(checkpoint)
         if checkpoint is None or isinstance(checkpoint, (str, Path)):
             checkpoint = open_checkpoint(checkpoint or bundled_model())
-        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
-        self.eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
+        eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
+        super().__init__(checkpoint.config, chosen, checkpoint.tokenizer, eos, lambda: Totals.of(self.planner))
         warn_of_what_is_left_out(checkpoint.generation_config, self.eos, self.config.vocab_size)
-        self.format, self.max_context = checkpoint.format, context_limit(self.options, self.config)
+        self.format = checkpoint.format
         self.threads = self.options.threads or available_cores()
         torch.set_num_threads(self.threads)
         self._parts = assemble(checkpoint, self.options, self._device, precision, self.max_context, frozenset(without))
         self.notes = self._parts.notes
-        self.stats: RunStats | None = None
-        self._closed, self._turns = False, Turns()
-        self._calls = Calls(lambda: Totals.of(self.planner))
         for note in self.notes:
             if note not in _said:
                 _said.add(note)
@@ -133,85 +126,10 @@ class TorchOffload:
         """What computes experts: `forms` by load, and what was `measured` of each."""
         return self._parts.experts
 
-    @in_turn
-    def generate(
-        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] | None = (), **options: Any
-    ) -> Generation:
-        """New tokens for each prompt. Arguments as of `Engine.generate`."""
-        request = read_request(self, prompts, max_new_tokens, stop, **options)
-        tokens: list[list[int]] = [[] for _ in request.prompts]
-        reasons = ["length"] * len(tokens)
-        stats = collect(self._steps(request), tokens, reasons, request.stop, self.tokenizer)
-        return Generation(tokens, reasons, stats, self.tokenizer, request.stop)
+    def _end(self) -> None:
+        self._parts.close()
 
-    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Steps:
-        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early."""
-        return self._steps(read_request(self, prompts, max_new_tokens, **options))
-
-    def _steps(self, request: Request) -> Steps:
-        self._check_open()
-        return Shared(self._run(request))
-
-    @in_turn
-    def logits(self, prompt: Prompts) -> np.ndarray:
-        """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
-        prompts = one_prompt(prompt, self.tokenizer, "logits are")
-        check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
-        self._check_open()
-        capacity = capacity_for(prompts, 0, self.max_context)
-        call, caches, out = self._start(1, capacity), self._init_cache(1, capacity), []
-        for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            logits, caches, record = self._forward(call, StepInput(chunk, positions, capacity, "prefill", None), caches)
-            call.stats.steps.append(record)
-            out.append(logits[0, : np.count_nonzero(positions[0] < capacity)])
-        self._finish(call)
-        return np.concatenate(out)
-
-    @in_turn
-    def close(self) -> None:
-        """Ends its threads; it cannot be used afterwards."""
-        if not self._closed:
-            self._closed = True
-            self._parts.close()
-
-    def __enter__(self) -> TorchOffload:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UserError("the PyTorch engine is closed: its threads have ended; make another")
-
-    def _run(self, request: Request) -> Steps:
-        capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)
-        call = self._turns.serve(lambda: self._start(len(request.prompts), capacity))
-        inner = generate_steps(
-            lambda step, caches: self._turns.serve(lambda: self._forward(call, step, caches), step=True),
-            lambda *shape: self._turns.serve(lambda: self._init_cache(*shape), step=True),
-            request.prompts,
-            new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
-            eos=self.eos,
-            chunk=self.options.prefill_chunk,
-            max_context=self.max_context,
-        )
-        stopped, at_the_end = None, sys.is_finalizing  # a stream that is left until then outlives the module
-        try:
-            while True:
-                emitted = inner.send(stopped)
-                call.stats.steps.append(emitted.stats)
-                call.stats.new_tokens += len(emitted.tokens)
-                stopped = yield emitted
-        except StopIteration:
-            pass
-        finally:
-            if not at_the_end():
-                self._turns.serve_now(lambda: self._finish(call))
-        return call.stats
-
-    def _forward(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
+    def _step(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         self._check_open()
         self._calls.serve(call)
         return self._parts.forward.forward(step, caches)
@@ -254,7 +172,7 @@ class TorchOffload:
         stats.overshoot = self._parts.overshoot()
         if self._device.type == "cuda":
             stats.peak_device_bytes = self._torch.cuda.max_memory_allocated()
-        self.stats = stats
+        self._last_stats = stats
 
 
 OPTIONS = {

@@ -26,6 +26,7 @@ from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
 from hybrimoe_jax.engine.fused.choice import WayChoice
 from hybrimoe_jax.engine.fused.forward import FusedForward
+from hybrimoe_jax.engine.generation import LOGIT_ROWS
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
@@ -37,7 +38,7 @@ from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool, empty_exper
 from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
-from hybrimoe_jax.engine.parts import LOGIT_ROWS, Parts
+from hybrimoe_jax.engine.parts import Parts
 from hybrimoe_jax.engine.start_cache import start_folder
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward

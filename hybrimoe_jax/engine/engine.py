@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,26 @@ from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache_state import CacheState
 from hybrimoe_jax.engine import budget, cache_state, device_memory
 from hybrimoe_jax.engine.assembly import assemble
-from hybrimoe_jax.engine.call import Call, Calls, Totals
+from hybrimoe_jax.engine.base import BaseEngine
+from hybrimoe_jax.engine.call import Call, Totals
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
-from hybrimoe_jax.engine.finite import NotFinite, check_logits
-from hybrimoe_jax.engine.generation import (
-    Generation,
-    Steps,
-    capacity_for,
-    collect,
-    generate_steps,
-    prefill_chunks,
-    show_steps,
-)
+from hybrimoe_jax.engine.finite import NotFinite
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.not_finite import explained
-from hybrimoe_jax.engine.parts import LOGIT_ROWS
 from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace, Recording
-from hybrimoe_jax.engine.request import Prompts, Request, check_prompts, context_limit, one_prompt, read_request
 from hybrimoe_jax.engine.slot_map import SlotMap
-from hybrimoe_jax.engine.stats import RunStats, StepStats
-from hybrimoe_jax.engine.turns import Shared, Turns, in_turn
+from hybrimoe_jax.engine.stats import StepStats
+from hybrimoe_jax.engine.turns import in_turn
 from hybrimoe_jax.errors import DeviceError, UserError, shown
 from hybrimoe_jax.machine.costs import ORIGIN, CostModel
 from hybrimoe_jax.machine.origin import Origin
 from hybrimoe_jax.machine.shapes import shape_of
-from hybrimoe_jax.progress import Progress
 from hybrimoe_jax.tables import Table
 
 
-class Engine:
+class Engine(BaseEngine):
     """Runs one model under one `EngineConfig`. Calls of several threads are served in turn, in the order they came.
 
     Args:
@@ -62,17 +50,14 @@ class Engine:
     """
 
     def __init__(self, config, dense, store, options: EngineConfig, *, tokenizer: Any = None, eos=(), frequencies=None):
-        self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
+        def totals() -> Totals:
+            return Totals.of(self._parts.planner, self._forward.switches)
+
+        super().__init__(config, options, tokenizer, eos, totals)
         self.store = store
-        self.max_context = context_limit(options, config)
         self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
-        self._last_stats: RunStats | None = None
-        self._partial: Generation | None = None
-        self._closed = self._recording = False
-        self._sequences = 0
-        self._turns = Turns()
-        self._calls = Calls(lambda: Totals.of(self._parts.planner, self._forward.switches))
+        self._recording, self._sequences = False, 0
         self._routers = cache_state.routers_of(dense)
 
     @property
@@ -104,16 +89,6 @@ class Engine:
         return self._turns.look(
             lambda: SlotMap(tuple(map(planner.resident, range(layers))), tuple(planner.slots), experts)
         )
-
-    @property
-    def stats(self) -> RunStats | None:
-        """Of the latest call."""
-        return self._last_stats
-
-    @property
-    def partial(self) -> Generation | None:
-        """What an interrupted `generate` had made; None once another call has ended well."""
-        return self._partial
 
     @in_turn
     def save_profile(self, path: str | Path) -> None:
@@ -174,113 +149,9 @@ class Engine:
             self.record()
             record.finish()
 
-    @in_turn
-    def logits(self, prompt: Prompts) -> np.ndarray:
-        """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
-        prompts = one_prompt(prompt, self.tokenizer, "logits are")
-        check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
-        capacity = capacity_for(prompts, 0, self.max_context)
-        self._check_ready(1, capacity)
-        call, out = self._new_call(1, capacity), []
-        caches = self._init_cache(1, capacity)
-        for chunk, positions, _ in prefill_chunks(prompts, min(self.options.prefill_chunk, LOGIT_ROWS), capacity):
-            step = StepInput(chunk, positions, capacity, "prefill", None, first_sequence=call.sequence, checked=True)
-            try:
-                logits, caches, record = self._step(call, step, caches)
-                call.stats.steps.append(record)
-                out.append(check_logits(logits[0, : np.count_nonzero(positions[0] < capacity)]))
-            except NotFinite as error:
-                raise self._explained(error, call, prompts) from None
-        self._finish(call)
-        return np.concatenate(out)
-
     def _explained(self, error: NotFinite, call: Call, rows: Sequence[Sequence[int]]) -> UserError:
         """Numbers that are not finite in the latest step: where they come from, by a second pass over these tokens."""
         return explained(error, len(call.stats.steps), self._parts.model, self.store, rows, self.max_context)
-
-    def steps(self, prompts: Prompts, *, max_new_tokens: int = 64, **options: Any) -> Steps:
-        """The step-by-step form of `generate`: yields after every step; `.send(rows)` stops rows early.
-
-        Between two steps the engine may serve others.
-        """
-        request = read_request(self, prompts, max_new_tokens, **options)
-        if request.stop:
-            raise UserError("steps take no stop strings, send the rows that are to stop; `generate` takes them")
-        return self._steps(request)
-
-    def _steps(self, request: Request) -> Steps:
-        capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)
-        self._check_ready(len(request.prompts), capacity)
-        return Shared(self._run(request, capacity))
-
-    def _run(self, request: Request, capacity: int) -> Steps:
-        call = self._turns.serve(lambda: self._new_call(len(request.prompts), capacity))
-
-        def forward(step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
-            step.first_sequence = call.sequence
-            result = self._turns.serve(lambda: self._step(call, step, caches), step=True)
-            call.stats.steps.append(result[2])  # before its tokens are chosen: it counts, and is in a trace, without
-            return result
-
-        inner = generate_steps(
-            forward,
-            lambda *shape: self._turns.serve(lambda: self._init_cache(*shape), step=True),
-            request.prompts,
-            new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
-            eos=self.eos,
-            chunk=self.options.prefill_chunk,
-            max_context=self.max_context,
-        )
-        stopped, rows = None, [list(prompt) for prompt in request.prompts]
-        at_the_end, not_finite = sys.is_finalizing, NotFinite  # a stream that is left until then outlives the module
-        try:
-            while True:
-                emitted = inner.send(stopped)
-                call.stats.new_tokens += len(emitted.tokens)
-                for row, token in emitted.tokens:
-                    rows[row].append(token)
-                stopped = yield emitted
-        except StopIteration:
-            self._turns.serve(lambda: self._finish(call))
-        except not_finite as error:
-            raise self._turns.serve(lambda why=error: self._explained(why, call, rows), step=True) from None
-        finally:
-            if not call.finished and not at_the_end():
-                self._turns.serve_now(lambda: self._finish(call))
-        return call.stats
-
-    @in_turn
-    def generate(
-        self, prompts: Prompts, *, max_new_tokens: int = 64, stop: str | Sequence[str] | None = (), **options: Any
-    ) -> Generation:
-        """New tokens for each prompt. UserError, naming the argument, for what cannot be asked.
-
-        Ctrl-C, or a notebook's stop button, leaves what was made so far in `partial`, and an engine that goes on.
-
-        Args:
-          prompts: a text or a list of them, or token ids: of one prompt, or a list of those.
-          stop: strings that end a text, which needs a tokenizer; the tokens of the text up to the one that completed a
-            stop string are returned.
-          options: `seed` (the EngineConfig's), and how tokens are chosen: `temperature` (0:
-            greedy), `top_k` (0: all) and `top_p` (1: all) of `Sampling`.
-        """
-        request = read_request(self, prompts, max_new_tokens, stop, **options)
-        tokens: list[list[int]] = [[] for _ in request.prompts]
-        reasons = ["interrupted"] * len(tokens)
-        run, before = self._steps(request), self._last_stats
-        try:
-            with Progress("reading the prompts", sum(map(len, request.prompts)), "tokens") as progress:
-                shown = show_steps(run, progress, len(tokens) * request.max_new_tokens)
-                stats = collect(shown, tokens, reasons, request.stop, self.tokenizer)
-        except KeyboardInterrupt as interrupt:
-            run.close()  # which finishes the statistics
-            if self._last_stats is not None and self._last_stats is not before:
-                self._partial = Generation(tokens, reasons, self._last_stats, self.tokenizer, request.stop)
-                interrupt.args = interrupt.args or ("the tokens so far are in the engine's `partial`",)
-            raise
-        self._partial = None
-        return Generation(tokens, reasons, stats, self.tokenizer, request.stop)
 
     def _step(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         """One forward pass, once more with fewer slots where the device's memory runs out.
@@ -331,21 +202,8 @@ class Engine:
             "times": times,
         }
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @in_turn
-    def close(self) -> None:
-        """Stops the worker threads; the engine cannot be used afterwards. A `with` block does it at its end."""
-        self._closed = True
+    def _end(self) -> None:
         self._parts.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UserError("the engine is closed: its worker threads have ended; load it again")
 
     def _check_ready(self, batch: int, capacity: int) -> None:
         self._check_open()
@@ -358,7 +216,7 @@ class Engine:
                 f"{self.max_context}; raise max_batch"
             )
 
-    def _new_call(self, batch: int, capacity: int) -> Call:
+    def _start(self, batch: int, capacity: int) -> Call:
         parts = self._parts
         stats = parts.new_stats()
         parts.clock.overshoot(reset=True)

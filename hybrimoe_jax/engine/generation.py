@@ -26,6 +26,8 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.progress import Progress
 
 SMALLEST_CHUNK = 16
+LOGIT_ROWS = 16
+"""Tokens whose logits `BaseEngine.logits` holds on the device at once."""
 
 
 @dataclasses.dataclass

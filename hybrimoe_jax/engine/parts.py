@@ -21,9 +21,6 @@ from hybrimoe_jax.engine.step import Forward
 from hybrimoe_jax.machine.costs import CostModel
 from hybrimoe_jax.machine.profile import MachineCosts
 
-LOGIT_ROWS = 16
-"""Tokens whose logits `Engine.logits` holds on the device at once."""
-
 
 @dataclasses.dataclass(kw_only=True)
 class Parts:
