@@ -159,11 +159,30 @@ def test_an_interrupted_step_leaves_an_engine_that_answers(monkeypatch):
     prompt = tiny.prompts(tiny.weights("qwen2_moe")[0], (12,))
     with offload("qwen2_moe", mode="lru", cache_ratio=0.25, debug=True) as engine:
         want = engine.generate(prompt, max_new_tokens=4).token_ids
-        with monkeypatch.context() as patch:
-            patch.setattr(type(engine._parts.forward), "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                engine.generate(prompt, max_new_tokens=4)
-        assert engine.generate(prompt, max_new_tokens=4).token_ids == want
+        forward, steps = type(engine._parts.forward), []
+
+        def third_is_interrupted(self, step, caches, run=forward.forward):
+            steps.append(step)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return run(self, step, caches)
+
+        for method, broken, kept in [
+            ("record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), 0),
+            ("forward", third_is_interrupted, 2),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setattr(forward, method, broken)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.generate(prompt, max_new_tokens=4)
+            assert engine.partial.token_ids == [want[0][:kept]]
+        assert engine.generate(prompt, max_new_tokens=4).token_ids == want and engine.partial is None
+
+
+def test_steps_take_no_stop_strings():
+    """Nobody would look for them."""
+    with TorchOffload(cache_ratio=0.25) as engine, pytest.raises(UserError, match="steps take no stop strings"):
+        engine.steps("My lord,", stop="x")
 
 
 @pytest.mark.parametrize(
