@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from hybrimoe_jax.cli import INTERRUPTED, progress
 from hybrimoe_jax.encoding import check_text, read_text, say
+from hybrimoe_jax.engine.flags import add_engine_flags, engine_config
 from hybrimoe_jax.errors import UserError, printable
 from hybrimoe_jax.files import check_outputs
-from hybrimoe_jax.generate import ENGINE_FLAGS, engine_config, prompt_ids, read_chat_options
+from hybrimoe_jax.generate import prompt_ids, read_chat_options
 from hybrimoe_jax.records import stamped
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--chat-template", metavar="NAME|FILE", help="which of a checkpoint's templates, or a file with another"
     )
-    engine = command.add_argument_group("engine, as of generate")
-    for name, options in ENGINE_FLAGS.items():
-        engine.add_argument("--" + name.replace("_", "-"), default=None, dest=name, **options)
+    add_engine_flags(command)
 
 
 def record(args: argparse.Namespace) -> int:

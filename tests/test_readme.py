@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from hybrimoe_jax.__main__ import COMMANDS, command_main
+from hybrimoe_jax.engine.flags import ENGINE_FLAGS
 from hybrimoe_jax.engine.load import bundled_model
-from hybrimoe_jax.generate import ENGINE_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

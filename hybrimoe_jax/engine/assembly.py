@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from hybrimoe_jax.decide.layer_stream import BUFFERED_LAYERS
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.engine import budget, device_memory, exhaustion, probes, programs, warmup
+from hybrimoe_jax.engine import device_memory, exhaustion, probes, programs, warmup
+from hybrimoe_jax.engine.allotment import IN_FLIGHT, STAGING, Allotment
 from hybrimoe_jax.engine.checks import check_options, device_format, device_kernel, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.dense_assembly import dense_parts
@@ -26,7 +26,6 @@ from hybrimoe_jax.engine.device_model import DeviceModel
 from hybrimoe_jax.engine.fused import select
 from hybrimoe_jax.engine.fused.choice import WayChoice
 from hybrimoe_jax.engine.fused.forward import FusedForward
-from hybrimoe_jax.engine.generation import LOGIT_ROWS
 from hybrimoe_jax.engine.lanes import threads
 from hybrimoe_jax.engine.lanes.clock import PacedClock, VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor
@@ -34,7 +33,7 @@ from hybrimoe_jax.engine.lanes.host_memory import open_host_memory
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.paced_link import PacedLink
 from hybrimoe_jax.engine.lanes.pacing import Pacing
-from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool, empty_expert
+from hybrimoe_jax.engine.lanes.slots import SeparateSlots, SlotPool
 from hybrimoe_jax.engine.lanes.stacked import StackedSlots
 from hybrimoe_jax.engine.lanes.transfer import PATIENCE, Link
 from hybrimoe_jax.engine.measurements import DecodeChoice, KeptMeasurements, Measurements
@@ -43,7 +42,6 @@ from hybrimoe_jax.engine.start_cache import start_folder
 from hybrimoe_jax.engine.steps.callback import CallbackForward
 from hybrimoe_jax.engine.steps.layered import LayeredForward
 from hybrimoe_jax.engine.steps.overlapped import INLINE_WAKES, OverlappedForward
-from hybrimoe_jax.engine.workspace import StepPrograms, StepShape, workspace_bytes
 from hybrimoe_jax.formats.packing import PackedMatrix
 from hybrimoe_jax.host_kernels import get_kernel
 from hybrimoe_jax.host_kernels.native import library
@@ -55,10 +53,6 @@ from hybrimoe_jax.models.products import native_here
 from hybrimoe_jax.models.target import default_device
 from hybrimoe_jax.trace.tokens import load_recording
 
-STAGING = 2
-"""Staging slots: one fills while the other is read."""
-IN_FLIGHT = 2
-"""Prefetches on their way at once; each holds one expert's bytes on the device until it is committed."""
 WARMUP_CAPACITY = 256
 NO_BEARING = ("seed", "profile", "verify", "start_cache", "measure_again", "vram_budget")
 """Options that no measurement depends on; a profile counts by its costs, a budget by its slots."""
@@ -101,7 +95,8 @@ class _HybridAssembly:
         self.given = given_costs(options, config, self.expert_format)
         self.expert_bytes = self.given.shape.expert_bytes(self.given.format)
         model.sends_input = self._stacked()
-        self.fixed, self.slots = self._memory(max_context)
+        memory = Allotment(model, store.layout, options, system, self.expert_bytes, self.dtype, max_context)
+        self.fixed, self.slots = memory.fixed, memory.slots(frequencies)
         self.given_up = 0
 
     def _make(self) -> None:
@@ -210,37 +205,6 @@ class _HybridAssembly:
             link=self.link,
             host=self.host,
         )
-
-    def _memory(self, max_context: int) -> tuple[budget.Footprint, list[int]]:
-        """-> device bytes of all but the slots, and the slots of each MoE layer."""
-        model, config, options, system = self.model, self.model.config, self.options, self.system
-        layers, lookahead = len(model.moe_layers), system.max_distance
-        expert_bytes = self.expert_bytes
-        buffers = BUFFERED_LAYERS * config.num_experts if system.stream_prefill else 0
-        fixed = budget.Footprint(
-            dense=model.nbytes,
-            kv=model.cache_bytes(options.max_batch, max_context),
-            staging=expert_bytes * (2 * STAGING + (IN_FLIGHT if lookahead else 0) + buffers),
-            workspace=0 if options.budget_bytes is None else self._workspace(max_context, lookahead),
-        )
-        if options.cost_shape is not None:  # of that model, what is the same however many layers there are
-            fixed = budget.Footprint(dense=0, kv=0, staging=fixed.staging, workspace=0)
-        if options.budget_bytes is not None:
-            total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, layers * config.num_experts)
-            return fixed, system.slots_for_total(total, layers, config.num_experts, self.frequencies)
-        ratio = 0.25 if options.cache_ratio is None else options.cache_ratio
-        return fixed, system.slots_per_layer(ratio, layers, config.num_experts, self.frequencies)
-
-    def _workspace(self, max_context: int, lookahead: int) -> int:
-        """Device bytes of the largest steps that the options allow, by what the compiler says of their programs."""
-        options, config = self.options, self.model.config
-        shapes = (2 * config.moe_width, config.hidden_size), (config.hidden_size, config.moe_width)
-        slot = jax.eval_shape(lambda: empty_expert(shapes, self.dtype, self.store.layout))
-        steps = StepPrograms(self.model, slot, options.executor, self.model.device_kernel)
-        chunk = min(options.prefill_chunk, max_context)
-        sizes = [StepShape(options.max_batch, tokens, max_context, lookahead) for tokens in {chunk, 1}]
-        every = [program for size in sizes for program in steps.of(size)]
-        return workspace_bytes([*every, steps.all_logits(min(chunk, LOGIT_ROWS))])
 
     def _measured_costs(self) -> CostModel:
         """What is kept, or what the warm-up measures."""
