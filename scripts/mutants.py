@@ -38,7 +38,7 @@ from _pytest import runner
 from mutations import ROOT, Mutant, digest_of, functions_of, mutants_of
 
 PATHS = ("hybrimoe_jax/decide", "hybrimoe_jax/engine/sampling.py", "hybrimoe_jax/engine/routing.py")
-TESTS = ("test_decide_*.py", "test_sampling.py", "test_routing.py", "test_layer_stream.py", "test_cache_state.py")
+TESTS = ("test_decide_*.py", "test_sampling.py", "test_routing.py", "test_layer_stream.py", "test_cache_state*.py")
 LEFT_OUT = "not live and not engine and not notebook and not worker and not microseconds"
 MEMORY = 1 << 30
 """Bytes that a mutant may take beside what the collected tests take."""

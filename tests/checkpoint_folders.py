@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from hybrimoe_jax.checkpoint.reader import open_checkpoint
+from hybrimoe_jax.formats.plain import ExpertWeights
 
 LAYERS, EXPERTS, WIDTH, HIDDEN, VOCAB = 2, 4, 16, 8, 24
 CONFIG = {
@@ -88,3 +92,22 @@ def flip_byte(path: Path, at: int = 3) -> None:
 def expert_file(checkpoint: Path, layer: int, index: int) -> Path:
     """The file that holds one expert of a converted checkpoint."""
     return checkpoint / "pieces" / f"layer_{layer:05d}" / "state" / "experts" / "c" / str(index) / "0" / "0"
+
+
+def contents(path: Path, dtype=None) -> dict:
+    """A converted checkpoint under the Hugging Face names of its (Qwen2) source."""
+    checkpoint = open_checkpoint(path)
+    out, experts = checkpoint.dense(verify=True), checkpoint.experts(dtype=dtype, verify=True)
+    for moe_layer, layer in enumerate(checkpoint.config.moe_layers):
+        for e in range(experts.num_experts):
+            gate_up, down = cast(ExpertWeights, experts.get(moe_layer, e))
+            half = len(gate_up) // 2
+            matrices = {"gate": gate_up[:half], "up": gate_up[half:], "down": down}
+            out |= {expert(layer, e, part): matrix for part, matrix in matrices.items()}
+    return out
+
+
+def assert_same(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert got[name].dtype == array.dtype and np.array_equal(got[name], array), name

@@ -1,64 +1,23 @@
-"""Host kernels: every kernel gives the float64 answer at every load, size, format and thread; packing is bounded and
-pays."""
+"""Host kernels: every kernel gives the float64 answer at every load, size, format and thread; `auto` takes the best."""
 
 from __future__ import annotations
 
-import gc
 import re
-import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from kernel_cases import TOLERANCE, assert_close, exact, make_expert, needs_onednn, tokens_of
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import Format, pack_expert
-from hybrimoe_jax.formats.plain import (
-    ALIGNMENT,
-    BF16,
-    F32,
-    Arena,
-    aligned_copy,
-    aligned_empty,
-    check_expert,
-    to_f32,
-)
-from hybrimoe_jax.host_kernels import KERNELS, ExpertWeights, get_kernel, onednn_api, run_experts
+from hybrimoe_jax.formats.plain import BF16, F32
+from hybrimoe_jax.host_kernels import KERNELS, get_kernel, onednn_api, run_experts
 from hybrimoe_jax.host_kernels.native import library as native_library
 from hybrimoe_jax.host_kernels.native.kernel import NativeKernel
-from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available, bucket_of
-
-needs_onednn = pytest.mark.skipif(not available(), reason="the onednn-cpu-gomp wheel is not installed")
-TOLERANCE = 5e-6
-
-
-def make_expert(width: int, hidden: int, seed: int = 0, dtype=F32) -> ExpertWeights:
-    rng = np.random.default_rng(seed)
-    gate_up = rng.standard_normal((2 * hidden, width), np.float32) * width**-0.5
-    down = rng.standard_normal((width, hidden), np.float32) * hidden**-0.5
-    return ExpertWeights(aligned_copy(gate_up, dtype), aligned_copy(down, dtype))
-
-
-def tokens_of(load: int, width: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((load, width), np.float32)
-
-
-def exact(weights: ExpertWeights, x: np.ndarray) -> np.ndarray:
-    """The expert in float64, from the definition."""
-    gate_up, down = (to_f32(w).astype(np.float64) for w in weights)
-    gate, up = np.split(x.astype(np.float64) @ gate_up.T, 2, axis=1)
-    return (gate * np.exp(-np.logaddexp(0, -gate)) * up) @ down.T
-
-
-def assert_close(got: np.ndarray, want: np.ndarray) -> None:
-    assert got.dtype == np.float32 and got.shape == want.shape
-    assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
-
-
-def is_aligned(array: np.ndarray) -> bool:
-    return array.flags.c_contiguous and (array.size == 0 or array.ctypes.data % ALIGNMENT == 0)
+from hybrimoe_jax.host_kernels.onednn import MAX_LOAD, OneDnnKernel, available
 
 
 def kernels() -> list:
@@ -241,149 +200,6 @@ def test_host_experts_release_the_interpreter_lock(make):
     assert max(during) > 12, during
 
 
-# formats
-
-
-def test_widening_is_exact_for_every_bfloat16():
-    every = np.arange(1 << 16, dtype=np.uint16).view(BF16)
-    widened = to_f32(every)
-    with np.errstate(invalid="ignore"):
-        assert np.array_equal(widened, every.astype(np.float32), equal_nan=True)
-        finite = ~np.isnan(widened)
-        assert np.array_equal(widened[finite].astype(BF16).view(np.uint16), every[finite].view(np.uint16))
-    assert is_aligned(widened)
-
-
-def test_arrays_of_an_arena_lie_side_by_side_and_share_nothing():
-    arena = Arena()
-    sizes = [(7,), (3, 5), (1 << 20,), (9 << 20,), 11]  # the fourth is larger than what is left of a block
-    arrays = [arena.empty(shape, dtype) for shape in sizes for dtype in (F32, BF16, np.uint8)]
-    for value, array in enumerate(arrays):
-        assert is_aligned(array)
-        array.fill(value)
-    assert all((array == np.array(value, array.dtype)).all() for value, array in enumerate(arrays))
-    assert arrays[1].ctypes.data - arrays[0].ctypes.data == 64
-    source = np.arange(12, dtype=np.float32).reshape(3, 4)
-    assert np.array_equal(aligned_copy(source, BF16, arena).astype(np.float32), source)
-
-
-def test_aligned_arrays_start_on_a_cache_line():
-    for shape in (1, (3, 5), (0, 4), (7, 2, 2)):
-        for dtype in (np.float32, BF16, np.int8):
-            array = aligned_empty(shape, dtype)
-            assert is_aligned(array) and array.dtype == dtype and array.shape == ((shape,) if shape == 1 else shape)
-    source = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
-    assert is_aligned(aligned_copy(source)) and np.array_equal(aligned_copy(source), source)
-
-
-@pytest.mark.parametrize(
-    "gate_up, down, said",
-    [
-        (np.zeros((6, 4), F32), np.zeros((5, 3), F32), r"gate_up has shape \(6, 4\), down \(5, 3\)"),
-        (np.zeros((6, 4), np.float64), np.zeros((4, 3), np.float64), "gate_up has dtype float64"),
-        (np.zeros((6, 4), BF16), np.zeros((4, 3), F32), "gate_up is bfloat16 but down is float32"),
-        (np.zeros(6, F32), np.zeros((4, 3), F32), r"gate_up has shape \(6,\)"),
-    ],
-)
-def test_malformed_experts_are_refused(gate_up, down, said):
-    with pytest.raises(UserError, match=said):
-        check_expert(ExpertWeights(gate_up, down), "layer 3 expert 7")
-    with pytest.raises(UserError, match=said):
-        get_kernel("reference").prepare(ExpertWeights(gate_up, down))
-
-
-# oneDNN
-
-
-@needs_onednn
-def test_the_first_call_packs_and_copies_are_counted_and_freed():
-    weights = make_expert(64, 32)
-    kernel = OneDnnKernel()
-    handle = kernel.prepare(weights)
-    assert not handle.is_packed and kernel.packed_bytes == 0
-    kernel.expert(handle, tokens_of(2, 64))
-    assert handle.is_packed and kernel.packed_bytes >= weights.nbytes
-    assert kernel.describe()["packed_experts"] == 1
-    del handle
-    gc.collect()
-    assert kernel.packed_bytes == 0
-
-
-@needs_onednn
-def test_pack_limit_holds_and_the_answer_stays():
-    experts = [make_expert(64, 32, seed) for seed in range(3)]
-    measuring = OneDnnKernel()
-    one = measuring.prepare(experts[0])
-    assert measuring.pack(one)
-    kernel = OneDnnKernel(pack_limit=2 * measuring.packed_bytes)
-    handles = [kernel.prepare(w) for w in experts]
-    x = tokens_of(9, 64)
-    for weights, handle in zip(experts, handles):
-        assert_close(kernel.expert(handle, x), exact(weights, x))
-        assert_close(kernel.expert(handle, x), exact(weights, x))
-    assert [h.is_packed for h in handles] == [True, True, False]
-    assert kernel.packed_bytes <= kernel.pack_limit
-    assert not kernel.pack(handles[2])
-
-
-@needs_onednn
-def test_primitives_are_bounded():
-    buckets = {bucket_of(load) for load in range(1, MAX_LOAD + 1)}
-    assert all(load <= bucket_of(load) <= 1.25 * load for load in range(1, MAX_LOAD + 1))
-    assert len(buckets) <= 36 and {bucket_of(n) for n in range(1, 17)} == set(range(1, 17))
-    kernel = OneDnnKernel(pack_limit=0)
-    handle = kernel.prepare(make_expert(16, 8))
-    for load in range(1, 400):
-        kernel.expert(handle, tokens_of(load, 16))
-    assert kernel.describe()["primitives"] <= 3 * len(buckets)
-
-
-@needs_onednn
-def test_a_thread_may_use_two_openmp_threads_while_another_uses_one():
-    weights = make_expert(256, 128)
-    kernel = OneDnnKernel()
-    handle = kernel.prepare(weights)
-    x = tokens_of(50, 256)
-    got = {}
-
-    def work(threads: int) -> None:
-        kernel.set_threads(threads)
-        got[threads] = [kernel.expert(handle, x) for _ in range(10)][-1]
-
-    workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert_close(got[1], exact(weights, x))
-    assert_close(got[2], exact(weights, x))
-
-
-@pytest.mark.slow
-@needs_onednn
-def test_onednn_lives_beside_torch():
-    """torch carries a oneDNN of its own; the two must not be mixed up, whichever is loaded first."""
-    pytest.importorskip("torch")
-    program = (
-        "import {first}\n"
-        "import numpy as np, torch\n"
-        "from hybrimoe_jax.host_kernels import ExpertWeights, get_kernel\n"
-        "rng = np.random.default_rng(0)\n"
-        "w = ExpertWeights(rng.standard_normal((48, 32), np.float32), rng.standard_normal((32, 24), np.float32))\n"
-        "x = rng.standard_normal((9, 32), np.float32)\n"
-        "kernel = get_kernel('onednn')\n"
-        "handle = kernel.prepare(w)\n"
-        "for _ in range(5): y = kernel.expert(handle, x)\n"
-        "assert handle.is_packed and kernel.describe()['library'].startswith('oneDNN 3.')\n"
-        "g, u, d = (torch.tensor(a) for a in (w.gate_up[:24], w.gate_up[24:], w.down))\n"
-        "t = torch.tensor(x)\n"
-        "want = ((torch.nn.functional.silu(t @ g.T) * (t @ u.T)) @ d.T).numpy()\n"
-        "assert np.abs(y - want).max() < 1e-5 * np.abs(want).max()\n"
-    )
-    for first in ("torch", "hybrimoe_jax.host_kernels.onednn"):
-        subprocess.run([sys.executable, "-c", program.format(first=first)], check=True, timeout=120)
-
-
 def test_absent_libraries_are_one_clear_error_each_and_auto_goes_on(monkeypatch, tmp_path):
     def missing(name):
         raise onednn_api.importlib.metadata.PackageNotFoundError(name)
@@ -410,9 +226,6 @@ def test_absent_libraries_are_one_clear_error_each_and_auto_goes_on(monkeypatch,
     finally:
         onednn_api.api.cache_clear()
         native_library.library.cache_clear()
-
-
-# auto
 
 
 def test_auto_is_the_first_kernel_that_is_there_and_computes_the_format(monkeypatch, tmp_path):

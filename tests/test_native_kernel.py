@@ -18,8 +18,8 @@ import pytest
 from grids import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import assert_close, exact, make_expert, tokens_of
 from native_cases import HERE, every_isa, needs_native, routing, runs
-from test_host_kernels import assert_close, exact, make_expert, tokens_of
 
 from hybrimoe_jax.engine.lanes.clock import WallClock
 from hybrimoe_jax.engine.lanes.host import HostExecutor, HostWork

@@ -9,8 +9,8 @@ import pytest
 from grids import examples, few
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import tokens_of
 from native_cases import HERE, every_isa, needs_native, routing, runs
-from test_host_kernels import tokens_of
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_state_cases import costs, planner_for
 from golden import FOLDER, check
-from test_cache_state import costs, planner_for
 from test_trace_export import whole
 
 from hybrimoe_jax.decide import cache_state

@@ -1,14 +1,16 @@
-"""Rules with one thing wrong each: `WRONG` says of each class what is said of it."""
+"""Rules with one thing wrong each: `WRONG` says of each class what is said of it, and `faults` expects it."""
 
 # What is wrong here is meant to be.
 # pyright: reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
+import pytest
 from own_rules import Fading, Half, Popular
 
 from hybrimoe_jax.decide import Prediction, replay
 from hybrimoe_jax.decide.schedule.problem import split
+from hybrimoe_jax.errors import RuleError
 
 
 class EvictsNeeded(Fading):
@@ -171,3 +173,14 @@ WRONG = {
     ForeseesLists: r"predict gave \[\d.*\] for layer \d+, which is no Prediction",
     WritesOver: "predict raised ValueError: assignment destination is read-only",
 }
+PARTS = {"cache": Fading, "scheduler": Half, "predictor": Popular}
+
+
+def part_of(rule: type) -> str:
+    return next(part for part, base in PARTS.items() if issubclass(rule, base))
+
+
+def faults(rule: type):
+    """`RuleError` as it is wanted: part, class, layer, method and an example."""
+    where = rf"{part_of(rule)} wrong_rules:{rule.__name__}(, layer (\d+|to come))?"
+    return pytest.raises(RuleError, match=f"^{where}: {WRONG[rule]}")

@@ -11,8 +11,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf_files as written
 import numpy as np
-import test_gguf_import as written
 from fuzz.mutate import NUMBERS, WORDS, brief, change_bytes
 from fuzz.worker import Case, Wrong
 

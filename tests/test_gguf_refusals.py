@@ -1,0 +1,123 @@
+"""GGUF files that are refused: other files, and all that would change the answer if it were dropped."""
+
+import builtins
+
+import numpy as np
+import pytest
+from gguf_files import gguf, write
+
+from hybrimoe_jax import convert as command
+from hybrimoe_jax.checkpoint.gguf.file import open_gguf
+from hybrimoe_jax.checkpoint.quantised.experts import packed_expert
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.formats.packing import Format
+
+REFUSED = {
+    "experts in Q5_0": (dict(kind="Q5_0"), "ffn_gate_exps.weight is Q5_0; routed experts in Q4_0, Q8_0"),
+    "sigmoid routing": (
+        dict(arch="deepseek2", tamper=lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)),
+        "sigmoid",
+    ),
+    "rope scaling": (
+        dict(tamper=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)),
+        "rope scaling 'longrope'",
+    ),
+    "a text for a number": (
+        dict(tamper=lambda w: w.add_string("qwen2moe.rope.scaling.factor", "x")),
+        r"m\.gguf: its metadata cannot be read: .*ValueError",
+    ),
+    "rope factors": (dict(tamper=lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))), "rope_freqs"),
+    "unknown tensors": (
+        dict(tamper=lambda w: w.add_tensor("blk.0.mystery.weight", np.ones(8, np.float32))),
+        "blk.0.mystery",
+    ),
+}
+
+
+UNREAD = [
+    ("rope.scaling.attn_factor", 0.5, 1.0),
+    ("rope.scaling.yarn_attn_factor", 0.5, 1.0),
+    ("rope.scaling.yarn_ext_factor", 1.0, -1.0),
+    ("attention.sliding_window", 16, 0),
+    ("attention.sliding_window", 127, 128),
+    ("attention.scale", 0.5, 0.25),
+    ("attention.clamp_kqv", 3.0, 0.0),
+    ("rope.dimension_count", 8, 16),
+    ("expert_weights_scale", 2.5, 1.0),
+    ("expert_weights_norm", True, False),
+    ("expert_gating_func", 2, 1),
+    ("final_logit_softcapping", 30.0, 0.0),
+    ("attention.causal", False, True),
+    ("attention.value_length", 32, 16),
+    ("nextn_predict_layers", 1, 0),
+    ("a_new_rule", 2.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("key, value, neutral", UNREAD, ids=lambda value: str(value))
+def test_keys_that_would_change_the_answer_are_not_dropped(tmp_path, key, value, neutral):
+    def tamper(number):
+        kind = {bool: "bool", int: "uint32", float: "float32"}[type(number)]
+        return lambda writer: getattr(writer, f"add_{kind}")(f"qwen2moe.{key}", number)
+
+    for name, number in (("bad", value), ("good", neutral)):
+        write(tmp_path / f"{name}.gguf", "qwen2moe", "Q8_0", tamper=tamper(number))
+    assert open_gguf(tmp_path / "good.gguf").config.rope_scaling is None
+    with pytest.raises(UserError, match=rf"qwen2moe\.{key} {value} is (not supported|a key that no rule here reads)"):
+        open_gguf(tmp_path / "bad.gguf")
+
+
+def test_a_deepseek_that_normalises_is_refused(tmp_path):
+    """llama.cpp then normalises and scales; the published model's code does one of the two."""
+    write(tmp_path / "m.gguf", "deepseek2", "Q8_0", tamper=lambda writer: writer.add_expert_weights_norm(True))
+    with pytest.raises(UserError, match=r"deepseek2\.expert_weights_norm True is not supported"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, case):
+    options, message = REFUSED[case]
+    write(tmp_path / "m.gguf", **{"arch": "qwen2moe", "kind": "Q8_0", **options})
+    with pytest.raises(UserError, match=message):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_other_files_are_refused(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", "qwen2moe", "Q8_0")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for name, data in (("short", whole[: len(whole) // 2]), ("tiny", whole[:9]), ("other", b"not a gguf" * 99)):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+        with pytest.raises(UserError, match="not a whole GGUF file"):
+            open_gguf(tmp_path / f"{name}.gguf")
+    with pytest.raises(UserError, match="no such file"):
+        command.main([str(tmp_path / "none.gguf"), str(tmp_path / "out")])
+    writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="architecture 'bert' is not supported"):
+        open_gguf(tmp_path / "bert.gguf")
+    real = builtins.__import__
+
+    def missing(name, *rest):
+        if name == "gguf":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"hybrimoe-jax\[gguf\]"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_codes_of_minus_128_are_refused(tmp_path):
+    write(tmp_path / "m.gguf", "qwen2moe", "Q8_0")
+    weights = open_gguf(tmp_path / "m.gguf")
+    gate = weights.shards[1].experts.matrices[0][0]
+    changed = np.array(gate.data)
+    changed[0, 2] = 128
+    experts = type(weights.shards[1].experts)(
+        ((type(gate)(changed, gate.type, gate.where), *weights.shards[1].experts.matrices[0][1:]),)
+    )
+    with pytest.raises(UserError, match=r"ffn_gate_exps.weight \[0\]: it has codes of -128"):
+        packed_expert(experts, Format.parse("int8-g32"), 0)
