@@ -176,3 +176,32 @@ def write_plain(folder: Path, values: dict[str, np.ndarray], config=CONFIG) -> P
 
 
 BF16 = ml_dtypes.bfloat16
+
+
+def coded(**options):
+    group = options.pop("group", 32)
+    return lambda rng, module, rows, columns: Coded(rng, rows, columns, group, **options)
+
+
+def symmetric_bits(bits):
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def unlisted(method):
+    """A matrix's parts without the list that says which group an input is in."""
+    encode = {"gptq": Coded.gptq, "compressed-tensors": Coded.compressed}[method]
+    return lambda made: {part: array for part, array in encode(made).items() if part != "g_idx"}
+
+
+def grouped_by(method, size):
+    if method == "gptq":
+        return {"group_size": size}
+    scheme = {"group_size": size, "strategy": "group"} if size != -1 else {"strategy": "channel"}
+    return {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int", **scheme}}}}
+
+
+def parts(encoded: dict, **changed) -> dict:
+    """The stored parts of a matrix, some of another type (a dtype), or left out (None)."""
+    kept = {name: array for name, array in encoded.items() if changed.get(name, array) is not None}
+    return {name: array.astype(changed.get(name, array.dtype)) for name, array in kept.items()}
