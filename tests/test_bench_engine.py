@@ -1,10 +1,13 @@
 """What `bench engine` asks of the engine beside tokens: the time of each device program."""
 
+import json
+
 import pytest
 import tiny
 
+from hybrimoe_jax.bench import __main__ as bench
 from hybrimoe_jax.bench.contenders import device_kernel_seconds
-from hybrimoe_jax.bench.engine import processor
+from hybrimoe_jax.bench.engine import MEASURES, SYSTEMS, processor
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
@@ -30,3 +33,25 @@ def test_the_processor_is_named(tmp_path):
     assert named(*older) == "Some CPU @ 2.00GHz cpu family 25 model 1 stepping 1" != named(*newer)
     assert named("model name\t: Some CPU") == "Some CPU"
     assert processor(str(tmp_path / "absent"))  # what Python knows
+
+
+@pytest.mark.slow
+def test_every_contender_answers_alike_and_is_timed(checkpoint, tmp_path, in_process):
+    """The whole command on a tiny model, beside transformers."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    flags = ("--rounds", "1", "--new", "4", "--threads", "1", "--cache-ratio", "0.5", "--workdir", tmp_path)
+    done = in_process(bench.main, "engine", "--models", checkpoint, *flags)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.strip().splitlines()
+    (result,) = json.loads(last)["results"]
+    medians = result["medians"]
+    peers = set(medians) - set(SYSTEMS)
+    assert peers and all(name.startswith("transformers") for name in peers) and set(SYSTEMS) < set(medians)
+    assert set(result["same_tokens"].values()) == {True}
+    whole = [name for name in medians if len(medians[name]) == len(MEASURES)]
+    assert set(SYSTEMS) < set(whole) and set(whole) & peers
+    for measure, ratio in result["ratios"].items():
+        best = min(medians[name][f"{measure}_ms"] for name in peers if f"{measure}_ms" in medians[name])
+        assert ratio == pytest.approx(best / medians["hybrimoe"][f"{measure}_ms"])
+    assert sum(name in line for name in medians for line in lines if line.endswith("yes")) >= len(medians)
