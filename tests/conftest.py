@@ -100,7 +100,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            cell = re.match(r".*test_exactness(_matrix)?.py::test_overlapped_[^/]*", nodeid)
+            cell = re.match(r".*(test_exactness.py::test_overlapped_|test_exactness_matrix.py::)[^/]*", nodeid)
             return cell[0] if cell else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False

@@ -130,11 +130,14 @@ def check(cell: Cell, result: dict) -> None:
     assert result["same_tokens"]
 
 
-def callback_results(request) -> tuple[dict[str, dict], str]:
-    """One process for all callback cells that this module's tests ask for -> (results by cell, its standard error)."""
+def callback_results(request, model: str | None = None) -> tuple[dict[str, dict], str]:
+    """One process for all callback cells that this module's tests ask for, or those of one model.
+
+    -> (results by cell, its standard error)
+    """
     items = [item for item in request.session.items if item.path == request.path]
     cells = [item.callspec.params["cell"] for item in items if "results" in item.fixturenames]
-    cells = [cell for cell in cells if not missing(cell)]
+    cells = [cell for cell in cells if model in (None, cell.model) and not missing(cell)]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, exactness_cells.__file__],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import exactness_cells
@@ -31,7 +32,8 @@ overlapped, callback = cells("overlapped", "stacked"), cells("callback")
 
 @pytest.fixture(scope="module")
 def results(request):
-    return exactness_samples.callback_results(request)
+    """By model: a worker runs all cells of one."""
+    return functools.cache(lambda model: exactness_samples.callback_results(request, model))
 
 
 @overlapped
@@ -52,6 +54,6 @@ def test_pytorch_gives_the_dense_answer(cell):
 def test_callback_gives_the_dense_answer(cell, results):
     if reason := missing(cell):
         pytest.skip(reason)
-    found, stderr = results
+    found, stderr = results(cell.model)
     assert cell.label in found, stderr[-2000:]
     check(cell, found[cell.label])
