@@ -179,6 +179,14 @@ def test_an_interrupted_step_leaves_an_engine_that_answers(monkeypatch):
         assert engine.generate(prompt, max_new_tokens=4).token_ids == want and engine.partial is None
 
 
+def test_a_batch_that_a_budget_did_not_reserve_is_refused():
+    """As of our engine: the bytes that both may take are equal."""
+    with TorchOffload(vram_budget="17MiB", max_context=256) as engine:
+        with pytest.raises(UserError, match="raise max_batch"):
+            engine.generate(["My lord,"] * 3, max_new_tokens=2)
+        assert len(engine.generate("My lord,", max_new_tokens=2).token_ids[0]) == 2
+
+
 def test_steps_take_no_stop_strings():
     """Nobody would look for them."""
     with TorchOffload(cache_ratio=0.25) as engine, pytest.raises(UserError, match="steps take no stop strings"):

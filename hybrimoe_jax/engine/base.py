@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from hybrimoe_jax.engine.budget import readable
 from hybrimoe_jax.engine.call import Call, Calls, Totals
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.finite import NotFinite, check_logits
@@ -35,6 +36,8 @@ class BaseEngine(abc.ABC):
 
     Args: config, options, tokenizer, eos: as of `Engine`. totals: what has been counted so far.
     """
+
+    _parts: Any  # with a `footprint` and a `model`, whatever they are made for
 
     def __init__(
         self, config: Any, options: EngineConfig, tokenizer: Any, eos: Sequence[int], totals: Callable[[], Totals]
@@ -175,6 +178,14 @@ class BaseEngine(abc.ABC):
     def _check_ready(self, batch: int, capacity: int) -> None:
         """UserError where so many sequences of so many tokens cannot be served."""
         self._check_open()
+        reserved = self._parts.footprint
+        needed = self._parts.model.cache_bytes(batch, capacity)
+        if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
+            raise UserError(
+                f"{batch} sequences of up to {capacity} tokens need {readable(needed)} of cache, but "
+                f"vram_budget reserved {readable(reserved.kv)} for {self.options.max_batch} of "
+                f"{self.max_context}; raise max_batch"
+            )
 
     def _check_open(self) -> None:
         if self._closed:

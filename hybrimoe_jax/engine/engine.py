@@ -205,17 +205,6 @@ class Engine(BaseEngine):
     def _end(self) -> None:
         self._parts.close()
 
-    def _check_ready(self, batch: int, capacity: int) -> None:
-        self._check_open()
-        reserved = self._parts.footprint
-        needed = self._parts.model.cache_bytes(batch, capacity)
-        if self.options.vram_budget is not None and (needed > reserved.kv or batch > self.options.max_batch):
-            raise UserError(
-                f"{batch} sequences of up to {capacity} tokens need {budget.readable(needed)} of cache, but "
-                f"vram_budget reserved {budget.readable(reserved.kv)} for {self.options.max_batch} of "
-                f"{self.max_context}; raise max_batch"
-            )
-
     def _start(self, batch: int, capacity: int) -> Call:
         parts = self._parts
         stats = parts.new_stats()
