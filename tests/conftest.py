@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import itertools
 import os
 import re
 import signal
@@ -25,6 +26,10 @@ import threadpoolctl
 MOST_WORKERS = 8
 LOCKS = Path(tempfile.gettempdir(), f"hybrimoe-tests-{os.getuid()}")
 """One folder for all runs of this user, so that a test that wants to be alone is."""
+
+LOOK_EVERY = 20
+"""Tests of a file between two looks at how many programs there are: a look may take 30 ms."""
+_count = itertools.count()
 
 FOREIGN = re.compile("LC_|LANG|COLUMNS|LINES|FORCE_COLOR|PYTHON(IO|WARN|UTF8|COLORS|DONTWRITE)")
 """Variables that change what a command prints, or have it compile the package again, which takes seconds each time."""
@@ -129,7 +134,7 @@ def pytest_collection_finish():
 def pytest_runtest_protocol(item, nextitem):
     """A test marked `alone` compares times: no other worker, of any run, runs a test beside it.
 
-    After a file its compiled programs are there for all workers.
+    After a file its compiled programs are there for all workers. A long file may have too many of them.
     """
     with contextlib.ExitStack() as locks:
         LOCKS.mkdir(exist_ok=True)
@@ -140,8 +145,11 @@ def pytest_runtest_protocol(item, nextitem):
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
         result = yield
-    if PROGRAMS is not None and (nextitem is None or nextitem.path != item.path):
+    last = nextitem is None or nextitem.path != item.path
+    if PROGRAMS is not None and last:
         PROGRAMS.exchange()
+    if last or not next(_count) % LOOK_EVERY:
+        program_cache.let_go()
     return result
 
 
