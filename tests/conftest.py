@@ -23,6 +23,8 @@ import program_cache
 import pytest
 import threadpoolctl
 
+from hybrimoe_jax.engine import mappings
+
 MOST_WORKERS = 8
 LOCKS = Path(tempfile.gettempdir(), f"hybrimoe-tests-{os.getuid()}")
 """One folder for all runs of this user, so that a test that wants to be alone is."""
@@ -149,7 +151,7 @@ def pytest_runtest_protocol(item, nextitem):
     if PROGRAMS is not None and last:
         PROGRAMS.exchange()
     if last or not next(_count) % LOOK_EVERY:
-        program_cache.let_go()
+        mappings.spare()
     return result
 
 

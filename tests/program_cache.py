@@ -7,9 +7,7 @@ folder of programs. The store has a place of its own in the user's cache folder.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,20 +15,6 @@ from hybrimoe_jax.engine.program_cache import SETTINGS, ProgramCache
 from hybrimoe_jax.files import cache_folder
 
 LIMIT = 512 * 2**20
-MOST_MAPPINGS = 30_000
-"""Less than half of what Linux lets a process have (`vm.max_map_count`, 65,530)."""
-
-
-def let_go() -> None:
-    """Drops what this process has compiled, where it is much; the files stay.
-
-    Each of XLA's programs for the CPU is three mappings of memory. A process that has too many ends with a segmentation
-    fault when the next one is read.
-    """
-    with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as maps:
-        if "jax" in sys.modules and sum(1 for _ in maps) > MOST_MAPPINGS:
-            sys.modules["jax"].clear_caches()
-            gc.collect()
 
 
 def start() -> ProgramCache | None:

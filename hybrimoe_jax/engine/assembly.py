@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrimoe_jax.decide.planner import Planner
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.engine import device_memory, exhaustion, probes, programs, warmup
+from hybrimoe_jax.engine import device_memory, exhaustion, mappings, probes, programs, warmup
 from hybrimoe_jax.engine.allotment import IN_FLIGHT, STAGING, Allotment
 from hybrimoe_jax.engine.checks import check_options, device_format, device_kernel, given_costs
 from hybrimoe_jax.engine.config import EngineConfig
@@ -63,6 +63,7 @@ through, since a polling thread slows the device's on two hyperthreads of one co
 
 def assemble(config, dense, store, options: EngineConfig, max_context: int, frequencies) -> Parts:
     """Args as of `Engine`. Raises UserError where the options cannot be met."""
+    mappings.spare()
     cores = threads.split_threads(options.threads, options.executor, options.paced is not None)
     device_memory.limit_allocator(options)
     threads.set_async_dispatch(options.executor)
