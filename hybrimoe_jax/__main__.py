@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def console() -> None:
-    """The console script."""
+    """The console script. Rules of one's own in the current folder are found, as by `python -m`."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, "")
     run(main)
 
 

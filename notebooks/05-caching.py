@@ -2,9 +2,9 @@
 # # Caching
 #
 # Which experts should have the few places on the device? This notebook replays recorded routing under every cache
-# policy, from an empty cache, one token at a time, each missing expert fetched and kept. Belady's rule knows the future
-# and evicts the expert that is needed last: no policy that keeps each miss hits more. Hit rates are counts; they are
-# the same on every machine.
+# policy that evicts, from an empty cache, one token at a time, each missing expert fetched and kept. Belady's rule
+# knows the future and evicts the expert that is needed last: no policy that keeps each miss hits more. Hit rates are
+# counts; they are the same on every machine.
 
 # %% short="tokens, steps = 6, 6"
 tokens, steps = 120, 100

@@ -153,7 +153,7 @@ def tests(facts: Facts):
 
 def precision(facts: Facts):
     found = facts["precision"]
-    split = {name: value for name, value in found.items() if "error" in name and "X3" in name}
+    split = {name: value for name, value in found.items() if "error" in name and "X6" in name}
     return dict(found), 0 < len(split) and max(split.values()) < 3 * found["HIGHEST: error (1e-6)"] + 1
 
 

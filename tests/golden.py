@@ -18,6 +18,8 @@ BY_DATA = {
     "generation": {"prefetch.accuracy", "overshoot", "costs", "host_kernel", "tbt_ms"},
     "simulation": {"costs", "versions"},
     "calibration": {"costs", "spread", "drift", "misfit", "memory", "points", "slower_beside_link"},
+    "reproduction live": {"versions"},
+    "training": {"works"},
     "trace info": {"expert_bytes", "router_reuse", "about"},
     "bench engine": {"models"},
     "bench e2e": {"figures", "left_out", "rows", "options", "bars"},

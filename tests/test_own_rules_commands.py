@@ -17,6 +17,7 @@ from hybrimoe_jax.bench import schedule
 from hybrimoe_jax.errors import RuleError
 
 HERE = Path(__file__).parent
+SCRIPT = Path(sys.executable).parent / "hybrimoe-jax"
 NAMES = {
     "cache": "own_rules:Fading:decay=0.5",
     "scheduler": "own_rules:Half:share=0.25",
@@ -26,14 +27,13 @@ OWN = [word for part, name in NAMES.items() for word in (f"--{part}", name)]
 TRACE = ["--trace", "synthetic:mixtral-8x7b", "--cache-ratios", "0.25", "--steps", "2"]
 
 
-def test_simulate_in_two_processes_from_the_current_folder(tmp_path):
-    """`python -m` looks for a module in the current folder, and so do the workers."""
+@pytest.mark.parametrize("command", [["-m", "hybrimoe_jax.simulate"], [str(SCRIPT), "simulate"]], ids=["-m", "script"])
+def test_simulate_in_two_processes_from_the_current_folder(tmp_path, command):
+    """`python -m` looks for a module in the current folder; so do the console script and the workers."""
     shutil.copy(HERE / "own_rules.py", tmp_path / "own_rules_here.py")
     own = [word.replace("own_rules", "own_rules_here") for word in OWN]
     flags = [*TRACE, "--systems", "hybrimoe,on-demand", "--starts", "warm", "--jobs", "2", "--out", "r.jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hybrimoe_jax.simulate", *flags, *own], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *command, *flags, *own], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [record["system"] for record in records] == ["hybrimoe", "on-demand"]

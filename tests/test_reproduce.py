@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.profile import load_profile
 from hybrimoe_jax.machine.shapes import get_shape
+from hybrimoe_jax.records import read_records
 from hybrimoe_jax.reproduce import __main__ as reproduce
 from hybrimoe_jax.reproduce import analysis, experiments, figures, page, sayings, tables
 from hybrimoe_jax.reproduce.sources import QWEN2, SYNTHETIC, TRACES, inputs
@@ -51,6 +53,15 @@ def test_the_committed_page_is_that_of_the_committed_records():
     rows = [line for line in text.splitlines() if re.match(r"\| (mixtral|qwen2)", line)]
     assert rows and all("(synthetic)" in row for row in rows)
     assert "It is not a measurement of that machine" in text
+
+
+def test_every_committed_record_is_one_of_ours():
+    for path in (ROOT / "results").glob("*.jsonl"):
+        for record in read_records(path):
+            if record["kind"] == f"hybrimoe-jax reproduction {path.stem}":
+                golden.check(record)
+            else:
+                assert record["kind"] == "hybrimoe-jax simulation"
 
 
 def test_every_place_of_the_text_is_filled_from_the_records_and_every_table_is_shown():
@@ -233,7 +244,9 @@ def test_without_records_the_page_says_so_in_every_place(tmp_path, capsys):
     docs = tmp_path / "r.md"
     assert reproduce.main(["--text-only", "--results", str(tmp_path / "none"), "--docs", str(docs)]) == 0
     said, text = capsys.readouterr(), docs.read_text()
-    assert json.loads(said.out)["runs"] == 0 and "has no records of them" in said.err
+    made = json.loads(said.out)
+    assert made["runs"] == 0 and "has no records of them" in said.err
+    golden.check(made)
     assert text.count(page.NOT_RUN) > 40 and "{{" not in text and "## Table III" in text
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import pytest
 from test_train_loop import VERSES
 
@@ -79,7 +80,9 @@ def test_finished_run_is_not_overwritten_and_resuming_it_only_evaluates(finished
     with pytest.raises(UserError, match="--resume"):
         train.main([*flags, "--steps", "2"])
     assert train.main([*flags, "--steps", "2", "--resume"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] > 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["tokens"] > 0
+    golden.check(said)
     assert (run / "state.npz").read_bytes() == before
 
 

@@ -38,7 +38,7 @@ CHOOSING_S = 2.0
 
 @dataclasses.dataclass(kw_only=True)
 class Parts:
-    """What a torch engine is made of. `cost_bytes`: of an expert, where another model's are counted."""
+    """What a torch engine is made of."""
 
     system: System
     model: TorchModel
@@ -85,7 +85,7 @@ def assemble(
 ) -> Parts:
     """Args: options: of our own engine, as far as it has them. device: torch's. precision: see `torch_linear`.
 
-    trial: parts left out to see what they bring (an `Ablation`).
+    trial: parts left out to see what they bring (of `torch_offload.ABLATIONS`).
     """
     config, system = checkpoint.config, system_of(options)
     kind = ExpertKind.of(checkpoint.format, config.hidden_size, config.moe_width, precision, device)

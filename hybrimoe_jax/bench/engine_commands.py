@@ -64,7 +64,7 @@ def _e2e_arguments(e2e) -> None:
     e2e.add_argument("--rounds", type=int, metavar="N", help=f"measured rounds (default {usual.rounds})")
     e2e.add_argument("--new", type=int, metavar="N", help=f"tokens decoded a run (default {usual.new})")
     e2e.add_argument("--device", metavar="D", help='"paced:PROFILE[:SLOWDOWN]": ours and torch\'s on a paced device')
-    e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in under 8 minutes")
+    e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in some 10 minutes")
     e2e.add_argument("--workdir", metavar="DIR", help="keep the models here for the next run")
 
 

@@ -69,11 +69,11 @@ class EngineConfig:
         "pinned" (in its own kind of host memory), or "auto": what the profile found the fastest, else mapped on a GPU.
         A device that refuses gives one warning, and memory stays plain.
       slots: how slots lie in device memory: "separate", a buffer each, "stacked", one buffer in which programs find the
-        residents by themselves, or "auto": separate on the CPU backend, stacked elsewhere. The callback executor takes
-        separate ones.
+        residents by themselves, or "auto": stacked on a GPU and on a paced device, separate elsewhere and with the
+        callback executor.
       precision: of the products of prompts on a GPU, from 16 tokens on: "float32", or "bfloat16", which rounds both
         operands as most engines do and takes a sixth of the arithmetic. The CPU backend refuses it.
-      threads: cores for XLA and host experts together; all of them if None. Acts only before jax starts.
+      threads: cores for XLA and host experts together; all of them if None. XLA's part is set once, when jax starts.
       max_context: longest sequence, prompt and reply together; at most the model's own limit.
       max_batch: sequences whose KV cache a vram_budget reserves.
       prefill_chunk: tokens of a prompt computed at once.

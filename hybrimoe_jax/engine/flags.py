@@ -56,7 +56,7 @@ ENGINE_FLAGS = {
         choices=HOST_MEMORY, help="of experts, for copies to a GPU (default auto: registered with it, mapped)"
     ),
     "slots": dict(
-        choices=SLOTS, help="how slots lie in device memory (default: separate on the CPU backend, stacked elsewhere)"
+        choices=SLOTS, help="how slots lie in device memory (default: stacked on a GPU and on a paced device)"
     ),
     "precision": dict(choices=PRECISIONS, help="of prompts' products on a GPU (default float32)"),
     "threads": dict(type=int, metavar="N", help="cores for XLA and the host experts together (default all)"),

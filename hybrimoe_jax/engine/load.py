@@ -59,8 +59,8 @@ def read_model(
 ) -> Model:
     """Reads a folder written by `python -m hybrimoe_jax.convert`, or one that is open (the bundled model if None).
 
-    Starts jax, as `load` does. Of the options `threads`, `executor`, `lazy`, `verify` and `start_cache` count, and
-    `vram_budget` with what it must hold.
+    Starts jax, as `load` does. Of the options `threads`, `executor`, `device`, `host_kernel`, `lazy`, `verify` and
+    `start_cache` count, and `vram_budget` with what it must hold; the others are only checked.
     """
     options = options or EngineConfig()
     start_cache = usable(options.start_cache)

@@ -19,6 +19,7 @@ from hybrimoe_jax.encoding import read_text, say
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.identity import cores
+from hybrimoe_jax.records import stamped
 from hybrimoe_jax.reproduce import analysis, experiments
 from hybrimoe_jax.reproduce.page import NOT_RUN, page
 from hybrimoe_jax.reproduce.sources import BUNDLED, inputs, public_traces
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{missing} places of {args.docs} say {NOT_RUN}: {args.results} has no records of them")
     with replacing(args.docs) as file:
         file.write(text)
-    print(json.dumps({"docs": args.docs, "results": args.results, "runs": runs, "clock": "virtual"}))
+    said = {"docs": args.docs, "results": args.results, "runs": runs, "clock": "virtual"}
+    print(json.dumps(stamped("reproduction", said)))
     return 0
 
 
@@ -132,6 +134,7 @@ def bundled_model(folder: Path, table: bool) -> tuple[Records, Path | None]:
 def write_records(folder: Path, name: str, rows: Sequence[dict]) -> None:
     """One file an experiment, one line a record."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [row if "kind" in row else stamped(f"reproduction {name}", row) for row in rows]
     with replacing(folder / f"{name}.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

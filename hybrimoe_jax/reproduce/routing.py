@@ -65,7 +65,7 @@ def alpha(f: Figures) -> str:
 
 
 def alpha_times(f: Figures) -> str:
-    """Milliseconds a token of hybrimoe a token on the paper's machine by alpha."""
+    """Milliseconds a token of hybrimoe on the paper's machine, by alpha."""
     rows = []
     for row in [row for row in f.rows("alpha") if row != BUNDLED]:
         found = {value: seconds(f.get("alpha", f"time {value:g}", row)) for value in e.TIMED_ALPHAS}

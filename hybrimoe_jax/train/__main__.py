@@ -21,6 +21,7 @@ from hybrimoe_jax.cli import Parser, first_paragraph
 from hybrimoe_jax.encoding import show
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import cache_folder, check_folder_to_be, replacing
+from hybrimoe_jax.records import stamped
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hybrimoe_jax.train import evaluation
 
     print(evaluation.describe(values))
-    print(json.dumps(values), flush=True)
+    print(json.dumps(stamped("training", values)), flush=True)
     return 0
 
 

@@ -1,8 +1,8 @@
 """All slots in one buffer, and a table on the device that says which of them holds whom.
 
 So a program finds the residents that a router has chosen by itself, before the host has read the routing, and one
-executable serves any number of them. Compiled for an H100, six experts out of 32 stacked slots are four kernels; on
-XLA's CPU backend separate slots are several times faster (docs/gpu.md).
+executable serves any number of them. Compiled for an H100, a token's residents are two kernels of ours (docs/gpu.md);
+on XLA's CPU backend separate slots are several times faster (docs/design.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One token a row; the cache is written and read in place.
 
-What they compute is said in jax.numpy by `models.attention` and `models.deepseek_v2`, which they are tested against.
+What they compute is said in jax.numpy by `models.attention` and `models.families.deepseek_v2`, which they are tested
+against.
 Where the caches are donated nothing of them is copied.
 
 Shapes: B batch, S places of the cache, H query heads, K key/value heads, d head width; latent attention: r latent
