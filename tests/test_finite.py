@@ -66,22 +66,30 @@ WAYS = {
 }
 
 
-def damaged(monkeypatch, way: str, tensor: str | tuple[int, int], row=..., value=np.nan):
-    """A tiny engine with `value` in a row of a dense tensor, or in the down matrix of (MoE layer, expert)."""
+def damage(monkeypatch, tensor: str | tuple[int, int], row=..., value=np.nan):
+    """`value` in a row of a dense tensor, or in the down matrix of (MoE layer, expert), of tiny models from now on.
+
+    Returns their configuration.
+    """
     config, dense, experts = tiny.weights("qwen2_moe")
     dense, experts = {name: array.copy() for name, array in dense.items()}, [(g, d.copy()) for g, d in experts]
     if isinstance(tensor, str):
         dense[tensor][row] = value
     else:
         experts[tensor[0]][1][tensor[1]] = value
-    options = dict(WAYS[way])
+    monkeypatch.setattr(tiny, "weights", lambda *_: (config, dense, experts))
+    return config
+
+
+def damaged(monkeypatch, way: str, *what):
+    """A tiny engine with a `damage`."""
+    config, options = damage(monkeypatch, *what), dict(WAYS[way])
     if way == "fused":
         if not ffi.available():
             pytest.skip("no native kernels for jitted programs here")
         monkeypatch.setattr(select, "is_faster", lambda *_: True)
         fast = {"alone_expert": 1e-6, "alone_token": 1e-7, "alone_first": 1e-6, "handover": 1e-4, "look": 1.0}
         options["profile"] = dataclasses.replace(tiny.costs(config), **fast)
-    monkeypatch.setattr(tiny, "weights", lambda *_: (config, dense, experts))
     return tiny.engine(**options)
 
 
@@ -100,18 +108,18 @@ def test_logits_that_are_no_numbers_are_one_error(monkeypatch, way):
             engine.logits([1, want[1]])
 
 
-@pytest.mark.parametrize(
-    ("tensor", "row", "value", "where"),
-    [
-        (EMBEDDING, 7, np.inf, "the token table"),
-        ("model.layers.1.self_attn.v_proj.weight", 3, np.nan, "layer 1, in its attention"),
-        ("model.layers.1.mlp.gate.weight", 3, np.nan, "layer 1, in its norm or router"),
-        ("model.layers.0.mlp.shared_expert.up_proj.weight", 0, 3e38, "layer 0, in its shared experts"),
-        ((2, slice(None)), ..., np.nan, r"layer 2, in its expert \d"),
-        (HEAD, 5, -np.inf, "the last norm or the head"),
-        (HEAD, 5, np.nan, "the last norm or the head"),
-    ],
-)
+DAMAGES = [
+    (EMBEDDING, 7, np.inf, "the token table"),
+    ("model.layers.1.self_attn.v_proj.weight", 3, np.nan, "layer 1, in its attention"),
+    ("model.layers.1.mlp.gate.weight", 3, np.nan, "layer 1, in its norm or router"),
+    ("model.layers.0.mlp.shared_expert.up_proj.weight", 0, 3e38, "layer 0, in its shared experts"),
+    ((2, slice(None)), ..., np.nan, r"layer 2, in its expert \d"),
+    (HEAD, 5, -np.inf, "the last norm or the head"),
+    (HEAD, 5, np.nan, "the last norm or the head"),
+]
+
+
+@pytest.mark.parametrize(("tensor", "row", "value", "where"), DAMAGES)
 def test_a_second_pass_says_where_they_come_up_first(monkeypatch, tensor, row, value, where):
     with damaged(monkeypatch, "overlapped", tensor, row, value) as engine:
         with pytest.raises(UserError, match=f"NaN or infinite at step 0: a second pass .* first in {where}"):

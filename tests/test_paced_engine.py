@@ -108,3 +108,11 @@ def test_a_paced_device_gives_the_dense_answer(cell, results):
     if reason := missing(cell):
         pytest.skip(reason)
     check(cell, results[cell.label])
+
+
+@pytest.mark.slow
+def test_what_fails_once_ends_one_call_and_the_next_are_exact(tmp_path):
+    faults = process("paced_faults.py", str(tmp_path))
+    assert len(faults) == 12
+    for fault in faults:
+        assert fault["raised"] == f"{fault['error']}: it failed once" and all(fault["exact"]), fault

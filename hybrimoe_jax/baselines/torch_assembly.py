@@ -24,6 +24,7 @@ from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.lanes.clock import Clock, PacedClock, VirtualClock, WallClock
 from hybrimoe_jax.engine.lanes.host_pace import HostPace
 from hybrimoe_jax.engine.lanes.pacing import Pacing
+from hybrimoe_jax.engine.lanes.workers import PATIENCE
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import is_format
 from hybrimoe_jax.machine.costs import CostModel
@@ -113,8 +114,10 @@ def assemble(
     if given is None:
         probe = Probe(model, host, places.bank, link, experts)
         costs = probe.costs(system.max_distance)
+    wake_s = wake_latency()
+    link.patience_s = PATIENCE * (wake_s + costs.transfer(True))
     if type(link) is ThreadLink:
-        link.inline_s, link.expected_s = INLINE_WAKES * wake_latency(), costs.transfer(True)
+        link.inline_s, link.expected_s = INLINE_WAKES * wake_s, costs.transfer(True)
     planner = Planner(
         system,
         num_layers=len(host),

@@ -23,6 +23,7 @@ from hybrimoe_jax.baselines.torch_movement import Movement
 from hybrimoe_jax.baselines.torch_slots import Slots
 from hybrimoe_jax.decide.plan import LayerPlan
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.engine.finite import check_scores
 from hybrimoe_jax.engine.inputs import StepInput
 from hybrimoe_jax.engine.lanes.clock import Clock
 from hybrimoe_jax.engine.routing import HostRouting, read_routing
@@ -134,6 +135,7 @@ class TorchForward:
         run.h, routed = self._on_device(program, self._front_seconds(run)).wait()
         packed = routed.packed.cpu().numpy()
         routing = read_routing(packed, config.num_experts_per_tok, config.num_experts, run.valid)
+        check_scores(routing.scores)
         self.clock.front(run.layer, run.tokens, run.context, run.routers > 0)
         return routed, routing
 
@@ -299,7 +301,8 @@ class TorchForward:
     def repair(self) -> None:
         """Refills the slots with what the planner believes in them, after a step that was broken off."""
         if self.movement.last is not None:
-            self.movement.last.wait()
+            self.movement.last.join()  # however it ended
+        self.device.recover()
         self.link.drain()
         self.clock.drain()
         self.planner.abandon_step()

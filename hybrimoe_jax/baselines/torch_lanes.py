@@ -37,16 +37,21 @@ class Program:
         self.result: Any = None
         self.error: BaseException | None = None
         self.event: Any = None  # a GPU's
+        self.before: Program | None = None  # with which it fails
 
     @property
     def running(self) -> bool:
         """Whether another thread has not ended it yet."""
         return self.done is not None and not self.done.is_set()
 
-    def wait(self) -> Any:
-        """The result, once it is there."""
+    def join(self) -> None:
+        """Waits for its end, well or not."""
         if self.done is not None:
             self.done.wait()
+
+    def wait(self) -> Any:
+        """The result, once it is there."""
+        self.join()
         if self.error is not None:
             raise self.error
         return self.result
@@ -62,6 +67,9 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def submit(self, program: Program) -> Program:
         """Starts a program behind all others. Its `wait` gives what it returned."""
+
+    def recover(self) -> None:  # noqa: B027
+        """Takes programs again after one has failed."""
 
     def close(self) -> None:  # noqa: B027
         """Ends its threads."""
@@ -97,16 +105,21 @@ class CudaDevice(Device):
 
 
 class PacedDevice(Device):
-    """A thread that runs programs in order, each as long as it should last. `late`, `overrun`: how well it did."""
+    """A thread that runs programs in order, each as long as it should last. `late`, `overrun`: how well it did.
+
+    Nobody waits for most programs, so those behind one that failed fail with it, until `recover`.
+    """
 
     later = True
 
     def __init__(self):
         self.late, self.overrun, self.overran_s, self._free = Lateness(), 0, 0.0, 0.0
+        self._latest: Program | None = None
         self._worker = Worker(self._serve, "torch-device")
 
     def submit(self, program: Program) -> Program:
         program.done = threading.Event()
+        program.before, self._latest = self._latest, program
         self._worker.put(program)
         return program
 
@@ -124,11 +137,17 @@ class PacedDevice(Device):
         self.late.reset()
         self.overrun, self.overran_s = 0, 0.0
 
+    def recover(self) -> None:
+        self._latest = None
+
     def close(self) -> None:
         self._worker.stop()
 
     def _serve(self, program: Program) -> None:
         try:
+            before, program.before = program.before, None
+            if before is not None:
+                before.wait()
             begin = max(self._free, program.issued)
             for transfer in program.needs:
                 transfer.wait()

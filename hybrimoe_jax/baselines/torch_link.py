@@ -16,7 +16,8 @@ import torch
 from hybrimoe_jax.baselines.torch_experts import Bank
 from hybrimoe_jax.baselines.torch_lanes import Program, now
 from hybrimoe_jax.engine.lanes.clock import PacedClock
-from hybrimoe_jax.engine.lanes.workers import Worker
+from hybrimoe_jax.engine.lanes.workers import PATIENCE, Worker, ended, tell_lost
+from hybrimoe_jax.errors import DeviceError
 
 INLINE_WAKES = 4
 """Copies shorter than this many wake-ups of a thread are made by the thread that asks."""
@@ -35,16 +36,25 @@ class Transfer:
         self.done = threading.Event()
         self.event: Any = None  # a GPU's
         self.error: BaseException | None = None
+        self.link: ThreadLink | None = None  # that has it
 
     @property
     def seconds(self) -> float:
         """How long it held the link, once it has landed."""
         return self.landed - self.began
 
-    def wait(self) -> None:
+    def join(self) -> None:
+        """Waits for its end, well or not. Its link gives it up where that takes too long."""
         if self.event is not None:
             self.event.synchronize()
-        self.done.wait()
+        for program in (self.after, self.behind):  # which it waits for itself, and which may take long
+            if program is not None:
+                program.join()
+        if self.link is not None and not ended(self.done, self.link.patience_s):
+            self.link.give_up(self)
+
+    def wait(self) -> None:
+        self.join()
         if self.error is not None:
             raise self.error
 
@@ -57,26 +67,35 @@ class ThreadLink:
     """Args: host: by MoE layer, the bank of its experts in host memory. slots: the device's.
 
     Attributes: `inline_s`: copies expected to be shorter are made at once, by `expected_s` (set once measured);
-    `busy_s`: seconds of copies so far.
+    `busy_s`: seconds of copies so far; `patience_s`: how long a copy may take before it is given up, with all that is
+    under way, and a new thread goes on (None: as long as it takes).
     """
+
+    patience_s: float | None = None
 
     def __init__(self, host: list[Bank], slots: Bank):
         self.host, self.slots = host, slots
         self.inline_s = self.expected_s = self.busy_s = 0.0
         self._in_flight: dict[tuple[int, int], Transfer] = {}
-        self._worker = Worker(self._serve, "torch-link")
+        self._latest: Transfer | None = None
+        self._worker = Worker(self._serve, "torch-link", self._lost)
 
     def fetch(self, transfer: Transfer) -> Transfer:
         """Starts a demand fetch."""
         if self.expected_s < self.inline_s and not self._in_flight:
             self._serve(transfer)
         else:
-            self._worker.put(transfer)
+            self._put(transfer)
         return transfer
 
     def prefetch(self, transfer: Transfer) -> None:
-        self._worker.put(transfer)
+        self._put(transfer)
         self._in_flight[transfer.layer, transfer.expert] = transfer
+
+    def _put(self, transfer: Transfer) -> None:
+        transfer.link = self
+        self._latest = transfer  # first: an interrupt may come at any line, and `drain` waits for it
+        self._worker.put(transfer)
 
     @property
     def busy(self) -> bool:
@@ -97,10 +116,22 @@ class ThreadLink:
         return self._take(transfer)
 
     def drain(self) -> None:
-        """Waits for everything under way and forgets it."""
-        for transfer in self._in_flight.values():
-            transfer.wait()
+        """Waits for everything under way, demand fetches too, and forgets it."""
+        for transfer in (*self._in_flight.values(), self._latest):
+            if transfer is not None:
+                transfer.join()
         self._in_flight.clear()
+        self._latest = None
+
+    def give_up(self, stuck: Transfer) -> None:
+        """Ends what is under way with an error. A copy that comes back later is not made."""
+        error = DeviceError(
+            f"expert {stuck.expert} of MoE layer {stuck.layer} has not reached the device in {self.patience_s:.3g} s, "
+            f"{PATIENCE:,} times what a transfer takes: the device may hang"
+        )
+        self._worker.abandon()
+        for transfer in (stuck, *self._in_flight.values(), self._latest):
+            tell_lost(transfer, error)
 
     def close(self) -> None:
         self._worker.stop()
@@ -117,7 +148,7 @@ class ThreadLink:
     def _serve(self, transfer: Transfer) -> None:
         try:
             if transfer.after is not None:
-                transfer.after.wait()
+                transfer.after.join()
             transfer.began = now()
             self._copy(transfer)
             transfer.landed = now()
@@ -126,9 +157,14 @@ class ThreadLink:
             transfer.error = error
         transfer.done.set()
 
+    def _lost(self, transfer: Transfer, error: BaseException) -> None:
+        """The link's thread has died and left a transfer undone."""
+        tell_lost(transfer, error)
+
     def _copy(self, transfer: Transfer) -> None:
-        with torch.inference_mode():
-            self.slots.data[transfer.place].copy_(self.host[transfer.layer].data[transfer.expert])
+        if not transfer.done.is_set():  # else it was given up: its place may be another's
+            with torch.inference_mode():
+                self.slots.data[transfer.place].copy_(self.host[transfer.layer].data[transfer.expert])
 
 
 class PacedLink(ThreadLink):
@@ -139,23 +175,33 @@ class PacedLink(ThreadLink):
         super().__init__(host, slots)
 
     def fetch(self, transfer: Transfer) -> Transfer:
-        self._worker.put(transfer)
+        self._put(transfer)
         return transfer
+
+    def give_up(self, stuck: Transfer) -> None:
+        super().give_up(stuck)
+        self.pace.clear()
 
     def _serve(self, transfer: Transfer) -> None:
         try:
             issued = transfer.issued
             for program in (transfer.after, transfer.behind if self._waits else None):
                 if program is not None and program.running:
-                    program.wait()
+                    program.join()
                     issued = now()
             self.pace.start(transfer.layer, transfer.expert, issued)
             self._copy(transfer)
-            transfer.began, transfer.landed = self.pace.wait()
-            self.busy_s += transfer.seconds
+            if not transfer.done.is_set():  # else it was given up: another thread has the lane
+                transfer.began, transfer.landed = self.pace.wait()
+                self.busy_s += transfer.seconds
         except BaseException as error:  # handed to whoever waits for it
+            self.pace.clear()
             transfer.error = error
         transfer.done.set()
+
+    def _lost(self, transfer: Transfer, error: BaseException) -> None:
+        self.pace.clear()
+        super()._lost(transfer, error)
 
 
 class CudaLink(ThreadLink):
@@ -166,12 +212,12 @@ class CudaLink(ThreadLink):
         self._stream = torch.cuda.Stream()
 
     def fetch(self, transfer: Transfer) -> Transfer:
-        self._serve(transfer)
+        self._put(transfer)
         return transfer
 
-    def prefetch(self, transfer: Transfer) -> None:
+    def _put(self, transfer: Transfer) -> None:
+        self._latest = transfer
         self._serve(transfer)
-        self._in_flight[transfer.layer, transfer.expert] = transfer
 
     def _serve(self, transfer: Transfer) -> None:
         if transfer.after is not None and transfer.after.event is not None:

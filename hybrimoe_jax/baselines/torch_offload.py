@@ -129,6 +129,12 @@ class TorchOffload(BaseEngine):
     def _end(self) -> None:
         self._parts.close()
 
+    def _first_not_finite(self, tokens: Sequence[int]) -> str | None:
+        from hybrimoe_jax.baselines.torch_not_finite import first_not_finite
+
+        forward = self._parts.forward
+        return first_not_finite(self._parts.model, forward.host_banks, forward.experts, tokens, self.max_context)
+
     def _step(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         self._check_open()
         self._calls.serve(call)

@@ -24,11 +24,11 @@ class Slots:
 
     def __init__(self, bank: Bank, layers: int):
         self.bank, self._layers = bank, layers
-        self.readers: dict[int, Program] = {}
         self.clear()
 
     def clear(self) -> None:
-        """Forgets who is where."""
+        """Forgets who is where. Nothing reads or fills a place any more."""
+        self.readers: dict[int, Program] = {}
         self._where: list[dict[int, int]] = [{} for _ in range(self._layers)]
         self._free = deque(range(STAGING, self.bank.count))
         self._staging = 0

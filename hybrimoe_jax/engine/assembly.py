@@ -118,7 +118,7 @@ class _HybridAssembly:
         self.kept = KeptMeasurements(start_folder(options.start_cache), self._facts(given.costs))
         self.measured = Measurements() if options.measure_again else self.kept.read()
         self.costs = given.costs or self._measured_costs()
-        self.link.patience_s = PATIENCE * self.costs.transfer(True)
+        self.link.patience_s = PATIENCE * (self.wake_s + self.costs.transfer(True))
         self.host.expected = self.wake_s, self.costs
         self.clock = wall if options.clock == "wall" else VirtualClock(VirtualMachine(self.costs))
 

@@ -12,7 +12,7 @@ import numpy as np
 from hybrimoe_jax.engine.budget import readable
 from hybrimoe_jax.engine.call import Call, Calls, Totals
 from hybrimoe_jax.engine.config import EngineConfig
-from hybrimoe_jax.engine.finite import NotFinite, check_logits
+from hybrimoe_jax.engine.finite import NotFinite, check_logits, explained
 from hybrimoe_jax.engine.generation import (
     LOGIT_ROWS,
     Generation,
@@ -192,8 +192,13 @@ class BaseEngine(abc.ABC):
             raise UserError("the engine is closed: its worker threads have ended; load it again")
 
     def _explained(self, error: NotFinite, call: Call, rows: Sequence[Sequence[int]]) -> UserError:
-        """Numbers that are not finite in the latest step; `rows`: the tokens so far."""
-        return error
+        """Numbers that are not finite in the latest step: where they come from, by a second pass over these tokens."""
+        found = next(filter(None, map(self._first_not_finite, rows)), None)
+        return explained(error, len(call.stats.steps), found)
+
+    @abc.abstractmethod
+    def _first_not_finite(self, tokens: Sequence[int]) -> str | None:
+        """Where NaN or an infinity comes up first while these tokens are read; None if nowhere."""
 
     @abc.abstractmethod
     def _start(self, batch: int, capacity: int) -> Call:

@@ -20,9 +20,8 @@ from hybrimoe_jax.engine.call import Call, Totals
 from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
-from hybrimoe_jax.engine.finite import NotFinite
 from hybrimoe_jax.engine.inputs import StepInput
-from hybrimoe_jax.engine.not_finite import explained
+from hybrimoe_jax.engine.not_finite import first_not_finite
 from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace, Recording
 from hybrimoe_jax.engine.slot_map import SlotMap
 from hybrimoe_jax.engine.stats import StepStats
@@ -149,9 +148,8 @@ class Engine(BaseEngine):
             self.record()
             record.finish()
 
-    def _explained(self, error: NotFinite, call: Call, rows: Sequence[Sequence[int]]) -> UserError:
-        """Numbers that are not finite in the latest step: where they come from, by a second pass over these tokens."""
-        return explained(error, len(call.stats.steps), self._parts.model, self.store, rows, self.max_context)
+    def _first_not_finite(self, tokens: Sequence[int]) -> str | None:
+        return first_not_finite(self._parts.model, self.store, tokens, self.max_context)
 
     def _step(self, call: Call, step: StepInput, caches: list) -> tuple[np.ndarray, list, StepStats]:
         """One forward pass, once more with fewer slots where the device's memory runs out.

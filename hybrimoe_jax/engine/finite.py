@@ -8,6 +8,8 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError
 
+CHUNK = 64
+"""Tokens that go through a layer together while one looks where such numbers come up."""
 NO_TOKEN = -1
 """What a device gives for the likeliest token of logits that are not finite."""
 
@@ -18,6 +20,18 @@ class NotFinite(UserError):
     def __init__(self, what: str, counted: bool):
         super().__init__(f"{what} NaN or infinite")
         self.counted = counted
+
+
+def explained(error: NotFinite, steps: int, found: str | None) -> UserError:
+    """The one error for numbers that are not finite: at which step, and in which layer first.
+
+    Args: steps: those that were whole. found: where a second pass had them first, if it did.
+    """
+    second = f"a second pass has such numbers first in {found}" if found else "a second pass does not have them again"
+    return UserError(
+        f"{error} at step {steps - error.counted}: {second}; the weights are damaged, or overflow in their format: "
+        "convert the original again, with --format f32"
+    )
 
 
 def check_logits(logits: np.ndarray) -> np.ndarray:

@@ -15,29 +15,10 @@ import numpy as np
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore
 from hybrimoe_jax.engine import programs
 from hybrimoe_jax.engine.device_model import DeviceLayer, DeviceModel
-from hybrimoe_jax.engine.finite import NotFinite
+from hybrimoe_jax.engine.finite import CHUNK
 from hybrimoe_jax.engine.generation import capacity_for, prefill_chunks
 from hybrimoe_jax.engine.inputs import StepInput
-from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.packing import plain_expert
-
-CHUNK = 64
-"""Tokens of the second pass that go through a layer together."""
-
-
-def explained(
-    error: NotFinite, steps: int, model: DeviceModel, store: ExpertStore, rows: Sequence[Sequence[int]], context: int
-) -> UserError:
-    """The one error for numbers that are not finite: at which step, and in which layer first.
-
-    Args: steps: those that were whole. rows: the tokens of each sequence so far. context: the longest sequence.
-    """
-    found = next(filter(None, (first_not_finite(model, store, row, context) for row in rows)), None)
-    second = f"a second pass has such numbers first in {found}" if found else "a second pass does not have them again"
-    return UserError(
-        f"{error} at step {steps - error.counted}: {second}; the weights are damaged, or overflow in their format: "
-        "convert the original again, with --format f32"
-    )
 
 
 def first_not_finite(model: DeviceModel, store: ExpertStore, tokens: Sequence[int], context: int) -> str | None:
