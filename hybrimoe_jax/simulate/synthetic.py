@@ -22,6 +22,8 @@ from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import facts_of
 
 PREFIX = "synthetic:"
+LARGEST = 100
+"""Skew, and noise: far more than leaves anything to chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ def synthetic_of(text: str) -> Trace:
             raise UserError(f"{where}: {key}={shown(value)} is not a number") from None
     if name not in KNOBS and not {"skew", "stay"} <= knobs.keys():
         raise UserError(f"{where}: there is synthetic routing of {', '.join(KNOBS)}; of others by skew and stay only")
+    if not all(0 <= knobs.get(name, 0) <= LARGEST for name in ("skew", "noise")):
+        raise UserError(f"{where}: skew and noise must be at least 0 and at most {LARGEST}")
     if not 0 <= knobs.get("stay", 0) < 1 or min(counts.get("sequences", 1), counts.get("tokens", 1)) < 1:
         raise UserError(f"{where}: stay must be at least 0 and below 1, sequences and tokens at least 1")
     usual = KNOBS.get(name, Knobs(0.0, 0.0, 0.4))

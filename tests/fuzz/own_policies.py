@@ -29,10 +29,30 @@ NAMES = {
         "json:JSONDecoder",
         "os:system",
     ),
-    "scheduler": ("hybrid", "paper", "greedy", "own_rules:Half", "own_rules:Popular", "json:loads", "no.module:X"),
-    "predictor": ("router-reuse", "co-activation", "previous", "own_rules:Popular", "own_rules:Fading", "recorded:x"),
+    "scheduler": (
+        "hybrid",
+        "paper",
+        "optimal",
+        "greedy",
+        "own_rules:Half",
+        "own_rules:Popular",
+        "json:loads",
+        "no.module:X",
+    ),
+    "predictor": (
+        "router-reuse",
+        "co-activation",
+        "corrected",
+        "previous",
+        "own_rules:Popular",
+        "own_rules:Fading",
+        "recorded:x",
+    ),
 }
-PARAMETERS = ("alpha", "p", "decay", "share", "step", "num_experts", "capacity", "x", "")
+PARAMETERS = (
+    *("alpha", "p", "decay", "share", "window", "seed", "nodes", "rate", "smoothing", "learn"),
+    *("step", "num_experts", "capacity", "x", ""),
+)
 PARAMETER_VALUES = (
     "0.3",
     "nan",

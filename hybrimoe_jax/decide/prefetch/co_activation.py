@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, predict
+from hybrimoe_jax.errors import UserError
 
 ALIGNED_ROWS = 16
 """Rows up to which a step's tokens are taken to follow those of the step before, row by row: decoding, not chunks of a
@@ -38,6 +39,10 @@ class CoActivation(Predictor):
 
     def __init__(self, *model: int, smoothing: float = 2.0, learn: bool = True):
         super().__init__(*model)
+        if not 1e-6 <= smoothing <= 1e6:
+            raise UserError(f"predictor co-activation: smoothing {smoothing} is outside 1e-06..1e+06")
+        if not isinstance(learn, bool):
+            raise UserError(f"predictor co-activation: learn {learn!r} is neither true nor false")
         layers, experts, distances = self.num_layers, self.num_experts, self.distances
         self.smoothing, self.learn = smoothing, learn
         self._rows = np.zeros((layers * (distances + 1) * experts, experts), np.float32)

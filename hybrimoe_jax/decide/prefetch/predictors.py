@@ -52,6 +52,8 @@ class Corrected(Predictor):
 
     def __init__(self, *model: int, rate: float = 1 / 64):
         super().__init__(*model)
+        if not 0 <= rate <= 1:
+            raise UserError(f"predictor corrected: rate {rate} is outside 0..1")
         self.rate = rate
         self._shift = np.zeros((self.num_layers, self.distances, self.num_experts))
         self._seen = np.zeros((self.num_layers, self.distances), np.int64)
