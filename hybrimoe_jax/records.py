@@ -36,7 +36,7 @@ VERSIONS = {
     "trace overlap": 1,
     "trace check": 1,
     "bench engine": 1,
-    "bench e2e": 1,
+    "bench e2e": 2,
     "bench llamacpp": 1,
     "bench paced": 1,
     "bench cache": 1,

@@ -96,7 +96,9 @@ def e2e(record: dict) -> str:
 
     made = [markdown([title, *table.HEAD[1:]], rows) for title, rows in table.lines_of(record)]
     made.append(markdown(parts.HEAD, map(parts.line, record["parts"])))
-    return "\n".join([*made, "".join(f"* {table.bar_line(bar)}\n" for bar in record["bars"])])
+    said = [table.bar_line(bar) for bar in record["bars"]] + table.doubts(record["rows"])
+    said += [f"left out: {name}: {why}" for name, why in record["left_out"].items()]
+    return "\n".join([*made, "".join(f"* {line}\n" for line in said)])
 
 
 def formats(record: dict) -> str:

@@ -22,7 +22,7 @@ BY_DATA = {
     "training": {"works"},
     "trace info": {"expert_bytes", "router_reuse", "about"},
     "bench engine": {"models"},
-    "bench e2e": {"figures", "left_out", "rows", "options", "bars"},
+    "bench e2e": {"figures", "left_out", "rows", "options", "bars", "versions"},
     "bench paced": {"machines"},
     "bench cache": {"traces"},
     "bench schedule": {"gap", "seconds", "us"},

@@ -197,7 +197,7 @@ def test_a_paced_part_asks_the_virtual_clock_the_same_and_shows_the_machine_s_ti
 
 def flags(**given) -> dict:
     names = ("models", "formats", "ratios", "prompts", "systems", "peers", "threads", "rounds", "new", "device")
-    return {**dict.fromkeys(names), "quick": False, "workdir": None, **given}
+    return {**dict.fromkeys((*names, *grid.PARTS)), "quick": False, "workdir": None, **given}
 
 
 def test_quick_measures_less_and_adds_a_paced_part():
@@ -217,6 +217,8 @@ def test_quick_measures_less_and_adds_a_paced_part():
         ("--models nowhere", "--models 'nowhere': neither bundled, mid nor a folder"),
         ("--formats int3", "int3"),
         ("--systems nope", "nope"),
+        ("--cache nope", "'nope' is unknown"),
+        ("--scheduler wrong_rules:Nothing", "module wrong_rules has no Nothing"),
         ("--peers vllm", "--peers 'vllm' is not known"),
         ("--ratios 0.25,much", "--ratios '0.25,much': write numbers"),
         ("--ratios 2", "a ratio is from 0 to 1"),
@@ -249,14 +251,32 @@ def test_slots_of_peers_follow_the_ratio_and_others_are_measured_once(monkeypatc
     assert {entry.options["cache_ratio"] for entry in half} == {0.5}
 
 
+def test_rules_of_one_s_own_are_a_contender_of_either_engine(monkeypatch):
+    monkeypatch.setattr(grid, "absent", lambda peer: None)
+    rules = {"cache": "own_rules:Fading", "predictor": "own_rules:Popular"}
+    (asked,) = command.parts_of(flags(**rules))
+    entries = {entry.name: entry for entry in grid.entries(asked, FILES, 0.25, 64, {})}
+    ours, theirs = entries["own rules"], entries["torch own rules"]
+    assert (ours.kind, theirs.kind) == ("engine", "torch")
+    assert ours.options == {"system": "hybrimoe", **rules, "cache_ratio": 0.25, "max_context": 64}
+    assert theirs.options == {"mode": "hybrimoe", **rules, "cache_ratio": 0.25, "max_context": 64}
+    rows = [paced(name, 1.0, 1.0) for name in ("hybrimoe", "torch own rules")]
+    assert next(bar["value"] for bar in bars.paced_bars(rows)) is None, "they are no mode that a bar is about"
+
+
 @pytest.mark.slow
-def test_a_whole_run_of_the_bundled_model(tmp_path, capsys):
-    chosen = "--models bundled --formats f32 --ratios 0.5 --prompts 8 --systems hybrimoe,on-demand --peers transformers"
+def test_a_whole_run_of_the_bundled_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)  # where contenders find the rule
+    chosen = "--models bundled --formats f32 --ratios 0.5 --prompts 8 --systems hybrimoe,on-demand"
+    chosen += " --peers torch,transformers --cache own_rules:Fading:decay=0.5"
     assert bench.main(["e2e", *chosen.split(), "--rounds", "1", "--new", "3", "--workdir", str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     golden.check(record)
     ours = [row for row in record["rows"] if row["kind"] == "engine"]
-    assert {row["contender"] for row in ours} == {"hybrimoe", "on-demand"} and record["commit"] is not None
+    assert {row["contender"] for row in ours} == {"hybrimoe", "on-demand", "own rules"} and record["commit"]
+    torch = {row["contender"]: row for row in record["rows"] if row["kind"] == "torch"}
+    assert {"torch hybrid", "torch own rules"} <= set(torch) and not record["left_out"]
+    assert all(row["token_differences"] == 0 for row in torch.values())
     for row in ours:
         assert row["token_differences"] == 0 and row["threads_kept"]
         assert row["times_floor"]["tbt"] > 1 and row["times_floor"]["ttft"] > 1

@@ -54,7 +54,7 @@ def _need_transformers() -> None:
 
 
 def _e2e_arguments(e2e) -> None:
-    from hybrimoe_jax.bench.e2e.grid import Options
+    from hybrimoe_jax.bench.e2e.grid import OWN, PARTS, Options
 
     usual = Options()
     for name in ("models", "formats", "ratios", "prompts", "systems", "peers"):
@@ -64,6 +64,12 @@ def _e2e_arguments(e2e) -> None:
     e2e.add_argument("--rounds", type=int, metavar="N", help=f"measured rounds (default {usual.rounds})")
     e2e.add_argument("--new", type=int, metavar="N", help=f"tokens decoded a run (default {usual.new})")
     e2e.add_argument("--device", metavar="D", help='"paced:PROFILE[:SLOWDOWN]": ours and torch\'s on a paced device')
+    own = "a name, with parameters if wanted, or a class of yours as package.module:Class:param=1"
+    for part in PARTS:
+        e2e.add_argument(
+            f"--{part}", metavar="NAME", help=f'"{OWN}": hybrimoe with this {part}, in both engines: {own}'
+        )
+        own = "likewise"
     e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in some 10 minutes")
     e2e.add_argument("--workdir", metavar="DIR", help="keep the models here for the next run")
 

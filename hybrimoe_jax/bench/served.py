@@ -143,5 +143,7 @@ class StepsContender(Served):
                 seen.append(time.perf_counter())
             made += [token for _, token in emitted.tokens]
         done = {"ttft_s": seen[1] - seen[0], "decode_s": time.perf_counter() - seen[1]}
+        for name, phase in (("ttft_s", "prefill"), ("decode_s", "decode")):  # compiling is told apart
+            done[name] -= sum(step.compile_s for step in engine.stats.steps if step.phase == phase)
         by_costs = engine.stats.device != "cpu" or engine.options.clock == "virtual"
         return {**done, **ran(engine.stats, made, engine.costs if by_costs else None)}

@@ -93,11 +93,12 @@ def prefill(f: Figures, profile: str) -> str:
 
 
 def ablation(f: Figures, prompt: int | None = None) -> str:
-    """Milliseconds a token (a prompt: to the first one) on the paper's machine, a column a trace."""
+    """Milliseconds a token (a prompt: to the first one) on the paper's machine, a column a trace; first how many."""
     traces = [row for row in f.rows("ablation") if prompt is None or row not in ONE_SEQUENCE]
     paper = NUMBERS["table_iii_qwen2_cache25_seconds"]["prefill" if prompt else "decode"]
     names = e.OF_PROMPTS if prompt else (*e.TABLE_III, *e.BEYOND)
-    rows = []
+    counted = [cell(lambda row: f"n = {count(f.get('ablation', names[1], row, prompt=prompt))}", row) for row in traces]
+    rows = [["prompts" if prompt else "sequences", NONE, *counted]]
     for name in names:
         printed = paper.get(PRINTED.get(name, ""))
         cells = [cell(milliseconds, f, name, row, prompt) for row in traces]

@@ -37,6 +37,8 @@ def parts_of(flags: Mapping[str, Any]) -> list[Options]:
     for name in ("models", "formats", "systems", "peers"):
         if flags[name] is not None:
             given[name] = tuple(filter(None, flags[name].split(",")))
+    if own := tuple((part, flags[part]) for part in grid.PARTS if flags[part] is not None):
+        given["own"] = own
     given |= {name: numbers(f"--{name}", flags[name]) for name in ("ratios", "prompts") if flags[name] is not None}
     if not flags["quick"]:
         parts = [Options(**given)]
@@ -69,6 +71,7 @@ def check(options: Options) -> None:
         check_format(format)
     for system in options.systems:
         get_system(system)
+    get_system(grid.REFERENCE).override(**dict(options.own))
     if unknown := set(options.peers) - set(grid.PEERS):
         raise UserError(f"--peers {shown(min(unknown))} is not known (known: {', '.join(grid.PEERS)})")
     if not options.systems:

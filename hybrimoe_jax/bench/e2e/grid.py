@@ -29,12 +29,17 @@ GGUF = {"f32": "F32", "int8-g64": "Q8_0", "int4-g64": "Q4_0"}
 """llama.cpp's types of about the same bits a weight: 8.5 and 4.5 where ours have 8.25 and 4.25."""
 OTHER_PROMPTS, OTHER_TOKENS = 16, 128
 """From which static placements are learned where a model comes without counts: prompts that are not measured."""
-REFERENCE = "hybrimoe"
+REFERENCE, OWN = "hybrimoe", "own rules"
+PARTS = ("cache", "scheduler", "predictor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Args: as the command's flags; `cost_shape`: of a paced device, whose model has a full-size one's costs."""
+    """Args: as the command's flags.
+
+    `own`: (part, spec) that `OWN` has instead of the reference's, in both engines. `cost_shape`: of a paced device,
+    whose model has a full-size one's costs.
+    """
 
     models: tuple[str, ...] = MODELS
     formats: tuple[str, ...] = FORMATS
@@ -46,6 +51,7 @@ class Options:
     rounds: int = 3
     new: int = 32
     device: str = "auto"
+    own: tuple[tuple[str, str], ...] = ()
     cost_shape: str = "deepseek-v2-lite"
 
 
@@ -96,14 +102,20 @@ def entries(options: Options, files: Files, ratio: float, context: int, left_out
     """Who takes part at a cache ratio; why others do not is added to `left_out`."""
     common = {"cache_ratio": ratio, "max_context": context}
     shape = {"cost_shape": options.cost_shape} if options.device != "auto" else {}
-    made = [Entry(name, "engine", {"system": name, **common, **shape}) for name in options.systems]
+    own, systems = dict(options.own), {name: {"system": name} for name in options.systems}
+    modes = {mode: {"mode": mode} for mode in TORCH_MODES}
+    if own:
+        systems[OWN], modes[OWN] = {"system": REFERENCE, **own}, {"mode": REFERENCE, **own}
+    made = [Entry(name, "engine", {**chosen, **common, **shape}) for name, chosen in systems.items()]
     for peer in options.peers:
         why = absent(peer) or unfit(peer, options, files)
         if why:
             left_out[f"{peer}, {files.name} {files.format}"] = why
         elif peer == "torch":
             rounds = {} if files.format == "f32" else {"precision": "bfloat16"}  # which its fast kernels are for
-            made += [Entry(f"torch {mode}", peer, {"mode": mode, **rounds, **common, **shape}) for mode in TORCH_MODES]
+            made += [
+                Entry(f"torch {name}", peer, {**chosen, **rounds, **common, **shape}) for name, chosen in modes.items()
+            ]
         elif ratio == reference_ratio(options):
             made.append(Entry(peer, peer, {}, cached=False))
     return made
