@@ -54,4 +54,4 @@ def offload(family: str, *, format: str = "f32", **options):
     checkpoint = TinyCheckpoint.of(family, format)
     if not options.get("device", "").startswith("paced"):
         options = {"profile": tiny.costs(checkpoint.config, format=format), **options}
-    return TorchOffload(checkpoint, threads=1, prefill_chunk=16, **options)
+    return TorchOffload(checkpoint, threads=1, **{"prefill_chunk": 16, **options})

@@ -98,17 +98,17 @@ def assemble(
     dense = checkpoint.dense(verify=options.verify)
     model = TorchModel(config, dense, getattr(torch, precision), device, max_context, own_norm)
     expert_bytes = Bank(kind, 0, torch.device("cpu")).expert_bytes
-    slots, footprint = memory(options, system, model, expert_bytes, max_context, frequencies)
+    host = host_banks(checkpoint, kind, pinned=device.type == "cuda" and "pinned" not in trial, verify=options.verify)
+    experts = Experts(kind)
+    if "forms" not in trial:
+        experts.choose_forms(host[0], CHOOSING_S)
+    slots, footprint = memory(options, system, model, experts, expert_bytes, max_context, frequencies)
     moved = cost_bytes if cost_bytes is not None else expert_bytes
     if options.cost_shape is not None:  # of that model slots and buffers count, as in our own engine
         buffers = moved * (STAGING + IN_FLIGHT)
         footprint = budget.Footprint(dense=0, kv=0, staging=buffers, workspace=0, slots=moved * sum(slots))
 
-    host = host_banks(checkpoint, kind, pinned=device.type == "cuda" and "pinned" not in trial, verify=options.verify)
     places = Slots(Bank(kind, sum(slots) + STAGING + IN_FLIGHT, device), len(host))
-    experts = Experts(kind)
-    if "forms" not in trial:
-        experts.choose_forms(host[0], CHOOSING_S)
     clock, lane, link, cpu = lanes(options, device, given, host, places.bank, experts)
     costs = given
     if given is None:
@@ -166,15 +166,26 @@ def given_costs(options: EngineConfig, config: Any, format: str, kind: ExpertKin
     return costs, counted
 
 
-def memory(options: EngineConfig, system: System, model: TorchModel, expert_bytes: int, max_context: int, frequencies):
+def memory(
+    options: EngineConfig,
+    system: System,
+    model: TorchModel,
+    experts: Experts,
+    expert_bytes: int,
+    max_context: int,
+    frequencies,
+) -> tuple[list[int], budget.Footprint]:
     """-> slots of each MoE layer, and the device's bytes."""
     config, layers = model.config, len(model.moe_layers)
-    chunk = min(options.prefill_chunk, max_context)
+    chunk, workspace = min(options.prefill_chunk, max_context), 0
+    if options.budget_bytes is not None:
+        experts.most_rows = chunk
+        workspace = model.workspace_bytes(chunk, max_context, system.max_distance)
     fixed = budget.Footprint(
         dense=model.nbytes,
         kv=model.cache_bytes(options.max_batch, max_context),
         staging=expert_bytes * (STAGING + IN_FLIGHT),
-        workspace=0 if options.budget_bytes is None else model.workspace_bytes(chunk, max_context),
+        workspace=workspace,
     )
     if options.budget_bytes is not None:
         total = budget.slots_within(options.budget_bytes, fixed, expert_bytes, layers * config.num_experts)

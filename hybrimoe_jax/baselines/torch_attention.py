@@ -128,6 +128,11 @@ class GroupedAttention:
         shape = (batch, self.kv_heads, capacity + 1, self.width)
         return {"k": shape, "v": shape}
 
+    def workspace_bytes(self, tokens: int, context: int) -> int:
+        """Of queries, keys and values, three times rotated, and the mask."""
+        columns = (self.heads + 2 * self.kv_heads) + 3 * (self.heads + self.kv_heads)
+        return 4 * tokens * columns * self.width + tokens * context
+
     def __call__(self, x: Tensor, cache: dict[str, Tensor], places: Places) -> Tensor:
         """Of x [B, T, D] float32, normed but for the norm's weights: float32 [B, T, D]."""
         batch, tokens, _ = x.shape
@@ -232,6 +237,12 @@ class LatentAttention:
 
     def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, ...]]:
         return {"latent": (batch, 1, capacity + 1, self.latent + self.rotary)}
+
+    def workspace_bytes(self, tokens: int, context: int) -> int:
+        """Of queries and what comes out, keys and values of the whole context, expanded, and the mask."""
+        own = self.heads * (2 * (self.nope + self.rotary) + self.value) + self.latent + 2 * self.rotary
+        expanded = self.heads * (2 * self.nope + self.rotary + self.value)
+        return 4 * (tokens * own + context * expanded) + tokens * context
 
     def absorbs(self, tokens: int, span: int) -> bool:
         """Whether scoring latents takes fewer multiply-adds per head than expanding the cache first."""

@@ -10,6 +10,7 @@ Shapes: E experts of a bank, D model width, F expert width, N rows of x, n exper
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -228,6 +229,11 @@ def batched(work: Work, out: Tensor) -> None:
 
 
 Form = Callable[[Work, Tensor], None]
+TOGETHER: dict[str, Callable[[Work], int]] = {
+    "grouped": lambda work: sum(map(len, work.rows)),
+    "batched": lambda work: work.most * len(work.rows),
+}
+"""Forms that compute all experts together, and how many rows they then have, padding included."""
 FORMS: dict[str, Form] = {"loop": loop, "grouped": grouped, "batched": batched, "widened": widened}
 
 
@@ -244,8 +250,11 @@ def forms_of(kind: ExpertKind) -> dict[str, Form]:
 class Experts:
     """Computes experts in the form that was the fastest for their load.
 
-    Attributes: `forms`: by load class, the name of a form; `measured`: by load class and form, seconds.
+    Attributes: `forms`: by load class, the name of a form; `measured`: by load class and form, seconds; `most_rows`:
+    that may be computed together, as memory allows; more are computed one expert behind the other.
     """
+
+    most_rows: float = math.inf
 
     def __init__(self, kind: ExpertKind):
         self.kind = kind
@@ -266,7 +275,10 @@ class Experts:
         if work.x.shape[0] == 1 and self.kind.int4 is None:
             one_token(work, out)
         else:
-            FORMS[self.form(work.most)](work, out)
+            form = self.form(work.most)
+            if form in TOGETHER and TOGETHER[form](work) > self.most_rows:
+                form = "loop"
+            FORMS[form](work, out)
 
     def choose_forms(self, bank: Bank, budget_s: float) -> None:
         """Measures each form on a bank's experts at each load; a class that would take too long has the one below's."""

@@ -170,14 +170,20 @@ class TorchModel:
         shapes = (layer.attention.cache_shapes(batch, capacity) for layer in self.layers)
         return sum(4 * int(np.prod(shape)) for layer in shapes for shape in layer.values())
 
-    def workspace_bytes(self, tokens: int, context: int) -> int:
-        """Device bytes of a step's largest intermediate results: a layer's, or the logits of a token."""
-        config = self.config
+    def workspace_bytes(self, tokens: int, context: int, distances: int) -> int:
+        """Device bytes of the most intermediate results that a step has at once: in a layer, or for a token's logits.
+
+        Of routed experts no more than `tokens` rows are computed together. Args: distances: layers whose routers look
+        ahead.
+        """
+        config, hidden = self.config, self.config.hidden_size
+        held = 6 * hidden + 2 * config.num_experts_per_tok + config.num_experts * (1 + distances)
         wide = max(layer.mlp.gate_up.rows if layer.mlp else 0 for layer in self.layers)
-        attention = config.num_attention_heads * config.head_width
-        row = 4 * (6 * config.hidden_size + 4 * attention + 2 * wide)
-        routed = 4 * config.num_experts_per_tok * (2 * config.hidden_size + 4 * config.moe_width)
-        return max(tokens * (row + routed + context), 4 * config.vocab_size)
+        routed = 3 * hidden + 4 * config.moe_width
+        beside = max(layer.attention.workspace_bytes(tokens, context) for layer in self.layers) + 4 * tokens * hidden
+        return max(
+            4 * tokens * (held + max(hidden + 2 * wide, routed)), 4 * tokens * held + beside, 4 * config.vocab_size
+        )
 
     def init_cache(self, batch: int, capacity: int) -> list[dict[str, Tensor]]:
         return [
