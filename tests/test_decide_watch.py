@@ -36,6 +36,28 @@ def test_a_wrong_rule_is_caught_live(rule):
         generated(system="adapmoe", **{part_of(rule): rule})
 
 
+@pytest.mark.parametrize("rule", few([EvictsNeeded, LeavesOut, Foresees999], WRONG))
+def test_a_wrong_rule_is_caught_under_the_virtual_clock(rule):
+    with faults(rule):
+        generated(system="adapmoe", clock="virtual", **{part_of(rule): rule})
+
+
+@pytest.mark.parametrize("rule", few([EvictsNeeded, LeavesOut, Foresees999], WRONG))
+@pytest.mark.parametrize("clock", ["wall", "virtual", "paced"])
+def test_a_wrong_rule_is_caught_in_the_pytorch_engine(rule, clock, tmp_path):
+    pytest.importorskip("torch")
+    from torch_models import offload
+
+    options: dict = {"clock": clock}
+    if clock == "paced":
+        tiny.costs(tiny.weights("mixtral")[0]).save(tmp_path / "m.json")
+        options = {"device": f"paced:{tmp_path / 'm.json'}:2"}
+    prompts = tiny.prompts(tiny.weights("mixtral")[0], (9,), seed=1)
+    with faults(rule), offload("mixtral", mode="lru", cache_ratio=0.5, **options, **{part_of(rule): rule}) as engine:
+        for _ in range(2):
+            engine.generate(prompts, max_new_tokens=8)
+
+
 def generated(**options) -> list[list[int]]:
     """What an engine with these options says to one prompt, twice."""
     prompts = tiny.prompts(tiny.weights("mixtral")[0], (9,), seed=1)

@@ -71,7 +71,10 @@ def check(options: Options) -> None:
         check_format(format)
     for system in options.systems:
         get_system(system)
-    get_system(grid.REFERENCE).override(**dict(options.own))
+    own = dict(options.own)
+    get_system(grid.REFERENCE).override(
+        cache=own.get("cache"), scheduler=own.get("scheduler"), predictor=own.get("predictor")
+    )
     if unknown := set(options.peers) - set(grid.PEERS):
         raise UserError(f"--peers {shown(min(unknown))} is not known (known: {', '.join(grid.PEERS)})")
     if not options.systems:

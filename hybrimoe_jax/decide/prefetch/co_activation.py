@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, Predictor, RouterOutlook, predict
 from hybrimoe_jax.errors import UserError
 
@@ -41,10 +42,8 @@ class CoActivation(Predictor):
         super().__init__(*model)
         if not 1e-6 <= smoothing <= 1e6:
             raise UserError(f"predictor co-activation: smoothing {smoothing} is outside 1e-06..1e+06")
-        if not isinstance(learn, bool):
-            raise UserError(f"predictor co-activation: learn {learn!r} is neither true nor false")
         layers, experts, distances = self.num_layers, self.num_experts, self.distances
-        self.smoothing, self.learn = smoothing, learn
+        self.smoothing, self.learn = smoothing, arguments.flag("predictor co-activation: learn", learn)
         self._rows = np.zeros((layers * (distances + 1) * experts, experts), np.float32)
         self._across = self._rows[: layers * distances * experts].reshape(
             layers, distances, experts, experts

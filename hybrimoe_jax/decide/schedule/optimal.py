@@ -22,11 +22,11 @@ import dataclasses
 from itertools import accumulate, combinations
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.costs import Costs
 from hybrimoe_jax.decide.schedule.instance import Choice, Instance
 from hybrimoe_jax.decide.schedule.problem import Problem, Schedule, Scheduler, device_is_sooner
 from hybrimoe_jax.decide.schedule.search import refine
-from hybrimoe_jax.errors import UserError
 
 NODES = 400
 MOST_SETS = 4
@@ -48,9 +48,7 @@ class OptimalScheduler(Scheduler):
     depends_on_counts_only = True
 
     def __init__(self, nodes: int = NODES):
-        if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 0:
-            raise UserError(f"scheduler optimal: nodes {nodes!r} is no whole number of at least 0")
-        self.nodes = nodes
+        self.nodes = arguments.whole("scheduler optimal: nodes", nodes, 0)
         self._costs: Costs | None = None
         self._memo: dict[tuple[Any, ...], tuple[Choice, float]] = {}
 
