@@ -78,7 +78,8 @@ def test_a_copy_that_fails_ends_one_step(broken):
 def test_a_copy_that_hangs_ends_one_step(broken):
     engine, want, fail = broken
     link = engine._parts.link
-    assert link.patience_s == PATIENCE * engine.costs.transfer(True)
+    wake_s, costs = engine._parts.host.expected
+    assert link.patience_s == PATIENCE * (wake_s + costs.transfer(True))
     link.patience_s = 0.4
     began = time.monotonic()
     error, fault = fail("hangs")
