@@ -160,7 +160,7 @@ def results(records: Records) -> str:
             if "ratios" in result:
                 rows.append([*decoding(result), row["commit"]])
                 rows[-1].insert(1, machine)
-    rows += [beside for row in records.get("e2e", ()) for beside in beside_torch(row)]
+    rows += [beside for row in records.get("e2e", ())[-1:] for beside in beside_torch(row)]  # of the latest
     for experiment, prompt in (("decode", None), ("prefill", PREFILL)):
         rows += [simulated(records[experiment], model, prompt) for model in MODELS]
     return markdown(["what", "clock: machine", "`hybrimoe`", "others", "commit"], rows)

@@ -43,8 +43,14 @@ def test_a_comparison_is_a_table_beside_the_first():
 
 
 @pytest.mark.slow
-def test_the_pytorch_engine_takes_its_turn():
+def test_the_pytorch_engine_takes_its_turn(monkeypatch):
     pytest.importorskip("torch")
+    from hybrimoe_jax.baselines import torch_assembly
+
+    held, host_banks = [], torch_assembly.host_banks
+    monkeypatch.setattr(
+        torch_assembly, "host_banks", lambda *args, **more: held.append(host_banks(*args, **more)) or held[-1]
+    )
     described = hybrimoe_jax.TorchOffload(mode="hybrid", prefetch="none")
     found = hybrimoe_jax.compare(
         against=described,
@@ -60,3 +66,4 @@ def test_the_pytorch_engine_takes_its_turn():
     assert set(table["clock"]) == {"virtual clock, a6000-paper"}
     assert all(table["same_tokens"]) and table["slots"][0] == table["slots"][2] == 96
     assert found.runs["torch hybrid"][0].stats.prefetch.issued == 0
+    assert len(held) == 2 and held[0] is held[1], "the experts are in host memory once"

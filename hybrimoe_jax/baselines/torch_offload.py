@@ -64,6 +64,7 @@ class TorchOffload(BaseEngine):
         (host memory); prefetch="none" leaves out prefetching.
 
     Attributes: `notes`: what a reader of its figures must know; shown once on standard error. `given`: the arguments.
+    `checkpoint`: the open one, whose experts all engines of it share.
 
     Raises UserError where torch is not installed and where the options cannot be met.
     """
@@ -101,7 +102,7 @@ class TorchOffload(BaseEngine):
         eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
         super().__init__(checkpoint.config, chosen, checkpoint.tokenizer, eos, lambda: Totals.of(self.planner))
         warn_of_what_is_left_out(checkpoint.generation_config, self.eos, self.config.vocab_size)
-        self.format = checkpoint.format
+        self.checkpoint, self.format = checkpoint, checkpoint.format
         self.threads = self.options.threads or available_cores()
         torch.set_num_threads(self.threads)
         self._parts = assemble(checkpoint, self.options, self._device, precision, self.max_context, frozenset(without))

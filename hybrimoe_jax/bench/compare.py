@@ -75,7 +75,9 @@ def compare(
         raise UserError(f"{prompt_tokens} and {max_new_tokens} new tokens exceed the model's {limit}; ask for fewer")
     with Progress("loading", at_once=True) as progress:
         progress.to(0)
-        engines = _opened(path, descriptions)
+        opened = [one.checkpoint for one in given if isinstance(one, TorchOffload)]
+        same = next((checkpoint for checkpoint in opened if checkpoint.path == path), path)  # its experts are held
+        engines = _opened(path, same, descriptions)
         try:
             progress.restart("comparing", (rounds + 1) * len(engines))
             runs = _turns(engines, lambda turn: make(prompt_tokens, turn), rounds, max_new_tokens, progress)
@@ -105,7 +107,7 @@ def _description(given: Given, common: dict[str, Any]) -> EngineConfig | dict[st
     return EngineConfig(system=given, **common)
 
 
-def _opened(path: Path, descriptions: dict[str, Any]) -> dict[str, Any]:
+def _opened(path: Path, for_torch: Any, descriptions: dict[str, Any]) -> dict[str, Any]:
     ours = [options for options in descriptions.values() if isinstance(options, EngineConfig)]
     model = read_model(path, ours[0]) if ours else None  # one copy of the weights for all of ours
     engines: dict[str, Any] = {}
@@ -115,7 +117,7 @@ def _opened(path: Path, descriptions: dict[str, Any]) -> dict[str, Any]:
                 assert model is not None
                 engines[name] = model.engine(options)
             else:
-                engines[name] = TorchOffload(path, **options)
+                engines[name] = TorchOffload(for_torch, **options)
     except BaseException:
         for engine in engines.values():
             engine.close()

@@ -70,7 +70,7 @@ def _e2e_arguments(e2e) -> None:
             f"--{part}", metavar="NAME", help=f'"{OWN}": hybrimoe with this {part}, in both engines: {own}'
         )
         own = "likewise"
-    e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in some 10 minutes")
+    e2e.add_argument("--quick", action="store_true", help="a small part of it, and a paced one, in under 10 minutes")
     e2e.add_argument("--workdir", metavar="DIR", help="keep the models here for the next run")
 
 

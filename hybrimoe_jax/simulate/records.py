@@ -91,14 +91,20 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with "+" behind it where a tracked file differs; "" outside a checkout or without git."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The checkout's commit, with "+" behind it where the package differs; "" outside a checkout or without git.
+
+    What is made from runs, in `results/` and `docs/`, may differ: it changes no figure.
+    """
+    package = Path(__file__).parents[1]
+    if not (package.parent / ".git").exists():
+        return ""
+    git = ["git", "-C", str(package)]
     try:
-        told = subprocess.run(command, capture_output=True, text=True) if (root / ".git").exists() else None
+        told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True).returncode == 1
     except OSError:
         return ""
-    return told.stdout.strip() if told else ""
+    return told.stdout.strip() + "+" * changed if not told.returncode else ""
 
 
 def _groups(result: Result, values: Sequence[float]) -> np.ndarray:
