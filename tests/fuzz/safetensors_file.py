@@ -77,7 +77,7 @@ class Kind:
             entry["data_offsets"] = [n + by if isinstance(n, int) else n for n in entry["data_offsets"]]
         elif isinstance(entry.get(key), list) and entry[key]:
             at = rng.randrange(len(entry[key]))
-            there = entry[key][at]
+            there = entry[key][at] if isinstance(entry[key][at], int | float) else 0  # it may have been changed before
             entry[key][at] = rng.choice((0, -1, 0.5, float(there), there + 0.25, str(there), 10**12, 2**64, None, True))
         return header, f"{name}: {brief(entry)}"
 

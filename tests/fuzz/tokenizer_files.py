@@ -118,12 +118,12 @@ class Kind:
             files = [json.loads((source / name).read_text()) for name in FILES[1:] if (source / name).exists()]
         except ValueError:
             return True
-        names = {
+        names = [
             token.get("content") if isinstance(token, dict) else token
             for file in files
             if isinstance(file, dict)
             for key, token in (*file.items(), *((name, name) for name in file))
             if str(key).endswith("_token") or file is files[-1]
-        }
+        ]
         special = {token.content for token in reference.get_added_tokens_decoder().values() if token.special}
         return not {n for n in names if isinstance(n, str) and not n.endswith("_token")} <= special
