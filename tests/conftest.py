@@ -118,8 +118,10 @@ def pytest_collection_modifyitems(config, items):
     everything, slow = config.getoption("--nightly"), config.getoption("--slow")
     left_out = set() if everything else {"nightly"} if slow else {"nightly", "slow"}
     # The matrix is the longest, and the last that one misses. A test that wants to be alone would wait for a long one.
+    # Notebooks come first: where time is limited, all of them run.
     alone = {item.path for item in items if item.get_closest_marker("alone")}
-    items.sort(key=lambda item: (item.path.stem == "test_exactness_matrix", item.path in alone))
+    places = {"test_notebooks": -1, "test_exactness_matrix": 1}
+    items.sort(key=lambda item: (places.get(item.path.stem, 0), item.path in alone))
     deselected = [item for item in items if any(mark.name in left_out for mark in item.iter_markers())]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from grids import few
 from public_traces import DATA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -23,8 +24,10 @@ notebooks = importlib.import_module("notebooks")
 sys.path.pop(0)
 
 NAMES = notebooks.names()
-LONG = ("01-quickstart", "03-cpu-and-device", "06-prefetching", "07-end-to-end", "08-own-policy", "09-own-model")
-"""Those that measure a machine, or need torch: their short form, too, takes tens of seconds."""
+APART = ("01-quickstart", "03-cpu-and-device", "06-prefetching", "07-end-to-end", "08-own-policy", "09-own-model")
+"""Those that measure a machine, or need torch."""
+NEED_TORCH, LONG = APART[3:], ("07-end-to-end", "09-own-model")
+"""LONG: their short form, too, takes tens of seconds."""
 NEAR = 0.02
 """By which share a number may differ on another processor, where rounding can turn a choice."""
 
@@ -92,15 +95,16 @@ def no_traces(monkeypatch, tmp_path):
     importlib.import_module("matplotlib.pyplot").close("all")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in LONG])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in APART])
 def test_a_notebook_runs_in_short(name, no_traces, capsys):
     run_in_short(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LONG)
-def test_a_long_notebook_runs_in_short(name, no_traces, monkeypatch):
-    """In a process of its own: a paced device is there before any other use of jax, with two threads of XLA's."""
+@pytest.mark.parametrize("name", few([name for name in APART if name not in LONG], APART))
+def test_a_notebook_runs_in_short_in_a_process_of_its_own(name, no_traces, monkeypatch):
+    """A paced device is there before any other use of jax, with two threads of XLA's."""
+    if name in NEED_TORCH:
+        pytest.importorskip("torch")
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
     code = f"import test_notebooks; test_notebooks.run_in_short({name!r})"

@@ -250,3 +250,23 @@ def test_every_family_gives_the_logits_of_transformers(name):
             got = engine.logits(ids)
             assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()
             assert tokens == want[len(prompt) - 1 : -1].argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "options"),
+    [(["kernels"], {"format": "int4-g32", "precision": "bfloat16"}), (["forms"], {}), (["kernels", "forms"], {})],
+)
+def test_what_is_left_out_is_not_used_and_the_answer_stays(left_out, options, monkeypatch):
+    wide = {**tiny.CONFIGS["qwen2_moe"], "hidden_size": 64, "moe_intermediate_size": 64}  # as torch's kernel wants them
+    monkeypatch.setitem(tiny.CONFIGS, "wide", wide)
+    with offload("wide", **options) as whole, offload("wide", **options, without=left_out) as without:
+        if options:
+            assert whole.experts.kind.int4 is not None and without.experts.kind.int4 is None
+        else:
+            assert whole.experts.measured and not without.experts.measured
+            assert set(without.experts.forms.values()) == {"loop"}
+        (prompt,) = tiny.prompts(whole.config, (12,))
+        ours, theirs = (engine.logits(prompt) for engine in (whole, without))
+        assert np.abs(ours - theirs).max() < 0.1 * np.abs(ours).max(), "of another rounding"
+    with pytest.raises(UserError, match="without"):
+        offload("qwen2_moe", without=["nothing"])
