@@ -63,7 +63,9 @@ class Kind:
 
     def numbers(self, rng: random.Random, header: Any) -> tuple[Any, str]:
         """An entry's shape, type or place."""
-        entries = [k for k, v in header.items() if isinstance(v, dict) and "shape" in v] if header else []
+        entries = (
+            [k for k, v in header.items() if isinstance(v, dict) and "shape" in v] if isinstance(header, dict) else []
+        )
         if not entries or not isinstance(header, dict):
             return header, ""
         name = rng.choice(entries)
