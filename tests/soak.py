@@ -48,7 +48,7 @@ def cases() -> list[dict]:
         if system != "oracle"
         for ratio in ((0.0,) if system == "cpu-only" else RATIOS)
     ]
-    others = [{"system": system, **way} for system in ("hybrimoe", "adapmoe") for way in WAYS]
+    others: list[dict[str, Any]] = [{"system": system, **way} for system in ("hybrimoe", "adapmoe") for way in WAYS]
     if ffi.available():
         others.append({"system": "hybrimoe", "host_kernel": "native", "profile": all_on_cpu_costs(CONFIG)})
     return found + [{**case, "cache_ratio": ratio} for case, ratio in zip(others, itertools.cycle(RATIOS))]
