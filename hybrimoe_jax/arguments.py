@@ -14,6 +14,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ MOST_WORKERS, WORKERS_A_CORE = 64, 8
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = MOST) -> int:
     """A whole number within `least`..`most`; 4.0 is one, too."""
-    found = _index(value)
+    found = index(value)
     if found is None:
         inexact = _real(value)
         if inexact is None or not inexact.is_integer():
@@ -70,14 +71,14 @@ def text(name: str, value: Any) -> str:
     """A text."""
     if not isinstance(value, str):
         raise UserError(f"{name} {shown(value)} is no text")
-    return str(value)
+    return str.__str__(value)  # an enumeration's own `str` is its name
 
 
 def choice(name: str, value: Any, known: Collection[str]) -> str:
     """One of the `known` texts."""
     if not isinstance(value, str) or value not in known:
         raise UserError(f"{name} {shown(value)} is unknown; choose one of {', '.join(known)}")
-    return str(value)
+    return str.__str__(value)
 
 
 def path(name: str, value: Any) -> str:
@@ -93,14 +94,15 @@ def path(name: str, value: Any) -> str:
         fine = error.errno != errno.ENAMETOOLONG
     if not fine:
         raise UserError(f"{name} {shown(value)} is no file or folder; give its path")
-    return found
+    return str.__str__(found)
 
 
 def several(name: str, value: Any, one: type | tuple[type, ...]) -> list[Any]:
-    """A list of what is given; a single one of kind `one` stands for a list of it."""
+    """A list of what is given; a single one of kind `one`, or an array without a dimension, stands for a list of it."""
+    value = value if isinstance(value, one) else plain(name, value)
     if isinstance(value, one):
         return [value]
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+    if not isinstance(value, Iterable) or isinstance(value, (str, *NO_LISTS)):
         raise UserError(f"{name} {shown(value)} is neither one of them nor a list")
     return list(value)
 
@@ -109,7 +111,7 @@ def names(what: str, given: Iterable[str], known: Collection[str], kind: str = "
     """UserError for a name that is none of the `known` ones; `kind`: what it would be the name of, with a space."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else ()
             meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
             raise UserError(f"{what} has no {kind}{shown(name)} ({meant})")
 
@@ -127,26 +129,61 @@ def named_fields(cls: type[T]) -> type[T]:
     return cls
 
 
-def _is_bool(value: Any) -> bool:
-    return "bool" in str(getattr(value, "dtype", "")) and getattr(value, "ndim", 1) == 0
+NO_LISTS = (Mapping, bytes, bytearray, memoryview)
+"""What can be walked through, and stands for one thing all the same."""
+NO_NUMBERS = ("datetime", "timedelta", "void", "record")
+"""How the names of those types of NumPy begin whose values turn into whole numbers, but are none."""
 
 
-def _is_scalar(value: Any) -> bool:
-    """A number, or what an array library calls a scalar: no text, no truth value, no array with a dimension."""
-    if isinstance(value, bool) or _is_bool(value):
-        return False
-    return isinstance(value, numbers.Real) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
-
-
-def _index(value: Any) -> int | None:
+def plain(name: str, value: Any) -> Any:
+    """What an array or a table holds, whoever's it is, as lists of Python's own values; anything else as it is."""
+    if isinstance(value, (str, *NO_LISTS)) or not (hasattr(value, "tolist") or hasattr(value, "__array__")):
+        return value
     try:
-        return operator.index(value) if _is_scalar(value) else None
-    except TypeError:
+        if not dtype_name(value).startswith(NO_NUMBERS):
+            return value.tolist() if hasattr(value, "tolist") else value.__array__().tolist()
+    except (TypeError, ValueError, RuntimeError):  # an array without values, or one that is not held as rows
+        pass
+    raise UserError(f"{name}: {shown(value)} cannot be read; give a list")
+
+
+def is_scalar_array(value: Any) -> bool:
+    """Whether it is what an array library calls a scalar, whatever it holds."""
+    return hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0
+
+
+def dtype_name(value: Any) -> str:
+    """What an array library calls the type of its elements, as in "int64" or "torch.bfloat16"; "" for no array."""
+    dtype = getattr(value, "dtype", "")
+    return str(getattr(dtype, "name", dtype))
+
+
+def index(value: Any) -> int | None:
+    """A whole number of whatever library; None for anything else, a truth value, a duration and 4.0 among them."""
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value) if _is_number(value) else None
+    except (TypeError, RuntimeError):  # torch's for a tensor without values
         return None
+
+
+def _is_bool(value: Any) -> bool:
+    return is_scalar_array(value) and "bool" in dtype_name(value)
+
+
+def _is_number(value: Any) -> bool:
+    """No text, truth value or duration, nothing masked, no array with a dimension."""
+    if hasattr(value, "dtype"):
+        return is_scalar_array(value) and bool(_NUMBERS.match(dtype_name(value))) and not getattr(value, "mask", False)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+_NUMBERS = re.compile(r"(\w+\.)?(u?int|b?float|longdouble)\d*")
 
 
 def _real(value: Any) -> float | None:
     try:
-        return float(value) if _is_scalar(value) else None
-    except (TypeError, ValueError, OverflowError):
+        return float(value) if _is_number(value) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return None

@@ -16,7 +16,6 @@ import time
 from hybrimoe_jax import cli
 from hybrimoe_jax.encoding import say
 from hybrimoe_jax.engine.config import KERNELS, EngineConfig
-from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.machine.calibration import Calibration
 from hybrimoe_jax.machine.calibration_text import SCREEN, calibration_text
 from hybrimoe_jax.records import stamped
@@ -47,8 +46,8 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args, start = parser().parse_args(argv), time.perf_counter()
-    options = engine_config(args)
     check_files(args)
+    options = engine_config(args)
     from hybrimoe_jax.engine.calibration import calibrate, record_routing
     from hybrimoe_jax.engine.load import load
 
@@ -93,7 +92,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def check_files(args: argparse.Namespace) -> None:
     """UserError for files that could not be written at the end."""
-    check_outputs({"--out": args.out, "--plot": args.plot}, [args.model])
+    cli.check_results(args, ("out", "plot"), [args.model])
     if args.plot:
         from hybrimoe_jax.figures import check_picture
 

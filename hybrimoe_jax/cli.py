@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 from hybrimoe_jax import interrupts
 from hybrimoe_jax.encoding import prepare_streams, say
 from hybrimoe_jax.errors import DeviceError, UserError, printable, said
+from hybrimoe_jax.files import check_outputs, check_writable, files_in
 from hybrimoe_jax.interrupts import INTERRUPTED
 from hybrimoe_jax.progress import track
 
@@ -116,6 +117,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see {self.prog} --help)"))
+
+
+def check_results(
+    args: argparse.Namespace, results: Iterable[str], folders: Iterable[str | None] = (), texts: Iterable[str] = ()
+) -> None:
+    """UserError for a result that could not be written at the end, or would take the place of what the command reads.
+
+    That is a file in one of the `folders`, and any that another argument names. Where a state is taken up and kept
+    again it may be one file (`--load-x`, `--save-x`).
+
+    Args: results: names of the arguments whose files are written; texts: of those that name no file.
+    """
+    flags = {name: f"--{name.replace('_', '-')}" for name in results}
+    check_outputs({flag: getattr(args, name) for name, flag in flags.items()}, folders)
+    for name, flag in flags.items():
+        if getattr(args, name) is not None:
+            apart = {*flags, *texts, name.replace("save", "load")}
+            check_writable(getattr(args, name), flag, files_in(v for k, v in vars(args).items() if k not in apart))
 
 
 def first_paragraph(doc: str | None) -> str:

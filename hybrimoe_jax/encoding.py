@@ -134,11 +134,11 @@ def prepare_streams() -> None:
             _occupy(number)
             if name == "stderr":
                 sys.stderr = open(os.devnull, "w")
-        elif isinstance(stream, io.TextIOWrapper) and number:
-            if stream.errors in ("strict", "surrogateescape"):
+        elif isinstance(stream, io.TextIOWrapper):
+            if number and stream.errors in ("strict", "surrogateescape"):
                 stream.reconfigure(errors="backslashreplace")
             with contextlib.suppress(OSError, ValueError):
-                os.set_blocking(stream.fileno(), True)  # another program can have made the pipe one that refuses
+                os.set_blocking(stream.fileno(), True)  # another program can have made the pipe one that does not wait
 
 
 def _occupy(number: int) -> None:

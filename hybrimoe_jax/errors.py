@@ -46,7 +46,7 @@ def shown(value: Any, characters: int = LONGEST_VALUE) -> str:
     Takes whatever a file or a caller can give: megabytes, deep nesting, an object that has no `repr`.
     """
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    value = str(value) if isinstance(value, str) else value  # that of NumPy has another repr
+    value = str.__str__(value) if isinstance(value, str) else value  # that of NumPy has another repr
     short = _Short(characters)
     many = isinstance(value, (list, tuple, dict)) and len(value) > short.maxlist
     text = _cut(short.repr(value).replace("\n", " "), 5 * characters)

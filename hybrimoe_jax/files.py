@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -106,6 +107,18 @@ def check_outputs(outputs: Mapping[str, Target | None], inputs: Iterable[Target 
             raise UserError(f"{flag} {path}: {taken[target]} is written there, too; give each a file of its own")
 
 
+def files_in(texts: Iterable[Any]) -> list[str]:
+    """The files that a command's arguments name, as a whole or in part: `paced:FILE`, `FILE.py:CLASS`, `FILE,FILE`."""
+    flat = [text for given in texts for text in (given if isinstance(given, list) else [given])]
+    parts = [
+        part
+        for text in flat
+        if isinstance(text, str)
+        for part in (text, text.partition(":")[2], *re.split("[:,]", text))
+    ]
+    return [part for part in dict.fromkeys(parts) if os.path.isfile(part)]
+
+
 def check_writable(path: Target, what: str, inputs: Iterable[Target | None] = ()) -> str | None:
     """Refuses, before long work begins, a file that `replacing` could not write when it ends; leaves nothing behind.
 
@@ -152,6 +165,9 @@ def _named(path: Target, what: str = "a result") -> str:
     """UserError for what is no path of a file."""
     try:
         name = os.fsdecode(path)
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{what}: {shown(path)} is no name of a file; give one") from None
     except TypeError:
         raise UserError(f"{what}: {shown(path)} is no path; give a file's name") from None
     if not name or "\0" in name or (name.endswith(os.sep) and not os.path.isdir(name)):

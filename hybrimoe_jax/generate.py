@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from hybrimoe_jax.cli import INTERRUPTED, Parser, run
+from hybrimoe_jax.cli import INTERRUPTED, Parser, check_results, run
 from hybrimoe_jax.decide.cache_state import CacheState, load_state
 from hybrimoe_jax.encoding import argument, for_stream, read_stdin, say
 from hybrimoe_jax.engine.config import (
@@ -21,7 +21,6 @@ from hybrimoe_jax.engine.config import (
 from hybrimoe_jax.engine.flags import add_engine_flags, engine_config
 from hybrimoe_jax.engine.stats_text import stats_text
 from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.machine.costs import CostModel, is_profile
 from hybrimoe_jax.machine.profile import PROFILES, load_profile
 from hybrimoe_jax.records import stamped
@@ -115,6 +114,7 @@ def prompt_ids(text: str, args: argparse.Namespace, tokenizer, chat: dict[str, A
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    check_files(args)
     options = engine_config(args)
     saves_profile = None
     if options.profile not in (None, *PROFILES) and options.clock == "wall" and not os.path.exists(options.profile):
@@ -198,7 +198,6 @@ def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
     from hybrimoe_jax.engine.request import read_stop
     from hybrimoe_jax.engine.sampling import Sampling
 
-    check_files(args)
     Sampling(args.temperature, args.top_k, args.top_p, options.seed)
     read_stop(args.stop)
     if args.max_tokens < 1:
@@ -218,11 +217,10 @@ def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfi
 
 def check_files(args: argparse.Namespace) -> None:
     """Files that are written at the end must have a place to go: better said now than after the run."""
-    outputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("trace", "timeline", "save_cache_state")}
-    profile = args.profile
+    results, profile = ["trace", "timeline", "save_cache_state"], args.profile
     if profile not in (None, *PROFILES) and (os.path.isdir(profile) or not os.path.exists(profile)):
-        outputs["--profile"] = profile
-    check_outputs(outputs, [args.model, None if "--profile" in outputs else profile])
+        results.append("profile")
+    check_results(args, results, [args.model], texts=("prompt", "prompt_ids", "stop"))
     if args.executor == "dense" and (args.trace or args.timeline):
         raise UserError("the dense executor routes inside one executable: it gives no trace and no timeline")
     if args.executor == "dense" and (args.save_cache_state or args.load_cache_state):

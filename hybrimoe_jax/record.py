@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrimoe_jax.cli import INTERRUPTED, progress
+from hybrimoe_jax.cli import INTERRUPTED, check_results, progress
 from hybrimoe_jax.encoding import check_text, read_text, say
 from hybrimoe_jax.engine.flags import add_engine_flags, engine_config
 from hybrimoe_jax.errors import UserError, printable
-from hybrimoe_jax.files import check_outputs
 from hybrimoe_jax.generate import prompt_ids, read_chat_options
 from hybrimoe_jax.records import stamped
 
@@ -49,6 +48,7 @@ def record(args: argparse.Namespace) -> int:
     """Carries the command out."""
     from hybrimoe_jax.engine.sampling import Sampling
 
+    check_results(args, ["out"], [args.model])
     options, chat = engine_config(args), read_chat_options(args)
     if options.executor == "dense":
         raise UserError("the dense executor routes inside one executable: it gives no trace")
@@ -56,7 +56,6 @@ def record(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    check_outputs({"--out": args.out}, [args.prompts, args.model, args.profile])
     prompts = read_prompts(args.prompts)
     options = dataclasses.replace(options, max_batch=max(options.max_batch, min(args.batch, len(prompts))))
 

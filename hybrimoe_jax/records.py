@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import is_object
@@ -58,7 +59,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     UserError naming the line that is no record of ours, or of a version that is newer than this program.
     """
-    lines = read_text(path).split("\n")
+    lines = read_text(arguments.path("records", path)).split("\n")
     records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise UserError(f"{path}: it holds no records")

@@ -162,8 +162,11 @@ def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def write(path, arch: str, kind: str, *, dense_kind: str = "F32", split_kv: bool = False, tamper=lambda writer: None):
-    """Writes the file; returns config, dense tensors and experts as the file's numbers stand for them."""
+def write(path, arch: str, kind: str, *, dense_kind: str = "F32", split_kv=None, tamper=lambda writer: None):
+    """Writes the file; returns config, dense tensors and experts as the file's numbers stand for them.
+
+    `split_kv(keys, values)`: the two as they are written, where `attn_kv_b` is split.
+    """
     config, dense, experts = model(arch)
     writer = gguf.GGUFWriter(path, arch)
     metadata(writer, arch, config)
@@ -186,8 +189,8 @@ def write(path, arch: str, kind: str, *, dense_kind: str = "F32", split_kv: bool
         if split_kv and "kv_b_proj" in name:
             layer, heads = name.split(".")[2], config.num_attention_heads
             both = array.reshape(heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
-            writer.add_tensor(f"blk.{layer}.attn_k_b.weight", np.ascontiguousarray(both[:, :16].transpose(0, 2, 1)))
-            writer.add_tensor(f"blk.{layer}.attn_v_b.weight", np.ascontiguousarray(both[:, 16:]))
+            for part, array in zip("kv", split_kv(both[:, :16].transpose(0, 2, 1), both[:, 16:])):
+                writer.add_tensor(f"blk.{layer}.attn_{part}_b.weight", np.ascontiguousarray(array))
             continue
         back = add(gguf_name(name), stored.squeeze(), dense_kind if matrix else "F32").reshape(stored.shape)
         if dense_kind != "F32" and stored is array:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,9 @@ def test_what_a_template_is_given_is_plain_data(tmp_path):
             tokenizer.apply_chat_template(messages)
     with pytest.raises(UserError, match=r"tools: a list of JSON objects is wanted, not 'f'"):
         tokenizer.apply_chat_template(TALK, tools=["f"])
+    for template in (5, [], {}, b"x", Path("x.jinja")):
+        with pytest.raises(UserError, match=r"chat_template .* is no text"):
+            tokenizer.apply_chat_template(TALK, chat_template=template)
     with pytest.warns(UserWarning, match="does not use documents"):
         tokenizer.apply_chat_template(TALK, documents=[{}])
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import cli
 from hybrimoe_jax.checkpoint.convert import convert
+from hybrimoe_jax.checkpoint.hugging_face import open_hf
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
 
@@ -290,3 +291,15 @@ def test_progress_shows_only_on_a_terminal(terminal):
     os.close(leader)
     assert out[0] == b"[0, 1, 2, 3, 4]\n"
     assert (b"working" in shown) == terminal and (terminal or shown == b"")
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path):
+    """transformers writes Mixtral's routers and experts under two names, by version."""
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
+    base = {key: folders.CONFIG[key] for key in kept} | {"model_type": "mixtral", "num_local_experts": 2}
+    base |= {"intermediate_size": 8, "num_key_value_heads": 1}
+    names = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
+    tensors = {f"model.layers.0.{name}": np.zeros((2, folders.WIDTH), np.float32) for name in names}
+    folders.write_hf(tmp_path / "hf", folders.tensors() | tensors, base=base)
+    with pytest.raises(UserError, match=r"block_sparse_moe\.gate\.weight .* are both model"):
+        open_hf(tmp_path / "hf")

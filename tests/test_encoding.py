@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -94,6 +95,21 @@ def test_what_is_no_file_of_text_is_one_error(tmp_path, monkeypatch):
     writer.start()
     assert read_text(tmp_path / "pipe") == "é"
     writer.join()
+
+
+def test_a_standard_input_that_does_not_wait_is_read_to_its_end(tmp_path):
+    reads, writes = os.pipe()
+    os.set_blocking(reads, False)  # as a parent that is node or asyncio leaves it
+    code = "from hybrimoe_jax.encoding import *; prepare_streams(); print('ready', flush=True); print(read_stdin())"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=reads, stdout=subprocess.PIPE, text=True) as process:
+        os.close(reads)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        os.write(writes, b"My lord, ")
+        time.sleep(0.2)
+        os.write(writes, b"the rest")
+        os.close(writes)
+        assert process.stdout.read() == "My lord, the rest\n"
 
 
 def test_a_standard_input_that_cannot_be_read_is_one_error(monkeypatch, tmp_path):

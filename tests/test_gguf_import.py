@@ -84,7 +84,9 @@ def test_split_keys_and_values_are_joined(tmp_path):
         writer.add_key_length_mla(24)
         writer.add_value_length_mla(24)
 
-    _, dense, _ = write(tmp_path / "m.gguf", "deepseek2", "Q8_0", split_kv=True, tamper=tamper)
+    _, dense, _ = write(
+        tmp_path / "m.gguf", "deepseek2", "Q8_0", split_kv=lambda keys, values: (keys, values), tamper=tamper
+    )
     have, _ = read(open_gguf(tmp_path / "m.gguf"))
     for name, want in dense.items():
         np.testing.assert_array_equal(have[name], want, err_msg=name)

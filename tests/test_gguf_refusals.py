@@ -1,6 +1,7 @@
 """GGUF files that are refused: other files, and all that would change the answer if it were dropped."""
 
 import builtins
+import re
 
 import numpy as np
 import pytest
@@ -27,11 +28,56 @@ REFUSED = {
         r"m\.gguf: its metadata cannot be read: .*ValueError",
     ),
     "rope factors": (dict(tamper=lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))), "rope_freqs"),
+    **{
+        f"{name} beside {its}": (
+            dict(tamper=lambda w, name=name, shape=shape: w.add_tensor(name, np.full(shape, 9, np.float32))),
+            f"unexpected: {re.escape(name)}",
+        )
+        for name, its, shape in (
+            ("blk.00.ffn_norm.weight", "blk.0", (64,)),
+            ("blk.\u0660.ffn_norm.weight", "blk.0", (64,)),
+            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight", (64,)),
+            ("model.norm.weight", "output_norm.weight", (64,)),
+            ("lm_head.weight", "output.weight", (48, 64)),
+            ("blk.0.ffn_gate_exps.bias", "its weight", (4, 32, 64)),
+        )
+    },
+    **{
+        f"{key} {value}": (
+            dict(tamper=lambda w, key=key, value=value: put(w, f"tokenizer.ggml.{key}_token_id", value)),
+            rf"tokenizer\.ggml\.{key}_token_id is .*, no token id",
+        )
+        for key, value in (("eos", [7, 9]), ("eos", "7"), ("eos", -1), ("eos", 2.0), ("bos", [1]), ("bos", True))
+    },
+    "several parts": (dict(tamper=lambda w: w.add_uint16("split.count", 2)), "one part of a split GGUF"),
+    "parts that are a list": (dict(tamper=lambda w: w.add_array("split.count", [1])), "one part of a split GGUF"),
+    **{
+        f"attn_k_b and attn_v_b, {kind}": (
+            dict(arch="deepseek2", split_kv=split),
+            rf"m\.gguf: blk\.0\.attn_{part}_b\.weight is \[.*\], not \[4, ",
+        )
+        for kind, part, split in (
+            ("keys of two axes", "k", lambda k, v: (k[0], v)),
+            ("keys of four axes", "k", lambda k, v: (k[None], v)),
+            ("values of one axis", "v", lambda k, v: (k, v[0, 0])),
+            ("values of two heads", "v", lambda k, v: (k, v[:2])),
+            ("values of another latent", "v", lambda k, v: (k, v[:, :, :16])),
+            ("keys of another width", "k", lambda k, v: (k[:, :, :8], v)),
+        )
+    },
     "unknown tensors": (
         dict(tamper=lambda w: w.add_tensor("blk.0.mystery.weight", np.ones(8, np.float32))),
         "blk.0.mystery",
     ),
 }
+
+
+def put(writer, key, value):
+    """In place of what the writer has at a key."""
+    for data in writer.kv_data:
+        data.pop(key, None)
+    kind = {bool: "bool", int: "int32", float: "float32", str: "string", list: "array"}[type(value)]
+    getattr(writer, f"add_{kind}")(key, value)
 
 
 UNREAD = [

@@ -90,7 +90,10 @@ REFUSED = [
     ("mixtral", dict(layer_types=["chunked_attention"] * 3), "'chunked_attention'"),
     ("mixtral", dict(layer_types=["sliding_attention"] * 3), "window is none"),
     ("mixtral", dict(layer_types=["full_attention"] * 3, sliding_window=4), "window is 4"),
-    *(("mixtral", dict(eos_token_id=wrong), "eos_token_id must be") for wrong in (["</s>"], "2", True, 2.0, [[2]], {})),
+    *(
+        ("mixtral", dict(eos_token_id=wrong), "eos_token_id must be")
+        for wrong in (["</s>"], "2", True, 2.0, [[2]], {}, -1, [2, -1])
+    ),
     ("mixtral", dict(max_position_embeddings=0), "max_position_embeddings"),
     ("mixtral", dict(num_key_value_heads=3), "num_key_value_heads 3"),
     ("mixtral", dict(num_experts_per_tok=5), "num_experts_per_tok 5"),
@@ -181,6 +184,9 @@ def test_both_spellings_of_the_number_of_experts():
 
 def test_null_means_the_default_except_where_null_says_something():
     assert parse_config(raw("qwen2_moe", norm_topk_prob=None)).norm_topk_prob is False
+    for name in ("rms_norm_eps", "rope_theta", "hidden_act", "hidden_size", "max_position_embeddings"):
+        with pytest.raises(UserError, match=f"{name} must not be null"):  # transformers stops at it, too
+            parse_config(raw("qwen2_moe", **{name: None}))
     heads = raw("mixtral", num_attention_heads=16, head_dim=4)
     assert parse_config(heads | dict(num_key_value_heads=None)).kv_heads == 16
     del heads["num_key_value_heads"]

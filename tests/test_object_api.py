@@ -28,6 +28,21 @@ def engine():
         yield engine
 
 
+class Table:
+    """What a DataFrame is to a stranger: an array to NumPy, and the names of its columns to who walks through it."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __array__(self, dtype=None, copy=None):
+        if self.rows is None:
+            raise RuntimeError("no values")
+        return np.array(self.rows, object)
+
+    def __iter__(self):
+        return iter(["text"])
+
+
 @pytest.mark.parametrize(
     ("given", "ids"),
     [
@@ -39,6 +54,9 @@ def engine():
         (np.array([[1, 2], [3, 4]], np.int32), [[1, 2], [3, 4]]),
         ([np.array([5]), [6, 7], "a"], [[5], [6, 7], [1]]),
         ([], []),
+        ([np.array(3), np.array(4)], [[3, 4]]),
+        (Table([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (np.array("1603"), [[49, 54, 48, 51]]),
     ],
 )
 def test_prompts_are_texts_or_ids(given, ids):
@@ -58,6 +76,16 @@ def test_prompts_are_texts_or_ids(given, ids):
         ([True, 1], "True at place 0"),
         ({"role": "user", "content": "hello"}, "neither"),
         ([{"role": "user", "content": "hello"}], "encode_chat"),
+        (bytearray(b"My lord"), "neither"),
+        (memoryview(b"My lord"), "neither"),
+        ([bytearray(b"My lord")], "prompt 0: .* neither"),
+        (np.array([1, 2], "datetime64[ns]"), "prompts: .* cannot be read"),
+        ([np.array([1, 2], "timedelta64[ns]")], "prompt 0: .* cannot be read"),
+        (np.array([(1, 2)], [("a", int), ("b", int)]), "prompts: .* cannot be read"),
+        ([[np.timedelta64(1, "ns")]], "at place 0"),
+        (np.ma.array([1, 2], mask=[0, 1]), "None at place 1"),
+        (Table([["text"]]), "prompt 0: 'text' at place 0"),
+        (Table(None), "prompts: .* cannot be read"),
     ],
 )
 def test_what_is_no_prompt_is_refused_in_one_line(given, said):

@@ -96,6 +96,27 @@ def test_a_pipe_is_written_into(line, begins, tmp_path, capsys):
 CLASHES = (
     SIMULATE + " {t} --out {t}",
     SIMULATE + " {t} --out {o} --timeline {o}",
+    SIMULATE + " {t} --load-cache-state {s} --out {s}",
+    SIMULATE + " {t} --predictor recorded:{s} --out {s}",
+    SIMULATE + " {t} --cache {s}:Mine --timeline {s}",
+    SIMULATE + " {t} --profile laptop-8gb,{s} --out {s}",
+    "calibrate --device paced:{s}:2 --out {s}",
+    "trace record --prompts {t} --chat-template {s} --out {s}",
+    "trace record --prompts {s} --out {s}",
+    *(
+        f"generate --prompt x {reads} --{writes} {{s}}"
+        for writes in ("trace", "timeline")
+        for reads in (
+            "--load-cache-state {s}",
+            "--tools {s}",
+            "--documents {s}",
+            "--chat-template {s}",
+            "--predictor recorded:{s}",
+            "--cache {s}:Mine",
+            "--device paced:{s}",
+            "--profile {s}",
+        )
+    ),
     "trace import {t} {t}",
     "trace export {t} {t} --to csv",
     "generate --prompt x --trace {o} --timeline {o}",
@@ -105,10 +126,12 @@ CLASHES = (
 
 @pytest.mark.parametrize("line", CLASHES)
 def test_nothing_that_is_read_or_written_is_written_over(line, tmp_path):
-    path = trace(tmp_path / "t.npz")
+    path, state = trace(tmp_path / "t.npz"), tmp_path / "s"
+    state.write_text("mine")
     with pytest.raises(UserError, match=r"(one of the files to read|is written there, too)"):
-        run(line.format(t=path, o=tmp_path / "o", m=tmp_path))
-    assert load_trace(path).facts.model_type == "toy" and os.listdir(tmp_path) == ["t.npz"]
+        run(line.format(t=path, s=state, o=tmp_path / "o", m=tmp_path))
+    assert state.read_text() == "mine"
+    assert load_trace(path).facts.model_type == "toy" and sorted(os.listdir(tmp_path)) == ["s", "t.npz"]
 
 
 def test_a_picture_of_no_kind_is_refused_before_the_machine_is_measured(tmp_path):

@@ -1,8 +1,11 @@
 """Quantised folders of others that are refused: damaged ones, settings that belie them, what is not supported."""
 
+import re
+
 import numpy as np
 import pytest
 from quantised_folders import Coded, coded, grouped_by, parts, symmetric_bits, unlisted, write
+from safetensors.numpy import load_file, save_file
 
 from hybrimoe_jax import convert as command
 from hybrimoe_jax.checkpoint.hugging_face import open_hf
@@ -30,6 +33,11 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"calls it symmetric .* not all 8; set sym to false"):
         open_hf(tmp_path / "asymmetric")
 
+    write(tmp_path / "moved", "compressed-tensors", settings=symmetric_bits(4))
+    tensor = open_hf(tmp_path / "moved").shards[1].dense["model.layers.0.self_attn.o_proj.weight"]
+    with pytest.raises(UserError, match=r"weight_zero_point moves its zeros, though config\.json calls .* symmetric"):
+        tensor.read()
+
     def least(rng, module, rows, columns):
         made = Coded(rng, rows, columns, 32, bits=8, symmetric=True)
         made.codes[0, 0] = 0
@@ -39,6 +47,18 @@ def test_numbers_that_belie_the_configuration_are_refused(tmp_path):
     weights = open_hf(tmp_path / "least")
     with pytest.raises(UserError, match="codes of -128"):
         packed_expert(weights.shards[1].experts, quantised_format(weights), 0)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.experts.1.up_proj"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_plain_matrix_beside_a_quantised_one_is_refused(tmp_path, method, name, first):
+    values, _ = write(tmp_path / "hf", method)
+    path, name = tmp_path / "hf/model.safetensors", f"model.layers.0.{name}.weight"
+    extra, stored = {name: np.full_like(values[name], 7)}, load_file(path)
+    save_file({**extra, **stored} if first else {**stored, **extra}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{re.escape(name[:-7])}\.\w+ and .* are both {re.escape(name)}"):
+        open_hf(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -33,6 +33,7 @@ def test_an_empty_list_says_nothing():
     [
         ({"repetition_penalty": 1.05, "min_p": 0.1, "temperature": 0.7}, "repetition_penalty 1.05, min_p"),
         ({"suppress_tokens": [5], "begin_suppress_tokens": []}, r"suppress_tokens \[5\] not applied"),
+        ({"repetition_penalty": True, "min_p": 0, "num_beams": 1}, "repetition_penalty True not applied"),
         ({"repetition_penalty": "1.2"}, "repetition_penalty '1.2'"),
         ({"stop_strings": ["###"]}, "stop_strings"),
         ({"forced_eos_token_id": 2}, "forced_eos_token_id"),
@@ -50,6 +51,8 @@ def test_settings_that_change_nothing_are_not_named():
         warn_of_what_is_left_out({**neutral, "typical_p": None}, (2,), 10)
     with pytest.warns(UserWarning, match="eos_token_id 99 is outside"):
         warn_of_what_is_left_out({}, (2, 99), 10)
+    with pytest.warns(UserWarning, match="eos_token_id an integer of [0-9,]+ bits is outside"):
+        warn_of_what_is_left_out({}, (2, 10**5000), 10)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,17 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def rename_piece(path, name):
+    manifest = json.loads(path.read_text())
+    manifest["pieces"][0]["name"] = name
+    path.write_text(json.dumps(manifest))
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def break_records(path):
     manifest = json.loads(path.read_text())
     manifest["pieces"][1]["experts"]["shape"][0] = 5
@@ -237,6 +249,12 @@ def break_records(path):
         (lambda c: (c / "manifest.json").write_text("[]"), "not the manifest of a checkpoint"),
         (lambda c: edit(c / "manifest.json", version=99), "layout version 99, this program reads 1"),
         (lambda c: edit(c / "manifest.json", pieces=[{}]), "manifest.json: damaged"),
+        *(
+            (lambda c, name=name: rename_piece(c / "manifest.json", name), "manifest.json: damaged")
+            for name in (None, 5, True, ["outer"], {})
+        ),
+        (lambda c: as_pipe(c / "pieces/outer/state/model.norm.weight/zarr.json"), "zarr.json: no plain file"),
+        (lambda c: as_pipe(c / "pieces/layer_00001/state/experts/c/0/0/0"), "experts/c/0/0/0: no plain file"),
         (lambda c: break_records(c / "manifest.json"), "does not describe the model"),
         (lambda c: edit(c / "config.json", rope_theta=5.0), "changed since the conversion"),
         (lambda c: (c / "config.json").unlink(), "config.json: no such file"),

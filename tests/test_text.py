@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 
+import numpy as np
 import pytest
 from grids import examples
 from hypothesis import given
@@ -70,6 +71,17 @@ def test_bos_is_put_as_the_files_say(tmp_path, by_processor, flag, first):
     assert tokenizer.bos_id not in tokenizer.encode("hi", add_special_tokens=False)
     literal = tokenizer.encode("<s>hi").count(tokenizer.bos_id)
     assert literal == (2 if by_processor and flag is not False else 1), "a literal <s> in the text is the user's own"
+
+
+def test_a_flag_takes_away_what_the_processor_put_and_nothing_else(tmp_path):
+    """The processor ends a text, and begins none: a literal <s> is the user's own."""
+    backend = byte_level()
+    end = ("</s>", backend.token_to_id("</s>"))
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A $B", special_tokens=[end])
+    tokenizer = saved(tmp_path, backend, add_bos_token=False)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert tokenizer.encode("<s>hi") == [bos, *tokenizer.encode("hi", add_special_tokens=False), eos]
+    assert tokenizer.encode("<s><s>") == [bos, bos, eos] and tokenizer.encode("hi")[-1] == eos
 
 
 @pytest.mark.parametrize("processor", [False, True])
@@ -239,8 +251,12 @@ def test_what_is_no_text_and_no_id_is_refused(bytes_tokenizer):
     for text in ("a\ud800", b"x", 5, None):
         with pytest.raises(UserError, match="a text is wanted"):
             bytes_tokenizer.encode(text)
-    for ids in ([5.7], ["5"], [None]):
+    for token in (5.7, 1.0, "5", "x", None, True, float("nan"), -1, 10**30, np.complex64(1)):
         with pytest.raises(UserError, match="token ids must be whole numbers"):
+            bytes_tokenizer.decode([token])
+        with pytest.raises(UserError, match="token ids must be whole numbers"):
+            bytes_tokenizer.stream().push(token)
+    for ids in (b"x", "x", 5, None, bytearray(b"x"), {}):
+        with pytest.raises(UserError, match="token ids are wanted"):
             bytes_tokenizer.decode(ids)
-    with pytest.raises(UserError, match="cannot decode these ids"):
-        bytes_tokenizer.decode([-1])
+    assert bytes_tokenizer.decode(np.array([72, 105])) == bytes_tokenizer.decode([72, 105])

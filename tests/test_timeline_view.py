@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from hybrimoe_jax.errors import UserError
@@ -47,6 +48,14 @@ def test_a_view_is_of_the_steps_that_are_wanted(timeline):
         view(timeline, 3)
     with pytest.raises(UserError, match="no events"):
         view(Timeline())
+    for name in ("step", "last", "layers"):
+        for odd in ("x", 1.5, [1], np.array([1, 2]), True, 10**5000, -10 if name != "step" else 10**30):
+            with pytest.raises(UserError, match=name):
+                view(timeline, **{name: odd})
+    for ask in (timeline.busy, timeline.events):
+        for lane in ("nope", None, []):
+            with pytest.raises(UserError, match=r"the timeline has no lane .*cpu"):
+                ask(lane)
 
 
 def test_events_that_overlap_share_the_row(timeline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace import analysis
 from hybrimoe_jax.trace.columns import Trace
+from hybrimoe_jax.trace.export import export_trace
 from hybrimoe_jax.trace.facts import TraceFacts
 
 LAYERS, EXPERTS, K, SEQUENCES, LENGTH = 3, 6, 2, 2, 12
@@ -109,12 +111,28 @@ def test_the_table_has_a_row_for_each_layer_and_only_what_is_known(trace):
 def test_a_figure_names_what_the_trace_lacks(trace):
     bare = dataclasses.replace(trace, scores=None, weights=None, lookahead={})
     single = trace.select(trace.position == 0)
+    assert len(trace.select([])) == 0 and len(trace.select([-1, 0])) == 2
     for ask, said in {
         bare.reuse_by_rank: "neither the router's scores nor weights",
         single.reuse_by_rank: "no two neighbouring tokens",
         bare.recall: "no lookahead at distance 1 .held: none",
         lambda: trace.similarity(3): r"no lookahead at distance 3 \(held: 1, 2\)",
         dataclasses.replace(trace, scores=None).similarity: "no full router scores",
+        **{
+            functools.partial(ask, odd): "distance"
+            for ask in (trace.recall, trace.similarity)
+            for odd in ([1], {}, np.array([1]), 10**5000, "x", None)
+        },
+        **{
+            functools.partial(trace.select, odd): "neither a mask of the [0-9]+ rows nor numbers"
+            for odd in ("x", 2.5, None, [len(trace)], [-len(trace) - 1], [True], [[0]])
+        },
+        lambda: trace.reuse_distance().quantile(None): "share None is no number",
+        lambda: trace.reuse_distance().quantile(2): "share 2.0 is outside",
+        lambda: trace.save("\ud800"): "path .* is no file",
+        lambda: trace.save(10**5000): "path .* is no file",
+        lambda: export_trace(trace, None, "csv"): "path None",
+        lambda: export_trace(trace, "x", {}): "layout {} is unknown",
     }.items():
         with pytest.raises(UserError, match=said):
             ask()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.checkpoint.hugging_face import from_arrays, open_hf
 from hybrimoe_jax.checkpoint.quantised.experts import as_packed
 from hybrimoe_jax.checkpoint.random import random_weights
@@ -57,10 +58,12 @@ def convert(
     another conversion at work on it, or a disk too full.
     """
     check_formats(fmt, dense_format)
+    source, dst = Path(arguments.path("src", src)), arguments.path("dst", dst)
+    text = None if calibrate is None else Path(arguments.path("calibrate", calibrate))
     check_absent(Path(dst))
-    weights = as_packed(open_source(Path(src)), fmt)
-    if calibrate is not None:
-        weights = calibrate_by(weights, fmt, Path(calibrate))
+    weights = as_packed(open_source(source), fmt)
+    if text is not None:
+        weights = calibrate_by(weights, fmt, text)
     return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format, zipped=zipped)
 
 
@@ -106,8 +109,9 @@ def convert_random(
     Other arguments, result and errors as of `convert`; the same seed gives the same weights.
     """
     check_formats(fmt, dense_format)
+    described, dst = Path(arguments.path("config", config)), arguments.path("dst", dst)
     check_absent(Path(dst))
-    weights = random_weights(Path(config), fmt, seed)
+    weights = random_weights(described, fmt, arguments.whole("seed", seed, 0))
     return write_checkpoint(weights, dst, fmt=fmt, progress=progress, dense_format=dense_format, zipped=zipped)
 
 
@@ -125,6 +129,7 @@ def save(
     `text_folder` is where tokenizer, chat template and generation_config.json are copied from, where they exist.
     """
     check_formats(fmt, dense_format)
+    dst = arguments.path("dst", dst)
     check_absent(Path(dst))
     weights = from_arrays(raw_config, dense, experts)
     return write_checkpoint(weights, dst, fmt=fmt, text_folder=text_folder, dense_format=dense_format)

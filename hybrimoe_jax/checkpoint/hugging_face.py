@@ -26,6 +26,7 @@ from hybrimoe_jax.checkpoint.weights import (
     StackedExperts,
     Tensor,
     Weights,
+    by_new_name,
     row_block,
 )
 from hybrimoe_jax.errors import UserError, is_name, reading, shown_name
@@ -165,7 +166,7 @@ def match_names(config: ModelConfig, tensors: Mapping[str, Tensor], where: objec
     """Sorts tensors into shards; raises one UserError listing every missing, extra and misshapen name."""
     check_counts(config, tensors, where)
     family = family_of(config.model_type)
-    tensors = {family.canonical(name): tensor for name, tensor in tensors.items()}
+    tensors = by_new_name(((family.canonical(name), name, tensor) for name, tensor in tensors.items()), where)
     left = dict(tensors)
     refuse_absent_layers(config, left, where)
     refuse_extra_layers(config, left, where)

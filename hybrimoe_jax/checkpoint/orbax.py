@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import replacing
+from hybrimoe_jax.files import check_plain_file, replacing
 
 TIMES = frozenset({"init_timestamp_nsecs", "commit_timestamp_nsecs"})
 
@@ -173,8 +173,11 @@ def check_path(path: Path) -> None:
 
 
 def item_names(items: Path) -> set[str]:
-    """The items in a folder or zip; raises UserError for a damaged zip."""
+    """The items in a folder or zip; raises UserError for a damaged zip, and for what is no plain file."""
     if items.suffix != ".zip":
+        for folder, _, files in os.walk(items):
+            for name in files:
+                check_plain_file(os.path.join(folder, name), os.path.join(folder, name))
         return {path.parent.name for path in items.glob("*/state") if path.is_dir()}
     import tensorstore as ts
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
 from hybrimoe_jax.checkpoint.orbax import check_path, item_names, items_of, open_leaf, read_leaves, read_rows
 from hybrimoe_jax.checkpoint.shards import DTYPES, EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
@@ -167,7 +168,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises UserError for a wrong, incomplete or foreign one.
     """
-    path = Path(path)
+    path = Path(arguments.path("checkpoint", path))
     if not path.is_dir():
         raise UserError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; give a converted checkpoint")
     if not (path / "manifest.json").is_file():
@@ -208,6 +209,8 @@ def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> N
         experts = [shard["experts"] for shard in shards if shard["experts"]]
         stacks = {(*of["shape"], len(of[sums])) for of in experts for sums in ("hashes", "crc32s") if sums in of}
         names = [shard["name"] for shard in shards]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
     except (KeyError, TypeError):
         raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
     form = ExpertForm.of(str(manifest.get("format")), config.hidden_size, config.moe_width)

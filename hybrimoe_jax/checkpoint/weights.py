@@ -9,12 +9,13 @@ Shapes: E experts, D model width, F expert width. A routed expert is gate [F, D]
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from hybrimoe_jax.errors import UserError, shown_name
 from hybrimoe_jax.formats.packing import ExpertLayout, PackedExpert, dequantise
 from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.models.config import ModelConfig
@@ -30,6 +31,22 @@ class Tensor(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+def by_new_name(tensors: Iterable[tuple[str, str, Any]], where: object) -> dict[str, Any]:
+    """Tensors under new names, from (new name, the one in the file, tensor).
+
+    UserError, naming both, where two of a file come to stand under one.
+    """
+    out, before = dict[str, Any](), dict[str, str]()
+    for new, old, tensor in tensors:
+        if new in out:
+            raise UserError(
+                f"{where}: {shown_name(before[new])} and {shown_name(old)} are both {shown_name(new)}; download or "
+                "save it again"
+            )
+        out[new], before[new] = tensor, old
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.checkpoint.hugging_face import TEXT_FILES
 from hybrimoe_jax.checkpoint.orbax import check_path, zip_items
 from hybrimoe_jax.checkpoint.shards import (
@@ -165,8 +166,8 @@ def copy_text_files(origin: Path, out: Path) -> None:
 def check_formats(fmt: str | None, dense_format: str | None) -> None:
     """Raises UserError for an unknown format, and a dense one that is not quantised (plain tensors follow `fmt`)."""
     if fmt is not None:
-        check_format(fmt)
-    if dense_format in PLAIN:
+        check_format(arguments.text("format", fmt))
+    if dense_format is not None and arguments.text("dense_format", dense_format) in PLAIN:
         raise UserError(f"dense format {shown(dense_format)} is a plain one; leave it out, or say {QUANTISED}")
     if dense_format is not None:
         Format.parse(dense_format)

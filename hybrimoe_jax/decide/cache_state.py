@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache import Belady
 from hybrimoe_jax.decide.packing import pack, unpack
 from hybrimoe_jax.decide.planner import Planner
@@ -120,6 +121,7 @@ def take_state(
 
 def load_state(path: str | os.PathLike[str]) -> CacheState:
     """Reads a file; UserError where it is none of ours, or of a version that is not known."""
+    path = arguments.path("cache state", path)
     where = f"cache state {path}"
     check_plain_file(path, where)
     try:

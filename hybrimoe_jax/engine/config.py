@@ -232,7 +232,7 @@ def _profile(name: str, value: Any) -> Any:
 
 
 def _size(name: str, value: Any) -> int | str:
-    return str(value) if isinstance(value, str) else int(arguments.number(name, value))
+    return arguments.text(name, value) if isinstance(value, str) else int(arguments.number(name, value))
 
 
 _at_least_1 = functools.partial(arguments.whole, least=1)

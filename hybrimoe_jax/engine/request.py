@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -85,44 +84,43 @@ def prompt_ids(prompts: Any, tokenizer: Any) -> list[list[int]]:
 
     UserError for what is no `Prompts`, and for a text without a tokenizer.
     """
-    given = _plain(prompts)
+    given = arguments.plain("prompts", prompts)
     if _is_one(given):
         return [_ids(given, "prompts", tokenizer)]
-    if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes)):
+    if not isinstance(given, Iterable) or isinstance(given, arguments.NO_LISTS):
         raise UserError(f"prompts: {shown(prompts)} is neither text nor token ids")
-    rows = list(given)
-    return [_ids(_plain(row), f"prompt {number}", tokenizer) for number, row in enumerate(rows)]
-
-
-def _plain(value: Any) -> Any:
-    """Lists of an array, whoever's it is."""
-    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, str) else value
+    return [
+        _ids(arguments.plain(where, row), where, tokenizer)
+        for where, row in ((f"prompt {number}", row) for number, row in enumerate(given))
+    ]
 
 
 def _is_one(given: Any) -> bool:
-    return isinstance(given, str) or (
-        isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], numbers.Integral)
-    )
+    if isinstance(given, str):
+        return True
+    if not isinstance(given, Sequence) or isinstance(given, arguments.NO_LISTS) or not len(given):
+        return False
+    first = given[0]
+    return isinstance(first, numbers.Integral) or (not isinstance(first, str) and arguments.is_scalar_array(first))
 
 
 def _ids(given: Any, where: str, tokenizer: Any) -> list[int]:
     if isinstance(given, str):
         if tokenizer is None:
             raise UserError(f"{where}: this checkpoint has no tokenizer: give token ids")
-        return tokenizer.encode(given)
-    if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes)):
+        return tokenizer.encode(arguments.text(where, given))
+    if not isinstance(given, Iterable) or isinstance(given, arguments.NO_LISTS):
         hint = "; for a conversation, encode it: engine.tokenizer.encode_chat(messages)" * isinstance(given, Mapping)
         raise UserError(f"{where}: {shown(given)} is neither text nor token ids{hint}")
     return [_id(value, place, where) for place, value in enumerate(given)]
 
 
 def _id(value: Any, place: int, where: str) -> int:
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise UserError(f"{where}: {shown(value)} at place {place} is no token id; give whole numbers, or the text itself")
+    found = arguments.index(value)
+    if found is None:
+        text = "is no token id; give whole numbers, or the text itself"
+        raise UserError(f"{where}: {shown(value)} at place {place} {text}")
+    return found
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int, max_context: int) -> None:
@@ -135,7 +133,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], new_tokens: int, vocab: int,
             raise UserError(f"{where} is empty: at least one token is needed")
         bad = [i for i in ids if not 0 <= i < vocab]
         if bad:
-            raise UserError(f"{where}: token id {bad[0]} is outside the vocabulary (0..{vocab - 1})")
+            raise UserError(f"{where}: token id {shown(bad[0])} is outside the vocabulary (0..{vocab - 1})")
         if len(ids) + new_tokens > max_context:
             raise UserError(
                 f"{where}: {len(ids)} tokens and {new_tokens} new ones exceed max_context {max_context}; "

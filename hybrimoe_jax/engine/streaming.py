@@ -12,6 +12,7 @@ from typing import Any
 from hybrimoe_jax.engine.request import check_stop, one_prompt, read_stop
 from hybrimoe_jax.engine.stats import StepStats
 from hybrimoe_jax.engine.turns import Shared
+from hybrimoe_jax.errors import UserError, shown
 
 
 @dataclasses.dataclass
@@ -60,6 +61,8 @@ def stream_generate(
     end-of-sequence token gives no text. Afterwards `engine.stats` holds the run's statistics. Between two tokens the
     engine may serve other calls and streams, of any thread; a stream that is left where it is holds nobody up.
     """
+    if not hasattr(engine, "steps"):
+        raise UserError(f"engine: {shown(engine)} is none; `hybrimoe_jax.load` gives one")
     prompts = one_prompt(prompt, engine.tokenizer, "a stream is")
     words = read_stop(stop)
     check_stop(words, engine.tokenizer)

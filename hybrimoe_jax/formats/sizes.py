@@ -22,7 +22,7 @@ def expert_bytes(hidden: int, moe_width: int, fmt: str) -> int:
         return ExpertLayout(Format.parse(fmt), hidden, moe_width).nbytes
     plain, grouped, group = fmt.partition("-g")
     fits = plain in BITS_PER_WEIGHT and (
-        not grouped or (plain.startswith("int") and group.isdecimal() and int(group) > 0)
+        not grouped or (plain.startswith("int") and group.isdecimal() and len(group) < 10 and int(group) > 0)
     )
     if not fits:
         known = ", ".join(BITS_PER_WEIGHT)

@@ -201,7 +201,8 @@ def is_rate(figure: str) -> bool:
 
 def load_profile(name: str | Path) -> MachineProfile:
     """A profile of the package by name, or from a file; UserError naming it and the first thing wrong."""
-    path = FOLDER / f"{name}.json" if str(name) in PROFILES else Path(name)
+    name = arguments.path("profile", name)
+    path = FOLDER / f"{name}.json" if name in PROFILES else Path(name)
     if not path.exists():
         raise UserError(f"profile {name}: neither a known one ({', '.join(PROFILES)}) nor a file that is there")
     raw = read_json(path, f"profile {name}: not a profile")

@@ -92,9 +92,11 @@ class ModelConfig(RoutedExperts, abc.ABC):
                     f"config.json: {name} {shown(raw[name])} and {other} {shown(raw[other])} are one number and differ"
                 )
         fields = dataclasses.fields(cls)
-        nullable = {f.name for f in fields if "None" in str(f.type)}
+        nullable = {f.name for f in fields if "None" in str(f.type) or f.type == "bool"}
+        if empty := [f.name for f in fields if f.name in raw and raw[f.name] is None and f.name not in nullable]:
+            raise UserError(f"config.json: {', '.join(empty)} must not be null; give a value, or leave it out")
         values = {
-            f.name: raw[f.name] for f in fields if f.name in raw and (raw[f.name] is not None or f.name in nullable)
+            f.name: raw[f.name] for f in fields if f.name in raw and (raw[f.name] is not None or f.type != "bool")
         }
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
@@ -118,7 +120,7 @@ class ModelConfig(RoutedExperts, abc.ABC):
         self._check_keys(raw)
         self._check_sizes(raw)
         self._check_layer_types(raw.get("layer_types") or ())
-        if not all(type(token) is int for token in self.eos_ids):
+        if not all(type(token) is int and token >= 0 for token in self.eos_ids):
             raise UserError(
                 f"config.json: eos_token_id must be an id or a list of ids, not {shown(raw['eos_token_id'])}"
             )

@@ -9,7 +9,7 @@ import argparse
 import json
 
 from hybrimoe_jax.arguments import workers
-from hybrimoe_jax.cli import Parser, first_paragraph, lookahead, progress, run
+from hybrimoe_jax.cli import Parser, check_results, first_paragraph, lookahead, progress, run
 from hybrimoe_jax.decide.cache import policy_rule
 from hybrimoe_jax.decide.cache_state import load_state
 from hybrimoe_jax.decide.prefetch.predictors import predictor_rule
@@ -17,7 +17,7 @@ from hybrimoe_jax.decide.systems import SCOPES, check_lookahead
 from hybrimoe_jax.encoding import say
 from hybrimoe_jax.errors import UserError, printable, shown
 from hybrimoe_jax.figures import check_matplotlib
-from hybrimoe_jax.files import check_folder_to_be, check_outputs, replacing
+from hybrimoe_jax.files import check_folder_to_be, replacing
 from hybrimoe_jax.machine.profile import PROFILES
 from hybrimoe_jax.records import stamped
 from hybrimoe_jax.simulate import grid, plots
@@ -140,8 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for the first flag that cannot be."""
-    outputs = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("out", "timeline", "save_cache_state")}
-    check_outputs(outputs, [*args.trace, *args.profile.split(",")])
+    check_results(args, ("out", "timeline", "save_cache_state"), args.trace)
     if args.as_recorded and (args.load_cache_state or args.save_cache_state) and len(args.trace) > 1:
         raise UserError("a cache state is of one run: give one --trace")
     if args.plots is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 
 from hybrimoe_jax import arguments, tables
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.figures import LANE_COLOURS, LANE_HATCHES, axes_of, line_style
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.progress import track
@@ -61,11 +62,12 @@ def replay(
     UserError for what is unknown or does not fit together, before anything runs.
     """
     jobs, machine = arguments.workers("jobs", jobs), arguments.path("machine", machine)
-    ratios = [arguments.number("ratios", ratio) for ratio in arguments.several("ratios", ratios, (int, float))]
+    ratios = [arguments.number("ratios", ratio) for ratio in arguments.several("ratios", ratios, numbers.Real)]
     given = [one if isinstance(one, System) else arguments.text("systems", one) for one in _several("systems", systems)]
     starts = [arguments.choice("starts", start, STARTS) for start in _several("starts", starts)]
     lengths = [
-        arguments.whole("prompt_lengths", length, 1) for length in _several("prompt_lengths", prompt_lengths, int)
+        arguments.whole("prompt_lengths", length, 1)
+        for length in _several("prompt_lengths", prompt_lengths, numbers.Integral)
     ]
     if shape is not None:
         shape = arguments.text("shape", shape)
@@ -143,6 +145,9 @@ class Runs:
         """The runs whose records have these values, as in `where(start="warm", cache_ratio=0.25)`."""
         if self.records:
             arguments.names("a run", equal, list(dict.fromkeys(key for one in self.records for key in one)), "entry ")
+        for key, value in equal.items():
+            if getattr(value, "ndim", 0):
+                raise UserError(f"where: {key} is one value, not {shown(value)}")
         chosen = [n for n, record in enumerate(self.records) if all(record.get(k) == v for k, v in equal.items())]
         cases = [self._cases[n] for n in chosen] if self._cases else ()
         return Runs([self.records[n] for n in chosen], cases, self._folder)

@@ -42,10 +42,14 @@ def eos_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer | None, c
     return () if own is None else (own,)
 
 
+def _neutral(value: Any, known: tuple[Any, ...]) -> bool:
+    return not isinstance(value, bool) and value in known
+
+
 def warn_of_what_is_left_out(generation_config: Mapping[str, Any], eos: tuple[int, ...], vocab_size: int) -> None:
     """One warning that names the settings that are not applied, and one the ids that no token has."""
     found = {key: generation_config[key] for key in NEUTRAL if generation_config.get(key) is not None}
-    named = [f"{key} {shown(value)}" for key, value in found.items() if value not in NEUTRAL[key]]
+    named = [f"{key} {shown(value)}" for key, value in found.items() if not _neutral(value, NEUTRAL[key])]
     if named:
         warnings.warn(
             f"{FILE}: {', '.join(named)} not applied; tokens are chosen by temperature, top_k and top_p alone",
@@ -54,5 +58,6 @@ def warn_of_what_is_left_out(generation_config: Mapping[str, Any], eos: tuple[in
     outside = [token for token in eos if token >= vocab_size]
     if outside:
         warnings.warn(
-            f"eos_token_id {outside[0]} is outside the vocabulary (0..{vocab_size - 1}) and ends no reply", stacklevel=2
+            f"eos_token_id {shown(outside[0])} is outside the vocabulary (0..{vocab_size - 1}) and ends no reply",
+            stacklevel=2,
         )

@@ -13,8 +13,23 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from hybrimoe_jax import arguments
+from hybrimoe_jax.errors import UserError, shown
+
 BY_TOKEN = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "CTC", "Strip"}
 """Decoders of a list of tokens that change no token before the last one when another is added."""
+
+
+MOST_IDS = 1 << 32
+"""What the `tokenizers` library can be asked about."""
+
+
+def token_id(value: Any) -> int:
+    """UserError for what is no id of any vocabulary."""
+    found = arguments.index(value)
+    if found is None or not 0 <= found < MOST_IDS:
+        raise UserError(f"token ids must be whole numbers from 0, not {shown(value)}")
+    return found
 
 
 class DecodeStream(abc.ABC):
@@ -39,7 +54,7 @@ class ByteStream(DecodeStream):
         self._bytes_of, self._decoder = bytes_of, codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._bytes_of(int(token)))
+        return self._decoder.decode(self._bytes_of(token_id(token)))
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -68,10 +83,10 @@ class PieceStream(DecodeStream):
         self._shown, self._before = 0, ""
 
     def push(self, token: int) -> str:
-        text = self._text_of(int(token))
+        text = self._text_of(token_id(token))
         if text is None:
             return ""
-        self._ids.append(int(token))
+        self._ids.append(token_id(token))
         return "" if self._is_byte(text) else self._fresh()
 
     def flush(self) -> str:
@@ -98,7 +113,7 @@ class WholeStream(DecodeStream):
         self._ids: list[int] = []
 
     def push(self, token: int) -> str:
-        self._ids.append(int(token))
+        self._ids.append(token_id(token))
         return ""
 
     def flush(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError, shown, shown_name
 from hybrimoe_jax.files import read_json
@@ -47,6 +48,7 @@ def choose(templates: Mapping[str, str], wanted: str | None, tools: Any, where: 
     That is the one for tools where tools are given and there are several, else the default one. Raises UserError.
     """
     names = ", ".join(shown_name(name) for name in sorted(templates))
+    wanted = None if wanted is None else arguments.text("chat_template", wanted)
     if wanted is not None and wanted not in templates:
         if is_template(wanted):
             return "the given chat template", wanted

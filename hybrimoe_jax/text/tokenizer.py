@@ -6,17 +6,17 @@ Everything is read from the files that came with the checkpoint; nothing is gues
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import read_json
 from hybrimoe_jax.text.added_tokens import ADDED, CONFIG, MAP, AddedTokens
 from hybrimoe_jax.text.backend import library, load_backend
 from hybrimoe_jax.text.render import TemplateError, render
-from hybrimoe_jax.text.stream import DecodeStream, stream_for
+from hybrimoe_jax.text.stream import DecodeStream, stream_for, token_id
 from hybrimoe_jax.text.templates import choose, conversation, objects, templates_of
 
 
@@ -27,7 +27,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(arguments.path("folder", folder))
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             hint = " (tokenizer.model alone is not read: load it with transformers and save_pretrained)"
@@ -77,8 +77,8 @@ class Tokenizer:
             return ids
         if wants:
             return ids if ids[:1] == [bos] else [bos, *ids]
-        plain = self._encode(text, False)
-        return ids[1:] if ids[:1] == [bos] and len(ids) > len(plain) else ids
+        own = _leading(self._encode(text, False), bos)  # in the text itself
+        return ids[1:] if _leading(ids, bos) > own else ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
@@ -90,12 +90,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; those that the vocabulary lacks give none. Raises UserError for what is no id."""
-        try:
-            ids = [operator.index(number) for number in ids]
-            with library(f"{self.folder}: tokenizer.json cannot decode these ids"):
-                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens) if ids else ""
-        except TypeError as error:
-            raise UserError(f"token ids must be whole numbers ({error})") from None
+        if not isinstance(ids, Iterable) or isinstance(ids, (str, *arguments.NO_LISTS)):
+            raise UserError(f"token ids are wanted, a list of whole numbers, not {shown(ids)}")
+        ids = list(map(token_id, ids))
+        with library(f"{self.folder}: tokenizer.json cannot decode these ids"):
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens) if ids else ""
 
     def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """Text as its tokens come: the pieces together are `decode` of all ids."""
@@ -157,6 +156,11 @@ class Tokenizer:
         """Ids of a conversation: the template has written the special tokens. `options` as of `apply_chat_template`."""
         text = self.apply_chat_template(messages, add_generation_prompt, **options)
         return self.encode(text, add_special_tokens=False)
+
+
+def _leading(ids: Sequence[int], token: int) -> int:
+    """How many of the first ids are this one."""
+    return next((place for place, found in enumerate(ids) if found != token), len(ids))
 
 
 def read_object(path: Path) -> dict[str, Any]:

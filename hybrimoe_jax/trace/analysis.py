@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.tokens import by_token, token_of_row
@@ -27,6 +28,9 @@ class ReuseDistance(NamedTuple):
 
     def quantile(self, share: float) -> int:
         """The distance that this share of the uses after the first one does not exceed."""
+        share = arguments.number("share", share)
+        if not 0 <= share <= 1:
+            raise UserError(f"share {share} is outside 0..1")
         return int(np.searchsorted(np.cumsum(self.counts) / self.counts.sum(), share))
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hybrimoe_jax import tables
+from hybrimoe_jax import arguments, tables
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.trace.facts import TraceFacts
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Trace:
 
     def select(self, rows: np.ndarray) -> Trace:
         """The trace of these rows (a mask, or their numbers in order); additions that have a row each go with them."""
+        rows = np.asarray(rows)
+        rows = rows if rows.size else rows.astype(int)  # an empty list is of floats to NumPy
+        fits = rows.shape == (len(self),) if rows.dtype == bool else rows.dtype.kind in "iu" and rows.ndim == 1
+        if not fits or (rows.dtype != bool and rows.size and not -len(self) <= rows.min() <= rows.max() < len(self)):
+            raise UserError(f"select: {shown(rows)} is neither a mask of the {len(self)} rows nor numbers of them")
         names = ("weights", "scores", BATCH)
         optional = {name: None if (a := getattr(self, name)) is None else a[rows] for name in names}
         return dataclasses.replace(
@@ -131,14 +137,14 @@ class Trace:
 
         `analysis.recall` has it by layer. UserError where the trace holds no predictions at this distance.
         """
-        return float(np.nanmean(_analysis().recall(self, distance)))
+        return float(np.nanmean(_analysis().recall(self, arguments.whole("distance", distance))))
 
     def similarity(self, distance: int = 1) -> float:
         """The mean cosine of a router's probabilities from its layer's own state and from `distance` layers before.
 
         `analysis.similarity` has it by layer. UserError where the trace lacks these predictions, or full scores.
         """
-        return float(np.nanmean(_analysis().similarity(self, distance)))
+        return float(np.nanmean(_analysis().similarity(self, arguments.whole("distance", distance))))
 
     @property
     def plot(self) -> TracePlots:

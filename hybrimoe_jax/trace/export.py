@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax import arguments
+from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace import public_exports, rows
 from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.file import check_trace
@@ -18,10 +19,8 @@ def export_trace(trace: Trace, path: str | Path, layout: str | None = None) -> l
     A text file whose name ends in .gz is packed. Returns what the layout cannot hold, in words. UserError where it
     cannot hold this trace at all, and where the file cannot be written.
     """
-    path = Path(path)
-    layout = layout or layout_of(path)
-    if layout not in EXPORTS:
-        raise UserError(f"trace layout {shown(layout)} is unknown (known: {', '.join(EXPORTS)})")
+    path = Path(arguments.path("path", path))
+    layout = layout_of(path) if layout is None else arguments.choice("layout", layout, EXPORTS)
     check_trace(trace, f"trace for {path}")
     return EXPORTS[layout](trace, path)
 

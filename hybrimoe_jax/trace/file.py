@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_plain_file, replacing
 from hybrimoe_jax.npz import read_npz
@@ -54,7 +55,7 @@ EMPTY = "it is empty: no token was recorded"
 
 def save_trace(trace: Trace, path: str | os.PathLike) -> None:
     """Checks a trace and writes it, whole or not at all. UserError where it is malformed or cannot be written."""
-    arrays = arrays_of(trace)
+    path, arrays = arguments.path("path", path), arrays_of(trace)
     check_arrays(arrays, trace.facts, f"trace for {path}")
     meta = describe(trace, f"trace for {path}")
     with replacing(path, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -78,7 +79,7 @@ def describe(trace: Trace, where: str, **more: Any) -> str:
 
 def load_trace(path: str | os.PathLike) -> Trace:
     """Reads and checks a trace. Raises UserError naming the file and the first thing wrong, down to the record."""
-    return trace_of(read_arrays(path), f"trace {path}")
+    return trace_of(read_arrays(arguments.path("trace", path)), f"trace {path}")
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

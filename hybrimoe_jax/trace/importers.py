@@ -17,7 +17,7 @@ import numpy as np
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import decode, read_bytes
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_plain_file
 from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace import layouts, rows
@@ -77,8 +77,10 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
     What only some of them hold is NaN in the others' rows, as in any trace; additions of other programs (`extra`) are
     left out.
     """
-    if not traces:
-        raise UserError("no traces to join: give at least one")
+    traces = arguments.several("traces", traces, Trace)
+    wrong = next((trace for trace in traces if not isinstance(trace, Trace)), None)
+    if wrong is not None or not traces:
+        raise UserError("no traces to join: give at least one" if not traces else f"traces: {shown(wrong)} is no trace")
     first = traces[0]
     if len(traces) == 1:
         return first

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import reading
 from hybrimoe_jax.files import read_json, replacing
 from hybrimoe_jax.tables import table
@@ -137,7 +138,7 @@ class Timeline:
     @classmethod
     def read(cls, path: str | os.PathLike) -> Timeline:
         """What `write` wrote; UserError for any other file."""
-        file = read_json(Path(path))
+        file = read_json(Path(arguments.path("timeline", path)))
         with reading(f"{path}: the timeline"):
             events = [event for event in file["traceEvents"] if event["ph"] == "X"]
             lanes = dict.fromkeys([*LANES, *(event["cat"] for event in events)])
@@ -163,7 +164,8 @@ class Timeline:
             )
 
     def _ordered(self, lane: str) -> list[tuple[float, float, str, dict]]:
-        """By start; of events that start together the longest first, as nesting wants it."""
+        """By start; of events that start together the longest first, as nesting wants it. UserError: no such lane."""
+        arguments.names("the timeline", [lane], self.lanes, "lane ")
         return sorted(self._events[lane], key=lambda event: (event[0], -event[1]))
 
     @staticmethod

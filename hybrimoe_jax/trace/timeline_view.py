@@ -6,7 +6,8 @@ import html
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax import arguments
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.figures import LANE_COLOURS
 from hybrimoe_jax.trace.timeline import Timeline
 
@@ -75,17 +76,18 @@ def window(timeline: Timeline, step: int | None, last: int, layers: int | None) 
     if not steps:
         return 0.0, timeline.span, "all of it"
     if step is None:
-        if last < 1:
-            raise UserError(f"the last {last} steps: give at least 1")
+        last = arguments.whole("last", last, 1)
         first = max(0, len(steps) - last)
         begin, end = steps[first][0], steps[-1][1]
         said = f"step {first}" if first == len(steps) - 1 else f"steps {first} to {len(steps) - 1}"
     else:
+        step = arguments.whole("step", step)
         if not -len(steps) <= step < len(steps):
-            raise UserError(f"step {step}: the timeline has steps 0 to {len(steps) - 1}")
+            raise UserError(f"step {shown(step)}: the timeline has steps 0 to {len(steps) - 1}")
         begin, end = steps[step]
         said = f"step {step % len(steps)}"
     if layers is not None:
+        layers = arguments.whole("layers", layers, 1)
         later = sorted(start for start in layer_starts(timeline) if begin <= start < end)
         end, said = (later[layers] if layers < len(later) else end), f"{layers} layers of {said}"
     return begin, end, said

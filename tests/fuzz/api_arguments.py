@@ -6,6 +6,7 @@ After every call, refused or not, the next plain answer is the reference's.
 
 from __future__ import annotations
 
+import enum
 import random
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,52 @@ from fuzz.worker import Case, Wrong
 TEXT = "the and"
 NEW = 5
 SAME = "the reference's"
+DISGUISED = (np.complex64(5 + 2j), np.timedelta64(5, "ns"), np.array(True, object), np.ma.array(5, mask=True))
+"""What Python turns into a number when it is asked to, and is none."""
+
+
+class Word(str, enum.Enum):  # noqa: UP042 - StrEnum is the one that does no harm
+    """A text whose `str` is another text."""
+
+    E = "e"
+
+
 VALUES: dict[str, tuple] = {
-    "max_new_tokens": (np.int64(NEW), np.int32(NEW), 2.5, None, "5", 0, -1, 10**9, True, [5], float("nan"), NEW),
-    "temperature": (0, 0.0, np.float32(0), 0.7, -1, None, "hot", float("nan"), float("inf"), 1e-310, 1e308, True, [0]),
+    "max_new_tokens": (
+        np.int64(NEW),
+        np.int32(NEW),
+        2.5,
+        None,
+        "5",
+        0,
+        -1,
+        10**9,
+        True,
+        [5],
+        float("nan"),
+        NEW,
+        *DISGUISED,
+    ),
+    "temperature": (
+        0,
+        0.0,
+        np.float32(0),
+        0.7,
+        -1,
+        None,
+        "hot",
+        float("nan"),
+        float("inf"),
+        1e-310,
+        1e308,
+        True,
+        [0],
+        *DISGUISED,
+    ),
     "top_k": (0, 1, 3, np.int64(3), 2.5, None, -1, "3", 10**9, 2**70, True),
     "top_p": (1, 1.0, 0.5, 0, -0.1, 1.1, None, "x", float("nan"), np.float64(0.5), 1e-310),
     "seed": (0, 1, np.int64(3), -1, 2.5, None, 2**70, "x"),
-    "stop": ((), [], "", [""], "e", "###", ["###"], ["\u2603"], b"e", 5, [5], None, {"e": 1}, "a" * 10_000),
+    "stop": ((), [], "", [""], "e", "###", ["###"], ["\u2603"], b"e", 5, [5], None, {"e": 1}, "a" * 10_000, Word.E),
 }
 EQUAL = {
     "max_new_tokens": (NEW, np.int64(NEW), np.int32(NEW)),
@@ -40,6 +80,8 @@ WHOLE, REAL = ("max_new_tokens", "top_k", "seed"), ("temperature", "top_p")
 
 def never(name: str, value: Any) -> bool:
     """Whether a value of this argument can have no answer: a part of a thing, no number, text in its place."""
+    if any(value is one for one in DISGUISED):
+        return True
     if name in WHOLE:
         return isinstance(value, (str, bytes, list, dict)) or (isinstance(value, float) and value != value // 1)
     if name in REAL:
@@ -89,6 +131,11 @@ class Kind:
             [[]],
             ids * 1000,
             TEXT.encode(),
+            bytearray(TEXT.encode()),
+            memoryview(TEXT.encode()),
+            np.array(ids, "timedelta64[ns]"),
+            [[*ids[:-1], np.datetime64(5, "ns")]],
+            Word.E,
             iter([ids]),
             {"prompt": TEXT},
             {1, 2},

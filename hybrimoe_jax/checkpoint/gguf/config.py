@@ -105,7 +105,7 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise UserError(f"{where}: GGUF architecture {shown(arch)} is not supported ({', '.join(ARCHITECTURES)} are)")
-    if int(fields.get("split.count", 1) or 1) > 1:
+    if fields.get("split.count") not in (None, 0, 1):
         raise UserError(f"{where}: one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
 
     def get(key: str, default: Any = None) -> Any:
@@ -140,13 +140,19 @@ def hf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], 
         "rope_scaling": rope_scaling(get, where),
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "silu",
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        **{f"{role}_token_id": token_id(fields, f"tokenizer.ggml.{role}_token_id", where) for role in ("bos", "eos")},
     }
     raw |= family_keys(arch, get, need, shapes, where)
     own = [key.removeprefix(f"{arch}.") for key in fields if key.startswith(f"{arch}.")]
     check_rest(arch, own, get, raw, where)
     return raw
+
+
+def token_id(fields: Mapping[str, Any], key: str, where: object) -> int | None:
+    value = fields.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise UserError(f"{where}: {key} is {shown(value)}, no token id; make the file again")
+    return value
 
 
 def family_keys(

@@ -18,17 +18,17 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hybrimoe_jax.checkpoint.gguf.config import hf_config
 from hybrimoe_jax.checkpoint.gguf.header import Place, read_gguf
 from hybrimoe_jax.checkpoint.hugging_face import match_names
-from hybrimoe_jax.checkpoint.quantised.codes import Codes, Kind, QuantisedTensor
-from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights
+from hybrimoe_jax.checkpoint.quantised.codes import F32, Codes, Kind, QuantisedTensor
+from hybrimoe_jax.checkpoint.weights import ArrayTensor, Tensor, Weights, by_new_name
 from hybrimoe_jax.errors import UserError, reading, shown_name
 from hybrimoe_jax.formats.plain import BF16
 from hybrimoe_jax.models.config import ModelConfig
@@ -63,6 +63,8 @@ LAYER = {
     "ffn_down_shexp": "mlp.{shared}.down_proj",
 }
 """Below `blk.N.` -> below `model.layers.N.`."""
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+"""Below `blk.N.`, the stacks of all experts' matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,27 +176,37 @@ class Stored(NamedTuple):
 def original(config: ModelConfig, arch: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Every tensor under its original name.
 
-    Names that are not known stay as they are, and are then refused with the others.
+    Names that are not known stay as they are, and are then refused with the others. UserError where two stand for one.
     """
+    path = next(iter(stored.values())).path
+    return by_new_name(named(config, arch, stored), path)
+
+
+def named(config: ModelConfig, arch: str, stored: Mapping[str, Stored]) -> Iterator[tuple[str, str, Tensor]]:
+    """(the original name, the file's, the tensor) of each."""
     family = family_of(config.model_type)
     words = {"block": family.block, "shared": "shared_expert" if arch == "qwen2moe" else "shared_experts"}
-    out: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         stem, _, part = name.rpartition(".")
-        match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        match = re.fullmatch(r"blk\.(0|[1-9][0-9]*)\.(.+)", stem)
         if match is None:
-            out[f"{OUTER[stem]}.{part}" if stem in OUTER else name] = plain(tensor)
+            foreign = name.startswith(("model.", "lm_head."))  # as in the original, where it may mean another layout
+            new = f"{OUTER[stem]}.{part}" if stem in OUTER else f"{name} (no name of a GGUF file)" if foreign else name
+            yield new, name, plain(tensor)
             continue
         layer, inner = int(match[1]), match[2]
-        if inner in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
-            which = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps").index(inner)
+        if inner in EXPERTS and part == "weight":
             for e, matrix in enumerate(expert_matrices(tensor)):
-                out[family.expert_names(layer, e)[which]] = matrix
-        elif arch == "deepseek2" and inner in ("attn_k_b", "attn_v_b"):
-            keys, values = (f"blk.{layer}.{n}.weight" for n in ("attn_k_b", "attn_v_b"))
-            if keys in stored and values in stored and f"blk.{layer}.attn_kv_b.weight" not in stored:
-                joined = joined_kv(*(plain(stored[n]) for n in (keys, values)))
-                out[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = joined
+                yield family.expert_names(layer, e)[EXPERTS.index(inner)], name, matrix
+        elif arch == "deepseek2" and inner in ("attn_k_b", "attn_v_b") and part == "weight":
+            keys, values = (stored.get(f"blk.{layer}.{n}.weight") for n in ("attn_k_b", "attn_v_b"))
+            if (
+                keys is not None
+                and values is not None
+                and tensor is keys
+                and f"blk.{layer}.attn_kv_b.weight" not in stored
+            ):
+                yield f"model.layers.{layer}.self_attn.kv_b_proj.weight", name, joined_kv(config, keys, values)
         elif inner in LAYER:
             made = plain(tensor)
             if inner == "ffn_gate_inp_shexp":
@@ -202,10 +214,9 @@ def original(config: ModelConfig, arch: str, stored: Mapping[str, Stored]) -> di
             elif arch == "llama" and inner in ("attn_q", "attn_k"):
                 heads = config.num_attention_heads if inner == "attn_q" else config.kv_heads
                 made = halves_first(made, heads)
-            out[f"model.layers.{layer}.{LAYER[inner].format(**words)}.{part}"] = made
+            yield f"model.layers.{layer}.{LAYER[inner].format(**words)}.{part}", name, made
         else:
-            out[name] = plain(tensor)
-    return out
+            yield name, name, plain(tensor)
 
 
 def plain(tensor: Stored) -> Tensor:
@@ -268,13 +279,16 @@ def halves_first(tensor: Tensor, heads: int) -> Tensor:
     return DerivedTensor(tensor.shape, make, tensor.dtype)
 
 
-def joined_kv(keys: Tensor, values: Tensor) -> Tensor:
-    """`keys` [H, r, n] and values [H, v, r] -> `kv_b_proj` [H * (n + v), r]."""
-    heads, latent, nope = keys.shape
+def joined_kv(config: Any, keys: Stored, values: Stored) -> Tensor:
+    """`keys` [H, r, n] and values [H, v, r] -> `kv_b_proj` [H * (n + v), r]; UserError where they have other shapes."""
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    shapes = (heads, latent, config.qk_nope_head_dim), (heads, config.v_head_dim, latent)
+    for tensor, shape in zip((keys, values), shapes):
+        if tensor.place.shape != shape:
+            raise UserError(f"{tensor.path}: {tensor.name} is {list(tensor.place.shape)}, not {list(shape)}")
+    first, second = plain(keys), plain(values)
 
     def make() -> np.ndarray:
-        return (
-            np.concatenate([keys.read().swapaxes(1, 2), values.read()], axis=1).reshape(-1, latent).astype(np.float32)
-        )
+        return np.concatenate([first.read().swapaxes(1, 2), second.read()], axis=1).reshape(-1, latent).astype(F32)
 
-    return DerivedTensor((heads * (nope + values.shape[1]), latent), make, np.dtype(np.float32))
+    return DerivedTensor((heads * (shapes[0][2] + config.v_head_dim), latent), make, F32)

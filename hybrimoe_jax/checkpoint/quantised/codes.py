@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from hybrimoe_jax.checkpoint.weights import by_new_name
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.formats.layout import GROUPS
 
@@ -133,20 +134,22 @@ def gathered(
     Its parts `X.part` are replaced by `make(found, X)` under the name `X.weight`.
 
     `needed` are those of `parts` that a matrix must have, the first of them the one that tells it is there; `found`
-    maps part to tensor. Raises UserError where another is lacking.
+    maps part to tensor. Raises UserError where another is lacking, and where `X.weight` is there, too.
     """
-    out: dict[str, Any] = {}
-    for name, tensor in stored.items():
-        stem, _, part = name.rpartition(".")
-        if part not in parts:
-            out[name] = tensor
-        elif part == needed[0]:
-            found = {part: stored[f"{stem}.{part}"] for part in parts if f"{stem}.{part}" in stored}
-            lacking = [part for part in needed if part not in found]
-            if lacking:
-                raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
-            out[f"{stem}.weight"] = make(found, stem)
-    return out
+
+    def renamed() -> Iterator[tuple[str, str, Any]]:
+        for name, tensor in stored.items():
+            stem, _, part = name.rpartition(".")
+            if part not in parts:
+                yield name, name, tensor
+            elif part == needed[0]:
+                found = {part: stored[f"{stem}.{part}"] for part in parts if f"{stem}.{part}" in stored}
+                lacking = [part for part in needed if part not in found]
+                if lacking:
+                    raise UserError(f"{tensor.path}: {stem} has no {', '.join(lacking)}; download it again")
+                yield f"{stem}.weight", name, make(found, stem)
+
+    return by_new_name(renamed(), next((tensor.path.parent for tensor in stored.values()), ""))
 
 
 def check_stored(where: str, words: Sequence[Any], scales: Any) -> None:

@@ -51,6 +51,7 @@ class PackedTensor(QuantisedTensor):
     size: tuple[int, int]
     bits: int
     group_sizes: tuple[Any, ...]  # those of the configuration; -1 is a whole row
+    symmetric: bool  # by the configuration
 
     def __post_init__(self):
         check_stored(self.where, (self.packed, self.zero_point), self.scale)
@@ -90,7 +91,7 @@ class PackedTensor(QuantisedTensor):
             group = fitting_group(self.group_size, self.shape[1])
         else:
             group = run_length(self.group_of())
-        return Kind(self.bits, group, self.zero_point is not None, scale_type(self.scale))
+        return Kind(self.bits, group, self.zero_point is not None and not self.symmetric, scale_type(self.scale))
 
     def group_of(self) -> np.ndarray:
         if self.g_idx is None:
@@ -104,6 +105,11 @@ class PackedTensor(QuantisedTensor):
         if self.zero_point is not None:
             zeros = unpack_words(self.zero_point.integers(), self.bits, 0, rows)
         codes, zeros = centred(codes, zeros, self.bits, self.where)
+        if zeros is not None and self.symmetric:
+            raise UserError(
+                f"{self.where}: weight_zero_point moves its zeros, though config.json calls its {self.bits} bits "
+                "symmetric; download it again"
+            )
         return Codes(codes, self.scale.read().astype(np.float32), zeros, self.group_of())
 
 
@@ -119,6 +125,7 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
             raise UserError(f"config.json: compressed-tensors {key} is not supported; save it without")
     weights = [group["weights"] for group in groups.values()]
     asymmetric = {one.get("num_bits") for one in weights if one.get("symmetric") is False}
+    symmetric = {one.get("num_bits") for one in weights if one.get("symmetric") is True} - asymmetric
     asymmetric -= {one.get("num_bits") for one in weights if one.get("symmetric") is not False}
     sizes = tuple(-1 if one["strategy"] == "channel" else one.get("group_size") for one in weights)
 
@@ -132,7 +139,7 @@ def tensors(settings: Mapping[str, Any], stored: Mapping[str, FileTensor]) -> di
                 f"{packed.path}: {stem} has no weight_zero_point, though config.json calls its {bits} bits asymmetric; "
                 "download it again"
             )
-        return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits, sizes)
+        return PackedTensor(packed, found["weight_scale"], *optional, (rows, columns), bits, sizes, bits in symmetric)
 
     return gathered(stored, PARTS, ("weight_packed", "weight_scale", "weight_shape"), matrix)
 
