@@ -53,6 +53,20 @@ def read_json(path: Path, where: str = "") -> Any:
         raise UserError(f"{where}: not valid JSON ({error}); download or save it again") from None
 
 
+def present(path: Path) -> bool:
+    """Whether there is a file, of those that a folder may lack.
+
+    UserError where something else has its name: a link that leads nowhere, as in a download's folder after a part of it
+    was deleted, is not a file that nobody wanted.
+    """
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no plain file"
+        raise UserError(f"{path}: {what}; download or save it again, or remove it")
+    return False
+
+
 def check_plain_file(path: Target, where: str) -> None:
     """Refuses to read a pipe or a device as a file that is read in parts: UserError that begins with `where`."""
     odd = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ from hybrimoe_jax.checkpoint import export as exporting
 from hybrimoe_jax.checkpoint import shards
 from hybrimoe_jax.checkpoint.convert import convert, save
 from hybrimoe_jax.checkpoint.export import export_hf
+from hybrimoe_jax.checkpoint.hugging_face import TEXT_FILES
 from hybrimoe_jax.checkpoint.reader import open_checkpoint
 from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.text.templates import MORE
 
 BF16 = ml_dtypes.bfloat16
 
@@ -227,3 +230,27 @@ def test_export_of_a_bf16_checkpoint_says_so_and_can_be_sharded(tmp_path, monkey
     )
     again = convert(back, tmp_path / "again")
     assert open_checkpoint(again).manifest["pieces"] == open_checkpoint(dst).manifest["pieces"]
+
+
+BESIDE = (*TEXT_FILES, f"{MORE}/extra.jinja")
+
+
+@pytest.mark.parametrize("name", [*BESIDE, "model.safetensors", "model.safetensors.index.json", "adapter_config.json"])
+def test_a_link_that_leads_nowhere_is_not_a_file_that_nobody_wanted(tmp_path, name):
+    source = folders.write_hf(tmp_path / "hf", folders.tensors())
+    (source / name).unlink(missing_ok=True)
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to("../../blobs/deleted")
+    if name.endswith(".index.json"):
+        (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{name}: a link that leads nowhere"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optional_file_of_a_checkpoint_must_be_one(plain_model, tmp_path):
+    made = shutil.copytree(plain_model(), tmp_path / "made")
+    (made / "generation_config.json").unlink()
+    (made / "generation_config.json").mkdir()
+    with pytest.raises(UserError, match=r"generation_config\.json: no plain file"):
+        open_checkpoint(made)

@@ -30,7 +30,7 @@ from hybrimoe_jax.checkpoint.weights import (
     row_block,
 )
 from hybrimoe_jax.errors import UserError, is_name, reading, shown_name
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import present, read_json
 from hybrimoe_jax.models.config import ModelConfig
 from hybrimoe_jax.models.parameters import split
 from hybrimoe_jax.models.registry import build_model, family_of, parse_config
@@ -94,7 +94,7 @@ def open_hf(folder: str | Path) -> Weights:
         raise UserError(f"{folder}: no config.json; give a folder saved by transformers' save_pretrained")
     if (folder / "manifest.json").is_file() and items_of(folder).exists():
         raise UserError(f"{folder}: already a converted checkpoint; give the Hugging Face folder it came from")
-    if (folder / ADAPTER).is_file():
+    if present(folder / ADAPTER):
         raise UserError(
             f"{folder / ADAPTER}: an adapter (PEFT) lies beside the weights and would be left out; merge it into them, "
             "or remove its files if they are merged already"
@@ -123,9 +123,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, FileTensor], list[Path]]:
     A single file goes before an index, which may be left over from weights that were saved here earlier; so it does in
     transformers.
     """
-    if (folder / SINGLE).is_file():
+    if present(folder / SINGLE):
         return dict(read_header(folder / SINGLE)), [folder / SINGLE]
-    if (folder / INDEX).is_file():
+    if present(folder / INDEX):
         return read_shards(folder)
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:

@@ -17,7 +17,7 @@ from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
 from hybrimoe_jax.checkpoint.orbax import check_path, item_names, items_of, open_leaf, read_leaves, read_rows
 from hybrimoe_jax.checkpoint.shards import DTYPES, EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import present, read_json
 from hybrimoe_jax.formats.packing import (
     Format,
     MatrixLayout,
@@ -57,7 +57,7 @@ class Checkpoint:
         not fit the model.
         """
         path = self.path / FREQUENCIES
-        if not path.is_file():
+        if not present(path):
             return None
         saved = read_json(path)
         counts = saved.get("counts") if isinstance(saved, dict) else None
@@ -78,7 +78,7 @@ class Checkpoint:
         from hybrimoe_jax.text import Tokenizer
 
         known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-        return Tokenizer(self.path) if any((self.path / name).is_file() for name in known) else None
+        return Tokenizer(self.path) if any(present(self.path / name) for name in known) else None
 
     @property
     def dense_format(self) -> str | None:
@@ -192,7 +192,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = parse_config(raw)
     check_shards(path, config, manifest)
     generation = path / "generation_config.json"
-    defaults = read_json(generation) if generation.is_file() else {}
+    defaults = read_json(generation) if present(generation) else {}
     if not isinstance(defaults, dict):
         raise UserError(f"{generation}: not a JSON object")
     return Checkpoint(path, config, raw, defaults, manifest)

@@ -34,7 +34,7 @@ from hybrimoe_jax.checkpoint.shards import (
 )
 from hybrimoe_jax.checkpoint.weights import PackedExperts, Weights
 from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.files import check_folder_to_be, replacing
+from hybrimoe_jax.files import check_folder_to_be, present, replacing
 from hybrimoe_jax.formats.layout import PLAIN, QUANTISED, check_format
 from hybrimoe_jax.formats.packing import Format
 from hybrimoe_jax.text.templates import MORE
@@ -159,7 +159,7 @@ def copy_text_files(origin: Path, out: Path) -> None:
     if more:
         (out / MORE).mkdir(exist_ok=True)
     for name in (*TEXT_FILES, *more):
-        if (origin / name).is_file():
+        if present(origin / name):
             shutil.copyfile(origin / name, out / name)
 
 

@@ -73,9 +73,10 @@ def make_rope(
         raise UserError(f"config.json: the rotary width {width} is odd")
     if not 0 < theta <= LARGEST:
         raise UserError(f"config.json: rope_theta must be a number above 0, not {theta}")
-    base = (1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(
-        np.float32
-    )
+    with np.errstate(divide="ignore", over="ignore"):  # what is not finite is refused below
+        base = (1.0 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(
+            np.float32
+        )
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS:

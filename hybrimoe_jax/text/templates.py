@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from hybrimoe_jax import arguments
 from hybrimoe_jax.encoding import read_text
 from hybrimoe_jax.errors import UserError, shown, shown_name
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import present, read_json
 from hybrimoe_jax.text.added_tokens import CONFIG
 
 FILE, MORE = "chat_template.jinja", "additional_chat_templates"
@@ -25,8 +26,8 @@ def templates_of(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     A template without a name is "default". Raises UserError where one is no text.
     """
     more = folder / MORE
-    files = {path.stem: path for path in sorted(more.glob("*.jinja")) if path.is_file()} if more.is_dir() else {}
-    if (folder / FILE).is_file():
+    files = {path.stem: path for path in sorted(more.glob("*.jinja")) if present(path)}
+    if present(folder / FILE):
         files = {DEFAULT: folder / FILE} | files
     if files:
         return {name: read_text(path) for name, path in files.items()}
@@ -68,7 +69,7 @@ def choose(templates: Mapping[str, str], wanted: str | None, tools: Any, where: 
 
 def named_or_read(given: str, templates: Mapping[str, str]) -> str:
     """`--chat-template`: the name of one of `templates`, or the text of the file that is given."""
-    if given in templates or not Path(given).is_file():
+    if given in templates or not os.path.exists(given):
         return given
     text = read_text(given, f"--chat-template {given}")
     if not is_template(text):

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import present, read_json
 from hybrimoe_jax.text.added_tokens import ADDED, CONFIG, MAP, AddedTokens
 from hybrimoe_jax.text.backend import library, load_backend
 from hybrimoe_jax.text.render import TemplateError, render
@@ -29,7 +29,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(arguments.path("folder", folder))
         path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        if not present(path):
             hint = " (tokenizer.model alone is not read: load it with transformers and save_pretrained)"
             raise UserError(f"{path}: no such file{hint if (self.folder / 'tokenizer.model').is_file() else ''}")
         self._backend = load_backend(path)
@@ -165,7 +165,7 @@ def _leading(ids: Sequence[int], token: int) -> int:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file; raises UserError where it is malformed."""
-    if not path.is_file():
+    if not present(path):
         return {}
     value = read_json(path)
     if not isinstance(value, dict):

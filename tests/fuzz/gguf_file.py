@@ -155,11 +155,13 @@ class Kind:
     def case(self, rng: random.Random, folder: Path) -> Case:
         fields, tensors, data = rng.choice(self.bases)
         fields, tensors, version, order, counts = list(fields), list(tensors), 3, "<", (0, 0)
-        how, what = rng.choice(("field", "field", "tensor", "tensor", "lie", "bytes", "harmless")), ""
+        how, what = rng.choice(("field", "field", "tensor", "tensor", "again", "lie", "bytes", "harmless")), ""
         if how == "field":
             what = self.change_field(rng, fields)
         elif how == "tensor":
             what = self.change_tensor(rng, tensors)
+        elif how == "again":
+            what, data = self.once_more(rng, tensors, data)
         elif how == "lie":
             version, order = rng.choice(((1, "<"), (3, ">"), (2, "<"), (4, "<"), (3, "<")))
             counts = rng.choice(((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (2**32, 0), (0, 2**32), (2**63, 2**63)))
@@ -235,6 +237,15 @@ class Kind:
             tensors.append(tensors[at])
         return f"{how} {brief(name)}: {brief(tensors[at] if at < len(tensors) else None)}"
 
+    def once_more(self, rng: random.Random, tensors: list, data: bytes) -> tuple[str, bytes]:
+        """A tensor has zeros for a second time, under a name near its own."""
+        name, shape, kind, _ = rng.choice(tensors)
+        near = (name.replace("blk.", "blk.0"), name.replace("blk.0", "blk.\u0660"), name.replace("blk.0", "blk.+0"))
+        other = rng.choice((*near, name.upper(), f" {name}", "output.weight", "model.norm.weight"))
+        end = -(-len(data) // 32) * 32
+        tensors.append((other, shape, kind, end))
+        return f"{name} again as {brief(other)}", data.ljust(end, b"\0") + bytes(Reader.bytes_of(shape, kind) + 31)
+
     def compare(self, path: Path, data: bytes, fine: bool = False) -> None:
         from hybrimoe_jax.checkpoint.gguf.file import open_gguf
         from hybrimoe_jax.errors import UserError
@@ -251,6 +262,9 @@ class Kind:
                 raise Wrong(f"a sound file is refused: {error}") from None
             raise
         names = {written.gguf_name(n): t for shard in weights.shards for n, t in shard.dense.items()}
+        unread = [name for name in wanted.tensors if name not in names and "_exps." not in name]
+        if unread:
+            raise Wrong(f"{brief(unread[0])} is left out without a word")
         for name, tensor in names.items():
             if wanted.tensors[name][1] == 0 and np.asarray(tensor.read(), "<f4").tobytes() != wanted.stored(name):
                 raise Wrong(f"{name}: other values than in the file")

@@ -8,6 +8,7 @@ KINDS = {
     "template": "chat_templates",
     "profile": "machine_profiles",
     "trace": "trace_files",
+    "converted": "converted_folder",
     "flags": "command_flags",
     "api": "api_arguments",
     "policy": "own_policies",

@@ -89,6 +89,10 @@ class Kind:
             return header, ""
         name = rng.choice(list(header))
         other = rng.choice((f"{name}x", "../x", "\x1b[31mx", "", "a" * 100_000, "model.layers.9.x", "lm_head.weight"))
+        if rng.random() < 0.3:  # what might be read as the same name
+            other = rng.choice(
+                (name.removeprefix("model."), f"model.{name}", name.replace(".0.", ".00."), name.upper())
+            )
         header[other] = header[name] if rng.random() < 0.5 else header.pop(name)
         return header, f"{name} as {brief(other)}"
 

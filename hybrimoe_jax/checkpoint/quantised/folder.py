@@ -10,7 +10,7 @@ from hybrimoe_jax.checkpoint.quantised import awq, compressed_tensors, gptq
 from hybrimoe_jax.checkpoint.quantised.codes import QuantisedTensor
 from hybrimoe_jax.checkpoint.safetensors import FileTensor
 from hybrimoe_jax.errors import UserError, shown
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import present, read_json
 
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ wrote the settings before `config.json` had them -> the method, where it is not said."""
@@ -42,7 +42,7 @@ def settings_of(folder: Path, stated: Any, stored: Iterable[str]) -> Any:
         return stated or None
     found, where = dict(stated or {}), "config.json"
     for name, method in BESIDE.items():
-        if not (folder / name).is_file():
+        if not present(folder / name):
             continue
         beside = read_json(folder / name)
         if not isinstance(beside, Mapping):
