@@ -90,6 +90,7 @@ class Kind:
 def read(made: Path) -> dict[str, bytes]:
     """Every tensor and expert of a checkpoint, as bytes."""
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
+    from hybrimoe_jax.formats.plain import ExpertWeights
 
     checkpoint = open_checkpoint(made)
     out = {n: (t if isinstance(t, np.ndarray) else t.data).tobytes() for n, t in checkpoint.dense().items()}
@@ -97,7 +98,7 @@ def read(made: Path) -> dict[str, bytes]:
     for layer in range(store.num_layers):
         for expert in range(store.num_experts):
             there = store.get(layer, expert)
-            parts = (there.gate_up, there.down) if hasattr(there, "gate_up") else (there.data,)
+            parts = (there.gate_up, there.down) if isinstance(there, ExpertWeights) else (there.data,)
             out[f"expert {layer}/{expert}"] = b"".join(part.tobytes() for part in parts)
     return out
 
