@@ -182,8 +182,9 @@ def test_both_spellings_of_the_number_of_experts():
         assert parse_config(keys) == tiny(family)
 
 
-def test_null_means_the_default_except_where_null_says_something():
+def test_null_is_false_or_none_where_it_says_something_and_refused_elsewhere():
     assert parse_config(raw("qwen2_moe", norm_topk_prob=None)).norm_topk_prob is False
+    assert parse_config(raw("qwen2_moe", qkv_bias=None)).qkv_bias is False  # which is true where it is left out
     for name in ("rms_norm_eps", "rope_theta", "hidden_act", "hidden_size", "max_position_embeddings"):
         with pytest.raises(UserError, match=f"{name} must not be null"):  # transformers stops at it, too
             parse_config(raw("qwen2_moe", **{name: None}))

@@ -95,9 +95,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
         nullable = {f.name for f in fields if "None" in str(f.type) or f.type == "bool"}
         if empty := [f.name for f in fields if f.name in raw and raw[f.name] is None and f.name not in nullable]:
             raise UserError(f"config.json: {', '.join(empty)} must not be null; give a value, or leave it out")
-        values = {
-            f.name: raw[f.name] for f in fields if f.name in raw and (raw[f.name] is not None or f.type != "bool")
-        }
+        false = {f.name for f in fields if f.type == "bool" and f.name in raw and raw[f.name] is None}
+        values = {f.name: raw[f.name] for f in fields if f.name in raw} | dict.fromkeys(false, False)
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise UserError(
