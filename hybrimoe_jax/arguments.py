@@ -94,6 +94,11 @@ def path(name: str, value: Any) -> str:
         fine = error.errno != errno.ENAMETOOLONG
     if not fine:
         raise UserError(f"{name} {shown(value)} is no file or folder; give its path")
+    if not os.path.isabs(found):
+        try:
+            os.getcwd()
+        except OSError:
+            raise UserError(f"{name} {shown(value)}: the current folder is gone; change into another one") from None
     return str.__str__(found)
 
 

@@ -71,19 +71,39 @@ def _run(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is not None and error.strerror is not None:
             return fail(f"{error.filename}: {error.strerror}")
+        if error.errno == errno.ENOENT and not error.filename and not _here():
+            return fail("the current folder is gone; change into another one")
         if error.errno in UNWRITABLE:
             _forget_output()
             return fail(f"cannot write the output: {error.strerror}")
         _say_fault(error)
     except Exception as error:
+        if _of_a_jax_setting(error):
+            return fail(f"jax takes no such setting ({said(error)}); change or unset the environment variable")
         _say_fault(error)
     return FAILED
+
+
+def _of_a_jax_setting(error: Exception) -> bool:
+    """Whether jax refuses what it reads as it is imported: `JAX_...` in the environment."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_code.co_filename.endswith(
+        "jax/_src/config.py".replace("/", os.sep)
+    )
+
+
+def _here() -> bool:
+    with contextlib.suppress(OSError):
+        return bool(os.getcwd())
+    return False
 
 
 def _say_fault(error: Exception) -> None:
     """A line where a device or the memory failed; the traceback where this program did."""
     if isinstance(error, MemoryError):
         fail(f"this machine's memory ran out ({said(error)}); end other programs, or take a smaller model or --lazy")
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        fail(f"the system gives this program no more threads or memory ({said(error)}); see ulimit -u and ulimit -v")
     elif isinstance(error, DeviceError):
         fail(str(error))
     elif isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -113,6 +133,8 @@ class Parser(argparse.ArgumentParser):
             value = self._get_value(action, "--")
             self._check_value(action, value)
             return value if action.nargs in (None, argparse.OPTIONAL) else [value]
+        if action.metavar in ("DIR", "FILE") and "" in arg_strings:  # of a variable that is not set, mostly
+            raise argparse.ArgumentError(action, "an empty text is no path; leave the flag out, or give one")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:

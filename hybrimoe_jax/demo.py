@@ -8,6 +8,7 @@ same runs. Where an expert is computed changes no token.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.engine.load import bundled_model
 
-    checkpoint = open_checkpoint(args.model or bundled_model())
+    checkpoint = open_checkpoint(bundled_model() if args.model is None else args.model)
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path}: has no tokenizer.json, and a demo is a text")
     (model, no_race), ids = read(checkpoint), checkpoint.tokenizer.encode(prompt)
@@ -85,8 +86,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def next_step() -> str:
     """One line: what to do with a checkpoint of one's own."""
-    python = os.path.relpath(sys.executable)
-    python = "python" if python.startswith("..") else python
+    python = "python"
+    with contextlib.suppress(OSError):  # the current folder may be gone
+        below = os.path.relpath(sys.executable)
+        python = python if below.startswith("..") else below
     return f"Next, your own: {python} -m hybrimoe_jax.convert HF_FOLDER my-model"
 
 

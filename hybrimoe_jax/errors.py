@@ -76,14 +76,14 @@ def _cut(text: str, most: int, end: int = 0) -> str:
 
 
 def _message(text: str) -> str:
-    """Printable, and cut in the middle: the beginning says where, the end what to do."""
-    return printable(_cut(text, LONGEST_MESSAGE, LONGEST_MESSAGE // 5))
+    """One line, printable, and cut in the middle: the beginning says where, the end what to do."""
+    return printable(_cut(" ".join(text.splitlines()), LONGEST_MESSAGE, LONGEST_MESSAGE // 5))
 
 
 class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong, where, and what to do.
 
-    It is printable and of a bounded length whatever it quotes.
+    It is one line, printable and of a bounded length, whatever it quotes.
     """
 
     def __str__(self) -> str:

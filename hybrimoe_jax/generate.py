@@ -99,10 +99,13 @@ def read_chat_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value if name == "chat_template" else read_objects(value, name) for name, value in given.items()}
 
 
-def prompt_ids(text: str, args: argparse.Namespace, tokenizer, chat: dict[str, Any]) -> list[int]:
+def prompt_ids(text: str, args: argparse.Namespace, tokenizer, chat: dict[str, Any], max_context: int) -> list[int]:
     """A text prompt as token ids, through the chat template where the checkpoint or the command line has one."""
+    from hybrimoe_jax.engine.request import check_length
+
     if tokenizer is None:
         raise UserError("this checkpoint has no tokenizer.json: give the prompt as --prompt-ids")
+    check_length(text, tokenizer, max_context)
     if chat or (tokenizer.has_chat_template and not args.ignore_chat_template):
         from hybrimoe_jax.text.templates import named_or_read
 
@@ -126,10 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     state = load_state(args.load_cache_state) if args.load_cache_state else None
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.engine.load import bundled_model, load
+    from hybrimoe_jax.engine.request import context_limit
 
-    checkpoint = open_checkpoint(args.model or bundled_model())
-    ids = prompt_ids(prompt, args, checkpoint.tokenizer, chat) if isinstance(prompt, str) else prompt
-    check_request(ids, args, options, checkpoint)
+    checkpoint = open_checkpoint(bundled_model() if args.model is None else args.model)
+    limit = context_limit(options, checkpoint.config)
+    ids = prompt_ids(prompt, args, checkpoint.tokenizer, chat, limit) if isinstance(prompt, str) else prompt
+    check_request(ids, args, limit, checkpoint)
     if state is not None:
         check_state(state, options, checkpoint)
     engine = load(checkpoint, options)
@@ -206,13 +211,12 @@ def check_flags(args: argparse.Namespace, options: EngineConfig) -> None:
         (CostModel.load if is_profile(options.profile) else load_profile)(options.profile)
 
 
-def check_request(ids: list[int], args: argparse.Namespace, options: EngineConfig, checkpoint) -> None:
+def check_request(ids: list[int], args: argparse.Namespace, max_context: int, checkpoint) -> None:
     """UserError for what the model cannot do: better said now than when its weights are read."""
-    from hybrimoe_jax.engine.request import check_prompts, check_stop, context_limit
+    from hybrimoe_jax.engine.request import check_prompts, check_stop
 
     check_stop(args.stop, checkpoint.tokenizer)
-    config = checkpoint.config
-    check_prompts([ids], args.max_tokens, config.vocab_size, context_limit(options, config))
+    check_prompts([ids], args.max_tokens, checkpoint.config.vocab_size, max_context)
 
 
 def check_files(args: argparse.Namespace) -> None:

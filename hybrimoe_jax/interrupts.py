@@ -1,7 +1,9 @@
 """Ctrl-C from a command's first line on: exit code 130 and one word, never a traceback.
 
-While modules are imported an interrupt ends the process at once: a library may take KeyboardInterrupt for an error of
-its own, or lose it. From `gently` on it is raised, so that what has begun is put in order.
+Until `gently` an interrupt ends the process at once. From then on it is raised, so that what has begun is put in order.
+What is being imported comes to its end first: a library may take KeyboardInterrupt for an error of its own, or lose it.
+A second interrupt is not raised: within a second it is the same one, for people press twice, and later it ends the
+process at once.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import types
 
 TYPE_CHECKING = False
@@ -18,6 +21,9 @@ if TYPE_CHECKING:  # `typing` itself takes a while
 INTERRUPTED = 130
 COMMANDS = ("demo", "generate", "convert", "calibrate", "simulate", "trace", "bench", "reproduce", "train")
 _IMPORTING = "<frozen importlib._bootstrap>"
+_LOOK_AGAIN_S, _PATIENCE_S = 0.02, 1.0
+_first = 0.0
+"""When the interrupt came that is being answered."""
 
 
 def listen() -> None:
@@ -35,18 +41,19 @@ def gently() -> bool:
         return False
     sys.unraisablehook = _unraisable
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
     return True
 
 
 def end_at_once() -> None:
     """From now on an interrupt ends the process at once: its work is done."""
-    if signal.getsignal(signal.SIGINT) is _interrupt:
+    if signal.getsignal(signal.SIGINT) in (_interrupt, _again):
         signal.signal(signal.SIGINT, at_once)
 
 
 def no_more() -> None:
     """A second Ctrl-C says nothing more: the first one is being answered."""
-    if signal.getsignal(signal.SIGINT) in (at_once, _interrupt):
+    if signal.getsignal(signal.SIGINT) in (at_once, _interrupt, _again):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -64,11 +71,21 @@ def silently(*_: object) -> None:
 
 
 def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    global _first
     while frame is not None:
         if frame.f_code.co_filename == _IMPORTING:
-            at_once()
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
+            return
         frame = frame.f_back
+    _first = time.monotonic()
+    signal.signal(signal.SIGINT, _again)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _again(*_: object) -> None:
+    if time.monotonic() - _first > _PATIENCE_S:
+        at_once()
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -64,9 +64,9 @@ def record(args: argparse.Namespace) -> int:
     from hybrimoe_jax.engine.recording import EngineTrace
     from hybrimoe_jax.engine.request import check_prompts, context_limit
 
-    checkpoint = open_checkpoint(args.model or bundled_model())
+    checkpoint = open_checkpoint(bundled_model() if args.model is None else args.model)
     limit, vocab = context_limit(options, checkpoint.config), checkpoint.config.vocab_size
-    ids = [prompt_ids(p, args, checkpoint.tokenizer, chat) if isinstance(p, str) else p for p in prompts]
+    ids = [prompt_ids(p, args, checkpoint.tokenizer, chat, limit) if isinstance(p, str) else p for p in prompts]
     check_prompts(ids, args.max_tokens, vocab, limit)
     engine = load(checkpoint, options)
     trace = EngineTrace(engine)

@@ -127,7 +127,7 @@ def test_the_command_gives_templates_what_its_flags_name(tmp_path):
 
     def prompt(*flags):
         args = generate.parser().parse_args(["--prompt", "Hi", *(str(flag) for flag in flags)])
-        return tokenizer.decode(generate.prompt_ids("Hi", args, tokenizer, generate.read_chat_options(args)))
+        return tokenizer.decode(generate.prompt_ids("Hi", args, tokenizer, generate.read_chat_options(args), 100))
 
     assert prompt() == "D Hi" and prompt("--ignore-chat-template") == "Hi"
     assert prompt("--tools", tmp_path / "tools.json").startswith("T [{'type': 'function'")

@@ -60,7 +60,7 @@ class Table:
     ],
 )
 def test_prompts_are_texts_or_ids(given, ids):
-    assert prompt_ids(given, Letters()) == ids
+    assert prompt_ids(given, Letters(), 100) == ids
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_prompts_are_texts_or_ids(given, ids):
 )
 def test_what_is_no_prompt_is_refused_in_one_line(given, said):
     with pytest.raises(UserError, match=said) as refused:
-        prompt_ids(given, Letters())
+        prompt_ids(given, Letters(), 100)
     assert "\n" not in str(refused.value)
 
 
 def test_a_text_without_a_tokenizer_is_refused():
     with pytest.raises(UserError, match="no tokenizer"):
-        prompt_ids("My lord,", None)
+        prompt_ids("My lord,", None, 100)
 
 
 def test_texts_go_in_and_come_out(engine):

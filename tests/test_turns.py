@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -111,7 +112,7 @@ def test_a_call_within_a_step_is_refused_and_between_steps_is_served(engine, mon
 
 
 def test_turns_come_in_the_order_of_the_asking():
-    turns, order, inside = Turns(), [], threading.Event()
+    turns, order, inside = Turns(contextlib.nullcontext), [], threading.Event()
     go = threading.Event()
     first = threading.Thread(target=lambda: turns.serve(lambda: (inside.set(), go.wait(30))))
     first.start()
@@ -131,7 +132,7 @@ def test_turns_come_in_the_order_of_the_asking():
 
 
 def test_who_is_interrupted_while_it_waits_leaves_the_queue(monkeypatch):
-    turns = Turns()
+    turns = Turns(contextlib.nullcontext)
     turns._queue.append(threading.Lock())  # somebody's turn
     monkeypatch.setattr(threading, "Lock", lambda: Interrupted())
     with pytest.raises(KeyboardInterrupt):

@@ -98,7 +98,7 @@ class TorchOffload(BaseEngine):
         system_of(chosen)
         checkpoint = checked_place(checkpoint)
         if checkpoint is None or isinstance(checkpoint, (str, Path)):
-            checkpoint = open_checkpoint(checkpoint or bundled_model())
+            checkpoint = open_checkpoint(bundled_model() if checkpoint is None else checkpoint)
         eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
         super().__init__(checkpoint.config, chosen, checkpoint.tokenizer, eos, lambda: Totals.of(self.planner))
         warn_of_what_is_left_out(checkpoint.generation_config, self.eos, self.config.vocab_size)

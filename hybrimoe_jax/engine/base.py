@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -44,7 +45,7 @@ class BaseEngine(abc.ABC):
     ):
         self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
         self.max_context = context_limit(options, config)
-        self._turns, self._calls = Turns(), Calls(totals)
+        self._turns, self._calls = Turns(self._settings), Calls(totals)
         self._last_stats: RunStats | None = None
         self._partial: Generation | None = None
         self._closed = False
@@ -104,7 +105,7 @@ class BaseEngine(abc.ABC):
     @in_turn
     def logits(self, prompt: Prompts) -> np.ndarray:
         """Logits of every position of one prompt, a text or token ids [T] -> float32 [T, V]."""
-        prompts = one_prompt(prompt, self.tokenizer, "logits are")
+        prompts = one_prompt(prompt, self, "logits are")
         check_prompts(prompts, 0, self.config.vocab_size, self.max_context)
         capacity = capacity_for(prompts, 0, self.max_context)
         self._check_ready(1, capacity)
@@ -132,6 +133,10 @@ class BaseEngine(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _settings(self) -> contextlib.AbstractContextManager[Any]:
+        """Of whatever computes, for as long as it does."""
+        return contextlib.nullcontext()
 
     def _steps(self, request: Request) -> Steps:
         capacity = capacity_for(request.prompts, request.max_new_tokens, self.max_context)

@@ -21,6 +21,7 @@ from hybrimoe_jax.engine.checks import device_name
 from hybrimoe_jax.engine.config import EngineConfig
 from hybrimoe_jax.engine.exhaustion import with_fewer_slots
 from hybrimoe_jax.engine.inputs import StepInput
+from hybrimoe_jax.engine.jax_settings import own_settings
 from hybrimoe_jax.engine.not_finite import first_not_finite
 from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace, Recording
 from hybrimoe_jax.engine.slot_map import SlotMap
@@ -54,7 +55,8 @@ class Engine(BaseEngine):
 
         super().__init__(config, options, tokenizer, eos, totals)
         self.store = store
-        self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
+        with self._settings():
+            self._parts = assemble(config, dense, store, options, self.max_context, frequencies)
         self._forward = self._parts.forward
         self._recording, self._sequences = False, 0
         self._routers = cache_state.routers_of(dense)
@@ -160,6 +162,9 @@ class Engine(BaseEngine):
         self._calls.serve(call)
         with self._precision():
             return with_fewer_slots(lambda: self._forward.forward(step, caches), lambda why: self._give_up(why, caches))
+
+    def _settings(self) -> contextlib.AbstractContextManager[Any]:
+        return own_settings()
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
         """jax's default precision while a step runs: `models.precision` reads it when it traces."""

@@ -73,7 +73,7 @@ def read_model(
     from hybrimoe_jax.text.replies import eos_ids, warn_of_what_is_left_out
 
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint or bundled_model())
+        checkpoint = open_checkpoint(bundled_model() if checkpoint is None else checkpoint)
     held = host_format(checkpoint.format, options)
     check_options(options, checkpoint.config, held)
     check_budget(options, checkpoint)

@@ -18,6 +18,9 @@ MOST_CONTEXT = 4096
 Prompts: TypeAlias = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 """One text or several, the token ids of one prompt or of several; arrays of integers too."""
 
+PIECE = 1 << 16
+"""Characters of a long text that are encoded first."""
+
 SAMPLING = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
 
 
@@ -51,7 +54,7 @@ def read_request(
     most = arguments.whole("max_new_tokens", max_new_tokens, 1)
     words = read_stop(stop)
     check_stop(words, engine.tokenizer)
-    ids = prompt_ids(prompts, engine.tokenizer)
+    ids = prompt_ids(prompts, engine.tokenizer, engine.max_context)
     check_prompts(ids, most, engine.config.vocab_size, engine.max_context)
     return Request(ids, most, sampling, words)
 
@@ -71,26 +74,26 @@ def check_stop(stop: Sequence[str], tokenizer: Any) -> None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
 
 
-def one_prompt(prompt: Any, tokenizer: Any, what: str) -> list[list[int]]:
+def one_prompt(prompt: Any, engine: Asked, what: str) -> list[list[int]]:
     """`prompt_ids` of one; UserError where there are several, for `what`, which takes one."""
-    prompts = prompt_ids(prompt, tokenizer)
+    prompts = prompt_ids(prompt, engine.tokenizer, engine.max_context)
     if len(prompts) > 1:
         raise UserError(f"{what} of one prompt, not of {len(prompts)}; `generate` takes several")
     return prompts
 
 
-def prompt_ids(prompts: Any, tokenizer: Any) -> list[list[int]]:
+def prompt_ids(prompts: Any, tokenizer: Any, max_context: int) -> list[list[int]]:
     """Token ids of each prompt; a text is encoded as the tokenizer does it, never read as numbers.
 
-    UserError for what is no `Prompts`, and for a text without a tokenizer.
+    UserError for what is no `Prompts`, for a text without a tokenizer, and for one that is far too long.
     """
     given = arguments.plain("prompts", prompts)
     if _is_one(given):
-        return [_ids(given, "prompts", tokenizer)]
+        return [_ids(given, "prompts", tokenizer, max_context)]
     if not isinstance(given, Iterable) or isinstance(given, arguments.NO_LISTS):
         raise UserError(f"prompts: {shown(prompts)} is neither text nor token ids")
     return [
-        _ids(arguments.plain(where, row), where, tokenizer)
+        _ids(arguments.plain(where, row), where, tokenizer, max_context)
         for where, row in ((f"prompt {number}", row) for number, row in enumerate(given))
     ]
 
@@ -104,15 +107,33 @@ def _is_one(given: Any) -> bool:
     return isinstance(first, numbers.Integral) or (not isinstance(first, str) and arguments.is_scalar_array(first))
 
 
-def _ids(given: Any, where: str, tokenizer: Any) -> list[int]:
+def _ids(given: Any, where: str, tokenizer: Any, max_context: int) -> list[int]:
     if isinstance(given, str):
         if tokenizer is None:
             raise UserError(f"{where}: this checkpoint has no tokenizer: give token ids")
-        return tokenizer.encode(arguments.text(where, given))
+        text = arguments.text(where, given)
+        check_length(text, tokenizer, max_context)
+        return tokenizer.encode(text)
     if not isinstance(given, Iterable) or isinstance(given, arguments.NO_LISTS):
         hint = "; for a conversation, encode it: engine.tokenizer.encode_chat(messages)" * isinstance(given, Mapping)
         raise UserError(f"{where}: {shown(given)} is neither text nor token ids{hint}")
     return [_id(value, place, where) for place, value in enumerate(given)]
+
+
+def check_length(text: str, tokenizer: Any, max_context: int) -> None:
+    """UserError where the beginning of a text already has more tokens than fit, by a wide margin.
+
+    To encode a text takes some 250 bytes of memory for each of its own, cannot be interrupted, and goes first.
+    """
+    size = PIECE
+    while size < len(text):
+        tokens = len(tokenizer.encode(text[:size]))
+        if tokens > max_context + max_context // 4 + 100:
+            raise UserError(
+                f"the prompt has {len(text):,} characters, of which the first {size:,} alone are {tokens:,} tokens: "
+                f"that exceeds max_context {max_context}; shorten it or raise max_context"
+            )
+        size *= 4
 
 
 def _id(value: Any, place: int, where: str) -> int:

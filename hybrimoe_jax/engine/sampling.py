@@ -61,9 +61,13 @@ def distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
 
     Top-p keeps the fewest of the likeliest tokens that reach p together. Of equals the lower id is kept.
     """
+    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature leaves the best token only
+        return _distribution(logits, options)
+
+
+def _distribution(logits: np.ndarray, options: Sampling) -> np.ndarray:
     scaled = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature leaves the best token only
-        scaled = (scaled - scaled.max()) / options.temperature
+    scaled = (scaled - scaled.max()) / options.temperature
     if options.top_k and options.top_k < scaled.size:
         kept = np.argsort(-logits, kind="stable")[: options.top_k]
         masked = np.full_like(scaled, -np.inf)

@@ -63,7 +63,7 @@ def stream_generate(
     """
     if not hasattr(engine, "steps"):
         raise UserError(f"engine: {shown(engine)} is none; `hybrimoe_jax.load` gives one")
-    prompts = one_prompt(prompt, engine.tokenizer, "a stream is")
+    prompts = one_prompt(prompt, engine, "a stream is")
     words = read_stop(stop)
     check_stop(words, engine.tokenizer)
     decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None

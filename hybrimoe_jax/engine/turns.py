@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
@@ -28,13 +29,16 @@ LOOK_AGAIN_S = 1.0
 class Turns:
     """Who is served. The thread that has the turn may call again; not within a step, which is only half done.
 
-    What ends a turn is one call that no interrupt can come before, so that none leaves the others waiting.
+    What ends a turn is one call that no interrupt can come before, so that none leaves the others waiting. All that is
+    done in a turn is done in a context that `within` makes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, within: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._within = within
         self._queue = collections.deque[Any]()  # of a lock each, which its thread waits for; the first has the turn
         self._owner: int | None = None
         self._in_step = False
+        self._process = os.getpid()
 
     def serve(self, work: Callable[[], T], step: bool = False) -> T:
         """`work()`, when it is this thread's turn. UserError within a step of the same thread."""
@@ -49,10 +53,15 @@ class Turns:
 
         For what the garbage collector runs, in any thread and at any line.
         """
-        if not self._in_step:
+        if not self._in_step and os.getpid() == self._process:
             self._serve_in_turn(work, step=False, wait=False)
 
     def _serve_in_turn(self, work: Callable[[], T], step: bool, wait: bool) -> T | None:
+        if os.getpid() != self._process:
+            raise UserError(
+                "this process is a fork of the one that made the engine, whose threads are not here; "
+                "load it in a process of its own (multiprocessing's spawn)"
+            )
         if self._owner == threading.get_ident():
             if self._in_step:
                 raise UserError(
@@ -81,7 +90,8 @@ class Turns:
     def _serve(self, work: Callable[[], T], step: bool) -> T:
         try:
             self._in_step = step
-            return work()
+            with self._within():
+                return work()
         finally:
             self._in_step = False
 

@@ -96,7 +96,8 @@ class ModelConfig(RoutedExperts, abc.ABC):
         if empty := [f.name for f in fields if f.name in raw and raw[f.name] is None and f.name not in nullable]:
             raise UserError(f"config.json: {', '.join(empty)} must not be null; give a value, or leave it out")
         false = {f.name for f in fields if f.type == "bool" and f.name in raw and raw[f.name] is None}
-        values = {f.name: raw[f.name] for f in fields if f.name in raw} | dict.fromkeys(false, False)
+        values: dict[str, Any] = {f.name: raw[f.name] for f in fields if f.name in raw}
+        values.update(dict.fromkeys(false, False))
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise UserError(

@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children
+from multiprocessing import active_children, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 
 
@@ -44,6 +45,18 @@ BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 of 1,024 tokens took 13 times the CPU time on a busy machine.)"""
 
 
+def _end_with_parent() -> None:
+    """A worker whose starter was killed would wait for tasks for ever, and keep its starter's output open."""
+    starter = parent_process()
+    assert starter is not None
+
+    def watch() -> None:
+        starter.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of `count` fresh processes, in each of which NumPy multiplies on one thread.
@@ -51,7 +64,7 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor]:
     Whatever breaks the block off, Ctrl-C too, drops the tasks that wait and ends those that run.
     """
     others = set(active_children())
-    pool = ProcessPoolExecutor(count, mp_context=_Context())
+    pool = ProcessPoolExecutor(count, mp_context=_Context(), initializer=_end_with_parent)
     try:
         yield pool
     except BaseException:

@@ -145,7 +145,7 @@ def evaluate_folder(args, corpus) -> dict[str, Any]:
     from hybrimoe_jax.engine.load import bundled_model
     from hybrimoe_jax.train import evaluation, export
 
-    folder = Path(args.evaluate) if args.evaluate else bundled_model()
+    folder = bundled_model() if args.evaluate is None else Path(args.evaluate)
     config, params, tokenizer = export.read_model(folder)
     if not 0 < args.eval_context <= config.max_position_embeddings:
         raise UserError(

@@ -35,6 +35,19 @@ def jax_started() -> bool:
     return bool(bridge is not None and getattr(bridge, "_backends", None))
 
 
+_forked = False
+"""Whether this process is a fork of one in which jax had started."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = jax_started()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 def split_threads(threads: int | None, executor: str, paced: bool = False) -> ThreadBudget:
     """Sizes both sides and, where jax has not started yet, makes XLA's pool obey.
 
@@ -43,8 +56,13 @@ def split_threads(threads: int | None, executor: str, paced: bool = False) -> Th
     is never without both. A `paced` device's programs sleep in XLA's pool, which therefore has two threads at least.
 
     Warns once if `threads` was asked for too late. UserError where a paced device comes after jax started with a
-    smaller pool.
+    smaller pool, and in a process that was forked after jax started.
     """
+    if _forked:
+        raise UserError(
+            "this process is a fork of one that had started jax, whose threads are not here; load engines in a fresh "
+            "process (multiprocessing's spawn)"
+        )
     total = threads or available_cores()
     device = max(1, total // 2) if executor == "callback" else max(2, total) if paced else total
     host = max(1, total - total // 2)
@@ -52,7 +70,7 @@ def split_threads(threads: int | None, executor: str, paced: bool = False) -> Th
     if not jax_started():
         os.environ["NPROC"] = str(device)
         return ThreadBudget(total, device, host, True)
-    if paced and int(current or available_cores()) < 2:
+    if paced and int(current if current and current.isdecimal() else available_cores()) < 2:
         raise UserError(
             "a paced device needs two threads of XLA's pool, and jax has started with one; load its engine before any "
             "other use of jax, or set NPROC=2"

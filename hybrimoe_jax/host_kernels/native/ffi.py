@@ -62,7 +62,8 @@ def available() -> bool:
 def threads() -> int:
     """Threads of a call: as many as XLA's pool was given (`engine.lanes.threads.split_threads`)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("NPROC") or cores)
+    given = os.environ.get("NPROC", "")
+    return int(given) or cores if given.isdecimal() else cores
 
 
 @dataclasses.dataclass(frozen=True)
