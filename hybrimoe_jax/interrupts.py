@@ -46,7 +46,9 @@ def gently() -> bool:
 
 
 def end_at_once() -> None:
-    """From now on an interrupt ends the process at once: its work is done."""
+    """From now on an interrupt ends the process at once, as does one that is still to be raised: its work is done."""
+    if signal.getitimer(signal.ITIMER_REAL)[0] and signal.getsignal(signal.SIGALRM) is _interrupt:
+        at_once()
     if signal.getsignal(signal.SIGINT) in (_interrupt, _again):
         signal.signal(signal.SIGINT, at_once)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import textwrap
 import jax
 import pytest
 
-from hybrimoe_jax import cli
+from hybrimoe_jax import cli, generate
 from hybrimoe_jax.bench.engine import Contender
 from hybrimoe_jax.errors import DeviceError, UserError
 
@@ -144,7 +145,7 @@ def test_an_interrupt_in_a_library_or_a_finaliser_is_not_lost():
     for where in ("import swallowing", "Finaliser()"):
         program = textwrap.dedent(
             f"""
-            import os, signal, sys
+            import os, signal, sys, time
             sys.orig_argv[1:], sys.argv[:] = ["-m", "hybrimoe_jax.generate"], ["-m"]
             from hybrimoe_jax import cli
             class Finaliser:
@@ -162,13 +163,126 @@ def test_an_interrupt_in_a_library_or_a_finaliser_is_not_lost():
                 try:
                     {where}
                 except ImportError:
-                    pass
+                    time.sleep(20)
                 print("went on")
             cli.run(main)
             """
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), where
+
+
+def interrupted(body: str, **options) -> subprocess.CompletedProcess:
+    """A `generate` whose `main` has this body."""
+    program = (
+        "import os, signal, sys, time\n" + 'sys.orig_argv[1:], sys.argv[:] = ["-m", "hybrimoe_jax.generate"], ["-m"]'
+    )
+    program += "\nfrom hybrimoe_jax import cli\ndef press(): signal.raise_signal(signal.SIGINT)\ndef main():\n"
+    program += textwrap.indent(textwrap.dedent(body), "    ") + "\ncli.run(main)\n"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_a_second_interrupt_does_not_break_off_what_the_first_one_puts_in_order():
+    done = interrupted(
+        """
+        try:
+            press()
+        finally:
+            for _ in range(3):
+                press()
+            print("in order", flush=True)
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "in order\n", "interrupted\n")
+
+
+def test_a_late_second_interrupt_ends_what_does_not_come_to_an_end():
+    done = interrupted(
+        """
+        try:
+            press()
+        finally:
+            time.sleep(1.1)
+            press()
+            print("went on", flush=True)
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupt_within_an_import_ends_the_blocks_around_it(tmp_path):
+    (tmp_path / "slow.py").write_text("import __main__\n__main__.press()\nprint('imported', flush=True)\n")
+    done = interrupted(
+        """
+        try:
+            import slow
+            time.sleep(20)
+        finally:
+            print("in order", flush=True)
+        """,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\nin order\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_worker_processes_end_with_whoever_started_them(by):
+    program = """
+        import time
+        from hybrimoe_jax.simulate.workers import workers
+        with workers(2) as pool:
+            list(pool.map(abs, range(4)))
+            print("there", flush=True)
+            time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as started:
+        assert started.stdout is not None and started.stdout.readline() == b"there\n"
+        started.send_signal(by)
+        assert started.wait(20) == -by
+        ready, _, _ = select.select([started.stdout], [], [], 20)  # its workers have the same output
+        assert ready and started.stdout.read() == b""
+
+
+@pytest.mark.parametrize(
+    "setting", ["JAX_ENABLE_X64=maybe", "JAX_DEFAULT_MATMUL_PRECISION=bogus", "JAX_DEFAULT_DEVICE=cpu:0"]
+)
+def test_a_setting_that_jax_refuses_is_one_line(setting):
+    name, _, value = setting.partition("=")
+    done = ended("import jax", env={**os.environ, name: value})
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: jax takes no such setting .*{value}.* environment variable\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["convert x y", "generate --model x", "trace info x", "simulate --trace x"])
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, command):
+    line = f'cd "$0" && rmdir "$0" && {sys.executable} -m hybrimoe_jax.{command}'
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", line, str(tmp_path / "gone")], capture_output=True, text=True, timeout=60, env=env
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: .*the current folder is gone; change into another one\n", done.stderr)
+
+
+def test_an_empty_path_is_refused_and_no_other_model_runs(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--model", "", "--prompt", "My lord,"])
+    assert "argument --model: an empty text is no path" in capsys.readouterr().err
+
+
+def test_models_are_imported_where_no_temporary_file_can_be_made():
+    done = ended(
+        """
+        import tempfile
+        def refuse(*_): raise FileNotFoundError("No usable temporary directory found")
+        tempfile._get_default_tempdir = refuse
+        import hybrimoe_jax.models.layers
+        assert tempfile.tempdir is None
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_a_benchmark_process_refuses_is_the_benchmarks_error(tmp_path, capfd):

@@ -78,8 +78,12 @@ def test_a_name_is_quoted_only_where_it_must_be():
     assert shown_name("") == "''" and shown_name(3) == "3"
 
 
+def test_an_error_is_one_line():
+    assert str(UserError("a\nb.json: no such file")) == "a b.json: no such file"
+
+
 def test_what_an_error_says_is_printable_and_bounded():
-    assert str(UserError("a\x1bb\nc")) == "a\\x1bb\nc"
+    assert str(UserError("a\x1bb\nc")) == "a\\x1bb c"
     message = str(UserError("t.json: a key is '" + "x" * 10_000_000 + "'; save it again"))
     assert len(message) < 2000 and message.startswith("t.json: a key") and message.endswith("; save it again")
     assert str(RuleError("own", "victims", "gave \x1b", 3)) == "own, layer 3: victims gave \\x1b"

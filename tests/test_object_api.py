@@ -94,6 +94,21 @@ def test_what_is_no_prompt_is_refused_in_one_line(given, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_text_that_is_far_too_long_is_refused_by_its_beginning():
+    encoded = []
+
+    class Counting(Letters):
+        def encode(self, text: str) -> list[int]:
+            encoded.append(len(text))
+            return super().encode(text)
+
+    with pytest.raises(UserError, match="5,000,000 characters, of which the first 65,536 alone are 65,536 tokens"):
+        prompt_ids("a" * 5_000_000, Counting(), 1000)
+    assert encoded == [65_536]
+    long = "a" * 100_000
+    assert prompt_ids(long, Letters(), 90_000) == [Letters().encode(long)]  # whether it fits is said of its tokens
+
+
 def test_a_text_without_a_tokenizer_is_refused():
     with pytest.raises(UserError, match="no tokenizer"):
         prompt_ids("My lord,", None, 100)
