@@ -261,6 +261,11 @@ def test_bad_input_is_one_clear_error(tmp_path):
     (tmp_path / "hits.jsonl").write_text("no record\n")
     with pytest.raises(UserError, match=r"hits.jsonl: not a file of records"):
         reproduce.main(["--text-only", "--results", str(tmp_path), *page_flag])
+    (tmp_path / "hits.jsonl").unlink()
+    (tmp_path / "similarity.jsonl").write_text('{"kind": "hybrimoe-jax reproduction similarity", "version": 1}\n')
+    with pytest.raises(UserError, match="a record cannot be read.*KeyError"):
+        reproduce.main(["--text-only", "--results", str(tmp_path), *page_flag])
+    assert not (tmp_path / "r.md").exists()
 
 
 def test_a_trace_without_what_a_figure_needs_is_named(tmp_path, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 from hybrimoe_jax.arguments import workers
 from hybrimoe_jax.cli import Parser, first_paragraph, progress, run
 from hybrimoe_jax.encoding import read_text, say
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, reading
 from hybrimoe_jax.files import check_folder_to_be, check_writable, replacing
 from hybrimoe_jax.machine.identity import cores
 from hybrimoe_jax.records import stamped
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, rows in measured(public_traces(args.data), names, args.steps, args.jobs):
             write_records(results, name, rows)
             runs += sum("run" in row for row in rows)
-    text = page(read_records(results))
+    with reading(f"--results {results}: a record"):
+        text = page(read_records(results))
     if missing := text.count(NOT_RUN):
         say(f"{missing} places of {args.docs} say {NOT_RUN}: {args.results} has no records of them")
     with replacing(args.docs) as file:
