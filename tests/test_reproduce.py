@@ -263,7 +263,7 @@ def test_bad_input_is_one_clear_error(tmp_path):
         reproduce.main(["--text-only", "--results", str(tmp_path), *page_flag])
     (tmp_path / "hits.jsonl").unlink()
     (tmp_path / "similarity.jsonl").write_text('{"kind": "hybrimoe-jax reproduction similarity", "version": 1}\n')
-    with pytest.raises(UserError, match="a record cannot be read.*KeyError"):
+    with pytest.raises(UserError, match=r"a record cannot be read.*KeyError"):
         reproduce.main(["--text-only", "--results", str(tmp_path), *page_flag])
     assert not (tmp_path / "r.md").exists()
 

@@ -79,6 +79,8 @@ def test_reuse_distance_counts_distinct_experts_between(trace, row):
     found = trace.reuse_distance()
     assert found.counts.tolist() == counts and found.first_uses == firsts
     assert found.quantile(1) == max(n for n, count in enumerate(counts) if count)
+    once = trace.select(trace.position == 0).select([0]).reuse_distance()
+    assert not once.counts.any() and once.quantile(0.5) == 0
 
 
 @pytest.mark.parametrize("distance", [1, 2])

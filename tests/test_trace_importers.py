@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 
@@ -130,6 +131,9 @@ def test_joining_renumbers_steps_and_sequences(tmp_path):
     got_ids, _ = table(both, 5)
     assert np.array_equal(got_ids, ids)
     assert np.unique(both.step).tolist() == [0, 1, 2, 3, 4] and sorted(set(both.sequence.tolist())) == [0, 1]
+    far = dataclasses.replace(one, step=one.step + np.int32(2**31 - 3))
+    with pytest.raises(UserError, match="count more than 2147483647 steps or sequences"):
+        join_traces([far, far])
     other = open_trace(route_csv(tmp_path / "t.csv"))
     with pytest.raises(UserError, match="different models"):
         join_traces([one, other])

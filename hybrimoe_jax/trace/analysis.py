@@ -27,11 +27,13 @@ class ReuseDistance(NamedTuple):
     first_uses: int
 
     def quantile(self, share: float) -> int:
-        """The distance that this share of the uses after the first one does not exceed."""
+        """The distance that this share of the uses after the first one does not exceed; 0 where there is none."""
         share = arguments.number("share", share)
         if not 0 <= share <= 1:
             raise UserError(f"share {share} is outside 0..1")
-        return int(np.searchsorted(np.cumsum(self.counts) / self.counts.sum(), share))
+        return (
+            int(np.searchsorted(np.cumsum(self.counts) / max(self.counts.sum(), 1), share)) if any(self.counts) else 0
+        )
 
 
 def frequency(trace: Trace) -> np.ndarray:

@@ -109,7 +109,7 @@ class Trace:
             **{name: getattr(self, name)[rows] for name in (*INDEX_COLUMNS, "ids")},
             **optional,
             lookahead={distance: ahead[rows] for distance, ahead in self.lookahead.items()},
-            extra={name: a[rows] if len(a) == len(self) else a for name, a in self.extra.items()},
+            extra={name: a[rows] if a.shape[:1] == (len(self),) else a for name, a in self.extra.items()},
         )
 
     def table(self) -> Any:

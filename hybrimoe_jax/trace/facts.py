@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.formats.sizes import FORMATS, expert_bytes
 
-MOST = 2**16
-"""Of layers, of experts and of experts per token: no model comes near it, and tables of that size still fit memory."""
+MOST = {"layers": 2**10, "experts": 2**14, "top_k": 2**10}
+"""No model comes near them, and tables with a number for every expert of every layer still fit memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TraceFacts:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"trace facts: {name} is {shown(value)}; a positive integer is needed")
-            if value > MOST:
-                raise UserError(f"trace facts: {name} is above {MOST}")
+            if value > MOST[name]:
+                raise UserError(f"trace facts: {name} is {shown(value)}; at most {MOST[name]} are read")
         if self.top_k > self.experts:
             raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
         sizes = self.expert_bytes

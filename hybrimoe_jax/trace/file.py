@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax import arguments
-from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.files import check_plain_file, replacing
 from hybrimoe_jax.npz import read_npz
 from hybrimoe_jax.trace.check import check_rows
@@ -139,7 +139,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         elif name in ("weights", "scores") or re.fullmatch(LOOKAHEAD + "[1-9][0-9]{0,5}", name):
             kinds, words = "f", "floats"
             shape = (rows, facts.top_k if name == "weights" else facts.experts)
-        elif name.startswith(EXTRA):
+        elif name.startswith(EXTRA) and is_name(name):
             continue
         else:
             raise UserError(f"{where}: unknown array {shown(name)}; additions are named {EXTRA}<name>")

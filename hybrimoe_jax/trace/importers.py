@@ -21,6 +21,7 @@ from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import check_plain_file
 from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace import layouts, rows
+from hybrimoe_jax.trace.check import LARGEST
 from hybrimoe_jax.trace.columns import Trace, stack_lookahead, stack_rows
 from hybrimoe_jax.trace.file import check_trace, read_arrays, trace_of
 from hybrimoe_jax.trace.parquet import read_parquet
@@ -88,6 +89,8 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
         raise UserError("these traces are of different models and cannot be joined")
     steps = np.cumsum([0, *(_count(trace.step) for trace in traces)])
     sequences = np.cumsum([0, *(_count(trace.sequence) for trace in traces)])
+    if max(steps[-1], sequences[-1]) > LARGEST:
+        raise UserError(f"together these traces count more than {LARGEST} steps or sequences; join fewer")
     sizes = [len(trace) for trace in traces]
     return Trace(
         first.facts,

@@ -139,7 +139,10 @@ def _prompt_lengths(path: Path, lengths: np.ndarray) -> np.ndarray | None:
         return None
     try:
         lines = [json.loads(line) for line in read_text(path).split("\n") if line]
-        prompts = np.array([line["n_prompt_tokens"] for line in lines], np.int64)
+        counts = [line["n_prompt_tokens"] for line in lines]
+        if not all(type(count) is int for count in counts):
+            raise ValueError("n_prompt_tokens is no whole number")
+        prompts = np.array(counts, np.int64)
         steps = [line["n_decode_steps"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a line of JSON for every sequence ({error})") from None
@@ -240,7 +243,8 @@ def _table(arrays: dict[str, np.ndarray], weights: str, facts: TraceFacts, where
         raise UserError(
             f"{where}: array {weights} has shape {list(arrays[weights].shape)}, expert_ids {list(ids.shape)}"
         )
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 1).any() or lengths.sum() != len(ids):
+    fits = lengths.ndim == 1 and lengths.dtype.kind in "iu" and ((lengths >= 1) & (lengths <= len(ids))).all()
+    if not fits or lengths.sum() != len(ids):
         raise UserError(f"{where}: array seq_lens must hold positive integers that add up to {len(ids)} tokens")
     return ids, lengths.astype(np.int64)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace.columns import BATCH, INDEX_COLUMNS, Trace
@@ -53,9 +53,11 @@ def read_parquet(data: bytes, where: str) -> Trace:
     """What `write_parquet` wrote; UserError for any other Parquet file."""
     arrow = need_pyarrow(where)
     try:
-        check_counts(arrow.parquet.ParquetFile(io.BytesIO(data)).metadata, len(data))
-        table = arrow.parquet.read_table(io.BytesIO(data))
-        meta = (table.schema.metadata or {})[FORMAT.encode()].decode()
+        file = arrow.parquet.ParquetFile(io.BytesIO(data))
+        check_counts(file.metadata, len(data))
+        meta = (file.schema_arrow.metadata or {})[FORMAT.encode()].decode()
+        check_columns(arrow, file.schema_arrow)
+        table = file.read()
     except KeyError:
         raise UserError(f"{where}: a Parquet file without the metadata {FORMAT!r}, so not a trace of ours") from None
     except Exception as error:  # a damaged file fails in Arrow, Thrift, or a codec
@@ -76,6 +78,14 @@ def check_counts(metadata: Any, size: int) -> None:
     values = sum(group.column(place).num_values for group in groups for place in range(group.num_columns))
     if 4 * values > most_bytes(size):
         raise ValueError(f"its {size} bytes would unpack to {values} values")
+
+
+def check_columns(arrow: Any, schema: Any) -> None:
+    """ValueError for a column of no numbers, before it is read: the file may tell a long text once for all rows."""
+    for field in schema:
+        kind = field.type.value_type if arrow.types.is_fixed_size_list(field.type) else field.type
+        if not (arrow.types.is_integer(kind) or arrow.types.is_floating(kind)):
+            raise ValueError(f"column {shown(field.name)} holds {shown(str(kind))}")
 
 
 def _array(name: str, column: Any) -> np.ndarray:

@@ -23,7 +23,8 @@ from hybrimoe_jax.trace.route_csv import ROUTE_COLUMNS
 from hybrimoe_jax.trace.rows import write_lines
 from hybrimoe_jax.trace.tokens import Tokens, by_token, one_token_steps
 
-ROUTE_EXTRA = ("residency", "layer_bytes")
+ROUTE_EXTRA = {"residency": 127, "layer_bytes": 2**63 - 1}
+"""Additions that the layout has columns for, and the largest number of each."""
 
 
 def esft_folder(trace: Trace, path: Path) -> list[str]:
@@ -75,6 +76,7 @@ def fingerprint_arrays(trace: Trace, path: Path) -> list[str]:
 def route_csv(trace: Trace, path: Path) -> list[str]:
     """A route_trace: every token a step of its own, prompts written layer by layer."""
     tokens = _tokens(trace, f"trace for {path}", last_layer=False)
+    _check_additions(trace, f"trace for {path}")
     write_lines(path, _route_lines(one_token_steps(trace)))
     left = _left_out(trace, ROUTE_EXTRA) + _numbered(tokens)
     if len(np.unique(trace.step)) < len(tokens.step):
@@ -84,6 +86,18 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
     if "residency" not in trace.extra:
         left.append("that residency is unknown: its column is 0 throughout")
     return left
+
+
+def _check_additions(trace: Trace, where: str) -> None:
+    """UserError where an addition that the layout has a column for holds what that cannot."""
+    shapes = {"residency": trace.ids.shape, "layer_bytes": (trace.facts.layers,)}
+    for name in ROUTE_EXTRA.keys() & trace.extra.keys():
+        array, shape, most = trace.extra[name], shapes[name], ROUTE_EXTRA[name]
+        if array.shape != shape or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() <= most:
+            raise UserError(
+                f"{where}: x_{name} is {array.dtype} {list(array.shape)}; this layout takes integers {list(shape)} in "
+                f"0..{most}: leave it out"
+            )
 
 
 def _route_lines(trace: Trace) -> Iterator[str]:

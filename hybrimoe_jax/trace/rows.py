@@ -38,6 +38,10 @@ from hybrimoe_jax.trace.layouts import whole_lines
 
 CSV_MARK, JSON_MARK = f'# {{"format": "{FORMAT}"', f'{{"format": "{FORMAT}"'
 """What the files begin with."""
+PLAIN = "biufU"
+"""Kinds of additions that a text can hold: numbers, yes and no, and text."""
+LONGEST_CELL, DIGITS = 64, frozenset("0123456789+-.einfaEINFA")
+"""Of a number as a text: Python reads other alphabets' digits too, and underlines."""
 CELLS = {"ids": "expert_", "weights": "weight_", "scores": "score_"}
 """Columns of the arrays that have several numbers a row."""
 
@@ -45,6 +49,9 @@ CELLS = {"ids": "expert_", "weights": "weight_", "scores": "score_"}
 def described(trace: Trace, where: str) -> str:
     """The first line: a trace's `meta`, with its additions. UserError for an unsound trace, and where JSON cannot."""
     check_trace(trace, where)
+    for name, array in trace.extra.items():
+        if array.dtype.kind not in PLAIN or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+            raise UserError(f"{where}: {EXTRA}{name} ({array.dtype}) holds what JSON cannot; leave it out, or use .npz")
     extra = {name: {"dtype": str(array.dtype), "values": array.tolist()} for name, array in trace.extra.items()}
     return describe(trace, where, extra=extra) if extra else describe(trace, where)
 
@@ -54,7 +61,10 @@ def undescribed(line: str, arrays: dict[str, np.ndarray], where: str) -> Trace:
     read = read_meta(line, where)
     try:
         for name, entry in read.get("extra", {}).items():
-            arrays[EXTRA + name] = np.array(entry["values"], entry["dtype"])
+            dtype, values = np.dtype(entry["dtype"]), np.array(entry["values"])
+            if dtype.kind not in PLAIN or values.size * dtype.itemsize > 1000 + 100 * len(line):
+                raise ValueError(f"{shown(name)} is of type {shown(entry['dtype'])}")
+            arrays[EXTRA + name] = values.astype(dtype)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: its `extra` is damaged ({error})") from None
     return trace_from(arrays, *facts_and_about(read, where), where)
@@ -108,6 +118,8 @@ def read_csv(text: str, where: str) -> Trace:
     for number, row in enumerate(rows, 3):
         if len(row) != len(names):
             raise UserError(f"{where}: line {number} has {len(row)} values; {len(names)} are needed")
+        if len(max(row, key=len)) > LONGEST_CELL:
+            raise UserError(f"{where}: line {number}: {shown(max(row, key=len))} is not a number")
     arrays: dict[str, np.ndarray] = {}
     for name, columns in _grouped(names, where).items():
         whole = name in (*INDEX_COLUMNS, BATCH, "ids")
@@ -127,12 +139,16 @@ def _grouped(names: list[str], where: str) -> dict[str, list[int]]:
             name = arrays.get(head + "_", head if head.startswith(LOOKAHEAD) else "")
             if not name or not number.isdecimal() or int(number) != len(groups.get(name, [])):
                 raise UserError(f"{where}: line 2: column {shown(names[column])} is not known, or out of order")
+        elif name in groups:
+            raise UserError(f"{where}: line 2: column {name} is there twice")
         groups.setdefault(name, []).append(column)
     return groups
 
 
 def _numbers(cells: list[list[str]], whole: bool, where: str, first: int) -> np.ndarray:
     try:
+        if not all(set("".join(row)) <= DIGITS for row in cells):
+            raise ValueError
         if whole:
             return np.array(cells).astype(np.int64)
         return np.array([[cell or "nan" for cell in row] for row in cells]).astype(np.float32)
@@ -143,6 +159,8 @@ def _numbers(cells: list[list[str]], whole: bool, where: str, first: int) -> np.
 
 def _is_number(cell: str, whole: bool) -> bool:
     try:
+        if not set(cell) <= DIGITS:
+            return False
         return abs(int(cell) if whole else float(cell or 0)) < 2**63 or not whole
     except ValueError:
         return False
@@ -178,9 +196,10 @@ def _values(array: np.ndarray) -> list:
 def read_jsonl(text: str, where: str) -> Trace:
     """What `json_lines` wrote."""
     lines = whole_lines(text, where)
-    rows = [_object(line, f"{where}: line {number}") for number, line in enumerate(lines[1:], 2)]
-    if not rows:
+    if len(lines) < 2:
         raise UserError(f"{where}: {EMPTY}")
+    layers = facts_and_about(read_meta(lines[0], where), where)[0].layers
+    rows = [_object(line, layers, f"{where}: line {number}") for number, line in enumerate(lines[1:], 2)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     arrays: dict[str, np.ndarray] = {}
     for name in names:
@@ -197,14 +216,16 @@ def read_jsonl(text: str, where: str) -> Trace:
     return undescribed(lines[0], arrays, where)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    """A row by the names of arrays."""
+def _object(line: str, layers: int, where: str) -> dict[str, Any]:
+    """A row by the names of arrays. No router looks ahead farther than there are layers."""
     try:
         row = json.loads(line)
         row["phase"] = PHASES.index(row["phase"])
         ahead: Mapping[str, Any] = row.pop("lookahead", {})
         if unknown := row.keys() - {*INDEX_COLUMNS, BATCH, *CELLS}:
             raise ValueError(f"{shown_name(min(unknown))} is not known")
+        if far := [distance for distance in ahead if not (distance.isdecimal() and 0 < int(distance) < layers)]:
+            raise ValueError(f"lookahead {shown_name(far[0])} is no distance between {layers} layers")
         row |= {f"{LOOKAHEAD}{distance}": scores for distance, scores in ahead.items()}
         if not all(isinstance(value, (int, float, list)) for value in row.values()):
             raise ValueError("a value is neither a number nor a list of numbers")
