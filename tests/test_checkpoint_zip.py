@@ -134,6 +134,15 @@ def test_a_description_that_is_none_is_refused_unread(zipped, content, packing, 
         open_checkpoint(zipped)
 
 
+def test_a_member_that_python_will_not_read_is_one_error(zipped):
+    data = bytearray((zipped / "pieces.zip").read_bytes())
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"layer_00001/state/experts/zarr.json"))
+    data[at + 8] |= 1  # encrypted
+    (zipped / "pieces.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"experts/zarr\.json: damaged"):
+        open_checkpoint(zipped)
+
+
 def test_a_lost_layer_is_named(zipped):
     manifest = json.loads((zipped / "manifest.json").read_text())
     manifest["pieces"][2]["name"] = "layer_00007"

@@ -50,7 +50,10 @@ def item_names(items: Path, arrays: Mapping[str, int]) -> set[str]:
             continue
         wrong = None
         if rest[2:] == [DESCRIPTION]:
-            text = read() if size <= LONGEST_DESCRIPTION else b""
+            try:
+                text = read() if size <= LONGEST_DESCRIPTION else b""
+            except DAMAGED:
+                raise _damaged(items / name) from None
             if not text or text.count(b"[") + text.count(b"{") > MOST_BRACKETS:
                 wrong = "no description of an array"
         elif size > most + FRAMING:
@@ -77,7 +80,7 @@ def _in_folder(items: Path) -> Iterator[File]:
                 continue
             if not folder:
                 check_plain_file(entry.path, entry.path)
-                yield name, size, lambda path=entry.path: _start(path)
+                yield name, size, lambda path=entry.path: Path(path).read_bytes()
                 continue
             if entry.is_symlink():
                 link = (os.path.realpath(entry.path), *name.split("/")[:3])
@@ -85,15 +88,6 @@ def _in_folder(items: Path) -> Iterator[File]:
                     continue
                 seen.add(link)
             waiting.append(f"{name}/")
-
-
-def _start(path: str) -> bytes:
-    """Of a file that may not be read, nothing."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(LONGEST_DESCRIPTION)
-    except OSError:
-        return b""
 
 
 def _in_zip(items: Path) -> Iterator[File]:
@@ -111,4 +105,8 @@ def _in_zip(items: Path) -> Iterator[File]:
     except UserError:
         raise
     except DAMAGED:
-        raise UserError(f"{items}: damaged; convert the original again") from None
+        raise _damaged(items) from None
+
+
+def _damaged(items: Path) -> UserError:
+    return UserError(f"{items}: damaged; convert the original again")
