@@ -63,9 +63,12 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def read_text(path: str | os.PathLike[str], where: str = "") -> str:
-    """A text file, or what a pipe gives. UserError, beginning with `where` (default: the path), where there is none."""
-    return decode(read_bytes(path, where, LONGEST_TEXT), where or f"{path}")
+def read_text(path: str | os.PathLike[str], where: str = "", most: int | None = None) -> str:
+    """A text file, or what a pipe gives, of at most so many bytes (default: LONGEST_TEXT).
+
+    UserError, beginning with `where` (default: the path), where there is none.
+    """
+    return decode(read_bytes(path, where, LONGEST_TEXT if most is None else most), where or f"{path}")
 
 
 def read_bytes(path: str | os.PathLike[str], where: str = "", most: int = LONGEST_TEXT) -> bytes:
@@ -102,7 +105,7 @@ def _limited(file: IO[bytes], where: str, most: int) -> bytes:
     while part := file.read(1 << 20):
         data += part
         if len(data) > most:
-            raise UserError(f"{where}: it is longer than {most >> 20} MiB, so no text")
+            raise UserError(f"{where}: it is longer than {most >> 20} MiB, the most that is read; give the right file")
     return bytes(data)
 
 

@@ -28,6 +28,8 @@ from hybrimoe_jax.errors import UserError, shown
 Target = str | os.PathLike[str]
 STUCK_S = 6 * PATIENCE_S
 """How long who reads a pipe may take nothing."""
+LONGEST_JSON = 1 << 26
+"""Bytes of a JSON file, of which a large tokenizer has 35 MB: parsed, a file can take 25 times its size."""
 
 
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
@@ -43,10 +45,10 @@ def cache_folder() -> Path:
     return Path(chosen if os.path.isabs(chosen) else Path.home() / ".cache") / "hybrimoe-jax"
 
 
-def read_json(path: Path, where: str = "") -> Any:
-    """Parses a JSON file; raises UserError naming it, or `where`, where it is missing or malformed."""
+def read_json(path: Path, where: str = "", most: int = LONGEST_JSON) -> Any:
+    """Parses a JSON file; raises UserError naming it, or `where`, where it is missing, malformed or too long."""
     where = where or f"{path}"
-    text = read_text(path, where)
+    text = read_text(path, where, most)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,25 @@ TEXTS = ["a <x>b<y> c", "<x><s>the <z>  b</s>"]
 X = {"content": "<x>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False, "special": True}
 
 
+OBJECT = X | {"__type": "AddedToken"}
+OLD, NEW = "additional_special_tokens", "extra_special_tokens"
+LISTS = [
+    {"config": {OLD: ["<z>"], NEW: {"image_token": "<x>"}}, "map": {OLD: ["<y>"]}},
+    {"config": {NEW: {"image_token": "<x>"}}, "map": {OLD: ["<y>"]}},
+    {"config": {OLD: ["<z>"]}, "map": {OLD: ["<y>"]}},
+    {"config": {OLD: []}, "map": {OLD: ["<y>"]}},
+    {"config": {NEW: []}, "map": {OLD: ["<y>"]}},
+    {"config": {NEW: ["<x>"]}, "map": {NEW: ["<x>", "<y>"], OLD: ["<z>"]}},
+    {"config": {NEW: ["<x>"]}, "map": {NEW: {"image_token": "<y>"}, OLD: ["<z>"]}},
+    {"config": {OLD: [OBJECT]}, "added": {"<x>": 300}},
+    {"config": {NEW: [OBJECT, "<y>"]}, "added": {"<x>": 300, "<y>": 301}},
+    {"config": {NEW: {"image_token": "<x>"}, OLD: ["<y>"]}, "added": {"<x>": 300, "<y>": 301}},
+    {"config": {"pad_token": OBJECT}, "added": {"<x>": 300}},
+    {"map": {NEW: [{"content": "<x>"}], OLD: ["<y>"]}, "added": {"<x>": 300, "<y>": 301}},
+]
+"""Lists of tokens without a role, under the older name and the newer one, in two files, and with an id in a third."""
+
+
 def listed(backend, **contents):
     """An `added_tokens_decoder`: new tokens get the next ids."""
     following = iter(range(backend.get_vocab_size(), 10_000))
@@ -47,6 +66,7 @@ def beside(backend) -> dict[str, dict]:
         "extra by role": {
             "config": {"extra_special_tokens": {"image_token": "<z>"}, "additional_special_tokens": ["<y>"]}
         },
+        **{f"lists {number}": case for number, case in enumerate(LISTS)},
         "split": {"config": {"split_special_tokens": True, "pad_token": "<x>"}},
     }
 
@@ -74,6 +94,7 @@ CASES = list(beside(byte_level()))
     ),
     ids={False: "new", True: "other flags in tokenizer.json"}.get,
 )
+@pytest.mark.filterwarnings("ignore:.* is listed with id 30")
 def test_the_view_is_that_of_transformers(tmp_path, name, make, there):
     transformers = pytest.importorskip("transformers")
     backend = make()

@@ -111,6 +111,38 @@ def test_what_is_missing_is_named(zipped, left, message):
         open_checkpoint(zipped).experts().get(1, 2)
 
 
+@pytest.mark.parametrize(
+    ("content", "packing", "twice", "message"),
+    [
+        (b'{"attributes":' + b"[" * 30_000 + b"]" * 30_000 + b"}", zipfile.ZIP_STORED, False, "no description"),
+        (b" " * 100_000, zipfile.ZIP_STORED, False, "no description of an array"),
+        (b" " * 100_000, zipfile.ZIP_DEFLATED, False, "experts/zarr.json is compressed; zip the items again"),
+        (b"{}", zipfile.ZIP_STORED, True, "two members layer_00001/state/experts/zarr.json"),
+    ],
+    ids=["nested", "long", "compressed", "twice"],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_description_that_is_none_is_refused_unread(zipped, content, packing, twice, message):
+    name = "layer_00001/state/experts/zarr.json"
+    with zipfile.ZipFile(zipped / "pieces.zip") as old:
+        members = [(at, old.read(at)) for at in old.namelist() if twice or at != name]
+    with zipfile.ZipFile(zipped / "pieces.zip", "w") as out:
+        for at, data in members:
+            out.writestr(at, data)
+        out.writestr(name, content, packing)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(zipped)
+
+
+def test_a_member_that_python_will_not_read_is_one_error(zipped):
+    data = bytearray((zipped / "pieces.zip").read_bytes())
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"layer_00001/state/experts/zarr.json"))
+    data[at + 8] |= 1  # encrypted
+    (zipped / "pieces.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"experts/zarr\.json: damaged"):
+        open_checkpoint(zipped)
+
+
 def test_a_lost_layer_is_named(zipped):
     manifest = json.loads((zipped / "manifest.json").read_text())
     manifest["pieces"][2]["name"] = "layer_00007"

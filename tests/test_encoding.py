@@ -15,7 +15,7 @@ import pytest
 from hybrimoe_jax import encoding, generate
 from hybrimoe_jax.encoding import argument, decode, for_stream, read_stdin, read_text
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import read_json
+from hybrimoe_jax.files import LONGEST_JSON, read_json
 from hybrimoe_jax.record import read_prompts
 from hybrimoe_jax.records import read_records
 
@@ -95,6 +95,13 @@ def test_what_is_no_file_of_text_is_one_error(tmp_path, monkeypatch):
     writer.start()
     assert read_text(tmp_path / "pipe") == "é"
     writer.join()
+
+
+def test_a_json_file_longer_than_any_that_is_needed_is_not_parsed(tmp_path):
+    (tmp_path / "long.json").touch()
+    os.truncate(tmp_path / "long.json", LONGEST_JSON + 1)
+    with pytest.raises(UserError, match=r"long\.json: it is longer than 64 MiB, the most that is read"):
+        read_json(tmp_path / "long.json")
 
 
 def test_a_standard_input_that_does_not_wait_is_read_to_its_end(tmp_path):

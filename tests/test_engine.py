@@ -106,6 +106,15 @@ def test_any_of_several_end_of_sequence_ids_ends_a_row(prompts, greedy):
     engine.close()
 
 
+def test_ids_that_no_token_has_are_dropped_and_what_is_no_id_is_refused():
+    engine = tiny.engine("qwen2_moe", eos=[-1, 5, 10**400, np.int64(6), 2**40])
+    assert engine.eos == (5, 6)
+    engine.close()
+    for eos in ("5", ["5"], [None], 2.5):
+        with pytest.raises(UserError, match="eos "):
+            tiny.engine("qwen2_moe", eos=eos)
+
+
 class Letters:
     """A tokenizer whose token i is written "<i>"."""
 

@@ -140,7 +140,7 @@ def test_statistics_are_the_layer_by_layer_ones():
 
 
 def test_a_program_made_at_load_serves_models_with_ending_tokens():
-    engine = fused_engine(eos=(95, 94))
+    engine = fused_engine(eos=(95, 94, 96, 2**40, 10**400))
     prompt = tiny.prompts(engine.config, (9,))
     forward = engine._forward
     engine._forward = forward.layered

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -213,58 +212,8 @@ def test_frequencies_fit_the_model_or_are_refused(damaged):
     counts = [[4, 3, 2, 1], [0, 0, 5, 9]]
     path.write_text(json.dumps({"counts": counts}))
     assert open_checkpoint(damaged).frequencies() == counts
-    rows = ([1, 2], [-1, 0, 0, 0], [1e308] * 4, [float("nan")] * 4, ["a"] * 4)
+    rows = ([1, 2], [-1, 0, 0, 0], [10**400, 0, 0, 0], [1e308] * 4, [float("nan")] * 4, ["a"] * 4)
     for bad in ({"counts": counts[:1]}, *({"counts": [row, row]} for row in rows), {}, counts):
         path.write_text(json.dumps(bad))
         with pytest.raises(UserError, match="must be 2 lists of 4 counts"):
             open_checkpoint(damaged).frequencies()
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def rename_piece(path, name):
-    manifest = json.loads(path.read_text())
-    manifest["pieces"][0]["name"] = name
-    path.write_text(json.dumps(manifest))
-
-
-def as_pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def break_records(path):
-    manifest = json.loads(path.read_text())
-    manifest["pieces"][1]["experts"]["shape"][0] = 5
-    path.write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    ("breaking", "message"),
-    [
-        (lambda c: (c / "manifest.json").unlink(), "not converted yet; run: python -m hybrimoe_jax.convert"),
-        (lambda c: (c / "manifest.json").write_text('{"lay'), "manifest.json: not valid JSON"),
-        (lambda c: (c / "manifest.json").write_text("[]"), "not the manifest of a checkpoint"),
-        (lambda c: edit(c / "manifest.json", version=99), "layout version 99, this program reads 1"),
-        (lambda c: edit(c / "manifest.json", pieces=[{}]), "manifest.json: damaged"),
-        *(
-            (lambda c, name=name: rename_piece(c / "manifest.json", name), "manifest.json: damaged")
-            for name in (None, 5, True, ["outer"], {})
-        ),
-        (lambda c: as_pipe(c / "pieces/outer/state/model.norm.weight/zarr.json"), "zarr.json: no plain file"),
-        (lambda c: as_pipe(c / "pieces/layer_00001/state/experts/c/0/0/0"), "experts/c/0/0/0: no plain file"),
-        (lambda c: break_records(c / "manifest.json"), "does not describe the model"),
-        (lambda c: edit(c / "config.json", rope_theta=5.0), "changed since the conversion"),
-        (lambda c: (c / "config.json").unlink(), "config.json: no such file"),
-        (lambda c: (c / "generation_config.json").write_text("[1]"), "not a JSON object"),
-        (lambda c: shutil.rmtree(c / "pieces" / "layer_00001"), "incomplete, layer_00001 missing"),
-        (shutil.rmtree, "no such folder"),
-    ],
-)
-def test_a_broken_folder_gets_one_clear_error(damaged, breaking, message):
-    breaking(damaged)
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(damaged)
-    assert message in str(caught.value) and str(damaged) in str(caught.value) and "\n" not in str(caught.value)

@@ -45,6 +45,15 @@ def test_the_bundled_model_gives_the_dense_tokens(mode, bundled):
         assert np.abs(torch_engine.logits(ids) - logits).max() < 2e-5 * np.abs(logits).max()
 
 
+def test_an_id_that_no_token_has_is_warned_of_and_dropped():
+    checkpoint = TinyCheckpoint.of("qwen2_moe")
+    checkpoint.generation_config["eos_token_id"] = [5, 10**400]
+    with pytest.warns(UserWarning, match="outside the vocabulary"):
+        engine = TorchOffload(checkpoint, threads=1, profile=tiny.costs(checkpoint.config))
+    with engine:
+        assert engine.eos == (5,)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_counts_are_those_of_our_engine(mode):
     """On the clock of a profile's machine every decision is ours, whatever it depends on."""

@@ -23,16 +23,13 @@ class TinyCheckpoint:
     arrays: list
     format: str = "f32"
     tokenizer: Any = None
+    generation_config: dict = dataclasses.field(default_factory=dict)
     path: Path = dataclasses.field(default_factory=lambda: Path(f"tiny-{next(_numbers)}"))
     """Engines of one folder share its experts; no two of these do."""
 
     @classmethod
     def of(cls, family: str, format: str = "f32") -> TinyCheckpoint:
         return cls(*tiny.weights(family), format)
-
-    @property
-    def generation_config(self) -> dict:
-        return {}
 
     def frequencies(self) -> None:
         return None

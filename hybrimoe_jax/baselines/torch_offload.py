@@ -101,7 +101,7 @@ class TorchOffload(BaseEngine):
             checkpoint = open_checkpoint(bundled_model() if checkpoint is None else checkpoint)
         eos = eos_ids(checkpoint.generation_config, checkpoint.tokenizer, checkpoint.config)
         super().__init__(checkpoint.config, chosen, checkpoint.tokenizer, eos, lambda: Totals.of(self.planner))
-        warn_of_what_is_left_out(checkpoint.generation_config, self.eos, self.config.vocab_size)
+        warn_of_what_is_left_out(checkpoint.generation_config, eos, self.config.vocab_size)
         self.checkpoint, self.format = checkpoint, checkpoint.format
         self.threads = self.options.threads or available_cores()
         torch.set_num_threads(self.threads)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.checkpoint.orbax import items_of
+from hybrimoe_jax.checkpoint.item_files import items_of
 from hybrimoe_jax.checkpoint.quantised.folder import expand, method_of, settings_of
 from hybrimoe_jax.checkpoint.safetensors import FileTensor, read_header
 from hybrimoe_jax.checkpoint.weights import (

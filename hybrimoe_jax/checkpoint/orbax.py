@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.files import check_plain_file, replacing
+from hybrimoe_jax.files import replacing
 
 TIMES = frozenset({"init_timestamp_nsecs", "commit_timestamp_nsecs"})
 
@@ -158,34 +158,12 @@ def zip_items(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def items_of(checkpoint: Path) -> Path:
-    """Where a checkpoint's items lie: its folder `pieces`, or the zip in place of it."""
-    zipped = checkpoint / "pieces.zip"
-    return zipped if zipped.is_file() else checkpoint / "pieces"
-
-
 def check_path(path: Path) -> None:
     """UserError for a folder that the library which reads and writes weights cannot name."""
     try:
         os.path.realpath(path).encode()
     except UnicodeEncodeError:
         raise UserError(f"{path}: not UTF-8 text, which names of folders with weights must be; rename it") from None
-
-
-def item_names(items: Path) -> set[str]:
-    """The items in a folder or zip; raises UserError for a damaged zip, and for what is no plain file."""
-    if items.suffix != ".zip":
-        for folder, _, files in os.walk(items):
-            for name in files:
-                check_plain_file(os.path.join(folder, name), os.path.join(folder, name))
-        return {path.parent.name for path in items.glob("*/state") if path.is_dir()}
-    import tensorstore as ts
-
-    try:
-        store = ts.KvStore.open(in_zip(items, ""), context=tensorstore_context()).result()
-        return {key.decode().partition("/")[0] for key in store.list().result()}
-    except ValueError:
-        raise UserError(f"{items}: damaged; convert the original again") from None
 
 
 def in_zip(archive: Path, path: str) -> dict[str, Any]:

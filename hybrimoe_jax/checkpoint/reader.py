@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.checkpoint.expert_store import ExpertStore, held_dtype
-from hybrimoe_jax.checkpoint.orbax import check_path, item_names, items_of, open_leaf, read_leaves, read_rows
-from hybrimoe_jax.checkpoint.shards import DTYPES, EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
+from hybrimoe_jax.checkpoint.item_files import item_names, items_of
+from hybrimoe_jax.checkpoint.manifest import check_manifest
+from hybrimoe_jax.checkpoint.orbax import check_path, open_leaf, read_leaves, read_rows
+from hybrimoe_jax.checkpoint.shards import EXPERTS, LAYOUT, PLAIN_VERSION, VERSION, ExpertForm, damage, digest
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.files import present, read_json
 from hybrimoe_jax.formats.packing import (
@@ -24,8 +26,7 @@ from hybrimoe_jax.formats.packing import (
     PackedMatrix,
 )
 from hybrimoe_jax.models.config import ModelConfig
-from hybrimoe_jax.models.parameters import split
-from hybrimoe_jax.models.registry import build_model, parse_config
+from hybrimoe_jax.models.registry import parse_config
 
 FREQUENCIES = "expert_frequencies.json"
 
@@ -64,7 +65,7 @@ class Checkpoint:
         shape = (len(self.config.moe_layers), self.config.num_experts)
         try:
             table = np.asarray(counts, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             table = np.zeros((0, 0))
         if table.shape != shape or not ((table >= 0) & (table <= 1e18)).all():
             raise UserError(
@@ -190,49 +191,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path / 'config.json'}: changed since the conversion; restore it or convert the original again"
         )
     config = parse_config(raw)
-    check_shards(path, config, manifest)
+    arrays, items = check_manifest(path / "manifest.json", config, manifest), items_of(path)
+    there = item_names(items, arrays)
+    absent = [shard["name"] for shard in manifest["pieces"] if shard["name"] not in there]
+    if absent:
+        raise UserError(f"{path}: incomplete, {', '.join(absent)} missing in {items.name}; convert the original again")
     generation = path / "generation_config.json"
     defaults = read_json(generation) if present(generation) else {}
     if not isinstance(defaults, dict):
         raise UserError(f"{generation}: not a JSON object")
     return Checkpoint(path, config, raw, defaults, manifest)
-
-
-def check_shards(path: Path, config: ModelConfig, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the manifest does not fit the configuration's model.
-
-    So too where a shard's folder is missing.
-    """
-    try:
-        shards = manifest["pieces"]
-        layers = tuple(shard["layer"] for shard in shards if shard["experts"])
-        experts = [shard["experts"] for shard in shards if shard["experts"]]
-        stacks = {(*of["shape"], len(of[sums])) for of in experts for sums in ("hashes", "crc32s") if sums in of}
-        names = [shard["name"] for shard in shards]
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise UserError(f"{path / 'manifest.json'}: damaged; convert the original again") from None
-    form = ExpertForm.of(str(manifest.get("format")), config.hidden_size, config.moe_width)
-    expected = (config.num_experts, *form.row, config.num_experts)
-    fits = layers == config.moe_layers and not stacks - {expected} and len(shards) == config.num_hidden_layers + 1
-    if not fits or not dense_fits(config, shards):
-        raise UserError(
-            f"{path / 'manifest.json'}: does not describe the model of config.json; convert the original again"
-        )
-    items = items_of(path)
-    present = item_names(items)
-    absent = [name for name in names if name not in present]
-    if absent:
-        raise UserError(f"{path}: incomplete, {', '.join(absent)} missing in {items.name}; convert the original again")
-
-
-def dense_fits(config: ModelConfig, shards: Sequence[dict[str, Any]]) -> bool:
-    """Whether the records of dense tensors are those of the model, in name, shape and type."""
-    leaves = {name: tuple(leaf.shape) for name, leaf in split(build_model(config))[1].items()}
-    try:
-        records = {name: record for shard in shards for name, record in shard["dense"].items()}
-        shapes = {name: tuple(record.get("matrix", record["shape"])) for name, record in records.items()}
-        return shapes == leaves and all(record["dtype"] in DTYPES for record in records.values())
-    except (AttributeError, KeyError, TypeError):
-        return False

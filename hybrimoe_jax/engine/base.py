@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.engine.budget import readable
 from hybrimoe_jax.engine.call import Call, Calls, Totals
 from hybrimoe_jax.engine.config import EngineConfig
@@ -35,7 +36,8 @@ from hybrimoe_jax.progress import Progress
 class BaseEngine(abc.ABC):
     """Prompts in, tokens and statistics out. Calls of several threads are served in turn, in the order they came.
 
-    Args: config, options, tokenizer, eos: as of `Engine`. totals: what has been counted so far.
+    Args: config, options, tokenizer, eos: as of `Engine`. totals: what has been counted so far. UserError for what is
+      no list of ids; an id outside the vocabulary ends nothing and is dropped.
     """
 
     _parts: Any  # with a `footprint` and a `model`, whatever they are made for
@@ -43,7 +45,9 @@ class BaseEngine(abc.ABC):
     def __init__(
         self, config: Any, options: EngineConfig, tokenizer: Any, eos: Sequence[int], totals: Callable[[], Totals]
     ):
-        self.config, self.options, self.tokenizer, self.eos = config, options, tokenizer, tuple(eos)
+        self.config, self.options, self.tokenizer = config, options, tokenizer
+        ids = (arguments.whole("eos", token, most=None) for token in arguments.several("eos", eos, int))
+        self.eos = tuple(token for token in ids if 0 <= token < config.vocab_size)
         self.max_context = context_limit(options, config)
         self._turns, self._calls = Turns(self._settings), Calls(totals)
         self._last_stats: RunStats | None = None

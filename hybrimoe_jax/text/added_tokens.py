@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"  # the newer name counts where both are there
+EXTRA, OLDER = "extra_special_tokens", "additional_special_tokens"  # the newer name counts where both are lists
 
 
 @dataclasses.dataclass
@@ -40,20 +40,27 @@ class AddedTokens:
     @classmethod
     def read(cls, folder: Path, files: Mapping[str, Mapping[str, Any]], backend: Backend) -> AddedTokens:
         """From the JSON objects of CONFIG, MAP and ADDED; raises UserError naming file and key."""
-        config = files[CONFIG]
-        named, extra = _special(folder / CONFIG, config)
+        config, more = files[CONFIG], files[MAP]
+        named, lists = _special(folder / CONFIG, config)
+        if OLDER in lists and not config.get(EXTRA):
+            lists[EXTRA] = lists.pop(OLDER)
         if "added_tokens_decoder" in config:
-            return cls(named, extra, _listed(folder / CONFIG, config["added_tokens_decoder"]))
-        special = {token.content for token in extra}
-        more_named, more_extra = _special(folder / MAP, files[MAP])
+            return cls(named, _chosen(lists), _listed(folder / CONFIG, config["added_tokens_decoder"]))
+        more_named, more_lists = _special(folder / MAP, more)
         own = {key for key, value in config.items() if key not in ROLES and isinstance(value, str)}
         named |= {key: token for key, token in more_named.items() if key not in own}
-        if EXTRA in files[MAP]:
-            extra += more_extra
-            special |= {token.content for token in more_extra}
-        special |= {named[role].content for role in ROLES if role in named}
+        texts = [role for role in ROLES if role in named and (role in more or isinstance(config.get(role), str))]
+        special = {named[role].content for role in texts}
+        given = config.get(EXTRA) or config.get(OLDER) or ()  # an object in it is not recognised as its text
+        if EXTRA in lists and not isinstance(more.get(EXTRA), dict):
+            special |= {value for value in given if isinstance(value, str)}
+        special |= {token.content for token in more_lists.get(EXTRA, ())}
+        if isinstance(more.get(EXTRA), dict):
+            lists.pop(EXTRA, None)
+        elif EXTRA in more_lists:
+            more_lists[EXTRA] = lists.get(EXTRA, []) + more_lists[EXTRA]
         listed = _with_ids(folder / ADDED, files[ADDED], special) | backend.get_added_tokens_decoder()
-        return cls(named, extra or more_extra, listed)
+        return cls(named, _chosen(lists | more_lists), listed)
 
     def add_to(self, backend: Backend) -> None:
         """Adds what the vocabulary lacks, and changes flags that differ."""
@@ -86,20 +93,25 @@ def _rank(role: str) -> int:
     return ROLES.index(role) if role in ROLES else len(ROLES)
 
 
-def _special(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """Tokens with a role, and those without, of a config or of `special_tokens_map.json`."""
+def _chosen(lists: Mapping[str, list[AddedToken]]) -> list[AddedToken]:
+    """Of the lists of tokens without a role the newer one, even where it is empty."""
+    return lists.get(EXTRA, lists.get(OLDER, []))
+
+
+def _special(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, AddedToken], dict[str, list[AddedToken]]]:
+    """Tokens with a role, and lists of those without, of a config or of `special_tokens_map.json`."""
     named = {}
     for key, value in values.items():
         if key.endswith("_token") and (isinstance(value, (str, dict)) or (key in ROLES and value is not None)):
             named[key] = _token(path, key, value)
-    extra, older = values.get(EXTRA) or [], values.get(OLDER) or []
-    if isinstance(extra, dict):
-        named |= {key: _token(path, key, value) for key, value in extra.items()}
-        extra = []
-    for key, tokens in ((EXTRA, extra), (OLDER, older)):
+    lists = {key: values[key] or [] for key in (EXTRA, OLDER) if key in values}
+    if isinstance(values.get(EXTRA), dict):
+        named |= {key: _token(path, key, value) for key, value in values[EXTRA].items()}
+        del lists[EXTRA]
+    for key, tokens in lists.items():
         if not isinstance(tokens, list):
             raise UserError(f"{path}: {key} is {shown(tokens)}, no list of tokens")
-    return named, [_token(path, EXTRA, value) for value in extra or older]
+    return named, {key: [_token(path, key, value) for value in tokens] for key, tokens in lists.items()}
 
 
 def _listed(path: Path, values: Any) -> dict[int, AddedToken]:

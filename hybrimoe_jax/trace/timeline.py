@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrimoe_jax import arguments
+from hybrimoe_jax.encoding import LONGEST_TEXT
 from hybrimoe_jax.errors import reading
 from hybrimoe_jax.files import read_json, replacing
 from hybrimoe_jax.tables import table
@@ -138,7 +139,7 @@ class Timeline:
     @classmethod
     def read(cls, path: str | os.PathLike) -> Timeline:
         """What `write` wrote; UserError for any other file."""
-        file = read_json(Path(arguments.path("timeline", path)))
+        file = read_json(Path(arguments.path("timeline", path)), most=LONGEST_TEXT)  # as long as the run was
         with reading(f"{path}: the timeline"):
             events = [event for event in file["traceEvents"] if event["ph"] == "X"]
             lanes = dict.fromkeys([*LANES, *(event["cat"] for event in events)])

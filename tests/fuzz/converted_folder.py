@@ -5,6 +5,7 @@ Whatever is done to a file of it, each tensor, expert and count that is read is 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import checkpoint_folders
 import gguf_files
 import numpy as np
-from fuzz.mutate import brief, change_bytes, change_json, json_text
+from fuzz.mutate import DEEP, brief, change_bytes, change_json, json_text
 from fuzz.worker import Case, Wrong
 
 FORMATS = {"plain": {}, "zipped": {"zipped": True}, "quantised": {"fmt": "int4-g32", "dense_format": "int8-g32"}}
@@ -30,7 +31,9 @@ class Kind:
 
     def __init__(self, base: Path):
         from hybrimoe_jax.checkpoint.convert import convert
+        from hybrimoe_jax.engine.base import BaseEngine
 
+        self.ending: Any = type("Ending", (BaseEngine,), dict.fromkeys(BaseEngine.__abstractmethods__))
         plain = checkpoint_folders.write_hf(base / "hf", checkpoint_folders.tensors())
         wide = base / "m.gguf"
         gguf_files.write(wide, "qwen3moe", "F32")
@@ -52,7 +55,7 @@ class Kind:
         if target == "pieces":
             what = (zip_changed if name == "zipped" else piece_changed)(rng, files)
         elif target != "config.json" and rng.random() < 0.85:
-            value, what = change_json(rng, json.loads(files[target]), ("eos_token_id", "counts", "pieces", "version"))
+            value, what = changed(rng, target, json.loads(files[target]))
             files[target], spoilt = json_text(rng, value)
             what, said = f"{target}: {what} {spoilt}", {target: value}
         else:
@@ -63,14 +66,17 @@ class Kind:
             (made / path).write_bytes(data)
         if rng.random() < 0.05:
             what = replaced(rng, made, rng.choice(list(files)))
-        return Case(f"{name}: {what}", lambda: self.compare(made, name, said), ("made", "generation_config.json"))
+        verify = rng.random() < 0.5
+        run = functools.partial(self.compare, made, name, said, verify)
+        return Case(f"{name}{', verified' * verify}: {what}", run, ("made", "generation_config.json"))
 
-    def compare(self, made: Path, name: str, said: dict[str, Any]) -> None:
+    def compare(self, made: Path, name: str, said: dict[str, Any], verify: bool = False) -> None:
         """`said`: what the case made of a JSON file, by its name; None where only its bytes are known."""
         from hybrimoe_jax.checkpoint.reader import open_checkpoint
+        from hybrimoe_jax.engine.config import EngineConfig
         from hybrimoe_jax.text.replies import eos_ids
 
-        have, wanted = read(made), self.wanted[name]
+        have, wanted = read(made, verify), self.wanted[name]
         if have != wanted:
             other = [key for key in {*have, *wanted} if have.get(key) != wanted.get(key)]
             raise Wrong(f"other values than were converted: {brief(sorted(other))}")
@@ -82,19 +88,50 @@ class Kind:
             asked = asked if isinstance(asked, list) else [] if asked is None else [asked]
             if ids != (asked or [checkpoint.config.eos_token_id]):
                 raise Wrong(f"replies end at {ids}, and the file says {brief(value)}")
+            engine = self.ending(checkpoint.config, EngineConfig(), None, ids, lambda: None)
+            if list(engine.eos) != [token for token in ids if token < checkpoint.config.vocab_size]:
+                raise Wrong(f"an engine ends replies at {brief(engine.eos)}, and the file says {brief(value)}")
         counts, value = checkpoint.frequencies(), said.get("expert_frequencies.json", {"counts": COUNTS})
         if counts is not None and value is not None and counts != np.asarray(value["counts"], float).tolist():
             raise Wrong("other counts of experts than the file's")
 
 
-def read(made: Path) -> dict[str, bytes]:
+def changed(rng: random.Random, target: str, value: Any) -> tuple[Any, str]:
+    """One of the JSON files with a change of its own kind, or any."""
+    how = rng.random()
+    if target == "generation_config.json" and how < 0.3:
+        value["eos_token_id"] = ids = rng.sample((2, 23, 24, 2**31, 2**40, 2**63, 10**400), 2)
+        return value, f"eos_token_id {brief(ids)}"
+    if target == "manifest.json" and how < 0.2:
+        pieces = value["pieces"]
+        to, taken = rng.randrange(len(pieces)), rng.choice(pieces)
+        key = rng.choice(("name", "layer", "dense", "experts", "all"))
+        if key == "all":
+            pieces.insert(to, taken)
+        else:
+            pieces[to] = {**pieces[to], key: taken[key]}
+        return value, f"{key} of {taken['name']} at {to}, too"
+    return change_json(rng, value, ("eos_token_id", "counts", "pieces", "version"))
+
+
+def nested(rng: random.Random, text: bytes) -> tuple[bytes, str]:
+    """A description with a value or a key more, at its end or its beginning, where another parser may take another."""
+    values = (f'"attributes": {DEEP}', f'"x": {DEEP[:2000]}', '"shape": [1]', '"data_type": "int8"', '"codecs": []')
+    more = rng.choice(values)
+    first = rng.random() < 0.5
+    made = b"{" + more.encode() + b"," + text[1:] if first else text[:-1] + b"," + more.encode() + b"}"
+    return made, f"{'begins' if first else 'ends'} with {brief(more)}"
+
+
+def read(made: Path, verify: bool = False) -> dict[str, bytes]:
     """Every tensor and expert of a checkpoint, as bytes."""
     from hybrimoe_jax.checkpoint.reader import open_checkpoint
     from hybrimoe_jax.formats.plain import ExpertWeights
 
     checkpoint = open_checkpoint(made)
-    out = {n: (t if isinstance(t, np.ndarray) else t.data).tobytes() for n, t in checkpoint.dense().items()}
-    store = checkpoint.experts()
+    dense = checkpoint.dense(verify=verify)
+    out = {n: (t if isinstance(t, np.ndarray) else t.data).tobytes() for n, t in dense.items()}
+    store = checkpoint.experts(verify=verify)
     for layer in range(store.num_layers):
         for expert in range(store.num_experts):
             there = store.get(layer, expert)
@@ -113,6 +150,9 @@ def piece_changed(rng: random.Random, files: dict[str, bytes]) -> str:
         return f"{name}: {what}"
     if how == "text":
         name = rng.choice([path for path in names if path.endswith("zarr.json")])
+        if rng.random() < 0.3:
+            files[name], what = nested(rng, files[name])
+            return f"{name} {what}"
         value, what = change_json(rng, json.loads(files[name]), ("shape", "data_type", "chunk_grid", "codecs"))
         files[name], spoilt = json_text(rng, value)
         return f"{name}: {what} {spoilt}"
