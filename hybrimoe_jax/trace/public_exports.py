@@ -78,7 +78,7 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
     tokens = _tokens(trace, f"trace for {path}", last_layer=False)
     _check_additions(trace, f"trace for {path}")
     write_lines(path, _route_lines(one_token_steps(trace)))
-    left = _left_out(trace, ROUTE_EXTRA) + _numbered(tokens)
+    left = _left_out(trace, tuple(ROUTE_EXTRA)) + _numbered(tokens)
     if len(np.unique(trace.step)) < len(tokens.step):
         left.append("which tokens ran in one step")
     if not np.array_equal(tokens.position, places_of(_lengths(tokens))):
