@@ -65,7 +65,12 @@ def test_files_that_are_no_state_are_refused(trace, tmp_path):
     state = take_state(planner, trace.facts)
     changes = {"version": (2, r"version 2 is not supported \(this program reads 1\)"), "slots": (None, "damaged"),
                "resident": ([[99]] * 4, "damaged"), "learned": (["nothing", 0], "damaged")}  # fmt: skip
-    for name, (value, said) in changes.items():
+    more = [("slots", [], "slots of 0 layers"), ("slots", [5, 5, "5", 5], "of '5' slots in layer 2"),
+            ("back_off", -5, "its back_off is -5"), ("back_off", 8, "its back_off is 8"),
+            ("back_off", True, "its back_off is True"), ("learned", None, "its learned is None")]  # fmt: skip
+    for some in ("12", [0.5], [float("inf")], [True], [1, 1], None):
+        more.append(("resident", [some, [], [], []], "the residents of layer 0 are"))
+    for name, value, said in [*[(name, *change) for name, change in changes.items()], *more]:
         dataclasses.replace(state, meta={**state.meta, name: value}).save(path)
         with pytest.raises(UserError, match=said):
             load_state(path).restore(planner, trace.facts)
@@ -89,6 +94,78 @@ def test_a_refused_state_leaves_a_planner_as_it_was(trace, damaged):
     assert take_state(fresh, trace.facts).digest == before
     state.restore(fresh, trace.facts)
     assert take_state(fresh, trace.facts).digest == state.digest != before
+
+
+INF, NAN = ["float", "inf"], ["float", "nan"]
+WRONG = [
+    ({}, 0, "heat", [["list", 999, [0.0] * 15], None, ["list", 999, [NAN] * 16], ["list", 999, ["x"] * 16], ["own"]]),
+    ({}, 0, "last_used", [["list", 999, [0] * 17], ["list", 999, [10**30] * 16], ["tuple", 999, [-1] * 16], {"a": 1}]),
+    ({}, 0, "step", [-1, 0.5, True, "0", None, 10**400]),
+    ({}, 0, "alpha", [0.25, None, "0.5", True]),
+    ({}, 0, "p", [None, 7, 6.5]),
+    ({}, 0, "num_experts", [15, 16.5, "16"]),
+    ({}, 0, "capacity", [99, None]),
+    ({}, 0, "frequencies", [["list", 999, [1.0]], ["list", 999, [INF] * 16]]),
+    ({}, 0, "observe", [5]),
+    ({}, 0, "__class__", [5]),
+    ({"cache": "lfru"}, 0, "uses", [["list", 999, [1] * 16]]),
+    ({"cache": "slru"}, 0, "_safe", [["list", 999, []], ["dict", 999, [[99, None]]]]),
+    ({"cache": "s3-fifo"}, 0, "_uses", [["dict", 999, []], ["dict", 999, [[0, 9]]], None]),
+    ({"cache": "echo"}, 0, "memory", [None, ["object", 999, "Memory", {}]]),
+    ({"cache": "random"}, 0, "_random", [None, ["random", 999, 1], ["random", 999, ["tuple", 998, [3, 1, None]]]]),
+    ({}, 4, "top_k", [4, None]),
+    ({}, 4, "distances", ["3", INF]),
+    ({"predictor": "corrected"}, 4, "_seen", [None, ["array", 999, "nothing"], ["array", 999, "array_0"]]),
+    ({"predictor": "co-activation"}, 4, "_before", [["dict", 999, [[9, 1]]], ["list", 999, []]]),
+    ({"predictor": "previous"}, 4, "_chosen", [["dict", 999, [[0, ["named", 998, "RouterOutlook", [1, None]]]]]]),
+    ({}, 5, "decay", [0.5, "x"]),
+    ({}, 5, "_hits", [["list", 999, [1.0] * 4], ["list", 999, [INF] * 4], ["list", 999, []], 0]),
+    ({}, 5, "predicted", [["list", 999, [1.5] * 4], ["same", 999], ["same", 0]]),
+    ({}, 5, "came_true", [["list", 999, [7] * 4]]),
+]  # fmt: skip
+
+
+def nodes_of(meta) -> list:
+    """The policies of the four layers, the predictor and the accuracy, as they stand in `meta`."""
+    (_, policies), (_, predictor), (_, accuracy) = meta["learned"][2]
+    return [*policies[2], predictor, accuracy]
+
+
+@pytest.mark.parametrize(("parts", "at", "name", "values"), WRONG, ids=[f"{w[1]}-{w[2]}" for w in WRONG])
+def test_what_a_rule_never_is_is_refused_and_nothing_is_changed(trace, parts, at, name, values):
+    """Neither in a fresh planner nor in one that has taken other states before."""
+    system = get_system("hybrimoe").override(**parts)
+    planner, clean = (planner_for(system, trace.facts) for _ in range(2))
+    state = take_state(clean, trace.facts)
+    replay(planner, machine := VirtualMachine(costs()), list(recorded_steps(trace))[:9])
+    settle(planner, machine)
+    before = take_state(planner, trace.facts).digest
+    for value in values:
+        meta = json.loads(json.dumps(state.meta))
+        nodes_of(meta)[at][3][name] = value
+        with pytest.raises(UserError, match=r"^cache state: it is damaged \(.*\); save it again$"):
+            dataclasses.replace(state, meta=meta).restore(planner, trace.facts)
+        assert take_state(planner, trace.facts).digest == before
+    meta = json.loads(json.dumps(state.meta))
+    del nodes_of(meta)[at][3]["top_k" if at < 5 else "decay"]
+    with pytest.raises(UserError, match="it lacks "):
+        dataclasses.replace(state, meta=meta).restore(planner, trace.facts)
+    state.restore(planner, trace.facts)
+    assert take_state(planner, trace.facts).digest == state.digest != before
+
+
+@pytest.mark.parametrize("place", [(2, 0, 1), (2, 0, 1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 0, 1, 2)])
+@pytest.mark.parametrize("value", [None, ["list", 999, []], ["own"], ["same", 0], ["dict", 999, []], []])
+def test_objects_that_a_state_leaves_out_are_refused(trace, place, value):
+    planner = planner_for("hybrimoe", trace.facts)
+    meta = json.loads(json.dumps((state := take_state(planner, trace.facts)).meta))
+    holder = meta["learned"]
+    for part in place[:-1]:
+        holder = holder[part]
+    holder[place[-1]] = value
+    with pytest.raises(UserError, match=r"it is damaged \(.*\); save it again$"):
+        dataclasses.replace(state, meta=meta).restore(planner, trace.facts)
+    state.restore(planner, trace.facts)
 
 
 class Everything:

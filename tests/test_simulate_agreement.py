@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
+from test_trace_command import recorded
 
 from hybrimoe_jax.decide import SYSTEMS
-from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace
+from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.engine.recording import EngineTimeline, EngineTrace, run_record
 from hybrimoe_jax.errors import UserError
-from hybrimoe_jax.machine.profile import load_profile
+from hybrimoe_jax.machine.profile import load_costs, load_profile
 from hybrimoe_jax.machine.shapes import get_shape
+from hybrimoe_jax.simulate.__main__ import main as simulate
 from hybrimoe_jax.simulate.recorded import replay_run
 from hybrimoe_jax.trace.file import load_trace
 
@@ -213,3 +217,71 @@ def test_the_command_runs_the_bundled_model_on_a_named_machine(tmp_path):
     assert code == 2 and "needs a profile" in error and "Traceback" not in error
     code, _, error = run("--clock", "virtual", "--profile", "no-such-machine")
     assert code == 2 and "laptop-8gb" in error
+
+
+ROWS = np.array([[1, 0, 1, 2]], np.int32)
+DAMAGED = [
+    ({"costs/combine": [1]}, r"about\.run, is damaged \(combine must be an object, not \[1\]\); record it again"),
+    ({"costs/combine": {"cpu": []}}, r"combine\.cpu is \[\]"),
+    ({"costs/figures/cpu_flops": None}, "cpu_flops must be a number a second"),
+    ({"costs/figures": 1}, "is damaged"),
+    ({"costs": "figures"}, "is damaged"),
+    ({"shape/experts": "x"}, "experts must be a whole number"),
+    ({"frequencies": [["x"] * 8] * 2}, "the frequency of expert 0, 'x' is no number"),
+    ({"frequencies": [[10**400] * 8] * 2}, r"the frequency of expert 0, .* is no number"),
+    ({"frequencies": [[-1] * 8] * 2}, "-1 must be at least 0"),
+    ({"frequencies": [1, 2]}, "is damaged"),
+    ({"slots": [1, "2"]}, "slots '2' is no whole number within 0..8"),
+    ({"slots": [1, 1e99]}, "slots 1e.99 is no"),
+    ({"slots": 5}, "is damaged"),
+    ({"max_in_flight": True}, "max_in_flight True is no"),
+    ({"max_in_flight": None}, "max_in_flight None is no"),
+    ({"system/lookahead": "x"}, "lookahead"),
+    ({"system": []}, "is damaged"),
+    ({"broken_off": "x"}, "before step 'x': it cannot be repeated"),
+    ({"steps_before": ["x" * 999]}, "start it with the run"),
+    ({"cache_state": 5}, "began with a cache state"),
+    (np.array(5), r"x_landed is int64 \[\]; integers \[n, 4\] are needed; record it again"),
+    (ROWS[:, :3], r"x_landed is int32 \[1, 3\]"),
+    (ROWS * np.nan, "x_landed is float64"),
+    (ROWS.astype("M8[s]"), "x_landed is datetime64"),
+    (ROWS + np.array([[0, 0, 9, 0]]), r"x_landed row 0 has the layer 10, outside 0\.\.1"),
+    (ROWS - [[0, 1, 0, 0]], "the layer before which it landed -1"),
+    (ROWS + np.array([[0, 0, 0, 8]]), r"the expert 10, outside 0\.\.7"),
+    (ROWS + np.array([[99, 0, 0, 0]]), "the step 100, outside 0..4"),
+    (ROWS, "x_landed has expert 2 of layer 1 land before layer 0 of step 1, where no prefetch of it is under way"),
+    (ROWS + np.array([[3, 0, 0, 0]]), "land before layer 0 of step 4"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGED, ids=[said[:40] for _, said in DAMAGED])
+def test_a_damaged_record_of_a_run_is_one_refusal(change, said, tmp_path):
+    trace = recorded([(1, 1)] * 4, layers=2, experts=8, top_k=2, seed=1)
+    costs = load_costs("a6000-paper", get_shape("bundled"), "int4-g64")
+    planner = Planner("hybrimoe", 2, 8, 2, 3, costs, frequencies=[[1.0] * 8] * 2)
+    run = json.loads(json.dumps(run_record(planner, None)))
+    about = {"clock": "wall", "run": run}
+    replay_run(dataclasses.replace(trace, about=about), "t.npz", save=tmp_path / "s.npz")
+    extra = {}
+    if isinstance(change, dict):
+        ((path, value),) = change.items()
+        *path, last = path.split("/")
+        holder = run
+        for part in path:
+            holder = holder[part]
+        holder[last] = value
+    else:
+        extra = {"landed": change}
+    with pytest.raises(UserError, match=f"^t.npz: .*{said}"):
+        replay_run(dataclasses.replace(trace, about=about, extra=extra), "t.npz", save=tmp_path / "s.npz")
+
+
+def test_as_recorded_writes_what_it_prints_and_refuses_what_it_would_ignore(tmp_path, capsys):
+    live(tmp_path, "hybrimoe", clock="virtual")
+    flags = ["--trace", str(tmp_path / "run.npz"), "--as-recorded"]
+    assert simulate([*flags, "--out", str(tmp_path / "r.jsonl")]) == 0
+    assert (tmp_path / "r.jsonl").read_text() == capsys.readouterr().out
+    place = str(tmp_path / "x")
+    for flag, value in (("--timeline", place), ("--plots", place), ("--systems", "hybrimoe"), ("--cache", "lru")):
+        with pytest.raises(UserError, match=f"^{flag} is not for --as-recorded, .*: leave one out$"):
+            simulate([*flags, flag, value])

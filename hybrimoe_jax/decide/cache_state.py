@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any, cast
@@ -24,10 +25,12 @@ import numpy as np
 
 from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.cache import Belady
-from hybrimoe_jax.decide.packing import pack, unpack
+from hybrimoe_jax.decide.learned import are_experts, whole
+from hybrimoe_jax.decide.packing import pack, unpacked
 from hybrimoe_jax.decide.planner import Planner
+from hybrimoe_jax.decide.prefetch.prefetch_planner import BACK_OFF_STEPS
 from hybrimoe_jax.decide.systems import System
-from hybrimoe_jax.errors import UserError, said, shown
+from hybrimoe_jax.errors import UserError, said, shown, shown_name
 from hybrimoe_jax.files import check_plain_file, is_object, replacing
 from hybrimoe_jax.npz import read_npz
 from hybrimoe_jax.trace.facts import TraceFacts
@@ -73,10 +76,12 @@ class CacheState:
             if self.meta["system"].get(name) != value:
                 there = self.meta["system"].get(name)
                 raise UserError(f"{self.where}: its {name} is {shown(there)}; this run's is {shown(value)}")
-        if slots is not None and list(slots) != self.meta["slots"]:
-            layer = next((i for i, (a, b) in enumerate(zip(slots, self.meta["slots"])) if a != b), 0)
-            there = self.meta["slots"][layer]
-            raise UserError(f"{self.where}: it is of {there} slots in layer {layer}; this run has {slots[layer]}")
+        its = self.meta["slots"]
+        if slots is not None and len(its) != len(slots):
+            raise UserError(f"{self.where}: it is of the slots of {len(its)} layers; this run has {len(slots)}")
+        for layer, (here, there) in enumerate(zip(slots or (), its)):
+            if here != there:
+                raise UserError(f"{self.where}: it is of {shown(there)} slots in layer {layer}; this run has {here}")
 
     def restore(self, planner: Planner, facts: TraceFacts, routers: str | None = None) -> None:
         """Has a planner, with nothing under way, go on from it. UserError as of `check`, and where it is damaged.
@@ -84,16 +89,30 @@ class CacheState:
         The planner is as before then.
         """
         self.check(facts, planner.system, planner.slots, routers)
-        before = pack(planner.learned(), self.where)
+        resident, learned = self.meta["resident"], planner.learned()
         try:
-            resident = [set(map(int, layer)) for layer in self.meta["resident"]]
-            if len(resident) != planner.num_layers or any(r - set(range(planner.num_experts)) for r in resident):
-                raise ValueError("its residents are not experts of this model")
-            unpack(self.meta["learned"], self.arrays, planner.learned())
-            planner.go_on(resident, int(self.meta["back_off"]), self.digest)
-        except (ValueError, TypeError) as error:
-            unpack(*before, planner.learned())
-            raise UserError(f"{self.where}: it is damaged ({error})") from None
+            if len(resident) != planner.num_layers:
+                raise ValueError(f"residents of {len(resident)} layers; this model has {planner.num_layers}")
+            for layer, some in enumerate(resident):
+                if not are_experts(some, planner.num_experts):
+                    raise ValueError(f"the residents of layer {layer} are {shown(some)}, no experts of this model")
+            if not whole(self.meta["back_off"], 0, BACK_OFF_STEPS):
+                raise ValueError(f"its back_off is {shown(self.meta['back_off'])}, not 0..{BACK_OFF_STEPS}")
+            found, fill = unpacked(self.meta["learned"], self.arrays, learned)
+            if not _same_objects(found, learned):
+                raise ValueError("what it has learned is not of this run's policies, predictor and accuracy")
+            planner.go_on([set(layer) for layer in resident], self.meta["back_off"], self.digest)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.where}: it is damaged ({error}); save it again") from None
+        fill()
+
+
+def _same_objects(found: Any, here: Mapping[str, Any]) -> bool:
+    """Whether what was read is `Planner.learned` itself, object for object."""
+    if not is_object(found) or found.keys() != here.keys() or not isinstance(found["policies"], list):
+        return False
+    mine, its = ([*learned.pop("policies"), *learned.values()] for learned in (dict(here), dict(found)))
+    return len(mine) == len(its) and all(map(operator.is_, mine, its))
 
 
 def take_state(
@@ -137,10 +156,11 @@ def load_state(path: str | os.PathLike[str]) -> CacheState:
     if meta.get("version") != VERSION:
         text = f"version {shown(meta.get('version'))} is not supported (this program reads {VERSION})"
         raise UserError(f"{where}: {text}")
-    kinds = {"model": dict, "system": dict, "slots": list, "resident": list, "back_off": int}
+    kinds = {"model": dict, "system": dict, "slots": list, "resident": list, "back_off": int, "learned": list}
     for name, kind in kinds.items():
-        if not isinstance(meta.get(name), kind):
-            raise UserError(f"{where}: it is damaged (its {name} is missing)")
+        if type(meta.get(name)) is not kind:
+            there = f"is {shown(meta[name])}" if name in meta else "is missing"
+            raise UserError(f"{where}: it is damaged (its {name} {there}); save it again")
     return CacheState(meta, arrays, where)
 
 
@@ -150,10 +170,8 @@ def _model(facts: TraceFacts, routers: str | None) -> dict[str, Any]:
 
 
 def _said(model: Mapping[str, Any]) -> str:
-    return (
-        f"{model.get('model_type')}, {model.get('layers')} MoE layers of {model.get('experts')} experts, "
-        f"{model.get('top_k')} a token"
-    )
+    layers, experts, top_k = (shown(model.get(name)) for name in ("layers", "experts", "top_k"))
+    return f"{shown_name(model.get('model_type'))}, {layers} MoE layers of {experts} experts, {top_k} a token"
 
 
 def _parts(system: System) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from hybrimoe_jax.decide.learned import check_learned, is_own
 from hybrimoe_jax.decide.prefetch.prediction import Prediction, RouterOutlook
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, said, shown, shown_name
 
 Node = Any
 """A JSON value. Lists stand for what JSON has no word for: [kind, ...]."""
@@ -33,11 +34,24 @@ def pack(value: Any, what: str) -> tuple[Node, dict[str, np.ndarray]]:
 
 
 def unpack(node: Node, arrays: Mapping[str, np.ndarray], here: Any) -> Any:
-    """What was packed, filled into `here`. ValueError where it is damaged, or of other objects than these."""
+    """What was packed, filled into `here`. ValueError where it is damaged, or of other objects than these.
+
+    `here` is as before then.
+    """
+    value, fill = unpacked(node, arrays, here)
+    fill()
+    return value
+
+
+def unpacked(node: Node, arrays: Mapping[str, np.ndarray], here: Any) -> tuple[Any, Callable[[], None]]:
+    """What was packed, all of it checked, and what fills it into `here`, which cannot fail. ValueError as `unpack`."""
+    reader = _Reader(arrays)
     try:
-        return _Reader(arrays).value(node, here)
-    except (TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        value = reader.value(node, here)
+        reader.check()
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(said(error)) from None
+    return value, reader.fill
 
 
 class _Writer:
@@ -53,7 +67,7 @@ class _Writer:
             return float(value) if math.isfinite(value) else ["float", str(float(value))]
         if isinstance(value, np.generic):
             return ["number", self._array(np.asarray(value), path)]
-        if isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__")) or _is_function(value):
+        if is_own(value):
             return ["own"]
         if id(value) in self._numbers:
             return ["same", self._numbers[id(value)]]
@@ -95,24 +109,52 @@ class _Writer:
         return name
 
 
-def _is_function(value: Any) -> bool:
-    return type(value).__module__ in ("builtins", "functools", "types") and callable(value)
-
-
 class _Reader:
+    """Reads first, and writes when all is read and checked."""
+
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays, self._seen = arrays, dict[int, Any]()
+        self._contents: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by id: an array here, what it will hold
+        self._objects: list[tuple[Any, dict[str, Any]]] = []  # here, and their attributes
+        self._states: list[Callable[[], None]] = []  # of random numbers
+
+    def check(self) -> None:
+        """ValueError for attributes that an object here cannot have."""
+        for here, attributes in self._objects:
+            check_learned(here, {name: self._to_be(value) for name, value in attributes.items()})
+
+    def fill(self) -> None:
+        for here, attributes in self._objects:
+            for name, value in attributes.items():
+                if not is_own(value):
+                    object.__setattr__(here, name, value)
+        for here, array in self._contents.values():
+            here[...] = array
+        for state in self._states:
+            state()
+
+    def _to_be(self, value: Any) -> Any:
+        """A value as it will be when everything is filled in."""
+        if isinstance(value, np.ndarray):
+            return self._contents.get(id(value), (value, value))[1]
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._to_be(part)) for key, part in value.items())
+        return [self._to_be(part) for part in value] if type(value) is list else value
 
     def value(self, node: Node, here: Any) -> Any:
+        if isinstance(node, dict):
+            raise ValueError(f"{shown(node)} stands for nothing")
         if not isinstance(node, list):
             return here if isinstance(here, (int, str)) and here == node else node  # a `Rule` is a text, and more
         kind, *rest = cast("list[Any]", node)
         if kind == "own":
+            if here is not None and not is_own(here):
+                raise ValueError(f"it says nothing of a {type(here).__qualname__}")
             return here
         if kind == "float":
             return float(rest[0])
         if kind == "number":
-            return self._arrays[rest[0]][()]
+            return self._arrays[rest[0]].reshape(())[()]
         if kind == "same":
             return self._seen[rest[0]]
         number, *rest = rest
@@ -122,7 +164,7 @@ class _Reader:
         array = self._arrays[name]
         fits = isinstance(here, np.ndarray) and here.shape == array.shape and here.dtype == array.dtype
         if fits and here.flags.writeable:
-            here[...] = array  # in place: others may be views of it
+            self._contents[id(here)] = here, array  # in place: others may be views of it
             array = here
         return self._keep(number, array)
 
@@ -158,19 +200,25 @@ class _Reader:
         return made
 
     def _random(self, number: int, here: Any, state: Node) -> Any:
-        here.setstate(self.value(state, None))
+        if not isinstance(here, random.Random):
+            raise ValueError(f"it holds random numbers, where there is a {type(here).__qualname__}")
+        found = self.value(state, None)
+        random.Random().setstate(found)  # ValueError and others where it is none
+        self._states.append(lambda: here.setstate(found))
         return self._keep(number, here)
 
     def _generator(self, number: int, here: Any, state: Node) -> Any:
-        here.bit_generator.state = self.value(state, None)
+        found = self.value(state, None)
+        type(here.bit_generator)().state = found
+        self._states.append(lambda: setattr(here.bit_generator, "state", found))
         return self._keep(number, here)
 
     def _object(self, number: int, here: Any, name: str, attributes: Mapping[str, Node]) -> Any:
         if here is None or type(here).__qualname__ != name:
-            raise ValueError(f"it holds a {name}, where there is a {type(here).__qualname__}")
+            raise ValueError(f"it holds a {shown_name(name)}, where there is a {type(here).__qualname__}")
         self._keep(number, here)
-        for attribute, node in attributes.items():
-            object.__setattr__(here, attribute, self.value(node, getattr(here, attribute, None)))
+        read = {key: self.value(node, getattr(here, key, None)) for key, node in attributes.items()}
+        self._objects.append((here, read))
         return here
 
     def _all(self, nodes: Sequence[Node], here: Any) -> list[Any]:

@@ -73,6 +73,8 @@ class MachineProfile:
       combine: how a lane combines, where that is not "max".
       copies_wait: whether a transfer waits for the device's work that was queued before it. A paced device does so.
       slowdown: how many times as long everything takes as on the machine itself.
+
+    UserError where `combine` is something else.
     """
 
     name: str
@@ -82,6 +84,13 @@ class MachineProfile:
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     copies_wait: bool = False
     slowdown: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not is_object(self.combine):
+            raise UserError(f"combine must be an object, not {shown(self.combine)}")
+        for lane, how in self.combine.items():
+            if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
+                raise UserError(f"combine.{shown_name(lane)} is {shown(how)}; cpu and device may be max, sum or hidden")
 
     def costs(self, shape: ModelShape, fmt: str) -> MachineCosts:
         """What this machine takes for a model with experts in format `fmt`."""
@@ -216,11 +225,6 @@ def load_profile(name: str | Path) -> MachineProfile:
     if not is_object(figures) or not is_object(combine):
         raise UserError(f"profile {name}: `figures` and `combine` must be objects")
     values, sources = _figures(figures, name)
-    for lane, how in combine.items():
-        if lane not in ("cpu", "device") or how not in ("max", "sum", "hidden"):
-            raise UserError(
-                f"profile {name}: combine.{shown_name(lane)} is {shown(how)}; cpu and device may be max, sum or hidden"
-            )
     about, waits = str(raw.get("about", "")), raw.get("copies_wait", False)
     if not isinstance(waits, bool):
         raise UserError(f"profile {name}: copies_wait must be true or false, not {shown(waits)}")

@@ -29,6 +29,9 @@ from hybrimoe_jax.trace.importers import open_trace
 TIMELINE_STEPS = 4
 """Steps of every system that `--timeline` shows."""
 
+REPEATED = ("trace", "as_recorded", "load_cache_state", "save_cache_state", "out")
+"""What goes with `--as-recorded`."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="python -m hybrimoe_jax.simulate", description=first_paragraph(__doc__))
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_flags(args)
     if args.as_recorded:
-        return repeat(args.trace, args.load_cache_state, args.save_cache_state)
+        return repeat(args.trace, args.load_cache_state, args.save_cache_state, args.out)
     cases = cases_of(
         args.trace,
         args.profile,
@@ -141,6 +144,13 @@ def main(argv: list[str] | None = None) -> int:
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for the first flag that cannot be."""
     check_results(args, ("out", "timeline", "save_cache_state"), args.trace)
+    if args.as_recorded:
+        for action in parser()._actions:
+            name, flag = action.dest, action.option_strings[-1]
+            if name not in REPEATED and name != "help" and getattr(args, name) != action.default:
+                raise UserError(
+                    f"{flag} is not for --as-recorded, which repeats the run that the trace tells of: leave one out"
+                )
     if args.as_recorded and (args.load_cache_state or args.save_cache_state) and len(args.trace) > 1:
         raise UserError("a cache state is of one run: give one --trace")
     if args.plots is not None:
@@ -158,8 +168,9 @@ def check_flags(args: argparse.Namespace) -> None:
     workers("--jobs", args.jobs)
 
 
-def repeat(paths: list[str], load: str | None = None, save: str | None = None) -> int:
-    """Replays the very runs that traces were recorded from: a JSON line each."""
+def repeat(paths: list[str], load: str | None = None, save: str | None = None, out: str | None = None) -> int:
+    """Replays the very runs that traces were recorded from: a JSON line each, in the file `out`, too."""
+    lines: list[str] = []
     state = None if load is None else load_state(load)
     for path, name in trace_names(paths).items():
         trace = open_trace(path)
@@ -181,7 +192,11 @@ def repeat(paths: list[str], load: str | None = None, save: str | None = None) -
             "prefill_s": times["prefill"] if virtual else None,
             "decode_s": times["decode"] if virtual else None,
         }
-        print(json.dumps(stamped("repeated run", record)))
+        lines.append(json.dumps(stamped("repeated run", record)))
+        print(lines[-1], flush=True)
+    if out is not None:
+        with replacing(out) as file:
+            file.writelines(line + "\n" for line in lines)
     return 0
 
 

@@ -10,12 +10,14 @@ A policy of one's own derives from `CachePolicy` and implements `update`; see `r
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
+from hybrimoe_jax import arguments
 from hybrimoe_jax.decide.registry import Parametric
-from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.errors import UserError, shown
 
 
 class CachePolicy(Parametric, ABC):
@@ -53,7 +55,7 @@ class CachePolicy(Parametric, ABC):
         if frequencies is not None and len(frequencies) != num_experts:
             raise UserError(f"cache: {len(frequencies)} frequencies for {num_experts} experts")
         self.num_experts, self.capacity, self.top_k = num_experts, capacity, top_k
-        self.frequencies = None if frequencies is None else [float(f) for f in frequencies]
+        self.frequencies = None if frequencies is None else [_frequency(e, f) for e, f in enumerate(frequencies)]
         self.heat: list[float] = [0.0] * num_experts
         self.last_used: list[int] = [0] * num_experts
         self.step = 0
@@ -143,3 +145,13 @@ class CachePolicy(Parametric, ABC):
         if frequencies is None:
             return list(order[: self.capacity])
         return sorted(order, key=lambda expert: (-frequencies[expert], expert))[: self.capacity]
+
+
+def _frequency(expert: int, value: Any) -> float:
+    """A plain float costs no more than a comparison: there is one for every expert of every layer."""
+    if type(value) is float and 0.0 <= value < math.inf:
+        return value
+    found = arguments.number(f"cache: the frequency of expert {expert},", value)
+    if found < 0:
+        raise UserError(f"cache: the frequency of expert {expert}, {shown(value)} must be at least 0")
+    return found

@@ -110,16 +110,20 @@ class CoActivation(Predictor):
         self._refresh()
 
     def _refresh(self) -> None:
-        """The priors that the coming step is predicted with, [L, E], and what evidence is weighed by.
+        self._prior, self._weight, self._floor = self.weighed(self._count, self._tokens)
+
+    def weighed(self, count: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The priors that the coming step is predicted with, [L, E], and what evidence is weighed by, [L, 1, E or 1].
 
         A row's factor p(j | i) / p(j) is (table / prior + m) / (count of i + m). The denominator is the same for every
         j and falls out when scores are made to sum to 1, so the root of the number of tokens stands in its place, which
         keeps products of many in range.
+
+        Args: count: uses of each expert, [L, E]. tokens: of each layer, [L].
         """
-        self._prior = (self._count + self.top_k / self.num_experts) / (self._tokens[:, None] + 1)
-        scale = 1 / np.sqrt(self._tokens[:, None] + 1)
-        self._weight = (scale / self._prior)[:, None]
-        self._floor = (scale * self.smoothing)[:, None]
+        prior = (count + self.top_k / self.num_experts) / (tokens[:, None] + 1)
+        scale = 1 / np.sqrt(tokens[:, None] + 1)
+        return prior, (scale / prior)[:, None], (scale * self.smoothing)[:, None]
 
     def _predict_one(self, layer: int, chosen: np.ndarray, reach: int) -> list[Prediction]:
         later = slice(layer + 1, layer + 1 + reach)
