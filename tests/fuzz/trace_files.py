@@ -184,7 +184,7 @@ class Kind:
                 with np.errstate(all="ignore"):
                     value = rng.choice((-1, 0, 1, 99, *[np.nan, np.inf, 1e38] * (array.dtype.kind == "f")))
                     array.flat[rng.randrange(array.size)] = np.array(value).astype(array.dtype)
-            arrays[name] = array[None] if how == "shape" else array.astype("f2") if how == "type" else array
+            arrays[name] = array[None] if how == "shape" else array.astype("c16") if how == "type" else array
             if how == "drop":
                 del arrays[name]
             return packed(arrays, rng), f"{system}: {how} of {name}"
