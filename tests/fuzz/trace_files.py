@@ -22,6 +22,15 @@ from fuzz.worker import Case, Wrong
 
 TEXTS = ("t.csv", "t.jsonl")
 TABLES = ("t.parquet",) if importlib.util.find_spec("pyarrow") else ()
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "hybrimoe": {},
+    "lfru": {"cache": "lfru", "predictor": "previous"},
+    "slru": {"cache": "slru", "predictor": "corrected"},
+    "s3-fifo": {"cache": "s3-fifo", "predictor": "co-activation"},
+    "echo": {"cache": "echo"},
+    "random": {"cache": "random"},
+}
+"""The parts whose states are changed."""
 
 
 def small(layers: int = 2, experts: int = 6, top_k: int = 2) -> Any:
@@ -56,9 +65,16 @@ class Kind:
             export_trace(trace, base / name)
         self.files = {name: (base / name).read_bytes() for name in ("t.npz", *TEXTS, *TABLES)}
         self.facts = trace.facts
+        self.states = {}
+        for system in SYSTEMS:
+            planner = self.planner(system)
+            self.go_on(planner)
+            take_state(planner, trace.facts).save(base / "state.npz")
+            self.state(base / "state.npz", system)
+            with np.load(base / "state.npz") as archive:
+                self.states[system] = {name: archive[name] for name in archive.files}
         take_state(self.planner(), trace.facts).save(base / "state.npz")
         self.files["state.npz"] = (base / "state.npz").read_bytes()
-        self.state(base / "state.npz")
         with np.load(base / "t.npz") as archive:
             self.arrays = {name: archive[name] for name in archive.files}
         for name in self.files:
@@ -66,7 +82,7 @@ class Kind:
                 self.compare(base, base / name, None, True)
 
     def case(self, rng: random.Random, folder: Path) -> Case:
-        name = rng.choice(("t.npz",) * 6 + (*TEXTS, *TABLES, "state.npz"))
+        name = rng.choice(("t.npz",) * 6 + (*TEXTS, *TABLES) + ("state.npz",) * 3)
         arrays, harmless = None, False
         if name == "t.npz" and rng.random() < 0.85:
             arrays, what = self.changed(rng)
@@ -75,6 +91,8 @@ class Kind:
             if rng.random() < 0.05:
                 data, arrays, harmless = bomb(rng), None, False
                 what = "an array that is said to be huge, or inflates to it"
+        elif name == "state.npz" and rng.random() < 0.9:
+            data, what = self.changed_state(rng)
         elif name in TEXTS and rng.random() < 0.8:
             data, what = changed_text(rng, self.files[name])
         else:
@@ -84,7 +102,8 @@ class Kind:
         path = folder / name
         path.write_bytes(data)
         if name == "state.npz":
-            return Case(what, lambda: self.state(path), (name,))
+            system = what.split(":")[0] if ":" in what else "hybrimoe"
+            return Case(what, lambda: self.state(path, system if system in SYSTEMS else "hybrimoe"), (name,))
         return Case(f"{name}: {what}", lambda: self.compare(folder, path, arrays, harmless), (name, "trace facts"))
 
     def changed(self, rng: random.Random) -> tuple[dict[str, np.ndarray], str]:
@@ -152,23 +171,78 @@ class Kind:
             raise Wrong("saved and read again it is another trace")
         json.dumps(info(trace), allow_nan=False)
 
-    def planner(self) -> Any:
+    def changed_state(self, rng: random.Random) -> tuple[bytes, str]:
+        """A state with one place of its JSON, or one of its arrays, changed."""
+        system = rng.choice(list(SYSTEMS))
+        arrays = dict(self.states[system])
+        names = [name for name in arrays if name != "meta"]
+        if names and rng.random() < 0.3:
+            name = rng.choice(names)
+            array = arrays[name].copy()
+            how = rng.choice(("value", "value", "shape", "type", "drop"))
+            if how == "value" and array.size:
+                with np.errstate(all="ignore"):
+                    value = rng.choice((-1, 0, 1, 99, *[np.nan, np.inf, 1e38] * (array.dtype.kind == "f")))
+                    array.flat[rng.randrange(array.size)] = np.array(value).astype(array.dtype)
+            arrays[name] = array[None] if how == "shape" else array.astype("c16") if how == "type" else array
+            if how == "drop":
+                del arrays[name]
+            return packed(arrays, rng), f"{system}: {how} of {name}"
+        meta = json.loads(str(arrays["meta"]))
+        part = rng.choice(("learned", "learned", "learned", None))
+        if part is None:
+            meta, what = change_json(rng, meta, tuple(meta))
+        else:
+            meta[part], what = change_json(rng, meta[part])
+        arrays["meta"] = np.array(json.dumps(meta).replace("\x00", "x"))
+        return packed(arrays, rng), f"{system}: {part or ''} {what}"
+
+    def planner(self, system: str = "hybrimoe") -> Any:
         from hybrimoe_jax.decide.planner import Planner
         from hybrimoe_jax.decide.systems import get_system
         from hybrimoe_jax.machine.profile import load_costs
         from hybrimoe_jax.machine.shapes import get_shape
 
         costs, facts = load_costs("laptop-8gb", get_shape("bundled"), "int4-g64"), self.facts
-        return Planner(get_system("hybrimoe"), facts.layers, facts.experts, facts.top_k, 2, costs)
+        chosen = get_system("hybrimoe").override(**SYSTEMS[system])
+        return Planner(chosen, facts.layers, facts.experts, facts.top_k, 2, costs)
 
-    def state(self, path: Path) -> None:
-        from hybrimoe_jax.decide.cache_state import load_state
+    def go_on(self, planner: Any) -> None:
+        """The steps of the trace, and what is under way after them."""
+        from hybrimoe_jax.machine.virtual import VirtualMachine
+        from hybrimoe_jax.simulate.replay import replay, settle
+        from hybrimoe_jax.simulate.workload import recorded_steps
 
-        planner, state = self.planner(), load_state(path)
-        state.restore(planner, self.facts)
+        machine = VirtualMachine(planner.costs)
+        replay(planner, machine, list(recorded_steps(small())))
+        settle(planner, machine)
+
+    def state(self, path: Path, system: str = "hybrimoe") -> None:
+        from hybrimoe_jax.decide.cache_state import load_state, take_state
+        from hybrimoe_jax.errors import UserError
+
+        planner, state = self.planner(system), load_state(path)
+        before = take_state(planner, self.facts).digest
+        try:
+            state.restore(planner, self.facts)
+        except UserError:
+            if take_state(planner, self.facts).digest != before:
+                raise Wrong("a state that is refused has changed the planner") from None
+            raise
         have = [sorted(planner.resident(layer)) for layer in range(self.facts.layers)]
-        if have != [sorted(map(int, layer)) for layer in state.meta["resident"]]:
+        if have != [sorted(layer) for layer in state.meta["resident"]] or planner.back_off != state.meta["back_off"]:
             raise Wrong(f"experts {have} are resident, not those of the file")
+        clean = self.planner(system)
+        take_state(planner, self.facts).restore(clean, self.facts)
+        if take_state(clean, self.facts).digest != take_state(planner, self.facts).digest:
+            raise Wrong("taken and restored again it is another state")
+        for each in (planner, clean):
+            self.go_on(each)
+        if take_state(clean, self.facts).meta["resident"] != take_state(planner, self.facts).meta["resident"]:
+            raise Wrong("what goes on from it does not go on from the same state taken again")
+        accuracy = planner.accuracy
+        if any(not 0 <= accuracy.probability(d) <= 1 for d in range(1, len(accuracy.predicted))):
+            raise Wrong("a share of predictions that came true is none")
 
 
 def sound(trace: Any) -> None:
