@@ -12,7 +12,9 @@ import pytest
 from cache_state_cases import costs, planner_for, short_trace
 
 from hybrimoe_jax.decide.cache import LRU
+from hybrimoe_jax.decide.cache.queues import S3FIFO
 from hybrimoe_jax.decide.cache_state import load_state, take_state
+from hybrimoe_jax.decide.learned import _same
 from hybrimoe_jax.decide.packing import pack, unpack
 from hybrimoe_jax.decide.prefetch.prediction import RouterOutlook
 from hybrimoe_jax.decide.registry import Rule
@@ -222,3 +224,20 @@ def test_a_rule_that_holds_what_a_file_cannot_is_named(trace):
     planner = planner_for(get_system("hybrimoe").override(cache=Opaque), trace.facts)
     with pytest.raises(UserError, match=r"\['policies'\]\[0\].rows is a list_iterator, which a file cannot hold"):
         take_state(planner, trace.facts)
+
+
+def test_a_setting_of_numpys_is_of_the_same_type():
+    assert _same(np.float64(1), np.float64(1)) and not _same(np.complex128(1), np.float64(1))
+
+
+def test_queues_of_another_layer_still_find_a_victim():
+    """A state whose layers were exchanged is sound layer by layer."""
+    policy = S3FIFO(8, 3, 2)
+    policy.loaded([1, 2])
+    for expert in (1, 5, 1):
+        policy.moved(expert, None)
+    policy.update(None, {1: 1})
+    for _ in range(3):
+        victim = policy.victim([1, 2, 5], [])
+        assert victim in (1, 2, 5)
+        policy.moved(None, victim)

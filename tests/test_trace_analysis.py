@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hybrimoe_jax.trace import analysis
 from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.export import export_trace
 from hybrimoe_jax.trace.facts import TraceFacts
+from hybrimoe_jax.trace.info import info
+from hybrimoe_jax.trace.tokens import by_token
 
 LAYERS, EXPERTS, K, SEQUENCES, LENGTH = 3, 6, 2, 2, 12
 
@@ -79,8 +82,6 @@ def test_reuse_distance_counts_distinct_experts_between(trace, row):
     found = trace.reuse_distance()
     assert found.counts.tolist() == counts and found.first_uses == firsts
     assert found.quantile(1) == max(n for n, count in enumerate(counts) if count)
-    once = trace.select(trace.position == 0).select([0]).reuse_distance()
-    assert not once.counts.any() and once.quantile(0.5) == 0
 
 
 @pytest.mark.parametrize("distance", [1, 2])
@@ -138,6 +139,38 @@ def test_a_figure_names_what_the_trace_lacks(trace):
     }.items():
         with pytest.raises(UserError, match=said):
             ask()
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_nothing_a_figure_is_nan(trace):
+    assert np.isnan(trace.select([0]).reuse_distance().quantile(0.5))
+    nothing = dataclasses.replace(trace, lookahead={1: np.full_like(trace.scores, np.nan)})
+    zeros = dataclasses.replace(trace, scores=np.zeros_like(trace.scores))
+    assert np.isnan([nothing.recall(), nothing.similarity(), zeros.similarity()]).all()
+
+
+def test_many_experts_a_token_are_counted_as_few_are(trace):
+    rng = np.random.default_rng(1)
+    last = rng.integers(-1, 9, (3, 40))
+    before = np.take_along_axis(last, rng.permuted(np.tile(np.arange(40), (3, 1)), axis=1)[:, :30], 1)
+    want = (last[:, None, :] > before[:, :, None]).sum(axis=2)
+    assert np.array_equal(analysis._later(last, before), want)
+    assert np.array_equal(analysis._later(last, before[:, :5]), want[:, :5])
+
+
+def test_layers_that_do_not_occur_take_no_memory(trace):
+    """A token a step in one of very many layers: a table of all layers would be a thousand times as large."""
+    rows, facts = 20_000, TraceFacts("toy", 2**12, 2**8, 4)
+    step = np.arange(rows, dtype=np.int32)
+    ids = np.tile(np.arange(4, dtype=np.int32), (rows, 1))
+    sparse = Trace(facts, step, step % facts.layers, np.ones(rows, np.uint8), 0 * step, step, ids)
+    tracemalloc.start()
+    figures = info(sparse)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert figures["reuse_distance"]["median"] == 0 and figures["overlap"] is None and peak < 2**28
+    with pytest.raises(UserError, match=r"^t: only 20000 rows of 20000 tokens in 4096 layers"):
+        by_token(sparse, "t")
 
 
 def test_pictures_draw_what_the_numbers_are(trace):

@@ -162,7 +162,7 @@ def test_bad_files_are_one_line_and_exit_2(tmp_path, here):
     ("old", "new", "said"),
     [
         ("n_layer=5 n_expert=16 n_expert_used=2", "n_layer=0 n_expert=16 n_expert_used=0", "layers is 0"),
-        ("n_layer=5", "n_layer=99999999999", "layers is 99999999999; at most 1024"),
+        ("n_layer=5", "n_layer=99999999999", "layers is above 4096"),
         ("expert_bytes=1003", "expert_bytes=" + "9" * 400, "line 6: expert_bytes 9+ is outside"),
         (",1,1000\n", ",300,1000\n", "line 10: residency 300 is outside 0..127"),
         ("\n0,0,0,0,0,", "\n" + "9" * 20 + ",0,0,0,0,", "line 9: a number beyond 2147483647"),
@@ -190,14 +190,6 @@ def test_fingerprints_with_impossible_contents_are_refused(tmp_path):
             open_trace(path)
     np.savez(tmp_path / "t.npz", expert_ids=ids.astype(np.int64) + 2**32, probs=weights / 1e4, seq_lens=[1])
     with pytest.raises(UserError, match=r"expert id 42949.* is outside 0..31"):
-        open_trace(tmp_path / "t.npz")
-
-
-@pytest.mark.parametrize("lengths", [np.array([2**62] * 4 + [3]), np.array([2**63] * 2 + [3], "u8"), np.array([1, 1])])
-def test_lengths_of_sequences_that_wrap_round_are_refused(lengths, tmp_path):
-    ids = np.tile(np.arange(6, dtype="u1"), (3, 26, 1))
-    np.savez(tmp_path / "t.npz", expert_ids=ids, weights_e4=np.ones(ids.shape, int), seq_lens=lengths)
-    with pytest.raises(UserError, match="seq_lens must hold positive integers that add up to 3 tokens"):
         open_trace(tmp_path / "t.npz")
 
 

@@ -121,6 +121,36 @@ def test_model_facts_are_those_of_their_config_files(model, file):
     assert facts.expert_bytes["bf16"] == 6 * config["hidden_size"] * width
 
 
+@pytest.mark.parametrize("layers, top_k, weights", [(26, 6, "weights_e4"), (24, 4, "probs")])
+@pytest.mark.parametrize("lengths", [[2**62] * 4 + [3], np.array([2**63] * 2 + [3], np.uint64), [4, -1], [[3]], [1.5]])
+def test_lengths_that_do_not_fit_are_refused_before_they_are_summed(tmp_path, layers, top_k, weights, lengths):
+    ids = np.tile(np.arange(top_k, dtype=np.uint8), (3, layers, 1))
+    table = np.ones(ids.shape, int if weights == "weights_e4" else float)
+    np.savez(tmp_path / "t.npz", expert_ids=ids, seq_lens=np.array(lengths), **{weights: table})
+    with pytest.raises(UserError, match=r"t.npz: array seq_lens must hold positive integers that add up to 3 tokens"):
+        open_trace(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize("count", ["4", [4], 4.7, True, None])
+def test_a_prompt_is_a_whole_number_of_tokens(tmp_path, count):
+    ids, weights = routing(GPT_OSS, 2)
+    np.savez(tmp_path / "t.npz", expert_ids=ids, probs=weights / 1e4, seq_lens=[2])
+    (tmp_path / "meta.jsonl").write_text(json.dumps({"n_prompt_tokens": count, "n_decode_steps": 2}) + "\n")
+    with pytest.raises(UserError, match=r"meta.jsonl: .*n_prompt_tokens is a whole number"):
+        open_trace(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize("column, what", [("step", "steps"), ("sequence", "sequences"), ("batch", "batches")])
+def test_numbers_that_do_not_fit_when_joined_are_refused(tmp_path, column, what):
+    ids, weights = routing(GPT_OSS, 1)
+    one = open_trace(fingerprint_json(tmp_path / "a.json", ids, weights / 1e4))
+    one = dataclasses.replace(one, batch=np.zeros(len(one), np.int32))
+    last = dataclasses.replace(one, **{column: np.full(len(one), 2**31 - 1, np.int32)})
+    assert getattr(join_traces([one, one]), column)[-1] == 1
+    with pytest.raises(UserError, match=f"2147483649 {what} together; 2147483648 fit"):
+        join_traces([last, one])
+
+
 def test_joining_renumbers_steps_and_sequences(tmp_path):
     ids, weights = routing(GPT_OSS, 5)
     one = open_trace(fingerprint_json(tmp_path / "a.json", ids[:2], weights[:2] / 1e4))
@@ -131,9 +161,6 @@ def test_joining_renumbers_steps_and_sequences(tmp_path):
     got_ids, _ = table(both, 5)
     assert np.array_equal(got_ids, ids)
     assert np.unique(both.step).tolist() == [0, 1, 2, 3, 4] and sorted(set(both.sequence.tolist())) == [0, 1]
-    far = dataclasses.replace(one, step=one.step + np.int32(2**31 - 3))
-    with pytest.raises(UserError, match="count more than 2147483647 steps or sequences"):
-        join_traces([far, far])
     other = open_trace(route_csv(tmp_path / "t.csv"))
     with pytest.raises(UserError, match="different models"):
         join_traces([one, other])

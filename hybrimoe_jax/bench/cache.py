@@ -111,7 +111,7 @@ class Routing:
     def __init__(self, path: str, part: str, layers: int | None):
         trace = open_trace(path)
         self.num_experts, self.top_k = trace.facts.experts, trace.facts.top_k
-        tokens = by_token(trace)
+        tokens = by_token(trace, f"trace {path}")
         if not len(tokens.ids):
             raise UserError(f"trace {path}: holds no tokens")
         names = np.unique(tokens.sequence)

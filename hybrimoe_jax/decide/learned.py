@@ -68,7 +68,9 @@ def _same(value: Any, here: Any) -> bool:
     if isinstance(here, (list, tuple)):
         alike = type(value) is type(here) and len(value) == len(here)
         return alike and all(map(_same, value, cast("Collection[Any]", here)))
-    if isinstance(here, (bool, int, float, str, np.generic)):
+    if isinstance(here, np.generic):
+        return type(value) is type(here) and bool(value == here)
+    if isinstance(here, (bool, int, float, str)):
         return isinstance(value, bool) == isinstance(here, bool) and bool(value == here)
     return value is here
 

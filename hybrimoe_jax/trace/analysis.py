@@ -6,6 +6,8 @@ what the trace holds, prompts and decoding alike; `Trace.select` takes a part of
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from hybrimoe_jax import arguments
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.trace.columns import Trace
-from hybrimoe_jax.trace.tokens import by_token, token_of_row
+from hybrimoe_jax.trace.tokens import token_of_row
 
 
 class ReuseDistance(NamedTuple):
@@ -26,14 +28,17 @@ class ReuseDistance(NamedTuple):
     counts: np.ndarray
     first_uses: int
 
-    def quantile(self, share: float) -> int:
-        """The distance that this share of the uses after the first one does not exceed; 0 where there is none."""
+    def quantile(self, share: float) -> float:
+        """The distance, a whole number, that this share of the uses after the first one does not exceed.
+
+        NaN where no expert was used twice.
+        """
         share = arguments.number("share", share)
         if not 0 <= share <= 1:
             raise UserError(f"share {share} is outside 0..1")
-        return (
-            int(np.searchsorted(np.cumsum(self.counts) / max(self.counts.sum(), 1), share)) if any(self.counts) else 0
-        )
+        if not self.counts.any():
+            return math.nan
+        return int(np.searchsorted(np.cumsum(self.counts) / self.counts.sum(), share))
 
 
 def frequency(trace: Trace) -> np.ndarray:
@@ -78,18 +83,29 @@ def reuse_distance(trace: Trace) -> ReuseDistance:
     """
     counts = np.zeros(trace.facts.experts, np.int64)
     firsts = 0
-    layers = np.arange(trace.facts.layers)[:, None]
     last = np.full((trace.facts.layers, trace.facts.experts), -1)
-    for time, ids in enumerate(by_token(trace).ids):
-        known = ids[:, 0] >= 0
-        rows, chosen = (layers, ids) if known.all() else (layers[known], ids[known])
-        before = last[rows, chosen]
-        distance = (last[rows[:, 0]][:, None, :] > before[:, :, None]).sum(axis=2)
+    order, keys = _by_token_and_layer(trace)
+    starts = np.flatnonzero(np.diff(keys // trace.facts.layers, prepend=-1)).tolist()
+    layers, ids = trace.layer[order], trace.ids[order]
+    for time, (start, stop) in enumerate(itertools.pairwise([*starts, len(order)])):
+        here, chosen = layers[start:stop], ids[start:stop]
+        before = last[here[:, None], chosen]
+        distance = _later(last[here], before)
         again = before >= 0
         counts += np.bincount(distance[again], minlength=len(counts))
         firsts += int(again.size - again.sum())
-        last[rows, chosen] = time
+        last[here[:, None], chosen] = time
     return ReuseDistance(counts, firsts)
+
+
+def _later(last: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """[N, k]: how many of a row's numbers `last` [N, E] are above each of `before` [N, k]."""
+    rows, experts = last.shape
+    if before.shape[1] <= 16:
+        return (last[:, None, :] > before[:, :, None]).sum(axis=2)
+    offset = np.arange(rows)[:, None] * (int(last.max()) + 2)
+    ends = np.arange(1, rows + 1)[:, None] * experts
+    return ends - np.searchsorted((np.sort(last, axis=1) + offset).ravel(), before + offset, side="right")
 
 
 def recall(trace: Trace, distance: int) -> np.ndarray:
@@ -115,7 +131,8 @@ def similarity(trace: Trace, distance: int) -> np.ndarray:
     known = ~np.isnan(trace.scores[target, 0])
     rows, target = rows[known], target[known]
     ahead, own = trace.lookahead[distance][rows].astype(float), trace.scores[target].astype(float)
-    cosine = (own * ahead).sum(axis=1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(ahead, axis=1))
+    with np.errstate(invalid="ignore"):  # of a vector of zeros nothing is known
+        cosine = (own * ahead).sum(axis=1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(ahead, axis=1))
     return _by_layer(cosine, trace.layer[target], trace.facts.layers)
 
 
@@ -146,21 +163,28 @@ def _plain(value: np.generic) -> Any:
     return None if np.isnan(value) else value.item()
 
 
-def _row_table(trace: Trace) -> np.ndarray:
-    """[T, L]: the row of each token in each layer, -1 where there is none."""
-    token, first = token_of_row(trace)
-    table = np.full((len(first), trace.facts.layers), -1)
-    table[token, trace.layer] = np.arange(len(trace))
-    return table
+def _by_token_and_layer(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """(rows in the order of token and layer, their keys: the token's number x L + the layer), both [R]."""
+    keys = token_of_row(trace)[0] * trace.facts.layers + trace.layer
+    order = np.argsort(keys, kind="stable")
+    return order, keys[order]
+
+
+def _found(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where in the sorted `keys` [R] each of `wanted` [N] would be, whether it is there), both [N]."""
+    place = np.minimum(np.searchsorted(keys, wanted), max(0, len(keys) - 1))
+    return place, keys[place] == wanted
 
 
 def _neighbours(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """(rows, rows of the token before), both [N]: pairs of neighbours in a sequence, in one layer."""
-    table = _row_table(trace)
+    order, keys = _by_token_and_layer(trace)
     first = token_of_row(trace)[1]
-    follows = (np.diff(trace.sequence[first]) == 0) & (np.diff(trace.position[first]) == 1)
-    pairs = follows[:, None] & (table[:-1] >= 0) & (table[1:] >= 0)
-    return table[:-1][pairs], table[1:][pairs]
+    follows = np.zeros(len(first), bool)
+    follows[1:] = (np.diff(trace.sequence[first]) == 0) & (np.diff(trace.position[first]) == 1)
+    here = np.flatnonzero(follows[keys // trace.facts.layers])
+    before, there = _found(keys, keys[here] - trace.facts.layers)
+    return order[before[there]], order[here[there]]
 
 
 def _predictions(trace: Trace, distance: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,16 +193,24 @@ def _predictions(trace: Trace, distance: int) -> tuple[np.ndarray, np.ndarray]:
         held = ", ".join(map(str, sorted(trace.lookahead))) or "none"
         raise UserError(f"the trace holds no lookahead at distance {distance} (held: {held})")
     inside = trace.layer + distance < trace.facts.layers
-    rows = np.flatnonzero(inside & ~np.isnan(trace.lookahead[distance][:, 0]))
-    target = _row_table(trace)[token_of_row(trace)[0][rows], trace.layer[rows] + distance]
-    return rows[target >= 0], target[target >= 0]
+    order, keys = _by_token_and_layer(trace)
+    predicted = np.flatnonzero((inside & ~np.isnan(trace.lookahead[distance][:, 0]))[order])
+    target, there = _found(keys, keys[predicted] + distance)
+    return order[predicted[there]], order[target[there]]
 
 
 def _chosen(trace: Trace, rows: np.ndarray, experts: np.ndarray) -> np.ndarray:
     """[N, M]: whether the tokens of these rows [N] chose these experts [N, M]."""
-    chosen = np.zeros((len(rows), trace.facts.experts), bool)
-    np.put_along_axis(chosen, trace.ids[rows], True, axis=1)
-    return np.take_along_axis(chosen, experts, axis=1)
+    found = np.empty(experts.shape, bool)
+    size = max(1, 2**24 // trace.facts.experts)  # rows at a time: a table of all of them may be far above the trace
+    chosen = np.zeros((min(size, len(rows)), trace.facts.experts), bool)
+    for start in range(0, len(rows), size):
+        ids = trace.ids[rows[start : start + size]]
+        table = chosen[: len(ids)]
+        np.put_along_axis(table, ids, True, axis=1)
+        found[start : start + size] = np.take_along_axis(table, experts[start : start + size], axis=1)
+        np.put_along_axis(table, ids, False, axis=1)
+    return found
 
 
 def _by_layer(values: np.ndarray, layer: np.ndarray, layers: int) -> np.ndarray:

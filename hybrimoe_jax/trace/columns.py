@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,7 +110,7 @@ class Trace:
             **{name: getattr(self, name)[rows] for name in (*INDEX_COLUMNS, "ids")},
             **optional,
             lookahead={distance: ahead[rows] for distance, ahead in self.lookahead.items()},
-            extra={name: a[rows] if a.shape[:1] == (len(self),) else a for name, a in self.extra.items()},
+            extra={name: a[rows] if np.shape(a)[:1] == (len(self),) else a for name, a in self.extra.items()},
         )
 
     def table(self) -> Any:
@@ -135,16 +136,18 @@ class Trace:
     def recall(self, distance: int = 1) -> float:
         """The share of a layer's chosen experts that its router named from the state `distance` layers before.
 
-        `analysis.recall` has it by layer. UserError where the trace holds no predictions at this distance.
+        `analysis.recall` has it by layer. NaN where nothing was predicted.
+        UserError where the trace holds no predictions at this distance.
         """
-        return float(np.nanmean(_analysis().recall(self, arguments.whole("distance", distance))))
+        return _mean(_analysis().recall(self, arguments.whole("distance", distance)))
 
     def similarity(self, distance: int = 1) -> float:
         """The mean cosine of a router's probabilities from its layer's own state and from `distance` layers before.
 
-        `analysis.similarity` has it by layer. UserError where the trace lacks these predictions, or full scores.
+        `analysis.similarity` has it by layer. NaN where nothing was predicted.
+        UserError where the trace lacks these predictions, or full scores.
         """
-        return float(np.nanmean(_analysis().similarity(self, arguments.whole("distance", distance))))
+        return _mean(_analysis().similarity(self, arguments.whole("distance", distance)))
 
     @property
     def plot(self) -> TracePlots:
@@ -152,6 +155,12 @@ class Trace:
         from hybrimoe_jax.trace.plots import TracePlots
 
         return TracePlots(self)
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of those that are no NaN; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _analysis():

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from hybrimoe_jax.errors import UserError, is_name, shown
 from hybrimoe_jax.formats.sizes import FORMATS, expert_bytes
 
-MOST = {"layers": 2**10, "experts": 2**14, "top_k": 2**10}
-"""No model comes near them, and tables with a number for every expert of every layer still fit memory."""
+MOST = {"layers": 2**12, "experts": 2**14, "top_k": 2**14}
+MOST_EXPERTS = 2**20
+"""Of all layers together. No model comes near any of these, and tables of that size still fit memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,11 @@ class TraceFacts:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"trace facts: {name} is {shown(value)}; a positive integer is needed")
             if value > MOST[name]:
-                raise UserError(f"trace facts: {name} is {shown(value)}; at most {MOST[name]} are read")
+                raise UserError(f"trace facts: {name} is above {MOST[name]}")
+        if self.layers * self.experts > MOST_EXPERTS:
+            raise UserError(
+                f"trace facts: {self.layers} layers of {self.experts} experts are above {MOST_EXPERTS} experts together"
+            )
         if self.top_k > self.experts:
             raise UserError(f"trace facts: top_k is {self.top_k} of only {self.experts} experts")
         sizes = self.expert_bytes

@@ -108,8 +108,8 @@ def trace_of(arrays: Mapping[str, np.ndarray], where: str) -> Trace:
 def trace_from(arrays: Mapping[str, np.ndarray], facts: TraceFacts, about: dict, where: str) -> Trace:
     """A trace from its arrays by their names in the file, checked."""
     arrays = dict(arrays)
-    extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
     check_arrays(arrays, facts, where)
+    extra = {name[len(EXTRA) :]: arrays.pop(name) for name in list(arrays) if name.startswith(EXTRA)}
     columns = {name: arrays[name].astype(dtype, copy=False) for name, dtype in INDEX_COLUMNS.items()}
     ids = arrays["ids"].astype(np.int32, copy=False)
     batch = arrays.pop(BATCH).astype(np.int32, copy=False) if BATCH in arrays else None
@@ -139,7 +139,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
         elif name in ("weights", "scores") or re.fullmatch(LOOKAHEAD + "[1-9][0-9]{0,5}", name):
             kinds, words = "f", "floats"
             shape = (rows, facts.top_k if name == "weights" else facts.experts)
-        elif name.startswith(EXTRA) and is_name(name):
+        elif name.startswith(EXTRA):
+            _check_addition(name, array, where)
             continue
         else:
             raise UserError(f"{where}: unknown array {shown(name)}; additions are named {EXTRA}<name>")
@@ -150,6 +151,15 @@ def check_arrays(arrays: Mapping[str, np.ndarray], facts: TraceFacts, where: str
     if not rows:
         raise UserError(f"{where}: {EMPTY}")
     check_rows(arrays, facts, where)
+
+
+def _check_addition(name: str, array: Any, where: str) -> None:
+    """UserError where no `.npz` file could hold it."""
+    if not is_name(name):
+        raise UserError(f"{where}: an addition is named {shown(name)}; give it a short, printable name")
+    if not isinstance(array, np.ndarray) or array.dtype.hasobject:
+        found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise UserError(f"{where}: array {name} holds {found}; a NumPy array of numbers or texts is needed")
 
 
 def arrays_of(trace: Trace) -> dict[str, np.ndarray]:

@@ -87,36 +87,30 @@ def join_traces(traces: Sequence[Trace]) -> Trace:
         return first
     if any(trace.facts != first.facts for trace in traces):
         raise UserError("these traces are of different models and cannot be joined")
-    steps = np.cumsum([0, *(_count(trace.step) for trace in traces)])
-    sequences = np.cumsum([0, *(_count(trace.sequence) for trace in traces)])
-    if max(steps[-1], sequences[-1]) > LARGEST:
-        raise UserError(f"together these traces count more than {LARGEST} steps or sequences; join fewer")
     sizes = [len(trace) for trace in traces]
+    batches = [trace.batch for trace in traces if trace.batch is not None]
     return Trace(
         first.facts,
-        step=np.concatenate([t.step + n for t, n in zip(traces, steps)]).astype(np.int32),
+        step=_renumbered("steps", [t.step for t in traces]),
         layer=np.concatenate([t.layer for t in traces]),
         phase=np.concatenate([t.phase for t in traces]),
-        sequence=np.concatenate([t.sequence + n for t, n in zip(traces, sequences)]).astype(np.int32),
+        sequence=_renumbered("sequences", [t.sequence for t in traces]),
         position=np.concatenate([t.position for t in traces]),
         ids=np.concatenate([t.ids for t in traces]),
         weights=stack_rows([t.weights for t in traces], sizes, first.facts.top_k),
         scores=stack_rows([t.scores for t in traces], sizes, first.facts.experts),
         lookahead=stack_lookahead([t.lookahead for t in traces], sizes, first.facts.experts),
         about={"joined": [t.about for t in traces]},
-        batch=_joined_batches(traces),
+        batch=None if len(batches) < len(traces) else _renumbered("batches", batches),
     )
 
 
-def _joined_batches(traces: Sequence[Trace]) -> np.ndarray | None:
-    """Batches renumbered; None where a trace does not tell."""
-    parts, first = [], 0
-    for trace in traces:
-        if trace.batch is None:
-            return None
-        parts.append(trace.batch + first)
-        first += _count(trace.batch)
-    return np.concatenate(parts).astype(np.int32)
+def _renumbered(what: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Numbers behind one another; UserError where they do not fit in 32 bits."""
+    starts = np.cumsum([0, *(_count(part) for part in parts)], dtype=np.int64)
+    if starts[-1] > LARGEST + 1:
+        raise UserError(f"the traces to join have {starts[-1]} {what} together; {LARGEST + 1} fit, so join fewer")
+    return np.concatenate([part + start for part, start in zip(parts, starts)]).astype(np.int32)
 
 
 def _text_layout(head: bytes, path: Path, where: str) -> Trace:

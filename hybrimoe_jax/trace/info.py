@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrimoe_jax.trace import analysis
 from hybrimoe_jax.trace.columns import PHASES, Trace
-from hybrimoe_jax.trace.tokens import by_token
+from hybrimoe_jax.trace.tokens import token_of_row
 
 
 def lacks(trace: Trace) -> list[str]:
@@ -46,7 +46,7 @@ def lacks(trace: Trace) -> list[str]:
 
 def info(trace: Trace) -> dict[str, Any]:
     """JSON-ready facts and figures; those that need more tokens than there are, are None."""
-    facts, tokens = trace.facts, by_token(trace)
+    facts, token_phases = trace.facts, trace.phase[token_of_row(trace)[1]]
     first_rows = np.unique(trace.step, return_index=True)[1]
     phases = trace.phase[first_rows]
     return {
@@ -56,7 +56,7 @@ def info(trace: Trace) -> dict[str, Any]:
         "top_k": facts.top_k,
         "expert_bytes": dict(facts.expert_bytes),
         "steps": {phase: int((phases == number).sum()) for number, phase in enumerate(PHASES)},
-        "tokens": {phase: int((tokens.phase == number).sum()) for number, phase in enumerate(PHASES)},
+        "tokens": {phase: int((token_phases == number).sum()) for number, phase in enumerate(PHASES)},
         "sequences": int(np.unique(trace.sequence).size),
         "weights": trace.weights is not None,
         "scores": trace.scores is not None,

@@ -139,10 +139,10 @@ def _prompt_lengths(path: Path, lengths: np.ndarray) -> np.ndarray | None:
         return None
     try:
         lines = [json.loads(line) for line in read_text(path).split("\n") if line]
-        counts = [line["n_prompt_tokens"] for line in lines]
-        if not all(type(count) is int for count in counts):
-            raise ValueError("n_prompt_tokens is no whole number")
-        prompts = np.array(counts, np.int64)
+        told = [line["n_prompt_tokens"] for line in lines]
+        if not all(type(count) is int for count in told):
+            raise ValueError("n_prompt_tokens is a whole number")
+        prompts = np.array(told, np.int64)
         steps = [line["n_decode_steps"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a line of JSON for every sequence ({error})") from None
@@ -243,8 +243,8 @@ def _table(arrays: dict[str, np.ndarray], weights: str, facts: TraceFacts, where
         raise UserError(
             f"{where}: array {weights} has shape {list(arrays[weights].shape)}, expert_ids {list(ids.shape)}"
         )
-    fits = lengths.ndim == 1 and lengths.dtype.kind in "iu" and ((lengths >= 1) & (lengths <= len(ids))).all()
-    if not fits or lengths.sum() != len(ids):
+    fits = lengths.ndim == 1 and lengths.dtype.kind in "iu" and not ((lengths < 1) | (lengths > len(ids))).any()
+    if not fits or lengths.sum() != len(ids):  # numbers that each fit cannot add up to more than 64 bits hold
         raise UserError(f"{where}: array seq_lens must hold positive integers that add up to {len(ids)} tokens")
     return ids, lengths.astype(np.int64)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError, shown
+from hybrimoe_jax.errors import UserError, said, shown
 from hybrimoe_jax.files import replacing
 from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace.columns import BATCH, INDEX_COLUMNS, Trace
-from hybrimoe_jax.trace.file import EMPTY, FORMAT
-from hybrimoe_jax.trace.rows import described, tables_of, undescribed
+from hybrimoe_jax.trace.file import EMPTY, FORMAT, LOOKAHEAD
+from hybrimoe_jax.trace.rows import CELLS, described, tables_of, undescribed
 
 
 def need_pyarrow(where: str) -> Any:
@@ -56,19 +56,18 @@ def read_parquet(data: bytes, where: str) -> Trace:
         file = arrow.parquet.ParquetFile(io.BytesIO(data))
         check_counts(file.metadata, len(data))
         meta = (file.schema_arrow.metadata or {})[FORMAT.encode()].decode()
-        check_columns(arrow, file.schema_arrow)
-        table = file.read()
     except KeyError:
         raise UserError(f"{where}: a Parquet file without the metadata {FORMAT!r}, so not a trace of ours") from None
     except Exception as error:  # a damaged file fails in Arrow, Thrift, or a codec
-        said = " ".join(str(error).split())
-        raise UserError(f"{where}: not a readable Parquet file ({said})") from None
-    if not table.num_rows:
+        raise UserError(f"{where}: not a readable Parquet file ({said(error)})") from None
+    if not file.metadata.num_rows:
         raise UserError(f"{where}: {EMPTY}")
     try:
+        check_columns(arrow, file.schema_arrow, file.metadata.num_rows, len(data))
+        table = file.read()
         arrays = {name: _array(name, table[name].combine_chunks()) for name in table.column_names}
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"{where}: its columns are not those of a trace ({error})") from None
+    except Exception as error:  # as above: pages are read here
+        raise UserError(f"{where}: its columns are not those of a trace ({said(error)})") from None
     return undescribed(meta, arrays, where)
 
 
@@ -80,12 +79,27 @@ def check_counts(metadata: Any, size: int) -> None:
         raise ValueError(f"its {size} bytes would unpack to {values} values")
 
 
-def check_columns(arrow: Any, schema: Any) -> None:
-    """ValueError for a column of no numbers, before it is read: the file may tell a long text once for all rows."""
+def check_columns(arrow: Any, schema: Any, rows: int, size: int) -> None:
+    """ValueError for a column that a trace does not have, one of other values, and for rows far wider than the file.
+
+    Before any is read: one of texts may unpack to a thousand times as much.
+    """
+    width = 0
     for field in schema:
-        kind = field.type.value_type if arrow.types.is_fixed_size_list(field.type) else field.type
-        if not (arrow.types.is_integer(kind) or arrow.types.is_floating(kind)):
-            raise ValueError(f"column {shown(field.name)} holds {shown(str(kind))}")
+        single, kind = field.name in (*INDEX_COLUMNS, BATCH), field.type
+        if not single and not (field.name in CELLS or field.name.startswith(LOOKAHEAD)):
+            raise ValueError(f"column {shown(field.name)} is not known")
+        listed = arrow.types.is_fixed_size_list(kind)
+        number = kind.value_type if listed else kind
+        whole = single or field.name == "ids"
+        if listed == single or not (arrow.types.is_integer if whole else arrow.types.is_floating)(number):
+            wanted = "integers" if single else f"lists of a fixed number of {'integers' if whole else 'floats'}"
+            raise ValueError(f"column {field.name} holds {kind}; {wanted} are needed")
+        width += kind.list_size if listed else 1
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError("a column is there twice")
+    if 4 * width * rows > most_bytes(size):
+        raise ValueError(f"its {size} bytes would unpack to {rows} rows of {width} values")
 
 
 def _array(name: str, column: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from hybrimoe_jax.errors import UserError, is_name
 from hybrimoe_jax.files import check_folder_to_be, replacing
+from hybrimoe_jax.trace.check import LARGEST
 from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import MODELS, TraceFacts
 from hybrimoe_jax.trace.layouts import DECODE, PREFILL, places_of
@@ -23,8 +24,7 @@ from hybrimoe_jax.trace.route_csv import ROUTE_COLUMNS
 from hybrimoe_jax.trace.rows import write_lines
 from hybrimoe_jax.trace.tokens import Tokens, by_token, one_token_steps
 
-ROUTE_EXTRA = {"residency": 127, "layer_bytes": 2**63 - 1}
-"""Additions that the layout has columns for, and the largest number of each."""
+ROUTE_EXTRA = ("residency", "layer_bytes")
 
 
 def esft_folder(trace: Trace, path: Path) -> list[str]:
@@ -76,9 +76,9 @@ def fingerprint_arrays(trace: Trace, path: Path) -> list[str]:
 def route_csv(trace: Trace, path: Path) -> list[str]:
     """A route_trace: every token a step of its own, prompts written layer by layer."""
     tokens = _tokens(trace, f"trace for {path}", last_layer=False)
-    _check_additions(trace, f"trace for {path}")
+    _check_engine_facts(trace, f"trace for {path}")
     write_lines(path, _route_lines(one_token_steps(trace)))
-    left = _left_out(trace, tuple(ROUTE_EXTRA)) + _numbered(tokens)
+    left = _left_out(trace, ROUTE_EXTRA) + _numbered(tokens)
     if len(np.unique(trace.step)) < len(tokens.step):
         left.append("which tokens ran in one step")
     if not np.array_equal(tokens.position, places_of(_lengths(tokens))):
@@ -88,16 +88,22 @@ def route_csv(trace: Trace, path: Path) -> list[str]:
     return left
 
 
-def _check_additions(trace: Trace, where: str) -> None:
-    """UserError where an addition that the layout has a column for holds what that cannot."""
-    shapes = {"residency": trace.ids.shape, "layer_bytes": (trace.facts.layers,)}
-    for name in ROUTE_EXTRA.keys() & trace.extra.keys():
-        array, shape, most = trace.extra[name], shapes[name], ROUTE_EXTRA[name]
-        if array.shape != shape or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() <= most:
+def _check_engine_facts(trace: Trace, where: str) -> None:
+    """UserError where the additions that the layout has columns for are not what it holds there."""
+    for name, shape, least, most in (
+        ("residency", trace.ids.shape, 0, 127),
+        ("layer_bytes", (trace.facts.layers,), 1, LARGEST),
+    ):
+        array = trace.extra.get(name)
+        if array is None:
+            continue
+        if array.shape != shape or array.dtype.kind not in "iu" or array.min() < least or array.max() > most:
             raise UserError(
-                f"{where}: x_{name} is {array.dtype} {list(array.shape)}; this layout takes integers {list(shape)} in "
-                f"0..{most}: leave it out"
+                f"{where}: array x_{name} is {array.dtype} {list(array.shape)}; the layout has integers "
+                f"{list(shape)} from {least} to {most} there: leave it out"
             )
+    if max(_layer_bytes(trace), default=0) > LARGEST:
+        raise UserError(f"{where}: an expert of {max(_layer_bytes(trace))} bytes; the layout holds {LARGEST} at most")
 
 
 def _route_lines(trace: Trace) -> Iterator[str]:
@@ -126,7 +132,7 @@ def _route_lines(trace: Trace) -> Iterator[str]:
 def _layer_bytes(trace: Trace) -> list[int]:
     """An expert's bytes in each layer, as the file stored it; empty where the trace does not tell."""
     sizes = trace.extra.get("layer_bytes")
-    if sizes is not None and sizes.shape == (trace.facts.layers,):
+    if sizes is not None:
         return sizes.tolist()
     stored = trace.facts.expert_bytes.get("as-stored")
     return [stored] * trace.facts.layers if stored else []
@@ -181,7 +187,7 @@ def _reply(tokens: Tokens, begin: int, end: int) -> dict[str, Any]:
 
 def _tokens(trace: Trace, where: str, last_layer: bool = True) -> Tokens:
     """The table of tokens; UserError for what every layout needs. `last_layer`: of prompts, too."""
-    tokens = by_token(trace)
+    tokens = by_token(trace, where)
     if trace.weights is None or tokens.weights is None or np.isnan(trace.weights).any():
         raise UserError(f"{where}: the trace lacks router weights, which the layout needs")
     absent = tokens.ids[:, :, 0] < 0

@@ -1,7 +1,7 @@
 """A trace as a table for other programs: CSV, and JSON lines. Both hold all that the `.npz` file holds, exactly.
 
 A line is a row of the trace: one token in one MoE layer of one step. The first line says what the `.npz` file's `meta`
-says; additions (`x_<name>`) stand there too, as `extra`.
+says; additions (`x_<name>`) of numbers or texts stand there too, as `extra`; others are refused.
 
 * **CSV**: the first line is `# ` and that JSON, the second the columns: those of the trace, with `expert_<i>`,
   `weight_<i>`, `score_<expert>` and `lookahead_<distance>_<expert>`. What was not recorded is an empty cell.
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hybrimoe_jax.errors import UserError, shown, shown_name
+from hybrimoe_jax.errors import UserError, said, shown, shown_name
 from hybrimoe_jax.files import replacing
+from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace.columns import BATCH, INDEX_COLUMNS, PHASES, Trace
 from hybrimoe_jax.trace.file import (
     EMPTY,
@@ -38,10 +40,6 @@ from hybrimoe_jax.trace.layouts import whole_lines
 
 CSV_MARK, JSON_MARK = f'# {{"format": "{FORMAT}"', f'{{"format": "{FORMAT}"'
 """What the files begin with."""
-PLAIN = "biufU"
-"""Kinds of additions that a text can hold: numbers, yes and no, and text."""
-LONGEST_CELL, DIGITS = 64, frozenset("0123456789+-.einfaEINFA")
-"""Of a number as a text: Python reads other alphabets' digits too, and underlines."""
 CELLS = {"ids": "expert_", "weights": "weight_", "scores": "score_"}
 """Columns of the arrays that have several numbers a row."""
 
@@ -49,25 +47,54 @@ CELLS = {"ids": "expert_", "weights": "weight_", "scores": "score_"}
 def described(trace: Trace, where: str) -> str:
     """The first line: a trace's `meta`, with its additions. UserError for an unsound trace, and where JSON cannot."""
     check_trace(trace, where)
-    for name, array in trace.extra.items():
-        if array.dtype.kind not in PLAIN or (array.dtype.kind == "f" and not np.isfinite(array).all()):
-            raise UserError(f"{where}: {EXTRA}{name} ({array.dtype}) holds what JSON cannot; leave it out, or use .npz")
-    extra = {name: {"dtype": str(array.dtype), "values": array.tolist()} for name, array in trace.extra.items()}
+    extra = {name: _addition(array, f"{where}: array {EXTRA}{name}") for name, array in trace.extra.items()}
     return describe(trace, where, extra=extra) if extra else describe(trace, where)
 
 
 def undescribed(line: str, arrays: dict[str, np.ndarray], where: str) -> Trace:
     """The trace of arrays by their names in the `.npz` file, and of the first line."""
-    read = read_meta(line, where)
+    read, bytes_left = read_meta(line, where), most_bytes(len(line))
     try:
         for name, entry in read.get("extra", {}).items():
-            dtype, values = np.dtype(entry["dtype"]), np.array(entry["values"])
-            if dtype.kind not in PLAIN or values.size * dtype.itemsize > 1000 + 100 * len(line):
-                raise ValueError(f"{shown(name)} is of type {shown(entry['dtype'])}")
-            arrays[EXTRA + name] = values.astype(dtype)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise UserError(f"{where}: its `extra` is damaged ({error})") from None
+            arrays[EXTRA + name] = array = _added(entry["values"], entry["dtype"], bytes_left)
+            if not array.size:
+                arrays[EXTRA + name] = array.reshape(entry.get("shape", array.shape))
+            bytes_left -= array.nbytes
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: its `extra` is damaged ({said(error)})") from None
     return trace_from(arrays, *facts_and_about(read, where), where)
+
+
+def _addition(array: np.ndarray, where: str) -> dict[str, Any]:
+    """An array as JSON holds it: numbers that are not finite as their names. UserError where it cannot."""
+    if not _is_plain(array.dtype):
+        raise UserError(f"{where} holds {array.dtype}; a table has numbers and texts only, so leave it out")
+    values = array
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+        values = array.astype(object)
+        values[~finite] = array[~finite].astype(str)
+    shape = {} if array.size else {"shape": list(array.shape)}  # the lists of [0, 3] do not tell the 3
+    return {"dtype": str(array.dtype), "values": values.tolist(), **shape}
+
+
+def _is_plain(dtype: np.dtype) -> bool:
+    return dtype.kind in "biufU" and (dtype.kind == "U" or dtype.itemsize <= 8)
+
+
+def _added(values: Any, name: Any, most: int) -> np.ndarray:
+    """What `_addition` told; ValueError for another type, and for more than `most` bytes."""
+    dtype = np.dtype(name) if isinstance(name, str) and re.fullmatch("[<>=|]?[A-Za-z]{1,9}[0-9]{0,9}", name) else None
+    if dtype is None or not _is_plain(dtype):
+        raise ValueError(f"its dtype is {shown(name)}; that of numbers or texts is needed")
+    array = np.array(values, object)
+    kinds = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float, str), "U": (str,)}[dtype.kind]
+    wide = dtype.itemsize // 4
+    odd = [v for v in array.flat if type(v) not in kinds or (dtype.kind == "U" and len(v) > wide)]
+    if odd:
+        raise ValueError(f"{shown(odd[0])} stands among values of {dtype}")
+    if array.size * dtype.itemsize > most:
+        raise ValueError(f"its {array.size} values of {dtype} would take far more memory than the file")
+    return array.astype(dtype)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -118,13 +145,15 @@ def read_csv(text: str, where: str) -> Trace:
     for number, row in enumerate(rows, 3):
         if len(row) != len(names):
             raise UserError(f"{where}: line {number} has {len(row)} values; {len(names)} are needed")
-        if len(max(row, key=len)) > LONGEST_CELL:
-            raise UserError(f"{where}: line {number}: {shown(max(row, key=len))} is not a number")
+        if not lines[number - 1].isascii() or "_" in lines[number - 1]:  # `int` takes 1_000 and the digits of others
+            column = next(i for i, cell in enumerate(row) if not cell.isascii() or "_" in cell)
+            raise _no_number(row[column], f"{where}: column {names[column]}, line {number}")
     arrays: dict[str, np.ndarray] = {}
     for name, columns in _grouped(names, where).items():
         whole = name in (*INDEX_COLUMNS, BATCH, "ids")
-        cells = [[row[column] for column in columns] for row in rows]
-        array = _numbers(cells, whole, f"{where}: column {names[columns[0]]}", 3)
+        array = np.empty((len(rows), len(columns)), np.int64 if whole else np.float32)
+        for place, column in enumerate(columns):
+            array[:, place] = _numbers([row[column] for row in rows], whole, f"{where}: column {names[column]}")
         arrays[name] = array[:, 0] if name in (*INDEX_COLUMNS, BATCH) else array
     return undescribed(lines[0].removeprefix("#"), arrays, where)
 
@@ -137,7 +166,7 @@ def _grouped(names: list[str], where: str) -> dict[str, list[int]]:
         head, _, number = name.rpartition("_")
         if name not in (*INDEX_COLUMNS, BATCH):
             name = arrays.get(head + "_", head if head.startswith(LOOKAHEAD) else "")
-            if not name or not number.isdecimal() or int(number) != len(groups.get(name, [])):
+            if not name or number != str(len(groups.get(name, []))):
                 raise UserError(f"{where}: line 2: column {shown(names[column])} is not known, or out of order")
         elif name in groups:
             raise UserError(f"{where}: line 2: column {name} is there twice")
@@ -145,23 +174,24 @@ def _grouped(names: list[str], where: str) -> dict[str, list[int]]:
     return groups
 
 
-def _numbers(cells: list[list[str]], whole: bool, where: str, first: int) -> np.ndarray:
+def _numbers(cells: list[str], whole: bool, where: str) -> np.ndarray:
+    """A column's numbers, one by one: an array of its texts would be as wide as the longest."""
     try:
-        if not all(set("".join(row)) <= DIGITS for row in cells):
-            raise ValueError
         if whole:
-            return np.array(cells).astype(np.int64)
-        return np.array([[cell or "nan" for cell in row] for row in cells]).astype(np.float32)
+            return np.array([int(cell) for cell in cells], np.int64)
+        return np.array([float(cell or "nan") for cell in cells]).astype(np.float32)
     except (ValueError, OverflowError):
-        number, cell = next((n, c) for n, row in enumerate(cells, first) for c in row if not _is_number(c, whole))
-        raise UserError(f"{where}, line {number}: {shown(cell)} is not a {'whole ' * whole}number") from None
+        number, cell = next((n, c) for n, c in enumerate(cells, 3) if not _is_number(c, whole))
+        raise _no_number(cell, f"{where}, line {number}", whole) from None
+
+
+def _no_number(cell: str, where: str, whole: bool = False) -> UserError:
+    return UserError(f"{where}: {shown(cell)} is not a {'whole ' * whole}number")
 
 
 def _is_number(cell: str, whole: bool) -> bool:
     try:
-        if not set(cell) <= DIGITS:
-            return False
-        return abs(int(cell) if whole else float(cell or 0)) < 2**63 or not whole
+        return -(2**63) <= int(cell) < 2**63 if whole else float(cell or 0) is not None
     except ValueError:
         return False
 
@@ -196,36 +226,48 @@ def _values(array: np.ndarray) -> list:
 def read_jsonl(text: str, where: str) -> Trace:
     """What `json_lines` wrote."""
     lines = whole_lines(text, where)
-    if len(lines) < 2:
+    facts, _ = facts_and_about(read_meta(lines[0], where), where)
+    found: dict[str, dict[int, Any]] = {}  # values by array and row, so that what is absent costs nothing
+    for row, line in enumerate(lines[1:]):
+        for name, value in _object(line, facts.layers, f"{where}: line {row + 2}").items():
+            found.setdefault(name, {})[row] = value
+    if not found:
         raise UserError(f"{where}: {EMPTY}")
-    layers = facts_and_about(read_meta(lines[0], where), where)[0].layers
-    rows = [_object(line, layers, f"{where}: line {number}") for number, line in enumerate(lines[1:], 2)]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows, bytes_left = len(lines) - 1, most_bytes(len(text))
     arrays: dict[str, np.ndarray] = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        width = next((len(value) for value in values if isinstance(value, list)), 0)
-        filled = [[np.nan] * width if value is None else value for value in values] if width else values
-        for number, value in enumerate(filled, 2):
-            if not (len(value) == width if isinstance(value, list) else not width and value is not None):
-                raise UserError(f"{where}: line {number}: {name} is not like those of the other lines")
+    for name, values in found.items():
+        width = next((len(value) for value in values.values() if isinstance(value, list)), 0)
+        bytes_left -= 4 * rows * width
+        if bytes_left < 0:
+            raise UserError(f"{where}: {name}: so few lines have it that the table would be far larger than the file")
+        absent = next((row for row in range(rows) if row not in values), None) if len(values) < rows else None
+        row = next((r for r, v in values.items() if (len(v) if isinstance(v, list) else 0) != width), None)
+        if row is None and not width:
+            row = absent
+        if row is not None:
+            raise UserError(f"{where}: line {row + 2}: {name} is not like those of the other lines")
         try:
-            arrays[name] = np.array(filled, None if name in (*INDEX_COLUMNS, BATCH, "ids") else np.float32)
+            kind = None if name in (*INDEX_COLUMNS, BATCH, "ids") else np.float32
+            arrays[name] = array = np.array(list(values.values()), kind)
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: {name}: {error}") from None
+        if absent is not None:
+            arrays[name] = np.full((rows, width), np.nan, array.dtype if kind else float)
+            arrays[name][list(values)] = array
     return undescribed(lines[0], arrays, where)
 
 
 def _object(line: str, layers: int, where: str) -> dict[str, Any]:
-    """A row by the names of arrays. No router looks ahead farther than there are layers."""
+    """A row by the names of arrays."""
     try:
         row = json.loads(line)
         row["phase"] = PHASES.index(row["phase"])
         ahead: Mapping[str, Any] = row.pop("lookahead", {})
         if unknown := row.keys() - {*INDEX_COLUMNS, BATCH, *CELLS}:
             raise ValueError(f"{shown_name(min(unknown))} is not known")
-        if far := [distance for distance in ahead if not (distance.isdecimal() and 0 < int(distance) < layers)]:
-            raise ValueError(f"lookahead {shown_name(far[0])} is no distance between {layers} layers")
+        odd = next((d for d in ahead if not d.isdecimal() or str(int(d)) != d or not 0 < int(d) < layers), None)
+        if odd is not None:
+            raise ValueError(f"lookahead {shown(odd)}: a distance from 1 to {layers - 1} layers is needed")
         row |= {f"{LOOKAHEAD}{distance}": scores for distance, scores in ahead.items()}
         if not all(isinstance(value, (int, float, list)) for value in row.values()):
             raise ValueError("a value is neither a number nor a list of numbers")

@@ -7,10 +7,13 @@ another, also where several ran in one batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+from hybrimoe_jax.errors import UserError
+from hybrimoe_jax.npz import most_bytes
 from hybrimoe_jax.trace.columns import Trace
 from hybrimoe_jax.trace.facts import TraceFacts
 
@@ -49,7 +52,7 @@ def load_recording(path: str | None) -> Recording | None:
     from hybrimoe_jax.trace.importers import open_trace
 
     trace = open_trace(path)
-    tokens = by_token(trace)
+    tokens = by_token(trace, f"trace {path}")
     return Recording(trace.facts, tokens.ids, (np.diff(tokens.sequence) == 0) & (np.diff(tokens.position) == 1))
 
 
@@ -66,10 +69,18 @@ def token_of_row(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     return token, order[new]
 
 
-def by_token(trace: Trace) -> Tokens:
-    """The table of a trace's tokens."""
+def by_token(trace: Trace, where: str = "trace") -> Tokens:
+    """The table of a trace's tokens.
+
+    UserError, beginning with `where`, where nearly all of it would be of layers that were not recorded.
+    """
     token, first = token_of_row(trace)
     shape = (len(first), trace.facts.layers, trace.facts.top_k)
+    if 4 * math.prod(shape) > most_bytes(4 * trace.ids.size):
+        raise UserError(
+            f"{where}: only {len(trace)} rows of {len(first)} tokens in {trace.facts.layers} layers; a table of its "
+            "tokens would be nearly empty: give a trace with all layers"
+        )
     ids = np.full(shape, -1, np.int32)
     ids[token, trace.layer] = trace.ids
     weights = None

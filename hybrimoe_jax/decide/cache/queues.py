@@ -112,7 +112,7 @@ class S3FIFO(CachePolicy):
                 self._ghost[left] = None
                 if len(self._ghost) > max(1, self.capacity - self.small_limit):
                     self._ghost.popitem(last=False)
-        if entered is None:
+        if entered is None or entered in self._uses:  # in a state whose layers were exchanged it may be there already
             return
         known = entered in self._ghost
         self._ghost.pop(entered, None)
