@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import io
 import json
 import random
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz.mutate import NUMBERS, brief, change_bytes, change_json
+from fuzz.mutate import NUMBERS, change_bytes, change_json
+from fuzz.trace_changes import PUBLIC, bomb, changed_public, changed_text, packed
 from fuzz.worker import Case, Wrong
 
 TEXTS = ("t.csv", "t.jsonl")
@@ -47,8 +45,8 @@ def small(layers: int = 2, experts: int = 6, top_k: int = 2) -> Any:
     ahead[layer == layers - 1] = np.nan
     facts = TraceFacts("qwen2_moe", layers, experts, top_k, {"int4-g64": 1000})
     phase, weights = (step > 0).astype(np.uint8), np.take_along_axis(scores, ids, 1)
-    about = {"clock": "wall"}
-    return Trace(facts, step, layer, phase, sequence, position, ids, weights, scores, {1: ahead}, about)
+    about, extra = {"clock": "wall"}, {"note": np.arange(3.0)}
+    return Trace(facts, step, layer, phase, sequence, position, ids, weights, scores, {1: ahead}, about, extra)
 
 
 class Kind:
@@ -82,7 +80,7 @@ class Kind:
                 self.compare(base, base / name, None, True)
 
     def case(self, rng: random.Random, folder: Path) -> Case:
-        name = rng.choice(("t.npz",) * 6 + (*TEXTS, *TABLES) + ("state.npz",) * 3)
+        name = rng.choice(("t.npz",) * 6 + (*TEXTS, *PUBLIC, *TABLES) + ("state.npz",) * 3)
         arrays, harmless = None, False
         if name == "t.npz" and rng.random() < 0.85:
             arrays, what = self.changed(rng)
@@ -93,6 +91,8 @@ class Kind:
                 what = "an array that is said to be huge, or inflates to it"
         elif name == "state.npz" and rng.random() < 0.9:
             data, what = self.changed_state(rng)
+        elif name in PUBLIC:
+            data, what = changed_public(rng, name)
         elif name in TEXTS and rng.random() < 0.8:
             data, what = changed_text(rng, self.files[name])
         else:
@@ -124,7 +124,7 @@ class Kind:
                 array.flat[at] = np.array(value).astype(array.dtype)
             return arrays, f"{name}[{at}] = {array.flat[at]}"
         if how == "harmless":
-            arrays["x_more"] = np.arange(3)
+            arrays["x_more"] = rng.choice((np.arange(3), np.array("a"), np.zeros((0, 3)), np.array(np.nan)))
             arrays["ids"] = arrays["ids"].astype(rng.choice((np.int64, np.int16, np.uint8)))
             return arrays, f"harmless: ids as {arrays['ids'].dtype}, an addition"
         kinds = ("f8", "i8", "u8", "S3", "U3", "?", "c8", "M8[s]", "f2", ">i4")
@@ -169,6 +169,8 @@ class Kind:
         again = open_trace(folder / "out" / "again.npz")
         if again.facts != trace.facts or not np.array_equal(again.ids, trace.ids):
             raise Wrong("saved and read again it is another trace")
+        if {*again.select(np.zeros(1, int)).extra} != {*trace.extra}:
+            raise Wrong("an addition is lost in a selection")
         json.dumps(info(trace), allow_nan=False)
 
     def changed_state(self, rng: random.Random) -> tuple[bytes, str]:
@@ -261,45 +263,3 @@ def sound(trace: Any) -> None:
         rows = np.zeros((0, 1)) if array is None else array[~np.isnan(array).all(axis=1)]
         if len(rows) and not (np.isfinite(rows).all() and (rows >= 0).all()):
             raise Wrong("probabilities that are none are taken")
-
-
-def packed(arrays: dict[str, np.ndarray], rng: random.Random) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    return file.getvalue()
-
-
-def bomb(rng: random.Random) -> bytes:
-    """A header that claims too much, with or without the zeros that it claims."""
-    rows = rng.choice((10**8, 10**12, 2**62))
-    head = str({"descr": rng.choice(("<i4", "<f8", "|O")), "fortran_order": False, "shape": (rows,)}).encode()
-    head += b" " * (-(len(head) + 11) % 64) + b"\n"
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("meta.npy", "w") as member:
-            np.lib.format.write_array(member, np.array("{}"))
-        with archive.open(rng.choice(("step.npy", "ids.npy", "x_more.npy")), "w", force_zip64=True) as member:
-            member.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head)
-            for _ in range(rng.choice((0, 3000))):
-                member.write(bytes(1 << 20))
-    return file.getvalue()
-
-
-def changed_text(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """A table with a line or a field changed."""
-    lines = data.decode().split("\n")
-    at = rng.randrange(len(lines))
-    how = rng.choice(("drop", "twice", "field", "field", "field", "cut", "swap", "blank"))
-    if how == "field":
-        fields = lines[at].split(",")
-        one = rng.randrange(len(fields))
-        fields[one] = rng.choice(("", "-1", "1e308", "nan", "9" * 5000, "x", "\x1b[2J", '"', "0.5", "99", "[" * 9999))
-        lines[at] = ",".join(fields)
-    else:
-        other = rng.randrange(len(lines))
-        new = {"drop": [], "twice": [lines[at]] * 2, "cut": [lines[at][:-2]], "blank": ["", lines[at]]}
-        lines[at : at + 1] = new.get(how, [lines[other]])
-    return "\n".join(lines).encode(), f"{how} line {at}: {brief(lines[at] if at < len(lines) else '')}"
