@@ -19,11 +19,16 @@ from hybrimoe_jax.errors import UserError
         ({"budget": "4GiB", "cache_ratio": 0.5}, "not both"),
         ({"against": [], "prompt_tokens": 100_000}, "exceed the model"),
         ({"rounds": 0}, "at least 1 round"),
+        ({"against": {"clock": "virtual", "profile": "a6000-paper"}}, "the TorchOffload has clock='virtual', which"),
+        ({"against": {"cache_ratio": 1.0}}, "the TorchOffload has cache_ratio=1.0, which the others lack"),
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(given, said):
     if "torch" in str(given.get("against", "torch")):
         pytest.importorskip("torch")
+    if isinstance(options := given.get("against"), dict):
+        pytest.importorskip("torch")
+        given = {"against": hybrimoe_jax.TorchOffload(mode="hybrid", **options)}
     with pytest.raises(UserError, match=said):
         hybrimoe_jax.compare(**given)
 

@@ -88,3 +88,12 @@ def test_a_planner_that_remembers_plans_as_one_that_does_not(system):
                 under_way += [(p.layer, p.expert) for p in started]
             quick.finish_step(), plain.finish_step()
         assert quick.counters == plain.counters
+
+
+def test_a_link_that_is_busy_is_not_asked_for_where_it_is_idle_from_time_0():
+    """`released` fetches where the CPU and the link would end at one moment."""
+    model = costs(cpu=(3.0, 0.0, 0.0), device=(1.0, 0.0), shared=0.0, transfer=2.0)
+    rule = get_scheduler("released")
+    want = rule.schedule(Problem({0: 1}, set(), model, 1, None, {}, 50.0))
+    pattern = UnitLoadCache(rule, model).find(0, 1, True, 50.0)
+    assert want.cpu == (0,) and pattern is not None and apply(pattern, [0], 50.0) == want

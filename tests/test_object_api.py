@@ -259,6 +259,23 @@ def test_statistics_are_pictures(engine):
     pyplot.close("all")
 
 
+@pytest.mark.parametrize("system", ["freetoken", "adapmoe", "on-demand"])
+def test_a_picture_of_layers_tells_residents_from_what_was_on_its_way(system):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    with tiny.engine(system=system, cache_ratio=0.25, profile="a6000-paper", clock="virtual") as engine:
+        stats = engine.generate(tiny.prompts(engine.config, (90,)), max_new_tokens=8).stats
+    bars = {bar.get_label(): sum(part.get_height() for part in bar) for bar in stats.plot.layers().containers}
+    pyplot.close("all")
+    steps, s = len(stats.steps), stats.summary()
+    assert bars["CPU"] * steps == pytest.approx(s["cpu_experts"])
+    assert bars["device, fetched"] * steps == pytest.approx(s["demand_fetches"])
+    assert bars["device, resident"] * steps <= s["hits"] + 1e-6
+    of_device = sum(share for name, share in bars.items() if name.startswith("device"))
+    assert of_device * steps == pytest.approx(s["device_experts"])
+
+
 def test_two_engines_and_jax_live_in_one_process(engine):
     """The session has used jax before; the second engine differs in everything that it can."""
     before = float(jnp.arange(4.0).sum())

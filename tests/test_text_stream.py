@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import types
 
 import pytest
 from grids import examples, few
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from public_traces import shared
 from test_text import byte_fallback, byte_level, pushed, saved
 from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from hybrimoe_jax.engine.generation import Emitted, collect
+from hybrimoe_jax.engine.streaming import ReplyText
 
 SPM = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 WORDS = [
@@ -125,3 +129,37 @@ def test_published_vocabularies_stream(tmp_path, name):
     for _ in range(20):
         ids = [rng.choice(single) if rng.random() < 0.6 else rng.randrange(len(tokens)) for _ in range(60)]
         assert "".join(pushed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_ends_at_the_same_token_whoever_reads_it(stream, tmp_path):
+    """`generate` and `stream_generate`: the bytes of a character may end a stop string, and their run goes on."""
+    tokenizer = saved(tmp_path, byte_fallback())
+    assert tokenizer.stream
+    reader = tokenizer if stream else types.SimpleNamespace(decode=tokenizer.decode)
+    generator = random.Random(1)
+    stopped = 0
+    for _ in range(100):
+        text = "".join(generator.choice(["日", "本", "a", " b", "é"]) for _ in range(6))
+        ids, word = tokenizer.encode(text, add_special_tokens=False), generator.choice(["日", "本a", "é", "a b", "zz"])
+        text = tokenizer.decode(ids)
+        reply, read = ReplyText(reader, [word]), []
+        for place, token in enumerate(ids):
+            shown, reason = reply.push(token, "length" if place == len(ids) - 1 else None)
+            read.append(shown)
+            if reason is not None:
+                break
+        tokens, reasons = [[]], ["interrupted"]
+        collect(steps_of(ids), tokens, reasons, [word], reader)
+        assert (tokens[0], reasons[0]) == (ids[: place + 1], reason)
+        assert "".join(read) == (text.partition(word)[0] if reason == "stop" else text)
+        assert (reason == "stop") == (word in text)
+        stopped += reason == "stop"
+    assert stopped
+
+
+def steps_of(ids):
+    for place, token in enumerate(ids):
+        finished = {0: "length"} if place == len(ids) - 1 else {}
+        if (yield Emitted([(0, token)], finished, None)):
+            return

@@ -96,6 +96,7 @@ def test_a_table_has_a_row_an_event(timeline):
 
 def test_a_plot_shows_lanes_and_whose_times(timeline):
     pytest.importorskip("matplotlib")
+    assert "99 layers" not in timeline.plot(0, layers=99).get_title()
     axes = timeline.plot(last=2)
     assert axes.get_xlabel() == "milliseconds, computed, not measured"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["link", "device", "CPU"]

@@ -97,6 +97,14 @@ def _name(given: Given) -> str:
 def _description(given: Given, common: dict[str, Any]) -> EngineConfig | dict[str, Any]:
     """Our engine's options, or the arguments of `TorchOffload`."""
     if isinstance(given, TorchOffload):
+        all_have = EngineConfig(**common)
+        for name in ("clock", "profile", "cache_ratio", "vram_budget", "cost_shape"):
+            own = given.given.get(name)
+            if name not in common and own is not None and own != getattr(all_have, name):
+                raise UserError(
+                    f"compare: the TorchOffload has {name}={shown(own)}, which the others lack; give it to all as "
+                    f"compare(..., {name}={shown(own)}), or leave it out"
+                )
         return {**given.given, **common}
     if isinstance(given, str) and given.startswith(TORCH):
         require_torch()

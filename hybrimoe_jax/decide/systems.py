@@ -240,6 +240,10 @@ def get_system(name: str | System) -> System:
     return SYSTEMS[name]
 
 
+SIMULATED = ("oracle", "belady")
+"""Systems that know the steps to come, of the simulator alone (`simulate.bound`)."""
+
+
 def system(name: str, base: str | System = "hybrimoe", **parts: Any) -> System:
     """A system of one's own, for wherever a system's name is taken.
 
@@ -251,7 +255,7 @@ def system(name: str, base: str | System = "hybrimoe", **parts: Any) -> System:
     """
     if not arguments.text("system", name).strip():
         raise UserError("system: give yours a name")
-    if name in SYSTEMS:
+    if name in (*SYSTEMS, *SIMULATED):
         raise UserError(f"system {shown(name)} is there already; call yours by another name")
     arguments.names(f"system {shown(name)}", parts, list(inspect.signature(System.override).parameters)[1:], "part ")
     return dataclasses.replace(get_system(base).override(**parts), name=name)

@@ -22,6 +22,7 @@ from hybrimoe_jax.engine.finite import check_logits, check_token
 from hybrimoe_jax.engine.inputs import SMALLEST_SPAN, StepInput, bucket
 from hybrimoe_jax.engine.sampling import Sampler, Sampling
 from hybrimoe_jax.engine.stats import RunStats, StepStats
+from hybrimoe_jax.engine.streaming import ReplyText
 from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.progress import Progress
 
@@ -128,7 +129,7 @@ def show_steps(run: Steps, progress: Progress, most_new: int) -> Steps:
 
 def collect(run: Steps, tokens: list[list[int]], reasons: list[str], stop: Sequence[str], tokenizer: Any) -> RunStats:
     """Runs to the end, and fills in each row's tokens and why it ended: "stop" once its text has a stop string."""
-    stopped = None
+    stopped, replies = None, [ReplyText(tokenizer, stop) for _ in tokens] if stop else []
     while True:
         try:
             emitted = run.send(stopped)
@@ -137,10 +138,11 @@ def collect(run: Steps, tokens: list[list[int]], reasons: list[str], stop: Seque
         stopped = []
         for row, token in emitted.tokens:
             tokens[row].append(token)
-            reasons[row] = emitted.finished.get(row, reasons[row])
-            text = tokenizer.decode(tokens[row]) if stop and reasons[row] != "eos" else ""
-            if any(word in text for word in stop):
-                reasons[row] = "stop"
+            reason = emitted.finished.get(row)
+            if stop:
+                _, reason = replies[row].push(token, reason)
+            reasons[row] = reason or reasons[row]
+            if reason == "stop":
                 stopped.append(row)
 
 

@@ -61,19 +61,21 @@ class StatsPlots:
         _some(rows)
         steps = max(1, sum(bool(step.layers) for step in self._stats.steps))
         at = [row["layer"] for row in rows]
+        coming = [max(row["late"], row["device"] - row["fetched"] - row["hits"]) for row in rows]
         bars = {
             "CPU": [row["cpu"] / steps for row in rows],
-            "device, resident": [(row["device"] - row["fetched"]) / steps for row in rows],
+            "device, resident": [(row["device"] - row["fetched"] - n) / steps for row, n in zip(rows, coming)],
             "device, fetched": [row["fetched"] / steps for row in rows],
+            "device, on its way": [n / steps for n in coming],
         }
         with axes_of(ax) as axes:
             below = [0.0] * len(rows)
             for place, (name, heights) in enumerate(bars.items()):
-                axes.bar(at, heights, bottom=below, label=name, **bar_style((1, 0, 2)[place]))
+                axes.bar(at, heights, bottom=below, label=name, **bar_style((1, 0, 2, 3)[place]))
                 below = [low + high for low, high in zip(below, heights)]
             axes.set(xlabel="MoE layer", ylabel="experts of a step")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            self._end(axes, columns=3)
+            self._end(axes, columns=2)
         return axes
 
     def experts(self, ax: Any = None) -> Any:

@@ -52,6 +52,49 @@ class StopBuffer:
         return shown
 
 
+class ReplyText:
+    """One reply's text as its tokens come, until a stop string is complete: the same rule for whoever reads it.
+
+    Args: tokenizer: with `stream`, or `decode` alone; None gives no text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str] | None):
+        self._decoder: Any = None
+        if tokenizer is not None:
+            self._decoder = tokenizer.stream() if hasattr(tokenizer, "stream") else _Growing(tokenizer.decode)
+        self._buffer = StopBuffer(stop)
+
+    def push(self, token: int, reason: str | None) -> tuple[str, str | None]:
+        """-> (text that is certain now, why the reply ends here); `reason`: why it does without stop strings."""
+        text = "" if self._decoder is None or reason == "eos" else self._decoder.push(token)
+        if reason is not None and self._decoder is not None:
+            text += self._decoder.flush()
+        text, complete = self._buffer.push(text)
+        if complete:
+            return text, "stop"
+        return (text if reason is None else text + self._buffer.flush()), reason
+
+
+class _Growing:
+    """The stream of a tokenizer that has none: what each token adds to the text of all, in whole characters."""
+
+    def __init__(self, decode: Any):
+        self._decode, self._ids, self._text = decode, list[int](), ""
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        return self._fresh(self._decode(self._ids).rstrip("\ufffd"))
+
+    def flush(self) -> str:
+        return self._fresh(self._decode(self._ids))
+
+    def _fresh(self, text: str) -> str:
+        if not text.startswith(self._text):
+            return ""
+        before, self._text = self._text, text
+        return text[len(before) :]
+
+
 def stream_generate(
     engine: Any, prompt: str | Sequence[int], *, stop: str | Sequence[str] | None = (), **options: Any
 ) -> Generator[StreamChunk, None, None]:
@@ -66,11 +109,10 @@ def stream_generate(
     prompts = one_prompt(prompt, engine, "a stream is")
     words = read_stop(stop)
     check_stop(words, engine.tokenizer)
-    decoder = engine.tokenizer.stream() if engine.tokenizer is not None else None
-    return Shared(_chunks(engine.steps(prompts, **options), decoder, StopBuffer(words)))
+    return Shared(_chunks(engine.steps(prompts, **options), ReplyText(engine.tokenizer, words)))
 
 
-def _chunks(steps, decoder, buffer: StopBuffer) -> Generator[StreamChunk, None, None]:
+def _chunks(steps, reply: ReplyText) -> Generator[StreamChunk, None, None]:
     stopped = None
     while True:
         try:
@@ -79,13 +121,6 @@ def _chunks(steps, decoder, buffer: StopBuffer) -> Generator[StreamChunk, None, 
             return
         stopped = None
         for _, token in emitted.tokens:
-            reason = emitted.finished.get(0)
-            text = "" if decoder is None or reason == "eos" else decoder.push(token)
-            if reason is not None and decoder is not None:
-                text += decoder.flush()
-            text, complete = buffer.push(text)
-            if complete:
-                reason, stopped = "stop", [0]
-            elif reason is not None:
-                text += buffer.flush()
+            text, reason = reply.push(token, emitted.finished.get(0))
+            stopped = [0] if reason == "stop" else None
             yield StreamChunk(text, token, reason, emitted.stats)

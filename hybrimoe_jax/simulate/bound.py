@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 
 from hybrimoe_jax.decide.cache import Belady
-from hybrimoe_jax.decide.systems import System
+from hybrimoe_jax.decide.systems import SIMULATED, System
 from hybrimoe_jax.simulate.workload import Step
 
-CLAIRVOYANT = System("oracle", "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
+CLAIRVOYANT = System(SIMULATED[0], "lru", "optimal", prefetch="impact", lookahead=3, predictor="perfect")
 """Simulator only: Belady's cache, the least makespan and perfect prediction, over the steps to come. Not a bound:
 each part is the best of its kind, their sum need not be."""
 
-BELADY = System("belady", "lru", "device-only")
+BELADY = System(SIMULATED[1], "lru", "device-only")
 """Simulator only: `on-demand` with Belady's cache, the most hits of all that keep every miss."""
 
-CLAIRVOYANTS = {system.name: system for system in (CLAIRVOYANT, BELADY)}
+CLAIRVOYANTS: dict[str, System] = dict(zip(SIMULATED, (CLAIRVOYANT, BELADY), strict=True))
 
 
 def knows_the_future(system: str | System) -> System | None:

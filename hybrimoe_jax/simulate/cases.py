@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,9 +90,27 @@ class Case:
         return self.system if isinstance(self.system, str) else self.system.name
 
 
-@functools.lru_cache(maxsize=4)
 def tokens_of(path: str) -> TokenSteps:
-    """A trace, token by token; "synthetic:" and what `synthetic_of` reads stand for made-up routing."""
+    """A trace, token by token; "synthetic:" and what `synthetic_of` reads stand for made-up routing.
+
+    The latest few are kept, as long as their files stay as they were.
+    """
+    return _tokens_of(path, *version_of(path))
+
+
+def version_of(path: str) -> tuple[Any, ...]:
+    """What changes with a file that is written anew: of a folder, and a layout of two files, that of each."""
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place, place.with_name("meta.jsonl")]
+    known = [(file, file.stat()) for file in files if file.is_file()]
+    return tuple((os.path.abspath(file), *_IDENTITY(status)) for file, status in known)
+
+
+_IDENTITY = operator.attrgetter("st_ino", "st_size", "st_mtime_ns")
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens_of(path: str, *version: Any) -> TokenSteps:
     if path.startswith(PREFIX):
         return TokenSteps(synthetic_of(path.removeprefix(PREFIX)))
     return TokenSteps(open_trace(path))

@@ -24,7 +24,7 @@ from hybrimoe_jax.errors import UserError
 from hybrimoe_jax.machine.virtual import VirtualMachine
 from hybrimoe_jax.records import stamped
 from hybrimoe_jax.simulate.bound import clairvoyant_policies, knows_the_future, least_seconds
-from hybrimoe_jax.simulate.cases import Case, learns_instead, prepared, samples, trace_name
+from hybrimoe_jax.simulate.cases import Case, learns_instead, prepared, samples, trace_name, version_of
 from hybrimoe_jax.simulate.records import measures, versions
 from hybrimoe_jax.simulate.replay import Result, replay, settle
 from hybrimoe_jax.simulate.synthetic import PREFIX
@@ -152,7 +152,8 @@ def _runs(case, system, costs, tokens, sequences, frequencies, timeline) -> Iter
     pooled = system.scope == "pooled"
 
     if case.prompt is None:
-        least = _least(_steps_of(case), tuple(sequences), slots, cold, pooled)
+        known = version_of(case.trace), version_of(case.profile)
+        least = _least(_steps_of(case), tuple(sequences), slots, cold, pooled, known)
         yield run(tokens.steps(sequences, case.steps, case.sequence_tokens)), least
         return
     first = sequences[0] == tokens.sequences[0]
@@ -169,8 +170,10 @@ def _steps_of(case: Case) -> Case:
 
 
 @functools.lru_cache(maxsize=256)
-def _least(steps: Case, sequences: tuple[int, ...], slots: tuple[int, ...], cold: bool, pooled: bool) -> float:
-    """`least_seconds` of a case's steps, which systems with the same slots share."""
+def _least(
+    steps: Case, sequences: tuple[int, ...], slots: tuple[int, ...], cold: bool, pooled: bool, known: Any
+) -> float:
+    """`least_seconds` of a case's steps, which systems with the same slots share, of one version of its files."""
     tokens, _, costs = prepared(steps)
     chosen = tokens.steps(sequences, steps.steps, steps.sequence_tokens)
     return least_seconds(chosen, slots, costs, cold=cold, pooled=pooled)
@@ -205,7 +208,7 @@ def timeline_of(cases: Iterable[Case], steps: int) -> Timeline:
     )
     for case in names:
         own = Timeline()
-        run_case(dataclasses.replace(case, steps=steps), own)
+        run_case(dataclasses.replace(case, steps=steps, save_state=None), own)
         for lane in lanes:
             for start, end, name, args in own.events(lane):
                 whole.add(f"{case.system_name} {lane}", name, start, end, **args)

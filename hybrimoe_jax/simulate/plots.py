@@ -61,6 +61,7 @@ def write_all(
         plt.close(figure)
         written.append(path)
 
+    cases = [dataclasses.replace(case, save_state=None) for case in cases]  # that was of the whole run
     with plt.rc_context(STYLE):
         words = _words(dict.fromkeys(map(trace_name, cases)))
         for key in dict.fromkeys((r["trace"], r["rows"], r["start"], r["profile"]) for r in records):
@@ -162,7 +163,8 @@ def capacity(plt, case: Case, policies: Iterable[Any] = POLICIES):
 def gantt(plt, case: Case, prompt: int | None):
     """Lanes of a few layers of one step, or of one layer of a prompt, where the link does most."""
     timeline = Timeline()
-    grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS), timeline)
+    state = None if prompt else case.load_state  # which goes from token to token
+    grid.run_case(dataclasses.replace(case, prompt=prompt, prompts=1, steps=GANTT_STEPS, load_state=state), timeline)
     fronts = [event for event in timeline.events("device") if event[2].startswith("attention")]
     layers = len({event[2] for event in fronts})
     span = GANTT_LAYERS if prompt is None else 1
@@ -226,7 +228,7 @@ def accuracy(plt, case: Case, predictors: Iterable[Any]):
         axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], **line_style(place), label=name)
     axes.axhline(100 * tokens.facts.top_k / tokens.facts.experts, color="0.4", ls=":", lw=0.8, label="chance")
     axes.set_xlabel("lookahead distance [layers]")
-    axes.set_ylabel("predicted experts\nthat were asked for [%]")
+    axes.set_ylabel("activated experts\nthat were predicted [%]")
     axes.set_ylim(0, 100)
     axes.set_title(trace_name(case), fontsize=6)
     axes.legend(fontsize=5.5, ncols=2)

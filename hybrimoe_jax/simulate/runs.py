@@ -64,6 +64,10 @@ def replay(
     jobs, machine = arguments.workers("jobs", jobs), arguments.path("machine", machine)
     ratios = [arguments.number("ratios", ratio) for ratio in arguments.several("ratios", ratios, numbers.Real)]
     given = [one if isinstance(one, System) else arguments.text("systems", one) for one in _several("systems", systems)]
+    given = list(dict.fromkeys(given))
+    names = [one if isinstance(one, str) else one.name for one in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"replay: two different systems are called {shown(twice)}; give yours another name")
     starts = [arguments.choice("starts", start, STARTS) for start in _several("starts", starts)]
     lengths = [
         arguments.whole("prompt_lengths", length, 1)

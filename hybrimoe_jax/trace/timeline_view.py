@@ -89,7 +89,7 @@ def window(timeline: Timeline, step: int | None, last: int, layers: int | None) 
     if layers is not None:
         layers = arguments.whole("layers", layers, 1)
         later = sorted(start for start in layer_starts(timeline) if begin <= start < end)
-        end, said = (later[layers] if layers < len(later) else end), f"{layers} layers of {said}"
+        end, said = (later[layers] if layers < len(later) else end), f"{min(layers, len(later))} layers of {said}"
     return begin, end, said
 
 

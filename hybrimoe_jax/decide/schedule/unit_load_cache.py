@@ -71,7 +71,7 @@ class UnitLoadCache:
         idle_from = self.rule.link_idle_from(problem) if absent else 0.0
         if idle_from == float("inf"):
             return idle_from, free, None
-        idle_from = max(0.0, idle_from + _CAREFUL * abs(idle_from))
+        idle_from = max(0.0, idle_from) + _CAREFUL * (abs(idle_from) + free.times.makespan)
         problem.link_busy = idle_from
         return idle_from, free, _pattern(self.rule.schedule(problem), resident)
 
