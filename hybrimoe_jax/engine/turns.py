@@ -78,7 +78,8 @@ class Turns:
                     return None
                 ticket.acquire(timeout=LOOK_AGAIN_S)
             self._owner = threading.get_ident()
-            return self._serve(work, step)
+            with self._within():
+                return self._serve(work, step)
         finally:
             if self._queue and self._queue[0] is ticket:
                 self._owner = None
@@ -90,8 +91,7 @@ class Turns:
     def _serve(self, work: Callable[[], T], step: bool) -> T:
         try:
             self._in_step = step
-            with self._within():
-                return work()
+            return work()
         finally:
             self._in_step = False
 
