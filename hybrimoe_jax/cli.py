@@ -134,7 +134,8 @@ class Parser(argparse.ArgumentParser):
             self._check_value(action, value)
             return value if action.nargs in (None, argparse.OPTIONAL) else [value]
         if action.metavar in ("DIR", "FILE") and "" in arg_strings:  # of a variable that is not set, mostly
-            raise argparse.ArgumentError(action, "an empty text is no path; leave the flag out, or give one")
+            name = (action.option_strings or [action.dest])[0]
+            raise UserError(f"{name}: an empty text is no path; leave it out, or give one")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
