@@ -109,6 +109,10 @@ class _Writer:
         return name
 
 
+FORMER = frozenset({"_called_with"})
+"""Attributes that states of old have and that say nothing any more."""
+
+
 class _Reader:
     """Reads first, and writes when all is read and checked."""
 
@@ -218,7 +222,7 @@ class _Reader:
             raise ValueError(f"it holds a {shown_name(name)}, where there is a {type(here).__qualname__}")
         self._keep(number, here)
         read = {key: self.value(node, getattr(here, key, None)) for key, node in attributes.items()}
-        self._objects.append((here, read))
+        self._objects.append((here, {key: value for key, value in read.items() if key not in FORMER}))
         return here
 
     def _all(self, nodes: Sequence[Node], here: Any) -> list[Any]:
